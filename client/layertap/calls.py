@@ -1,0 +1,235 @@
+"""What each method of the clients sends and how it reads the answer: everything but the sending.
+
+Pure: arguments in, requests out; responses in, `types` out. `Client` and `AsyncClient` differ only in how they wait.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import operator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Final, Generic, TypeAlias, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+from google.protobuf.message import Message
+
+from layertap import assembler, wire
+from layertap.errors import DataLossError, InvalidArgumentError
+from layertap.inputs import Inputs, to_messages
+from layertap.types import Limits, ModelInfo, Pooling, TokenIds, Tokens
+from layertap.v1 import embedding_pb2 as pb
+
+SERVICE: Final = "/layertap.v1.EmbeddingService/"
+DEFAULT_TIMEOUT_S: Final = 60.0
+"""The deadline of calls for which the user names none, in seconds."""
+
+Layers: TypeAlias = "str | Iterable[int] | None"
+"""`"all"`, layer numbers, or None for the default."""
+
+Poolings: TypeAlias = "str | Pooling | Sequence[str | Pooling] | None"
+"""One pooling, several, or None."""
+
+NameT = TypeVar("NameT", bound=int)
+ResponseT = TypeVar("ResponseT", bound=Message)
+
+_TOKENIZE_CHARACTERS: Final = 100_000
+"""Texts of one Tokenize call hold at most so many characters together, so that its answer stays a small message."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Unary(Generic[ResponseT]):
+    """One request and the type of its only response."""
+
+    rpc: str
+    request: Message
+    response: type[ResponseT]
+
+
+def model_info() -> Unary[pb.GetModelInfoResponse]:
+    """Asks for the served model."""
+    return Unary("GetModelInfo", pb.GetModelInfoRequest(), pb.GetModelInfoResponse)
+
+
+def read_model_info(answer: pb.GetModelInfoResponse) -> ModelInfo:
+    """Reads what `model_info` asked for."""
+    limits = {field.name: getattr(answer.limits, field.name) for field in dataclasses.fields(Limits)}
+    special = ("limits", "devices", "special_token_ids", "compute_dtype")
+    same = {f.name: getattr(answer, f.name) for f in dataclasses.fields(ModelInfo) if f.name not in special}
+    return ModelInfo(
+        **same,
+        limits=Limits(**limits),
+        devices=tuple(answer.devices),
+        special_token_ids=tuple(answer.special_token_ids),
+        compute_dtype=wire.DTYPE_NAMES.get(answer.compute_dtype, "unknown"),
+    )
+
+
+def tokenize(
+    inputs: Inputs, *, pad_to: int | None, add_special_tokens: bool, truncation: str, max_length: int | None
+) -> Iterator[Unary[pb.TokenizeResponse]]:
+    """Asks for tokens, in as many requests as keep each answer small."""
+    messages = to_messages(inputs)
+    options = {
+        "omit_special_tokens": not add_special_tokens,
+        "truncation": _named("truncation", truncation, wire.TRUNCATIONS),
+        "max_length": _count("max_length", max_length),
+        "pad_to": _count("pad_to", pad_to),
+    }
+    group: list[pb.Input] = []
+    characters = 0
+    for message in messages:
+        size = message.ByteSize() + 64
+        if group and (characters + size > _TOKENIZE_CHARACTERS or len(group) == 256):
+            yield Unary("Tokenize", pb.TokenizeRequest(inputs=group, **options), pb.TokenizeResponse)
+            group, characters = [], 0
+        group.append(message)
+        characters += size
+    yield Unary("Tokenize", pb.TokenizeRequest(inputs=group, **options), pb.TokenizeResponse)
+
+
+def read_tokens(answers: Sequence[pb.TokenizeResponse]) -> Tokens:
+    """Reads what `tokenize` asked for."""
+    return assembler.build_tokens([text for answer in answers for text in answer.texts], answers[0].pad_token_id)
+
+
+def decode(
+    ids: Tokens | TokenIds | npt.ArrayLike | Iterable[npt.ArrayLike], *, skip_special_tokens: bool
+) -> Unary[pb.DecodeResponse]:
+    """Asks for strings; `ids` is one text (1-D) or several."""
+    if isinstance(ids, Tokens):
+        rows = [row[:count].tolist() for row, count in zip(ids.input_ids, ids.token_counts, strict=True)]
+    else:
+        values = ids.input_ids if isinstance(ids, TokenIds) else ids
+        items = list(values) if isinstance(values, Iterable) else [values]
+        rows = [items] if items and np.ndim(items[0]) == 0 else [np.asarray(item).tolist() for item in items]
+    if not rows:
+        raise InvalidArgumentError("ids is empty; pass at least one text")
+    try:
+        texts = [pb.TokenIds(input_ids=row) for row in rows]
+    except (TypeError, ValueError) as exc:
+        raise InvalidArgumentError("ids has something that is no 32-bit int; pass ids below vocab_size") from exc
+    return Unary("Decode", pb.DecodeRequest(texts=texts, skip_special_tokens=skip_special_tokens), pb.DecodeResponse)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Embed:
+    """One embed request: what is sent, by which RPC, and what must come back."""
+
+    messages: list[pb.Input]
+    options: pb.EmbedOptions
+
+    @property
+    def unary(self) -> Unary[pb.EmbedResponse] | None:
+        """The request as unary Embed if it asks only for one row a text, else None."""
+        if self.options.return_tokens or any(output.HasField("hidden_states") for output in self.options.outputs):
+            return None
+        return Unary("Embed", pb.EmbedRequest(inputs=self.messages, options=self.options), pb.EmbedResponse)
+
+    @property
+    def stream(self) -> pb.EmbedLayersRequest:
+        """The request as EmbedLayers."""
+        return pb.EmbedLayersRequest(inputs=self.messages, options=self.options)
+
+    def assembler(self) -> assembler.EmbedAssembler:
+        """Returns what puts the answer together."""
+        return assembler.EmbedAssembler(self.messages, self.options)
+
+
+def embed_options(
+    *,
+    layers: Layers,
+    pooler_output: bool,
+    pooling: Poolings,
+    dtype: str,
+    truncation: str,
+    max_length: int | None,
+    return_tokens: bool,
+) -> pb.EmbedOptions:
+    """Returns the options that all three embed RPCs share."""
+    if pooling is None:
+        pooling = ()
+    poolings = [pooling] if isinstance(pooling, (str, Pooling)) else list(pooling)
+    outputs: list[pb.Output] = []
+    if layers is not None or not (pooler_output or poolings):
+        outputs.append(pb.Output(hidden_states=_hidden_states(layers)))
+    if pooler_output:
+        outputs.append(pb.Output(pooler_output=pb.PoolerOutput()))
+    outputs.extend(pb.Output(pooled_vectors=_pooled_vectors(pooling)) for pooling in poolings)
+    return pb.EmbedOptions(
+        outputs=outputs,
+        truncation=_named("truncation", truncation, wire.TRUNCATIONS),
+        max_length=_count("max_length", max_length),
+        dtype=_named("dtype", dtype, wire.DTYPES),
+        return_tokens=return_tokens,
+    )
+
+
+def raises(on_error: str) -> bool:
+    """Returns whether a bad item of a stream is raised."""
+    if on_error not in ("raise", "return"):
+        raise InvalidArgumentError(f'on_error is {on_error!r}; pass "raise" or "return"')
+    return on_error == "raise"
+
+
+def read_whole(raw: bytes, kind: type[ResponseT]) -> ResponseT:
+    """Parses a unary response."""
+    try:
+        return kind.FromString(raw)
+    except Exception as exc:
+        raise DataLossError(f"the answer is no {kind.DESCRIPTOR.name}; is this a layertap server?") from exc
+
+
+def _hidden_states(layers: Layers) -> pb.HiddenStates:
+    if layers is None:
+        return pb.HiddenStates(layers=[-1])
+    if isinstance(layers, str):
+        if layers != "all":
+            raise InvalidArgumentError(f'layers is {layers!r}; pass "all" or a list of layer numbers')
+        return pb.HiddenStates(all_layers=True)
+    try:
+        numbers = [_integer("layers", layer) for layer in layers]
+    except TypeError as exc:
+        raise InvalidArgumentError('layers is no list; pass "all" or a list of layer numbers') from exc
+    if not numbers:
+        raise InvalidArgumentError("layers is empty; name at least one, or leave it out for the last layer")
+    return pb.HiddenStates(layers=numbers)
+
+
+def _pooled_vectors(pooling: str | Pooling) -> pb.PooledVectors:
+    pooling = Pooling(pooling) if isinstance(pooling, str) else pooling
+    if not isinstance(pooling, Pooling):
+        raise InvalidArgumentError(f"pooling is of type {type(pooling).__name__}; pass a name or a Pooling")
+    if pooling.dimensions is not None and pooling.dimensions < 1:
+        raise InvalidArgumentError(f"pooling.dimensions is {pooling.dimensions}; it starts at 1, None keeps all")
+    return pb.PooledVectors(
+        strategy=_named("pooling.strategy", pooling.strategy, wire.POOLING_STRATEGIES),
+        layer=_integer("pooling.layer", pooling.layer),
+        exclude_special_tokens=not pooling.include_special_tokens,
+        normalize=pooling.normalize,
+        dimensions=pooling.dimensions or 0,
+    )
+
+
+def _named(field: str, name: str, known: Mapping[str, NameT]) -> NameT:
+    if name not in known:
+        raise InvalidArgumentError(f"{field} is {name!r}; pass one of {', '.join(known)}")
+    return known[name]
+
+
+def _count(field: str, value: int | None) -> int:
+    if value is None:
+        return 0
+    if _integer(field, value) < 1:
+        raise InvalidArgumentError(f"{field} is {value}; it starts at 1, None means the default")
+    return value
+
+
+def _integer(field: str, value: int) -> int:
+    try:
+        number = operator.index(value)
+    except TypeError as exc:
+        raise InvalidArgumentError(f"{field} has an entry of type {type(value).__name__}; pass ints") from exc
+    if not -(2**31) <= number < 2**31:
+        raise InvalidArgumentError(f"{field} has a value beyond 32 bits; pass smaller numbers")
+    return number

@@ -1,0 +1,543 @@
+"""`Client` and `AsyncClient`: the same methods, one waiting with `for`, the other with `async for`.
+
+Only I/O: what is sent and how answers are read is in `calls`, `assembler` and `stream`. Connections are made at the first call,
+not in the constructor, and anew in a forked child. Both clients may be shared: `Client` between threads, `AsyncClient`
+between the tasks of one event loop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import threading
+from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Iterator
+from types import TracebackType
+from typing import Final, Self
+
+import grpc
+import grpc.aio
+import numpy.typing as npt
+
+from layertap import calls, wire
+from layertap.assembler import LayerAssembler
+from layertap.calls import DEFAULT_TIMEOUT_S, Layers, Poolings, ResponseT
+from layertap.errors import FailedPreconditionError, LayertapError, StatusCode, from_status
+from layertap.inputs import InputItem, Inputs, to_messages
+from layertap.ledger import StreamLedger
+from layertap.stream import EmbedStream, Groups, Items, iterate
+from layertap.types import Embedding, LayerRows, ModelInfo, StreamResult, TokenIds, Tokens
+from layertap.v1 import embedding_pb2 as pb
+
+DEFAULT_TARGET: Final = "127.0.0.1:50051"
+
+_CHANNEL_OPTIONS: Final = (
+    ("grpc.keepalive_time_ms", 30_000),
+    ("grpc.keepalive_timeout_ms", 10_000),
+    # Without it a frozen peer is noticed only after a minute.
+    ("grpc.http2.ping_timeout_ms", 10_000),
+    ("grpc.max_send_message_length", -1),
+)
+
+
+class Client:
+    """Talks to a layertap server and returns numpy arrays.
+
+    Example:
+        >>> with Client("127.0.0.1:50051") as client:
+        ...     embedding = client.embed("I love Paris")
+        ...     embedding.last_hidden_state.shape
+        (1, 5, 384)
+    """
+
+    def __init__(self, target: str = DEFAULT_TARGET) -> None:
+        """Takes the server's `host:port`, or `unix:/path`; connects at the first call."""
+        self.target = target
+        self._lock = threading.Lock()
+        self._channel: grpc.Channel | None = None
+        self._pid = 0
+        self._closed = False
+
+    def tokenize(
+        self,
+        inputs: Inputs,
+        *,
+        pad_to: int | None = None,
+        add_special_tokens: bool = True,
+        truncation: str = "error",
+        max_length: int | None = None,
+        timeout_s: float = DEFAULT_TIMEOUT_S,
+    ) -> Tokens:
+        """Turns texts into tokens, exactly as the model's transformers tokenizer does.
+
+        Args:
+            inputs: One str, or an iterable of texts: str, (str, str) pairs, or lists of words.
+            pad_to: Appends [PAD] until each text has this many tokens.
+            add_special_tokens: Whether [CLS] and [SEP] are added.
+            truncation: What happens above max_length: "error", "right" or "left" (the side that is cut).
+            max_length: The most tokens of one text; None: the model's.
+            timeout_s: The deadline of each request, in seconds.
+
+        Raises:
+            InvalidArgumentError: An input or option is at fault; the message names it.
+        """
+        requests = calls.tokenize(
+            inputs, pad_to=pad_to, add_special_tokens=add_special_tokens, truncation=truncation, max_length=max_length
+        )
+        return calls.read_tokens([self._unary(request, timeout_s) for request in requests])
+
+    def decode(
+        self,
+        ids: Tokens | TokenIds | npt.ArrayLike | Iterable[npt.ArrayLike],
+        *,
+        skip_special_tokens: bool = True,
+        timeout_s: float = DEFAULT_TIMEOUT_S,
+    ) -> list[str]:
+        """Turns token ids back into strings.
+
+        Args:
+            ids: The ids of one text, of several, or `Tokens`.
+            skip_special_tokens: Leaves [CLS], [SEP], [PAD] and the like out.
+            timeout_s: The deadline, in seconds.
+
+        Raises:
+            InvalidArgumentError: An id is outside the vocabulary.
+        """
+        request = calls.decode(ids, skip_special_tokens=skip_special_tokens)
+        return list(self._unary(request, timeout_s).texts)
+
+    def embed(
+        self,
+        inputs: Inputs,
+        *,
+        layers: Layers = None,
+        pooler_output: bool = False,
+        pooling: Poolings = None,
+        dtype: str = "float32",
+        truncation: str = "error",
+        max_length: int | None = None,
+        return_tokens: bool = False,
+        timeout_s: float = DEFAULT_TIMEOUT_S,
+    ) -> Embedding:
+        """Embeds texts and returns everything that was asked for, from one forward pass.
+
+        Args:
+            inputs: One str, or an iterable of texts: str, (str, str) pairs, lists of words, token ids, `TokenIds`;
+                or a `TokenIds` batch or `Tokens`.
+            layers: "all", or layer numbers (negative ones count from the last). None: the last layer if nothing
+                else is asked, no token rows otherwise.
+            pooler_output: Whether to return the model's pooler.
+            pooling: A strategy ("mean", "cls", "max", "last", "mean_sqrt_len", "mean_max"), a `Pooling`, or several.
+            dtype: The number format on the wire: "float32", "float16", or "bfloat16" (returned as float32).
+            truncation: What happens above max_length: "error", "right" or "left". Token ids are never cut.
+            max_length: The most tokens of one text; None: the model's.
+            return_tokens: Whether to return the tokens too.
+            timeout_s: The deadline, in seconds.
+
+        Raises:
+            InvalidArgumentError: An input or option is at fault; the message names it.
+            FailedPreconditionError: The model has no pooler.
+            OutOfRangeError: A value does not fit float16.
+            ResourceExhaustedError: The server is full; retry after `retry_after_s`.
+            DeadlineExceededError: timeout_s has passed.
+            UnavailableError: No server answers.
+        """
+        options = calls.embed_options(
+            layers=layers,
+            pooler_output=pooler_output,
+            pooling=pooling,
+            dtype=dtype,
+            truncation=truncation,
+            max_length=max_length,
+            return_tokens=return_tokens,
+        )
+        call = calls.Embed(to_messages(inputs), options)
+        assembler = call.assembler()
+        if call.unary is not None:
+            return assembler.whole(self._unary(call.unary, timeout_s))
+        for part, data in self._layers(call.stream, timeout_s):
+            assembler.feed(part, data)
+        return assembler.finish()
+
+    def embed_layers(
+        self,
+        inputs: Inputs,
+        *,
+        layers: Layers = "all",
+        dtype: str = "float32",
+        truncation: str = "error",
+        max_length: int | None = None,
+        timeout_s: float = DEFAULT_TIMEOUT_S,
+    ) -> Iterator[LayerRows]:
+        """Embeds texts and yields the rows of each layer as they arrive, while later layers still compute.
+
+        Arguments and errors are those of `embed`. Every text comes once in every layer, whole; layers ascend
+        for each text, and texts of one request may come in several groups.
+        """
+        options = calls.embed_options(
+            layers=layers,
+            pooler_output=False,
+            pooling=None,
+            dtype=dtype,
+            truncation=truncation,
+            max_length=max_length,
+            return_tokens=False,
+        )
+        call = calls.Embed(to_messages(inputs), options)
+        assembler = LayerAssembler()
+        for part, data in self._layers(call.stream, timeout_s):
+            yield from assembler.feed(part, data)
+        assembler.finish()
+
+    def embed_stream(
+        self,
+        inputs: Iterable[InputItem],
+        *,
+        layers: Layers = None,
+        pooler_output: bool = False,
+        pooling: Poolings = None,
+        dtype: str = "float32",
+        truncation: str = "error",
+        max_length: int | None = None,
+        return_tokens: bool = False,
+        ordered: bool = True,
+        on_error: str = "return",
+        item_timeout_s: float = DEFAULT_TIMEOUT_S,
+        reconnect_timeout_s: float = DEFAULT_TIMEOUT_S,
+    ) -> Iterator[StreamResult]:
+        """Embeds any number of texts over one call, without holding them all, and survives lost connections.
+
+        Args:
+            inputs: An iterable of texts as in `embed`; read beside the sending, never far ahead.
+            layers: As in `embed`.
+            pooler_output: As in `embed`.
+            pooling: As in `embed`.
+            dtype: As in `embed`.
+            truncation: As in `embed`.
+            max_length: As in `embed`.
+            return_tokens: As in `embed`.
+            ordered: Whether results come in the order of the inputs, or as they finish.
+            on_error: "return" yields a bad item's error as its result; "raise" raises it.
+            item_timeout_s: How long nothing may move while items wait, in seconds. There is no total deadline.
+            reconnect_timeout_s: How long to look for the server after a lost connection, in seconds.
+
+        Yields:
+            One result for each input, exactly once.
+
+        Raises:
+            UnavailableError: No server answered for reconnect_timeout_s.
+            DeadlineExceededError: Nothing moved for item_timeout_s.
+            FailedPreconditionError: A restarted server serves another model.
+            Exception: Whatever `inputs` raised, after the results of all that came before it.
+        """
+        options = calls.embed_options(
+            layers=layers,
+            pooler_output=pooler_output,
+            pooling=pooling,
+            dtype=dtype,
+            truncation=truncation,
+            max_length=max_length,
+            return_tokens=return_tokens,
+        )
+        raising = calls.raises(on_error)
+        ledger = StreamLedger(options, ordered=ordered)
+
+        def start() -> Groups:
+            return _stream(self.target, None, ledger, inputs, item_timeout_s, reconnect_timeout_s)
+
+        with contextlib.closing(iterate(start)) as groups:
+            for group in groups:
+                for result in group:
+                    if raising and result.error is not None:
+                        raise result.error
+                    yield result
+
+    def model_info(self, *, timeout_s: float = DEFAULT_TIMEOUT_S) -> ModelInfo:
+        """Returns which model is served, its shapes, and the limits in force."""
+        return calls.read_model_info(self._unary(calls.model_info(), timeout_s))
+
+    def close(self) -> None:
+        """Closes the connection; calls under way end with `CancelledError`."""
+        with self._lock:
+            self._closed = True
+            channel, self._channel = self._channel, None
+        if channel is not None and self._pid == os.getpid():
+            channel.close()
+
+    def __enter__(self) -> Self:
+        """Returns itself."""
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        """Closes the connection."""
+        self.close()
+
+    def __repr__(self) -> str:
+        """Says where it talks to."""
+        return f"Client({self.target!r})"
+
+    def _connect(self) -> grpc.Channel:
+        with self._lock:
+            if self._closed:
+                raise FailedPreconditionError("this client is closed; make a new one")
+            if self._channel is None or self._pid != os.getpid():
+                self._channel = grpc.insecure_channel(self.target, options=_CHANNEL_OPTIONS)
+                self._pid = os.getpid()
+            return self._channel
+
+    def _unary(self, call: calls.Unary[ResponseT], timeout_s: float) -> ResponseT:
+        method = self._connect().unary_unary(calls.SERVICE + call.rpc)
+        try:
+            raw = method(call.request.SerializeToString(), timeout=timeout_s)
+        except (grpc.RpcError, ValueError) as exc:
+            raise _translate(exc, self.target, timeout_s) from exc
+        return calls.read_whole(raw, call.response)
+
+    def _layers(
+        self, request: pb.EmbedLayersRequest, timeout_s: float
+    ) -> Iterator[tuple[pb.EmbedLayersResponse, memoryview]]:
+        method = self._connect().unary_stream(calls.SERVICE + "EmbedLayers")
+        stream = method(request.SerializeToString(), timeout=timeout_s)
+        try:
+            for raw in stream:
+                yield wire.split(pb.EmbedLayersResponse, raw)
+        except grpc.RpcError as exc:
+            raise _translate(exc, self.target, timeout_s) from exc
+        finally:
+            stream.cancel()
+
+
+class AsyncClient:
+    """The same as `Client` for asyncio: every method awaits, every iterator is an `async for`.
+
+    Example:
+        >>> async with AsyncClient("127.0.0.1:50051") as client:
+        ...     embedding = await client.embed("I love Paris")
+    """
+
+    def __init__(self, target: str = DEFAULT_TARGET) -> None:
+        """Takes the server's `host:port`, or `unix:/path`; connects at the first call."""
+        self.target = target
+        self._channel: grpc.aio.Channel | None = None
+        self._owner: tuple[int, asyncio.AbstractEventLoop] | None = None
+        self._closed = False
+
+    async def tokenize(
+        self,
+        inputs: Inputs,
+        *,
+        pad_to: int | None = None,
+        add_special_tokens: bool = True,
+        truncation: str = "error",
+        max_length: int | None = None,
+        timeout_s: float = DEFAULT_TIMEOUT_S,
+    ) -> Tokens:
+        """See `Client.tokenize`."""
+        requests = calls.tokenize(
+            inputs, pad_to=pad_to, add_special_tokens=add_special_tokens, truncation=truncation, max_length=max_length
+        )
+        return calls.read_tokens([await self._unary(request, timeout_s) for request in requests])
+
+    async def decode(
+        self,
+        ids: Tokens | TokenIds | npt.ArrayLike | Iterable[npt.ArrayLike],
+        *,
+        skip_special_tokens: bool = True,
+        timeout_s: float = DEFAULT_TIMEOUT_S,
+    ) -> list[str]:
+        """See `Client.decode`."""
+        request = calls.decode(ids, skip_special_tokens=skip_special_tokens)
+        return list((await self._unary(request, timeout_s)).texts)
+
+    async def embed(
+        self,
+        inputs: Inputs,
+        *,
+        layers: Layers = None,
+        pooler_output: bool = False,
+        pooling: Poolings = None,
+        dtype: str = "float32",
+        truncation: str = "error",
+        max_length: int | None = None,
+        return_tokens: bool = False,
+        timeout_s: float = DEFAULT_TIMEOUT_S,
+    ) -> Embedding:
+        """See `Client.embed`."""
+        options = calls.embed_options(
+            layers=layers,
+            pooler_output=pooler_output,
+            pooling=pooling,
+            dtype=dtype,
+            truncation=truncation,
+            max_length=max_length,
+            return_tokens=return_tokens,
+        )
+        call = calls.Embed(to_messages(inputs), options)
+        assembler = call.assembler()
+        if call.unary is not None:
+            return assembler.whole(await self._unary(call.unary, timeout_s))
+        async with contextlib.aclosing(self._layers(call.stream, timeout_s)) as parts:
+            async for part, data in parts:
+                assembler.feed(part, data)
+        return assembler.finish()
+
+    async def embed_layers(
+        self,
+        inputs: Inputs,
+        *,
+        layers: Layers = "all",
+        dtype: str = "float32",
+        truncation: str = "error",
+        max_length: int | None = None,
+        timeout_s: float = DEFAULT_TIMEOUT_S,
+    ) -> AsyncIterator[LayerRows]:
+        """See `Client.embed_layers`."""
+        options = calls.embed_options(
+            layers=layers,
+            pooler_output=False,
+            pooling=None,
+            dtype=dtype,
+            truncation=truncation,
+            max_length=max_length,
+            return_tokens=False,
+        )
+        call = calls.Embed(to_messages(inputs), options)
+        assembler = LayerAssembler()
+        async with contextlib.aclosing(self._layers(call.stream, timeout_s)) as parts:
+            async for part, data in parts:
+                for rows in assembler.feed(part, data):
+                    yield rows
+        assembler.finish()
+
+    async def embed_stream(
+        self,
+        inputs: Items,
+        *,
+        layers: Layers = None,
+        pooler_output: bool = False,
+        pooling: Poolings = None,
+        dtype: str = "float32",
+        truncation: str = "error",
+        max_length: int | None = None,
+        return_tokens: bool = False,
+        ordered: bool = True,
+        on_error: str = "return",
+        item_timeout_s: float = DEFAULT_TIMEOUT_S,
+        reconnect_timeout_s: float = DEFAULT_TIMEOUT_S,
+    ) -> AsyncIterator[StreamResult]:
+        """See `Client.embed_stream`; `inputs` may also be an async iterable."""
+        options = calls.embed_options(
+            layers=layers,
+            pooler_output=pooler_output,
+            pooling=pooling,
+            dtype=dtype,
+            truncation=truncation,
+            max_length=max_length,
+            return_tokens=return_tokens,
+        )
+        raising = calls.raises(on_error)
+        ledger = StreamLedger(options, ordered=ordered)
+        stream = _stream(self.target, self._connect(), ledger, inputs, item_timeout_s, reconnect_timeout_s)
+        async with contextlib.aclosing(stream) as groups:
+            async for group in groups:
+                for result in group:
+                    if raising and result.error is not None:
+                        raise result.error
+                    yield result
+
+    async def model_info(self, *, timeout_s: float = DEFAULT_TIMEOUT_S) -> ModelInfo:
+        """See `Client.model_info`."""
+        return calls.read_model_info(await self._unary(calls.model_info(), timeout_s))
+
+    async def close(self) -> None:
+        """See `Client.close`."""
+        self._closed = True
+        channel, self._channel = self._channel, None
+        if channel is not None and self._owner == (os.getpid(), asyncio.get_running_loop()):
+            await channel.close()
+
+    async def __aenter__(self) -> Self:
+        """Returns itself."""
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        """Closes the connection."""
+        await self.close()
+
+    def __repr__(self) -> str:
+        """Says where it talks to."""
+        return f"AsyncClient({self.target!r})"
+
+    def _connect(self) -> grpc.aio.Channel:
+        if self._closed:
+            raise FailedPreconditionError("this client is closed; make a new one")
+        owner = os.getpid(), asyncio.get_running_loop()
+        if self._channel is None or self._owner != owner:
+            self._channel = grpc.aio.insecure_channel(self.target, options=_CHANNEL_OPTIONS)
+            self._owner = owner
+        return self._channel
+
+    async def _unary(self, call: calls.Unary[ResponseT], timeout_s: float) -> ResponseT:
+        method = self._connect().unary_unary(calls.SERVICE + call.rpc)
+        try:
+            raw = await method(call.request.SerializeToString(), timeout=timeout_s)
+        except (grpc.RpcError, grpc.aio.UsageError) as exc:
+            raise _translate(exc, self.target, timeout_s) from exc
+        return calls.read_whole(raw, call.response)
+
+    async def _layers(
+        self, request: pb.EmbedLayersRequest, timeout_s: float
+    ) -> AsyncGenerator[tuple[pb.EmbedLayersResponse, memoryview], None]:
+        method = self._connect().unary_stream(calls.SERVICE + "EmbedLayers")
+        stream = method(request.SerializeToString(), timeout=timeout_s)
+        try:
+            async for raw in stream:
+                yield wire.split(pb.EmbedLayersResponse, raw)
+        except grpc.RpcError as exc:
+            raise _translate(exc, self.target, timeout_s) from exc
+        finally:
+            stream.cancel()
+
+
+async def _stream(
+    target: str,
+    channel: grpc.aio.Channel | None,
+    ledger: StreamLedger,
+    items: Items,
+    item_timeout_s: float,
+    reconnect_timeout_s: float,
+) -> Groups:
+    """Runs one embed_stream, on a channel of its own where none is given."""
+    async with contextlib.AsyncExitStack() as stack:
+        if channel is None:
+            channel = await stack.enter_async_context(grpc.aio.insecure_channel(target, options=_CHANNEL_OPTIONS))
+        stream = EmbedStream(
+            channel=channel,
+            translate=lambda exc: _translate(exc, target, None),
+            ledger=ledger,
+            items=items,
+            item_timeout_s=item_timeout_s,
+            reconnect_timeout_s=reconnect_timeout_s,
+        )
+        groups = await stack.enter_async_context(contextlib.aclosing(stream.results()))
+        async for group in groups:
+            yield group
+
+
+def _translate(exc: Exception, target: str, timeout_s: float | None) -> LayertapError:
+    """Returns what happened to a call as one of layertap's own errors."""
+    if not isinstance(exc, grpc.RpcError):
+        return FailedPreconditionError("this client was closed during the call; make a new one")
+    code = StatusCode(exc.code().value[0])
+    details: str = exc.details() or code.name
+    trailing = dict(exc.trailing_metadata() or ())
+    pushback = trailing.get("grpc-retry-pushback-ms")
+    if code is StatusCode.UNAVAILABLE and pushback is None:
+        details = f"no server answers at {target} (start one with layertap-server, or check the target): {details}"
+    elif code is StatusCode.DEADLINE_EXCEEDED and timeout_s is not None:
+        details = f"no answer from {target} within {timeout_s} s; raise timeout_s or ask for less"
+    return from_status(code, details, retry_after_s=float(pushback) / 1000 if pushback else None)

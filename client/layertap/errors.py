@@ -1,0 +1,175 @@
+"""What can go wrong, one exception per gRPC status code.
+
+Both ends use these: the server raises them, its service turns them into a status; the client turns
+a status back into the same exception. Errors are told apart by type or by `code`, never by their text.
+
+| exception | code | raised when |
+|---|---|---|
+| `CancelledError` | CANCELLED | the call was cancelled |
+| `UnknownError` | UNKNOWN | something between client and server gave no better code |
+| `InvalidArgumentError` | INVALID_ARGUMENT | the request is at fault: an input, an option, a limit |
+| `DeadlineExceededError` | DEADLINE_EXCEEDED | the answer did not come within `timeout_s` |
+| `NotFoundError` | NOT_FOUND | nothing goes by that name |
+| `AlreadyExistsError` | ALREADY_EXISTS | it is there already |
+| `PermissionDeniedError` | PERMISSION_DENIED | this caller may not do that |
+| `ResourceExhaustedError` | RESOURCE_EXHAUSTED | the server is full, or a message is over the transport's limit |
+| `FailedPreconditionError` | FAILED_PRECONDITION | the model lacks what was asked for, such as a pooler |
+| `AbortedError` | ABORTED | the call was given up halfway |
+| `OutOfRangeError` | OUT_OF_RANGE | a value does not fit the asked-for wire dtype |
+| `UnimplementedError` | UNIMPLEMENTED | the server does not know this RPC |
+| `InternalError` | INTERNAL | a fault of the server |
+| `UnavailableError` | UNAVAILABLE | nobody answers, or the server is starting or stopping |
+| `DataLossError` | DATA_LOSS | an answer is incomplete or contradicts itself |
+| `UnauthenticatedError` | UNAUTHENTICATED | the credentials are missing or wrong |
+"""
+
+from __future__ import annotations
+
+import enum
+from typing import ClassVar
+
+
+class StatusCode(enum.IntEnum):
+    """gRPC's status codes by their numbers on the wire."""
+
+    CANCELLED = 1
+    UNKNOWN = 2
+    INVALID_ARGUMENT = 3
+    DEADLINE_EXCEEDED = 4
+    NOT_FOUND = 5
+    ALREADY_EXISTS = 6
+    PERMISSION_DENIED = 7
+    RESOURCE_EXHAUSTED = 8
+    FAILED_PRECONDITION = 9
+    ABORTED = 10
+    OUT_OF_RANGE = 11
+    UNIMPLEMENTED = 12
+    INTERNAL = 13
+    UNAVAILABLE = 14
+    DATA_LOSS = 15
+    UNAUTHENTICATED = 16
+
+
+class LayertapError(Exception):
+    """The base of every error that layertap raises on purpose.
+
+    Attributes:
+        code: The gRPC status code.
+        details: What is wrong, the limit, and the next step; never a text of the caller's.
+        retry_after_s: How long the server asks to wait before a retry, in seconds; None: it did not say.
+    """
+
+    code: ClassVar[StatusCode] = StatusCode.UNKNOWN
+
+    def __init__(self, details: str, *, retry_after_s: float | None = None) -> None:
+        super().__init__(details)
+        self.details = details
+        self.retry_after_s = retry_after_s
+
+
+class CancelledError(LayertapError):
+    """The call was cancelled."""
+
+    code = StatusCode.CANCELLED
+
+
+class UnknownError(LayertapError):
+    """Something between client and server gave no better code."""
+
+    code = StatusCode.UNKNOWN
+
+
+class InvalidArgumentError(LayertapError):
+    """The request is at fault: an input, an option, a limit."""
+
+    code = StatusCode.INVALID_ARGUMENT
+
+
+class DeadlineExceededError(LayertapError):
+    """The answer did not come in time."""
+
+    code = StatusCode.DEADLINE_EXCEEDED
+
+
+class NotFoundError(LayertapError):
+    """Nothing goes by that name."""
+
+    code = StatusCode.NOT_FOUND
+
+
+class AlreadyExistsError(LayertapError):
+    """It is there already."""
+
+    code = StatusCode.ALREADY_EXISTS
+
+
+class PermissionDeniedError(LayertapError):
+    """This caller may not do that."""
+
+    code = StatusCode.PERMISSION_DENIED
+
+
+class ResourceExhaustedError(LayertapError):
+    """The server is full, or a message is over the transport's limit."""
+
+    code = StatusCode.RESOURCE_EXHAUSTED
+
+
+class FailedPreconditionError(LayertapError):
+    """The model lacks what was asked for."""
+
+    code = StatusCode.FAILED_PRECONDITION
+
+
+class AbortedError(LayertapError):
+    """The call was given up halfway."""
+
+    code = StatusCode.ABORTED
+
+
+class OutOfRangeError(LayertapError):
+    """A value does not fit the asked-for wire dtype."""
+
+    code = StatusCode.OUT_OF_RANGE
+
+
+class UnimplementedError(LayertapError):
+    """The server does not know this RPC."""
+
+    code = StatusCode.UNIMPLEMENTED
+
+
+class InternalError(LayertapError):
+    """A fault of the server."""
+
+    code = StatusCode.INTERNAL
+
+
+class UnavailableError(LayertapError):
+    """Nobody answers, or the server is starting or stopping."""
+
+    code = StatusCode.UNAVAILABLE
+
+
+class DataLossError(LayertapError):
+    """An answer is incomplete or contradicts itself."""
+
+    code = StatusCode.DATA_LOSS
+
+
+class UnauthenticatedError(LayertapError):
+    """The credentials are missing or wrong."""
+
+    code = StatusCode.UNAUTHENTICATED
+
+
+_BY_CODE: dict[StatusCode, type[LayertapError]] = {kind.code: kind for kind in LayertapError.__subclasses__()}
+
+
+def from_status(code: int, details: str, *, retry_after_s: float | None = None) -> LayertapError:
+    """Returns the exception for a gRPC status code; a code nobody knows gives `UnknownError`."""
+    try:
+        kind = _BY_CODE[StatusCode(code)]
+    except ValueError:
+        kind = UnknownError
+    return kind(details, retry_after_s=retry_after_s)

@@ -1,0 +1,260 @@
+"""What an `embed_stream` has sent and not yet heard of: the stream's memory, without any I/O.
+
+Pure. Items come in by `offer`, leave by `take` in messages, and their answers come back by `feed`. After a lost
+connection `lost` puts everything unanswered up for sending again, so that each item is answered exactly once. An item
+that was in flight at too many lost connections is answered UNAVAILABLE: it may be what brings the server down.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Final
+
+import numpy as np
+
+from layertap import wire
+from layertap.assembler import build_embedding
+from layertap.errors import (
+    DataLossError,
+    FailedPreconditionError,
+    InvalidArgumentError,
+    LayertapError,
+    UnavailableError,
+    from_status,
+)
+from layertap.inputs import InputItem, to_message
+from layertap.types import FloatArray, StreamResult
+from layertap.v1 import embedding_pb2 as pb
+
+MAX_UNANSWERED_COUNT: Final = 4096
+MAX_UNANSWERED_BYTES: Final = 8 << 20
+"""How far sending may run ahead of the answers."""
+
+MAX_MESSAGE_COUNT: Final = 256
+MAX_MESSAGE_BYTES: Final = 256 << 10
+"""How much one message carries."""
+
+MAX_LOST_COUNT: Final = 3
+"""Lost connections after which an item that was in flight at each of them is given up."""
+
+
+@dataclasses.dataclass(slots=True)
+class _Item:
+    message: pb.Input
+    size: int
+    lost_count: int = 0
+    rows: dict[tuple[int, int], FloatArray] | None = None
+    row_count: int = 0
+
+
+class StreamLedger:
+    """The items of one `embed_stream`, from offered to answered."""
+
+    def __init__(self, options: pb.EmbedOptions, *, ordered: bool) -> None:
+        """Takes what to do with each item, and whether answers leave in the order of the items."""
+        self._options = options
+        self._ordered = ordered
+        self._header: pb.EmbedHeader | None = None
+        self._header_due = True
+        self._offered_count = 0
+        self._unanswered: dict[int, _Item] = {}
+        self._unanswered_bytes = 0
+        self._unsent: dict[int, _Item] = {}
+        self._ready: dict[int, StreamResult] = {}
+        self._next_index = 0
+
+    @property
+    def has_room(self) -> bool:
+        """Whether another item may be offered."""
+        waiting = len(self._unanswered) + len(self._ready)
+        return waiting < MAX_UNANSWERED_COUNT and self._unanswered_bytes < MAX_UNANSWERED_BYTES
+
+    @property
+    def unanswered_count(self) -> int:
+        """Items that were offered and have no answer yet."""
+        return len(self._unanswered)
+
+    @property
+    def has_unsent(self) -> bool:
+        """Whether `take` has something to send."""
+        return bool(self._unsent)
+
+    @property
+    def opening(self) -> pb.EmbedStreamRequest:
+        """The first message of each connection."""
+        order = pb.RESULT_ORDER_AS_SENT if self._ordered else pb.RESULT_ORDER_AS_FINISHED
+        return pb.EmbedStreamRequest(options=pb.StreamOptions(options=self._options, order=order))
+
+    def offer(self, item: InputItem) -> None:
+        """Takes one more item; one that is no input is answered with its error."""
+        index = self._offered_count
+        self._offered_count += 1
+        try:
+            message = to_message(item, index)
+        except InvalidArgumentError as exc:
+            self._ready[index] = StreamResult(index=index, error=exc, _embedding=None)
+            return
+        entry = _Item(message, message.ByteSize())
+        self._unanswered[index] = self._unsent[index] = entry
+        self._unanswered_bytes += entry.size
+
+    def take(self) -> pb.EmbedStreamRequest:
+        """Returns the next message to send."""
+        request = pb.EmbedStreamRequest()
+        size = 0
+        while self._unsent and size < MAX_MESSAGE_BYTES and len(request.inputs.inputs) < MAX_MESSAGE_COUNT:
+            index = next(iter(self._unsent))
+            item = self._unsent.pop(index)
+            request.inputs.inputs.append(pb.StreamInput(id=index, input=item.message))
+            size += item.size
+        return request
+
+    def lost(self, reason: LayertapError) -> None:
+        """Takes note that the connection is gone: what is unanswered is to be sent again."""
+        self._header_due = True
+        for index, item in list(self._unanswered.items()):
+            item.rows = None
+            if index in self._unsent:
+                continue
+            item.lost_count += 1
+            if item.lost_count == MAX_LOST_COUNT:
+                error = UnavailableError(
+                    f"item {index} was in flight at {MAX_LOST_COUNT} lost connections; send it alone to see whether it is "
+                    f"at fault (last: {reason.details})"
+                )
+                self._answer(index, StreamResult(index=index, error=error, _embedding=None))
+        self._unsent = dict(self._unanswered)
+
+    def feed(self, part: pb.EmbedStreamResponse, data: memoryview) -> None:
+        """Takes one message of the answer.
+
+        Raises:
+            DataLossError: It does not fit what was sent.
+            FailedPreconditionError: Another model answers than before.
+        """
+        kind = part.WhichOneof("part")
+        if (kind == "header") != self._header_due:
+            raise DataLossError("the answer does not open with exactly one header; ask again")
+        if kind == "header":
+            self._open(part.header)
+        elif kind == "results":
+            self._results(part.results, data)
+        elif kind == "frame":
+            self._frame(part.frame, data)
+        else:
+            raise DataLossError("the answer has an unknown part; the server is newer than this client")
+
+    def ready(self) -> list[StreamResult]:
+        """Returns the answers that may be handed out, each once."""
+        if not self._ordered:
+            results = list(self._ready.values())
+            self._ready.clear()
+            return results
+        results = []
+        while self._next_index in self._ready:
+            results.append(self._ready.pop(self._next_index))
+            self._next_index += 1
+        return results
+
+    def _open(self, header: pb.EmbedHeader) -> None:
+        if self._header is not None and self._header.fingerprint != header.fingerprint:
+            raise FailedPreconditionError(
+                f"the server now serves another model ({header.model_id}, fingerprint {header.fingerprint[:12]}, before "
+                f"{self._header.fingerprint[:12]}); start the stream anew to mix no vectors"
+            )
+        if len(header.outputs) != len(self._options.outputs):
+            raise DataLossError("the header is not that of this request; ask again")
+        self._header = header
+        self._header_due = False
+
+    def _results(self, results: pb.StreamResults, data: memoryview) -> None:
+        assert self._header is not None
+        header = self._header
+        counts = np.array(results.token_counts, np.int64)
+        if not len(results.ids) == len(counts) == len(results.truncated) == len(results.timings):
+            raise DataLossError("the lists of the answer differ in length; ask again")
+        ends = np.cumsum(counts)
+        arrays: dict[tuple[int, int], FloatArray] = {}
+        for output_index, output in enumerate(header.outputs):
+            row_count = int(counts.sum()) if output.per_token else len(counts)
+            for layer in output.layers:
+                array: FloatArray = np.empty((row_count, output.row_size), wire.array_dtype(header.dtype))
+                size = array.size * wire.item_bytes(header.dtype)
+                wire.read_into(array, data[:size], header.dtype)
+                data = data[size:]
+                arrays[output_index, layer] = array
+        if data:
+            raise DataLossError("the answer has more data than results; ask again")
+        for position, index in enumerate(results.ids):
+            rows = slice(int(ends[position] - counts[position]), int(ends[position]))
+            own = {
+                key: array[rows] if header.outputs[key[0]].per_token else array[position : position + 1]
+                for key, array in arrays.items()
+            }
+            tokens = [results.tokens[position]] if results.tokens else []
+            self._embed(
+                index, own, int(counts[position]), results.truncated[position], results.timings[position], tokens
+            )
+        for failure in results.failures:
+            error = from_status(failure.code, failure.message)
+            self._answer(failure.id, StreamResult(index=failure.id, error=error, _embedding=None))
+
+    def _frame(self, frame: pb.StreamFrame, data: memoryview) -> None:
+        assert self._header is not None
+        item = self._unanswered.get(frame.id)
+        if item is None:
+            raise DataLossError(f"the answer has item {frame.id}, which is not waiting; ask again")
+        if item.rows is None:
+            item.rows, item.row_count = {}, 0
+            for output_index, output in enumerate(self._header.outputs):
+                for layer in output.layers:
+                    shape = frame.token_count if output.per_token else 1, output.row_size
+                    item.rows[output_index, layer] = np.empty(shape, wire.array_dtype(self._header.dtype))
+        rows = item.rows.get((frame.output_index, frame.layer))
+        if rows is None or item.row_count != self._rows_before(item.rows, frame):
+            raise DataLossError(f"the frames of item {frame.id} are out of order; ask again")
+        wire.read_into(rows[frame.first_row : frame.first_row + frame.row_count], data, self._header.dtype)
+        item.row_count += frame.row_count
+        if frame.done:
+            if item.row_count != sum(map(len, item.rows.values())):
+                raise DataLossError(f"the frames of item {frame.id} are incomplete; ask again")
+            tokens = [frame.tokens] if frame.HasField("tokens") else []
+            self._embed(frame.id, item.rows, frame.token_count, frame.truncated, frame.timings, tokens)
+
+    @staticmethod
+    def _rows_before(rows: dict[tuple[int, int], FloatArray], frame: pb.StreamFrame) -> int:
+        """Returns how many rows come before a frame, its frames being in order."""
+        place = frame.output_index, frame.layer
+        return sum(len(array) for key, array in rows.items() if key < place) + frame.first_row
+
+    def _embed(
+        self,
+        index: int,
+        arrays: dict[tuple[int, int], FloatArray],
+        token_count: int,
+        truncated: bool,
+        timings: pb.Timings,
+        tokens: list[pb.TokenizedText],
+    ) -> None:
+        assert self._header is not None
+        item = self._unanswered.get(index)
+        if item is None:
+            raise DataLossError(f"the answer has item {index}, which is not waiting; ask again")
+        embedding = build_embedding(
+            header=self._header,
+            options=self._options,
+            arrays=arrays,
+            messages=[item.message],
+            token_counts=np.array([token_count], np.int64),
+            truncated=np.array([truncated], np.bool_),
+            timings=timings,
+            tokens=tokens,
+        )
+        self._answer(index, StreamResult(index=index, error=None, _embedding=embedding))
+
+    def _answer(self, index: int, result: StreamResult) -> None:
+        item = self._unanswered.pop(index, None)
+        if item is None:
+            raise DataLossError(f"the answer has item {index}, which is not waiting; ask again")
+        self._unanswered_bytes -= item.size
+        self._ready[index] = result

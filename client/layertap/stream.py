@@ -1,0 +1,194 @@
+"""`embed_stream` on the wire: sending and receiving at once, and again after a lost connection.
+
+One asyncio implementation serves both clients; `iterate` lends it to synchronous callers by running it on a loop in a
+thread of its own. What to send and what came back is the ledger's business, not this file's.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import random
+import threading
+import time
+from collections.abc import AsyncGenerator, AsyncIterable, Callable, Iterable, Iterator
+from typing import Any, Final
+
+import grpc
+import grpc.aio
+
+from layertap import source, wire
+from layertap.calls import SERVICE
+from layertap.errors import DeadlineExceededError, LayertapError, UnavailableError
+from layertap.inputs import InputItem
+from layertap.ledger import StreamLedger
+from layertap.types import StreamResult
+from layertap.v1 import embedding_pb2 as pb
+
+Items = Iterable[InputItem] | AsyncIterable[InputItem]
+Groups = AsyncGenerator[list[StreamResult], None]
+
+_BACKOFF_S: Final = 0.05
+_MAX_BACKOFF_S: Final = 2.0
+
+
+class EmbedStream:
+    """One `embed_stream`: reads the items, sends, receives, reconnects."""
+
+    def __init__(
+        self,
+        *,
+        channel: grpc.aio.Channel,
+        translate: Callable[[grpc.RpcError], LayertapError],
+        ledger: StreamLedger,
+        items: Items,
+        item_timeout_s: float,
+        reconnect_timeout_s: float,
+    ) -> None:
+        """Takes what it needs; nothing happens before `results` is iterated."""
+        self._channel = channel
+        self._translate = translate
+        self._ledger = ledger
+        self._items = items
+        self._item_timeout_s = item_timeout_s
+        self._reconnect_timeout_s = reconnect_timeout_s
+        self._source_ended = False
+        self._source_error: BaseException | None = None
+        self._changed = asyncio.Event()
+        self._moved_at = 0.0
+
+    async def results(self) -> Groups:
+        """Yields answers in groups, as they come.
+
+        Raises:
+            DeadlineExceededError: Nothing moved for item_timeout_s.
+            UnavailableError: No server answered for reconnect_timeout_s.
+            Exception: Whatever the items raised, after the answers to all that came before it.
+        """
+        reader = asyncio.create_task(self._read_items())
+        lost_at: float | None = None
+        attempt = 0
+        try:
+            while not self._finished:
+                try:
+                    async with contextlib.aclosing(self._connection()) as groups:
+                        async for group in groups:
+                            lost_at, attempt = None, 0
+                            if group:
+                                yield group
+                except UnavailableError as exc:
+                    now = time.monotonic()
+                    lost_at = now if lost_at is None else lost_at
+                    if now - lost_at >= self._reconnect_timeout_s:
+                        raise
+                    self._ledger.lost(exc)
+                    pause = min(_MAX_BACKOFF_S, _BACKOFF_S * 2**attempt) * random.uniform(0.5, 1.0)
+                    attempt += 1
+                    await asyncio.sleep(min(pause, lost_at + self._reconnect_timeout_s - now))
+            if group := self._ledger.ready():
+                yield group
+            if self._source_error is not None:
+                raise self._source_error
+        finally:
+            reader.cancel()
+            await asyncio.gather(reader, return_exceptions=True)
+
+    @property
+    def _finished(self) -> bool:
+        return self._source_ended and not self._ledger.unanswered_count
+
+    async def _connection(self) -> Groups:
+        """Sends and receives over one call until all is answered or the call breaks."""
+        call = self._channel.stream_stream(SERVICE + "EmbedStream")(wait_for_ready=False)
+        writer = asyncio.create_task(self._write(call))
+        read: asyncio.Task[Any] | None = None
+        self._moved_at = time.monotonic()
+        try:
+            while not self._finished:
+                read = read or asyncio.create_task(call.read())
+                await self._wait(read)
+                if read.done():
+                    raw, read = read.result(), None
+                    if raw is grpc.aio.EOF:
+                        raise UnavailableError("the server ended the stream before all items were answered")
+                    self._ledger.feed(*wire.split(pb.EmbedStreamResponse, raw))
+                    self._moved_at = time.monotonic()
+                    self._changed.set()
+                    yield self._ledger.ready()
+                elif group := self._ledger.ready():
+                    yield group
+            await asyncio.wait_for(writer, self._item_timeout_s)
+            await asyncio.wait_for(read or call.read(), self._item_timeout_s)
+        except grpc.RpcError as exc:
+            raise self._translate(exc) from exc
+        finally:
+            writer.cancel()
+            call.cancel()
+            await asyncio.gather(writer, *([read] if read else []), return_exceptions=True)
+
+    async def _wait(self, read: asyncio.Task[Any]) -> None:
+        """Waits until a message, an item or the end of all items has come."""
+        if not self._ledger.unanswered_count:
+            self._moved_at = time.monotonic()
+        changed = asyncio.create_task(self._change())
+        left = self._moved_at + self._item_timeout_s - time.monotonic()
+        await asyncio.wait({read, changed}, timeout=max(left, 0.0), return_when=asyncio.FIRST_COMPLETED)
+        if not read.done() and not changed.done() and self._ledger.unanswered_count:
+            raise DeadlineExceededError(
+                f"no answer came for {self._item_timeout_s} s while {self._ledger.unanswered_count} items wait; "
+                "raise item_timeout_s if the server needs longer"
+            )
+        changed.cancel()
+
+    async def _write(self, call: Any) -> None:
+        # The reading side gets the status of a broken call and tells it.
+        with contextlib.suppress(grpc.RpcError, asyncio.InvalidStateError):
+            await call.write(self._ledger.opening.SerializeToString())
+            while not self._finished:
+                while self._ledger.has_unsent:
+                    await call.write(self._ledger.take().SerializeToString())
+                if not self._finished:
+                    await self._change()
+            await call.done_writing()
+
+    async def _change(self) -> None:
+        self._changed.clear()
+        await self._changed.wait()
+
+    async def _read_items(self) -> None:
+        try:
+            async with contextlib.aclosing(source.groups(self._items)) as groups:
+                async for group in groups:
+                    for item in group:
+                        while not self._ledger.has_room:
+                            await self._change()
+                        self._ledger.offer(item)
+                        self._changed.set()
+        except Exception as exc:  # The caller's own; it reaches the caller as itself.
+            self._source_error = exc
+        finally:
+            self._source_ended = True
+            self._changed.set()
+
+
+def iterate(start: Callable[[], Groups]) -> Iterator[list[StreamResult]]:
+    """Runs an async generator on a loop in a thread of its own; leaving the iteration ends both."""
+    loop = asyncio.new_event_loop()
+    thread = threading.Thread(target=loop.run_forever, name="layertap-stream", daemon=True)
+    thread.start()
+
+    async def make() -> Groups:
+        return start()
+
+    groups = asyncio.run_coroutine_threadsafe(make(), loop).result()
+    try:
+        while True:
+            try:
+                yield asyncio.run_coroutine_threadsafe(anext(groups), loop).result()  # type: ignore[arg-type]
+            except StopAsyncIteration:
+                return
+    finally:
+        asyncio.run_coroutine_threadsafe(groups.aclose(), loop).result()  # type: ignore[arg-type]
+        loop.call_soon_threadsafe(loop.stop)
+        thread.join()
+        loop.close()

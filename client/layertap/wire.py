@@ -1,0 +1,165 @@
+"""How numbers lie on the wire: dtypes, tensors, and messages that end with their payload.
+
+Pure: bytes and arrays in, bytes and arrays out; both ends use it. Protobuf copies a `bytes` field when
+it is set, when it is serialized and when it is read. The streamed messages therefore keep their payload in
+field 15, the highest one: `join` writes it behind the serialized rest, which is the same message on the
+wire, and `split` views it in place. Any protobuf library reads and writes these messages.
+"""
+
+from __future__ import annotations
+
+from typing import TypeVar
+
+import numpy as np
+import numpy.typing as npt
+from google.protobuf.message import Message
+
+from layertap.errors import DataLossError
+from layertap.types import FloatArray
+from layertap.v1 import embedding_pb2 as pb
+
+MessageT = TypeVar("MessageT", bound=Message)
+Buffer = bytes | memoryview
+
+DTYPES: dict[str, pb.Dtype] = {
+    "float32": pb.DTYPE_FLOAT32,
+    "float16": pb.DTYPE_FLOAT16,
+    "bfloat16": pb.DTYPE_BFLOAT16,
+}
+"""Wire dtypes by the names users give them."""
+
+DTYPE_NAMES: dict[pb.Dtype, str] = {number: name for name, number in DTYPES.items()}
+
+ITEM_BYTES: dict[str, int] = {"float32": 4, "float16": 2, "bfloat16": 2}
+
+POOLING_STRATEGIES: dict[str, pb.PoolingStrategy] = {
+    "mean": pb.POOLING_STRATEGY_MEAN,
+    "cls": pb.POOLING_STRATEGY_CLS,
+    "max": pb.POOLING_STRATEGY_MAX,
+    "last": pb.POOLING_STRATEGY_LAST,
+    "mean_sqrt_len": pb.POOLING_STRATEGY_MEAN_SQRT_LEN,
+    "mean_max": pb.POOLING_STRATEGY_MEAN_MAX,
+}
+"""Pooling strategies by the names users give them."""
+
+TRUNCATIONS: dict[str, pb.Truncation] = {
+    "error": pb.TRUNCATION_ERROR,
+    "right": pb.TRUNCATION_RIGHT,
+    "left": pb.TRUNCATION_LEFT,
+}
+"""Truncations by the names users give them."""
+
+_DATA_TAG = 15 << 3 | 2
+"""Field 15, length-delimited: one byte."""
+
+
+def array_dtype(dtype: pb.Dtype) -> npt.DTypeLike:
+    """Returns what a wire dtype becomes in numpy; bfloat16, which numpy lacks, becomes float32."""
+    if dtype not in DTYPE_NAMES:
+        raise DataLossError(f"the answer has the unknown dtype {dtype}; the server is newer than this client")
+    return np.float16 if dtype == pb.DTYPE_FLOAT16 else np.float32
+
+
+def item_bytes(dtype: pb.Dtype) -> int:
+    """Returns the bytes one value of a wire dtype takes."""
+    return 4 if dtype == pb.DTYPE_FLOAT32 else 2
+
+
+def read_into(target: FloatArray, data: Buffer, dtype: pb.Dtype) -> None:
+    """Copies wire bytes into an array, once, widening bfloat16 exactly.
+
+    Args:
+        target: C-contiguous, of `array_dtype(dtype)`.
+        data: As many values as target has.
+        dtype: The number format of data.
+
+    Raises:
+        DataLossError: data has another size than target needs.
+    """
+    if len(data) != target.size * item_bytes(dtype):
+        raise DataLossError(
+            f"the answer has {len(data)} bytes where {target.size * item_bytes(dtype)} belong; ask again"
+        )
+    if dtype == pb.DTYPE_BFLOAT16:
+        halves = np.frombuffer(data, "<u2").reshape(target.shape)
+        np.left_shift(halves, 16, out=target.view(np.uint32), dtype=np.uint32)
+    else:
+        target[...] = np.frombuffer(data, np.dtype(array_dtype(dtype)).newbyteorder("<")).reshape(target.shape)
+
+
+def tensor_to_array(tensor: pb.Tensor) -> FloatArray:
+    """Returns a tensor as a new array of its shape."""
+    shape = tuple(tensor.shape)
+    array: FloatArray = np.empty(shape, array_dtype(tensor.dtype))
+    read_into(array, tensor.data, tensor.dtype)
+    return array
+
+
+def join(message: Message, data: Buffer) -> bytes:
+    """Serializes a message whose field 15 is the payload, copying the payload once."""
+    if not len(data):
+        return message.SerializeToString()
+    return b"".join((message.SerializeToString(), bytes((_DATA_TAG,)), _varint(len(data)), data))
+
+
+def split(kind: type[MessageT], raw: bytes) -> tuple[MessageT, memoryview]:
+    """Parses a message whose field 15 is the payload, and views the payload in place.
+
+    Returns:
+        The message without its payload, and the payload; empty where there is none.
+
+    Raises:
+        DataLossError: raw is no such message.
+    """
+    view = memoryview(raw)
+    message, payload = kind(), view[:0]
+    start = position = 0
+    try:
+        while position < len(raw):
+            tag_at = position
+            tag, position = _read_varint(raw, position)
+            end = _skip(raw, tag & 7, position)
+            if tag == _DATA_TAG:
+                size, body = _read_varint(raw, position)
+                payload = view[body : body + size]
+                message.MergeFromString(bytes(view[start:tag_at]))
+                start = end
+            position = end
+        if position != len(raw):
+            raise ValueError("the last field is cut")
+        message.MergeFromString(bytes(view[start:]) if start else raw)
+    except Exception as exc:
+        raise DataLossError(f"the answer is no {kind.DESCRIPTOR.name}; is this a layertap server?") from exc
+    return message, payload
+
+
+def _varint(number: int) -> bytes:
+    parts = bytearray()
+    while number > 0x7F:
+        parts.append(number & 0x7F | 0x80)
+        number >>= 7
+    parts.append(number)
+    return bytes(parts)
+
+
+def _read_varint(raw: bytes, position: int) -> tuple[int, int]:
+    number = shift = 0
+    while True:
+        byte = raw[position]
+        position += 1
+        number |= (byte & 0x7F) << shift
+        if byte < 0x80:
+            return number, position
+        shift += 7
+
+
+def _skip(raw: bytes, wire_type: int, position: int) -> int:
+    """Returns where the field whose tag ended at position ends."""
+    if wire_type == 0:
+        return _read_varint(raw, position)[1]
+    if wire_type == 2:
+        size, position = _read_varint(raw, position)
+        return position + size
+    if wire_type in (1, 5):
+        return position + (8 if wire_type == 1 else 4)
+    raise ValueError(f"wire type {wire_type}")

@@ -1,0 +1,1 @@
+"""The layertap server: a BERT that hands out every layer over gRPC."""

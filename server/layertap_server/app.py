@@ -1,0 +1,276 @@
+"""The only wiring: find the model → load → warm → serve → drain. Who needs what is decided here and nowhere else."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Final, TypeVar
+
+import grpc
+import grpc.aio
+import numpy as np
+
+import layertap
+from layertap import wire
+from layertap.v1 import embedding_pb2 as pb
+from layertap_server import checkpoint, delivery, encoder
+from layertap_server.batcher import Batcher, CallFailed, Event, RunDone
+from layertap_server.config import Config, ConfigError
+from layertap_server.intake import Intake, Limits, Model
+from layertap_server.service import SERVICE_NAME, Bounds, EmbeddingService
+from layertap_server.tokenizer import Tokenizer
+from layertap_server.work import Output, OutputKind, Plan, Rows, Run, Text
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+_MAX_CPU_LANES: Final = 4
+_WARM_TIMEOUT_S: Final = 300.0
+
+
+class App:
+    """One server: a model on its devices, a queue, and a port."""
+
+    def __init__(self, config: Config) -> None:
+        """Loads and warms the model.
+
+        Raises:
+            CheckpointError: The model cannot be served.
+            ConfigError: A knob does not suit the model or the machine.
+        """
+        self._config = config
+        found = _timed(
+            "found the model",
+            lambda: checkpoint.find(
+                model_id=config.model_id,
+                revision=config.revision,
+                name=config.model_name,
+                load_format=config.load_format,
+                seed=config.seed,
+            ),
+        )
+        self._tokenizer = _timed("loaded the tokenizer", lambda: Tokenizer(found.tokenizer_folder))
+        devices = encoder.devices(config.device)
+        if config.dtype == "float16" and devices == ["cpu"]:
+            raise ConfigError("--dtype is float16, which needs cuda; use float32 or bfloat16 on the CPU")
+        encoders = _timed(
+            f"loaded the weights on {', '.join(devices)}",
+            lambda: [encoder.Encoder(found, device=device, dtype=config.dtype) for device in devices],
+        )
+        fingerprint = _timed(
+            "took the fingerprint",
+            lambda: found.fingerprint(tokenizer=self._tokenizer.description, dtype=config.dtype),
+        )
+        self._model = _model(found.settings, encoders[0].has_pooler, self._tokenizer.special_token_ids)
+        config.check_output_bytes((self._model.layer_count + 1) * self._model.max_length * self._model.hidden_size * 4)
+        self._batcher = Batcher(
+            _lanes(encoders, devices, config),
+            max_batch_tokens=config.max_batch_tokens,
+            max_batch_bytes=config.max_batch_bytes,
+            min_share_tokens=config.min_share_tokens,
+            max_queue_texts=config.max_queue_text_count,
+            max_queue_tokens=config.max_queue_token_count,
+            max_output_bytes=config.max_output_bytes,
+            max_call_output_bytes=config.max_call_output_bytes,
+        )
+        identity = delivery.Identity(
+            model_id=found.name,
+            fingerprint=fingerprint,
+            layer_count=self._model.layer_count,
+            pad_token_id=self._tokenizer.pad_token_id,
+        )
+        self._service = EmbeddingService(
+            intake=Intake(
+                model=self._model,
+                limits=Limits(text_count=config.max_text_count, character_count=config.max_character_count),
+            ),
+            tokenizer=self._tokenizer,
+            batcher=self._batcher,
+            identity=identity,
+            info=_info(config, self._model, identity, devices, found.settings),
+            bounds=Bounds(
+                max_response_bytes=config.max_response_bytes,
+                max_frame_bytes=config.max_frame_bytes,
+                max_call_count=config.max_concurrent_call_count,
+                lookahead_tokens=config.max_batch_tokens * (self._batcher.lane_count + 1),
+                stall_timeout_s=config.stall_timeout_s,
+            ),
+        )
+        _timed("warmed the engine", self._warm)
+
+    async def serve(self, *, standard_services: bool = True, ready: Callable[[str], None] = print) -> None:
+        """Serves until SIGTERM or SIGINT, then finishes the running calls.
+
+        Args:
+            standard_services: Whether health and reflection are served too.
+            ready: Is told the address once the server answers.
+
+        Raises:
+            ConfigError: The address cannot be listened on.
+        """
+        config = self._config
+        server = grpc.aio.server(options=_server_options(config))
+        server.add_generic_rpc_handlers((self._service.handler(),))
+        set_serving = _add_standard_services(server) if standard_services else None
+        try:
+            port = server.add_insecure_port(f"{config.host}:{config.port}")
+        except RuntimeError as exc:
+            raise ConfigError(f"cannot listen on {config.host}:{config.port}; is the port taken? try --port 0") from exc
+        await server.start()
+        if set_serving:
+            await set_serving(True)
+        ready(f"{config.host}:{port}")
+        stopped = asyncio.Event()
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, stopped.set)
+        await stopped.wait()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.remove_signal_handler(number)  # A second signal ends the process at once.
+        log.info("stopping: running calls have %.0f s to finish", config.grace_s)
+        if set_serving:
+            await set_serving(False)
+        await server.stop(config.grace_s)
+        await asyncio.to_thread(self._batcher.stop)
+        log.info("stopped")
+
+    def _warm(self) -> None:
+        """Runs every lane once, so that the first caller does not pay for what the libraries set up."""
+        import threading
+
+        done = threading.Event()
+        failed: list[Exception] = []
+        size = self._model.max_length
+        texts = [Text(np.zeros(size, np.int32)) for _ in range(self._batcher.lane_count)]
+        left = len(texts)
+
+        def deliver(event: Event) -> None:
+            nonlocal left
+            if isinstance(event, CallFailed):
+                failed.append(event.error)
+                done.set()
+            elif isinstance(event, RunDone):
+                left -= len(event.texts)
+                if not left:
+                    done.set()
+
+        last = self._model.layer_count
+        output = Output(kind=OutputKind.HIDDEN_STATES, layers=(0, last), row_size=self._model.hidden_size)
+        plan = Plan(outputs=(output,), dtype="float32")
+        call = self._batcher.open(plan, client="warm-up", deliver=deliver)
+        call.add(texts)
+        finished = done.wait(_WARM_TIMEOUT_S)
+        call.close()
+        if failed or not finished:
+            raise ConfigError(f"the engine did not run on {self._config.device}; the log has the reason") from (
+                failed[0] if failed else None
+            )
+
+
+def _model(settings: object, has_pooler: bool, special_token_ids: tuple[int, ...]) -> Model:
+    assert isinstance(settings, dict)
+    return Model(
+        layer_count=settings["num_hidden_layers"],
+        hidden_size=settings["hidden_size"],
+        vocab_size=settings["vocab_size"],
+        type_vocab_size=settings.get("type_vocab_size", 2),
+        max_length=settings["max_position_embeddings"],
+        has_pooler_output=has_pooler,
+        special_token_ids=special_token_ids,
+    )
+
+
+def _info(
+    config: Config, model: Model, identity: delivery.Identity, devices: Sequence[str], settings: object
+) -> pb.GetModelInfoResponse:
+    assert isinstance(settings, dict)
+    return pb.GetModelInfoResponse(
+        model_id=identity.model_id,
+        fingerprint=identity.fingerprint,
+        model_type=settings["model_type"],
+        layer_count=model.layer_count,
+        hidden_size=model.hidden_size,
+        attention_head_count=settings["num_attention_heads"],
+        vocab_size=model.vocab_size,
+        type_vocab_size=model.type_vocab_size,
+        max_length=model.max_length,
+        has_pooler_output=model.has_pooler_output,
+        compute_dtype=wire.DTYPES[config.dtype],
+        devices=devices,
+        special_token_ids=model.special_token_ids,
+        pad_token_id=identity.pad_token_id,
+        limits=pb.Limits(
+            max_text_count=config.max_text_count,
+            max_character_count=config.max_character_count,
+            max_request_bytes=config.max_request_bytes,
+            max_response_bytes=config.max_response_bytes,
+            max_frame_bytes=config.max_frame_bytes,
+            max_queue_text_count=config.max_queue_text_count,
+            max_queue_token_count=config.max_queue_token_count,
+            max_output_bytes=config.max_output_bytes,
+            max_concurrent_call_count=config.max_concurrent_call_count,
+        ),
+        server_version=layertap.__version__,
+    )
+
+
+def _lanes(
+    encoders: Sequence[encoder.Encoder], devices: Sequence[str], config: Config
+) -> list[Callable[[Sequence[Run]], Iterator[Rows]]]:
+    """Returns what each lane runs: one for each cuda device, or several on the CPU, which share the weights."""
+    if devices != ["cpu"]:
+        return [one.encode for one in encoders]
+    cores = len(os.sched_getaffinity(0))
+    lane_count = config.lanes or min(cores, _MAX_CPU_LANES)
+    thread_count = config.lane_threads or max(1, cores // lane_count)
+    log.info("%d lanes with %d threads each", lane_count, thread_count)
+
+    def encode(batch: Sequence[Run]) -> Iterator[Rows]:
+        encoders[0].use_threads(thread_count)
+        return encoders[0].encode(batch)
+
+    return [encode] * lane_count
+
+
+def _server_options(config: Config) -> list[tuple[str, int]]:
+    return [
+        ("grpc.max_receive_message_length", config.max_request_bytes),
+        ("grpc.max_send_message_length", -1),
+        # Two servers on one port would share its callers in silence.
+        ("grpc.so_reuseport", 0),
+        ("grpc.keepalive_time_ms", 30_000),
+        ("grpc.keepalive_timeout_ms", 10_000),
+        ("grpc.http2.ping_timeout_ms", 10_000),
+        # Clients may ping as often as ours does, and a little more.
+        ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
+        ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),
+    ]
+
+
+def _add_standard_services(server: grpc.aio.Server) -> Callable[[bool], object]:
+    """Adds health and reflection; returns what sets the health."""
+    from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+    from grpc_reflection.v1alpha import reflection
+
+    servicer = health.aio.HealthServicer()
+    health_pb2_grpc.add_HealthServicer_to_server(servicer, server)
+    reflection.enable_server_reflection((SERVICE_NAME, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
+
+    async def set_serving(serving: bool) -> None:
+        status = health_pb2.HealthCheckResponse.SERVING if serving else health_pb2.HealthCheckResponse.NOT_SERVING
+        for name in ("", SERVICE_NAME):
+            await servicer.set(name, status)
+
+    return set_serving
+
+
+def _timed(what: str, work: Callable[[], T]) -> T:
+    started = time.monotonic()
+    result = work()
+    log.info("%s in %.2f s", what, time.monotonic() - started)
+    return result

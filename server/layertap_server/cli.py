@@ -1,0 +1,92 @@
+"""`layertap-server`: flags made from the fields of `Config`, logging, and one line for whatever goes wrong at start."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import dataclasses
+import logging
+import os
+import sys
+from collections.abc import Mapping, Sequence
+
+from layertap_server.config import Config, ConfigError, flag, variable
+
+_EXTRA_MISSING = "layertap-server needs the server's packages: pip install 'layertap[server]' (missing: {name})"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the server; returns its exit code."""
+    try:
+        config = parse(sys.argv[1:] if argv is None else argv, os.environ)
+    except ConfigError as exc:
+        return _fail(str(exc))
+    logging.basicConfig(
+        level=config.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr
+    )
+    try:
+        from layertap_server import app
+        from layertap_server.checkpoint import CheckpointError
+    except ModuleNotFoundError as exc:
+        return _fail(_EXTRA_MISSING.format(name=exc.name))
+    try:
+        server = app.App(config)
+        asyncio.run(server.serve(ready=_announce))
+    except (ConfigError, CheckpointError) as exc:
+        return _fail(str(exc))
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+def parse(argv: Sequence[str], environment: Mapping[str, str]) -> Config:
+    """Returns the settings: flags first, then LAYERTAP_… variables, then defaults.
+
+    Raises:
+        ConfigError: A value cannot be what it is.
+    """
+    settings: dict[str, object] = {}
+    for field in dataclasses.fields(Config):
+        if variable(field.name) in environment:
+            try:
+                settings[field.name] = type(field.default)(environment[variable(field.name)])
+            except ValueError as exc:
+                kind = type(field.default).__name__
+                raise ConfigError(f"{variable(field.name)} is not of type {kind}; correct or unset it") from exc
+    settings |= vars(_parser().parse_args(argv))
+    return Config(**settings)  # type: ignore[arg-type]
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="layertap-server",
+        description="Serves tokens and every layer of a BERT over gRPC.",
+        epilog="Each flag is also an environment variable: --max-batch-tokens is LAYERTAP_MAX_BATCH_TOKENS.",
+        argument_default=argparse.SUPPRESS,
+    )
+    for field in dataclasses.fields(Config):
+        kind = type(field.default)
+        unit = field.metadata["unit"]
+        default = "empty" if field.default == "" else field.default
+        about = f"{field.metadata['reason']} [{kind.__name__}{', ' + unit if unit else ''}; default: {default}]"
+        parser.add_argument(
+            flag(field.name),
+            type=kind,
+            choices=field.metadata["choices"] or None,
+            metavar=None if field.metadata["choices"] else kind.__name__.upper(),
+            help=about.replace("%", "%%"),
+        )
+    return parser
+
+
+def _announce(address: str) -> None:
+    print(f"layertap-server listens on {address}", flush=True)
+
+
+def _fail(message: str) -> int:
+    print(f"layertap-server: {message}", file=sys.stderr)
+    return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

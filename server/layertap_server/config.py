@@ -1,0 +1,136 @@
+"""Every knob of the server: one field each, with its type, default, unit, reason and bounds.
+
+The command line, its help and the environment variables are made from this class; see `cli`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+
+class ConfigError(Exception):
+    """A knob is set to what it cannot be; the message is one line that names its flag."""
+
+
+def _knob(
+    default: Any, reason: str, *, unit: str = "", choices: tuple[str, ...] = (), least: float | None = None
+) -> Any:
+    metadata = {"reason": reason, "unit": unit, "choices": choices, "least": least}
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Config:
+    """The settings of one server."""
+
+    model_id: str = _knob(
+        "", "A folder with a BERT checkpoint, or a hub name such as bert-base-uncased. Empty: the embedded model."
+    )
+    revision: str = _knob("", "The branch, tag or commit of a hub model. Empty: its default.")
+    model_name: str = _knob("", "What clients see as model_id. Empty: the hub name, or the folder's last part.")
+    load_format: str = _knob(
+        "safetensors",
+        "dummy makes seeded random weights from config.json alone, to measure a shape without its weights.",
+        choices=("safetensors", "dummy"),
+    )
+    seed: int = _knob(0, "The seed of dummy weights.")
+    device: str = _knob("auto", "auto (cuda if it is there), cpu, cuda (all of them), or a list such as cuda:0,cuda:1.")
+    dtype: str = _knob(
+        "float32",
+        "What matrices are multiplied in; the residual stream stays float32. float16 needs cuda.",
+        choices=("float32", "bfloat16", "float16"),
+    )
+    lanes: int = _knob(0, "Engine threads on the CPU. 0: one for each core; cuda has one for each device.", least=0)
+    lane_threads: int = _knob(0, "CPU threads each lane computes with. 0: the cores, shared out.", least=0)
+    host: str = _knob("127.0.0.1", "The address to listen on. The connection is not encrypted: keep to loopback.")
+    port: int = _knob(50051, "The port to listen on. 0: any free one, which is printed.", least=0)
+    max_text_count: int = _knob(1000, "Texts in one request; embed_stream has no such limit.", unit="texts", least=1)
+    max_character_count: int = _knob(
+        100_000,
+        "Unicode code points in one text, so that no single one holds up the tokenizer.",
+        unit="characters",
+        least=1,
+    )
+    max_request_bytes: int = _knob(
+        64 << 20, "One request message; above it gRPC itself refuses.", unit="bytes", least=1 << 16
+    )
+    max_response_bytes: int = _knob(
+        (4 << 20) - (64 << 10),
+        "One unary answer; clients of every language take 4 MiB unless told otherwise.",
+        unit="bytes",
+        least=1 << 16,
+    )
+    max_frame_bytes: int = _knob(1 << 20, "One streamed message.", unit="bytes", least=1 << 14)
+    max_batch_tokens: int = _knob(
+        2048, "Tokens in one batch: from about 1000 on, larger batches are no faster on a CPU.", unit="tokens", least=1
+    )
+    max_batch_bytes: int = _knob(
+        32 << 20,
+        "Output bytes of one batch; a call may hold one batch more than there are lanes.",
+        unit="bytes",
+        least=1,
+    )
+    min_share_tokens: int = _knob(
+        256, "What a lane takes at least while other lanes idle: less is not worth splitting.", unit="tokens", least=1
+    )
+    max_queue_text_count: int = _knob(
+        8192, "Texts that may wait; above it callers are refused at once.", unit="texts", least=1
+    )
+    max_queue_token_count: int = _knob(1 << 20, "Tokens that may wait, likewise.", unit="tokens", least=1)
+    max_output_bytes: int = _knob(512 << 20, "Computed but unsent tensors, all calls together.", unit="bytes", least=1)
+    max_call_output_bytes: int = _knob(128 << 20, "Computed but unsent tensors of one call.", unit="bytes", least=1)
+    max_concurrent_call_count: int = _knob(256, "Calls under way at once.", unit="calls", least=1)
+    grace_s: float = _knob(30.0, "How long running calls may take to finish after SIGTERM.", unit="seconds", least=0)
+    stall_timeout_s: float = _knob(
+        60.0, "How long a caller may leave its answer unread before it is dropped.", unit="seconds", least=0.1
+    )
+    log_level: str = _knob("info", "What is logged.", choices=("debug", "info", "warning", "error"))
+
+    def __post_init__(self) -> None:
+        """Checks every knob.
+
+        Raises:
+            ConfigError: One is out of its bounds, or two contradict each other.
+        """
+        for field in dataclasses.fields(self):
+            value, choices, least = getattr(self, field.name), field.metadata["choices"], field.metadata["least"]
+            if choices and value not in choices:
+                raise ConfigError(f"{flag(field.name)} is {value!r}; choose one of {', '.join(choices)}")
+            if least is not None and value < least:
+                raise ConfigError(f"{flag(field.name)} is {value}; the least is {least}")
+        if self.port > 65535:
+            raise ConfigError(f"--port is {self.port}; the most is 65535")
+        if self.max_queue_text_count < self.max_text_count:
+            raise ConfigError(
+                f"--max-queue-text-count is {self.max_queue_text_count}, below --max-text-count {self.max_text_count}: a full "
+                "request would never be admitted; raise the one or lower the other"
+            )
+        if self.max_call_output_bytes > self.max_output_bytes:
+            raise ConfigError(
+                f"--max-call-output-bytes is {self.max_call_output_bytes}, above --max-output-bytes {self.max_output_bytes}; "
+                "lower the one or raise the other"
+            )
+
+    def check_output_bytes(self, longest_text_bytes: int) -> None:
+        """Checks that one longest text with all layers fits the memory for outputs.
+
+        Raises:
+            ConfigError: It does not, so that its caller would wait for ever.
+        """
+        for name in ("max_output_bytes", "max_call_output_bytes"):
+            if getattr(self, name) < longest_text_bytes:
+                raise ConfigError(
+                    f"{flag(name)} is {getattr(self, name)}, but one longest text with all layers takes {longest_text_bytes}; "
+                    "raise it"
+                )
+
+
+def flag(name: str) -> str:
+    """Returns the command line flag of a knob."""
+    return "--" + name.replace("_", "-")
+
+
+def variable(name: str) -> str:
+    """Returns the environment variable of a knob."""
+    return "LAYERTAP_" + name.upper()

@@ -1,0 +1,121 @@
+"""The encoder: weights on a device, batches in, layers out. The only room with torch in it.
+
+`bert` is the model, over rows that `layout` packs and sorts; `attention` and `linear` are its fast parts; `pooling` makes
+vectors of rows; `handover` brings numbers to the host. `Encoder` runs one batch through all of them.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+
+import safetensors.torch
+import torch
+
+from layertap_server.checkpoint import Checkpoint, CheckpointError
+from layertap_server.encoder.bert import Bert, Weights, dummy_weights
+from layertap_server.encoder.handover import Handover
+from layertap_server.encoder.layout import Layout
+from layertap_server.encoder.pooling import pool_rows
+from layertap_server.work import OutputKind, Rows, Run
+
+log = logging.getLogger(__name__)
+
+Allocate = Callable[[int], memoryview]
+"""Returns a writable host buffer of so many bytes."""
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+class Encoder:
+    """One model on one device."""
+
+    def __init__(self, checkpoint: Checkpoint, *, device: str, dtype: str, allocate: Allocate | None = None) -> None:
+        """Loads the weights.
+
+        Args:
+            checkpoint: What to load.
+            device: "cpu" or "cuda:N".
+            dtype: What matrices are multiplied in: "float32", "bfloat16", or on cuda "float16".
+            allocate: Where the host buffers of answers come from; None: this module's own.
+
+        Raises:
+            CheckpointError: The weights do not fit the configuration.
+        """
+        self.device = torch.device(device)
+        self._allocate = allocate
+        weights = (
+            dummy_weights(checkpoint.settings, checkpoint.seed) if not checkpoint.weight_files else _load(checkpoint)
+        )
+        with torch.inference_mode():
+            self._bert = Bert(checkpoint.settings, weights, device=self.device, dtype=DTYPES[dtype])
+
+    @property
+    def has_pooler(self) -> bool:
+        """Whether the model has pooler weights."""
+        return self._bert.has_pooler
+
+    @torch.inference_mode()
+    def encode(self, batch: Sequence[Run]) -> Iterator[Rows]:
+        """Runs one batch and yields its outputs layer by layer, as each is done.
+
+        Stops at the highest layer that anyone needs; texts leave the batch at the highest layer that their own call needs.
+        """
+        layout = Layout(batch)
+        handover = Handover(self.device, self._allocate)
+        for layer, rows in enumerate(self._bert.layers(layout)):
+            for run_index, run in enumerate(batch):
+                for output_index, output in enumerate(run.plan.outputs):
+                    if layer not in output.layers:
+                        continue
+                    if output.kind is OutputKind.HIDDEN_STATES:
+                        taken, counts = layout.rows(run_index), layout.token_counts(run_index)
+                        handover.take(rows, taken, counts, run, run_index, output_index, layer)
+                        continue
+                    if output.kind is OutputKind.POOLER_OUTPUT:
+                        first = torch.from_numpy(layout.first_rows(run_index)).to(self.device)
+                        vectors = self._bert.pooler(rows.index_select(0, first))
+                    else:
+                        assert output.pool is not None
+                        vectors = pool_rows(rows, layout.bags(run_index, output.pool), output.pool, output.row_size)
+                    handover.take(vectors, None, None, run, run_index, output_index, layer)
+            yield from handover.done()
+        yield from handover.rest()
+
+    @staticmethod
+    def use_threads(count: int) -> None:
+        """Sets how many threads the calling thread computes with on the CPU."""
+        torch.set_num_threads(count)
+
+
+def devices(wanted: str) -> list[str]:
+    """Returns the devices to use, "cpu" or "cuda:N", each once.
+
+    Args:
+        wanted: "auto" (cuda if it is there), "cpu", "cuda" (all of them), or a list such as "cuda:0,cuda:1".
+
+    Raises:
+        CheckpointError: A device is not there.
+    """
+    available = [f"cuda:{n}" for n in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
+    if wanted == "auto":
+        return available[:1] or ["cpu"]
+    if wanted == "cpu":
+        return ["cpu"]
+    chosen = available if wanted == "cuda" else list(dict.fromkeys(wanted.split(",")))
+    missing = [name for name in chosen if name not in available]
+    if missing or not chosen:
+        raise CheckpointError(
+            f"--device {wanted} is not to be had: torch sees {', '.join(available) or 'no cuda device'}; use --device cpu"
+        )
+    return chosen
+
+
+def _load(checkpoint: Checkpoint) -> Weights:
+    weights: Weights = {}
+    try:
+        for path in checkpoint.weight_files:
+            weights |= safetensors.torch.load_file(path)
+    except (OSError, safetensors.SafetensorError) as exc:
+        raise CheckpointError(f"{path.name} cannot be read as safetensors; fetch the model again") from exc
+    return weights

@@ -1,0 +1,149 @@
+"""Numbers of the device into host buffers, in the answer's dtype, while later layers compute.
+
+On the CPU a layer is copied once, straight into its buffer. On cuda it is copied into pinned memory on a stream of its
+own; events tell when it has arrived, and nothing ever waits for the whole device. Rows that hold NaN, infinity, or a value
+too large for the answer's dtype are found here, by the largest magnitude of each.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import deque
+from collections.abc import Callable, Iterator
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from layertap.errors import InternalError, LayertapError, OutOfRangeError
+from layertap_server.work import Rows, Run
+
+_DTYPES: Final = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+_LIMITS: Final = {"float32": float("inf"), "float16": 65520.0, "bfloat16": 3.3953138e38}
+"""From here on a float32 becomes infinite when it is narrowed."""
+
+
+@dataclasses.dataclass(slots=True)
+class _Pending:
+    run: Run
+    run_index: int
+    output_index: int
+    layer: int
+    counts: npt.NDArray[np.int64] | None
+    data: memoryview
+    peaks: torch.Tensor
+    arrived: Any
+
+
+class Handover:
+    """What one batch has computed and not yet handed over."""
+
+    def __init__(self, device: torch.device, allocate: Callable[[int], memoryview] | None) -> None:
+        self._pinned = device.type == "cuda"
+        self._allocate = allocate or (_pinned if self._pinned else _plain)
+        self._stream = torch.cuda.Stream(device) if self._pinned else None
+        self._pending: deque[_Pending] = deque()
+        self._peaks: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    def take(
+        self,
+        values: torch.Tensor,
+        taken: npt.NDArray[np.int64] | None,
+        counts: npt.NDArray[np.int64] | None,
+        run: Run,
+        run_index: int,
+        output_index: int,
+        layer: int,
+    ) -> None:
+        """Starts to bring values to the host.
+
+        Args:
+            values: Shape: [row_count, row_size], float32.
+            taken: The rows to bring, in order; None: all.
+            counts: Rows of each text, where they are not one each. Shape: [text_count].
+            run: Whose they are.
+            run_index: Which run of the batch that is.
+            output_index: Which output of its plan.
+            layer: The layer they come from.
+        """
+        dtype = _DTYPES[run.plan.dtype]
+        peaks = self._row_peaks(values)
+        row_count = len(values) if taken is None else len(taken)
+        data = self._allocate(row_count * values.shape[1] * dtype.itemsize)
+        host = torch.frombuffer(data, dtype=dtype).view(row_count, values.shape[1])
+        whole = taken is None or (row_count == len(values) and bool((taken == np.arange(row_count)).all()))
+        index = None if whole else torch.from_numpy(taken).to(values.device, non_blocking=True)
+        if index is not None:
+            peaks = peaks.index_select(0, index)
+        arrived = None
+        if self._stream is None:
+            if index is not None and dtype is torch.float32:
+                torch.index_select(values, 0, index, out=host)
+            else:
+                host.copy_(values if index is None else values.index_select(0, index))
+        else:
+            chosen = (values if index is None else values.index_select(0, index)).to(dtype)
+            self._stream.wait_stream(torch.cuda.current_stream(values.device))
+            with torch.cuda.stream(self._stream):
+                host.copy_(chosen, non_blocking=True)
+                host_peaks = torch.empty(peaks.shape, dtype=peaks.dtype, pin_memory=True)
+                host_peaks.copy_(peaks, non_blocking=True)
+                chosen.record_stream(self._stream)
+                peaks.record_stream(self._stream)
+                arrived, peaks = torch.cuda.Event(), host_peaks
+                arrived.record(self._stream)
+        self._pending.append(_Pending(run, run_index, output_index, layer, counts, data, peaks, arrived))
+
+    def done(self) -> Iterator[Rows]:
+        """Yields what has arrived, without waiting."""
+        while self._pending and (self._pending[0].arrived is None or self._pending[0].arrived.query()):
+            yield _rows(self._pending.popleft())
+
+    def rest(self) -> Iterator[Rows]:
+        """Yields all that is left, waiting for each."""
+        while self._pending:
+            if self._pending[0].arrived is not None:
+                self._pending[0].arrived.synchronize()
+            yield _rows(self._pending.popleft())
+
+    def _row_peaks(self, values: torch.Tensor) -> torch.Tensor:
+        """Returns the largest magnitude of each row, NaN where there is one; once for a layer that several share."""
+        if self._peaks is None or self._peaks[0] is not values:
+            self._peaks = values, torch.linalg.vector_norm(values, ord=float("inf"), dim=1)
+        return self._peaks[1]
+
+
+def _rows(pending: _Pending) -> Rows:
+    failures: dict[int, LayertapError] = {}
+    peaks = pending.peaks.numpy()
+    bad = ~(peaks < _LIMITS[pending.run.plan.dtype])
+    if bad.any():
+        text_of_row = (
+            np.arange(len(bad)) if pending.counts is None else np.repeat(np.arange(len(pending.counts)), pending.counts)
+        )
+        for text in np.unique(text_of_row[bad]).tolist():
+            finite = bool(np.isfinite(peaks[text_of_row == text]).all())
+            failures[text] = _failure(finite, pending.layer, pending.run.plan.dtype)
+    return Rows(
+        run_index=pending.run_index,
+        output_index=pending.output_index,
+        layer=pending.layer,
+        data=pending.data,
+        failures=failures,
+    )
+
+
+def _failure(finite: bool, layer: int, dtype: str) -> LayertapError:
+    if finite:
+        return OutOfRangeError(f"a value of layer {layer} does not fit {dtype}; ask for dtype float32")
+    return InternalError(f"layer {layer} came out as NaN or infinity; the model's weights are at fault, not the text")
+
+
+def _plain(byte_count: int) -> memoryview:
+    return memoryview(np.empty(byte_count, np.uint8)).cast("B")
+
+
+def _pinned(byte_count: int) -> memoryview:
+    # Torch keeps freed pinned blocks and lends them again once their copies are over.
+    return memoryview(torch.empty(byte_count, dtype=torch.uint8, pin_memory=True).numpy()).cast("B")

@@ -1,0 +1,54 @@
+"""From the threads of the lanes into a call's event loop."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections import deque
+from typing import Generic, TypeVar
+
+from layertap_server.batcher import RunDone
+
+EventT = TypeVar("EventT")
+
+
+class Inbox(Generic[EventT]):
+    """Events of one call, put from any thread, read in the call's own event loop."""
+
+    def __init__(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._events: deque[EventT] = deque()
+        self._arrived = asyncio.Event()
+
+    def put(self, event: EventT) -> None:
+        """Takes an event, from any thread."""
+        self._events.append(event)
+        with contextlib.suppress(RuntimeError):  # The loop has closed: nobody waits any more.
+            self._loop.call_soon_threadsafe(self._arrived.set)
+
+    async def take(self) -> list[EventT]:
+        """Returns all events that are there, at least one."""
+        while not self._events:
+            self._arrived.clear()
+            await self._arrived.wait()
+        events = []
+        while self._events:
+            events.append(self._events.popleft())
+        return events
+
+
+class Clock:
+    """Adds up the times of one request, in nanoseconds."""
+
+    def __init__(self, tokenize_time_ns: int) -> None:
+        self.tokenize_time_ns = tokenize_time_ns
+        self.queue_time_ns = 0
+        self.compute_time_ns = 0
+        self._started = False
+
+    def note(self, run: RunDone) -> int:
+        """Takes note of a run; returns how many texts it had."""
+        if not self._started:
+            self.queue_time_ns, self._started = run.queue_time_ns, True
+        self.compute_time_ns += run.compute_time_ns
+        return len(run.texts)

@@ -1,0 +1,261 @@
+"""Requests of the contract, checked and turned into the server's own words.
+
+All that a caller can get wrong before tokenizing is refused here, by field or item, limit and next step, and never by the
+text itself. Beside `delivery` and `service` the only file that reads protobuf.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Final, TypeVar
+
+import numpy as np
+
+from layertap import wire
+from layertap.errors import FailedPreconditionError, InvalidArgumentError, LayertapError
+from layertap.v1 import embedding_pb2 as pb
+from layertap_server.tokenizer import Item, Tokenized
+from layertap_server.work import Ids, Output, OutputKind, Plan, Pool, Strategy, Text
+
+KeyT = TypeVar("KeyT")
+ValueT = TypeVar("ValueT")
+
+MAX_OUTPUT_COUNT: Final = 64
+"""Outputs of one request."""
+
+_STRATEGIES: Final = {number: Strategy[name.upper()] for name, number in wire.POOLING_STRATEGIES.items()}
+_TRUNCATIONS: Final = {number: name for name, number in wire.TRUNCATIONS.items()}
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Model:
+    """What the checks need to know of the model.
+
+    Attributes:
+        layer_count: L.
+        hidden_size: Values a token row has.
+        vocab_size: Ids are below this.
+        type_vocab_size: Token types are below this.
+        max_length: The most tokens of one text.
+        has_pooler_output: Whether there are pooler weights.
+        special_token_ids: What pools without special tokens leave out.
+    """
+
+    layer_count: int
+    hidden_size: int
+    vocab_size: int
+    type_vocab_size: int
+    max_length: int
+    has_pooler_output: bool
+    special_token_ids: tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    """What the checks need to know of the limits.
+
+    Attributes:
+        text_count: Texts in one message.
+        character_count: Unicode code points in one text.
+    """
+
+    text_count: int
+    character_count: int
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Intake:
+    """Reads requests for one model under some limits."""
+
+    model: Model
+    limits: Limits
+
+    def plan(self, options: pb.EmbedOptions) -> Plan:
+        """Returns what is asked of each text.
+
+        Raises:
+            InvalidArgumentError: An option is at fault.
+            FailedPreconditionError: The model has no pooler.
+        """
+        if not options.outputs:
+            raise InvalidArgumentError("options.outputs is empty; ask for at least one output")
+        if len(options.outputs) > MAX_OUTPUT_COUNT:
+            raise InvalidArgumentError(
+                f"options.outputs has {len(options.outputs)} entries, the most is {MAX_OUTPUT_COUNT}; ask in several requests"
+            )
+        outputs = tuple(self._output(output, f"options.outputs[{n}]") for n, output in enumerate(options.outputs))
+        dtype = _known("options.dtype", options.dtype or pb.DTYPE_FLOAT32, wire.DTYPE_NAMES)
+        return Plan(outputs=outputs, dtype=dtype, return_tokens=options.return_tokens)
+
+    def truncation(self, value: pb.Truncation) -> str:
+        """Returns the name of a truncation.
+
+        Raises:
+            InvalidArgumentError: Nobody knows it.
+        """
+        return _known("truncation", value or pb.TRUNCATION_ERROR, _TRUNCATIONS)
+
+    def max_length(self, value: int, *, at_most: int) -> int:
+        """Returns the most tokens a text may have.
+
+        Raises:
+            InvalidArgumentError: It is out of range.
+        """
+        if value and not 2 <= value <= at_most:
+            raise InvalidArgumentError(f"max_length is {value}; it runs from 2 to {at_most}, 0 means the model's")
+        return value or self.model.max_length
+
+    def check_text_count(self, count: int) -> None:
+        """Checks how many texts a message has.
+
+        Raises:
+            InvalidArgumentError: There are none, or too many.
+        """
+        if not count:
+            raise InvalidArgumentError("inputs is empty; send at least one text")
+        if count > self.limits.text_count:
+            raise InvalidArgumentError(
+                f"inputs has {count} texts, the most is {self.limits.text_count}; use embed_stream (the RPC EmbedStream) for any "
+                "number of texts"
+            )
+
+    def item(self, message: pb.Input, label: str) -> Item:
+        """Returns one text, ready for the tokenizer.
+
+        Raises:
+            InvalidArgumentError: It is at fault; the error calls it by its label.
+        """
+        kind = message.WhichOneof("kind")
+        if kind == "token_ids":
+            return self._token_ids(message.token_ids, label)
+        item: Item
+        if kind == "text":
+            item, size = message.text, len(message.text)
+        elif kind == "pair":
+            item = message.pair.first, message.pair.second
+            size = len(message.pair.first) + len(message.pair.second)
+        elif kind == "words":
+            item = list(message.words.words)
+            size = sum(map(len, item)) + len(item)
+        else:
+            raise InvalidArgumentError(f"{label} has no kind; set text, pair, words or token_ids")
+        if size > self.limits.character_count:
+            raise InvalidArgumentError(
+                f"{label} has {size} characters, the most is {self.limits.character_count}; split it into several texts"
+            )
+        return item
+
+    def checked(self, plan: Plan, result: Tokenized | LayertapError, label: str) -> Tokenized | LayertapError:
+        """Returns the result of tokenizing, or why its text cannot be pooled as the plan asks."""
+        if isinstance(result, LayertapError):
+            return result
+        for output in plan.outputs:
+            if output.pool is not None and not len(output.pool.positions(result.text)):
+                return InvalidArgumentError(
+                    f"{label} has nothing to pool over: every token is masked or special; unmask some, or include special tokens"
+                )
+        return result
+
+    def decodable(self, texts: Sequence[pb.TokenIds]) -> list[list[int]]:
+        """Returns the ids of texts that are to become strings.
+
+        Raises:
+            InvalidArgumentError: There are none or too many, or an id is out of range.
+        """
+        self.check_text_count(len(texts))
+        for n, text in enumerate(texts):
+            self._check_ids(text, f"inputs[{n}]")
+        return [list(text.input_ids) for text in texts]
+
+    def _output(self, output: pb.Output, label: str) -> Output:
+        kind = output.WhichOneof("kind")
+        if kind == "hidden_states":
+            asked = output.hidden_states
+            if asked.all_layers and asked.layers:
+                raise InvalidArgumentError(f"{label} has both layers and all_layers; set one of them")
+            everything = range(self.model.layer_count + 1)
+            layers = (
+                everything if asked.all_layers else {self._layer(k, f"{label}.layers") for k in asked.layers or (-1,)}
+            )
+            return Output(kind=OutputKind.HIDDEN_STATES, layers=tuple(sorted(layers)), row_size=self.model.hidden_size)
+        if kind == "pooler_output":
+            if not self.model.has_pooler_output:
+                raise FailedPreconditionError("this model has no pooler weights; ask for a pooling such as cls instead")
+            return Output(
+                kind=OutputKind.POOLER_OUTPUT, layers=(self.model.layer_count,), row_size=self.model.hidden_size
+            )
+        if kind == "pooled_vectors":
+            return self._pooled_vectors(output.pooled_vectors, label)
+        raise InvalidArgumentError(f"{label} has no kind; set hidden_states, pooler_output or pooled_vectors")
+
+    def _pooled_vectors(self, asked: pb.PooledVectors, label: str) -> Output:
+        strategy = _known(f"{label}.strategy", asked.strategy or pb.POOLING_STRATEGY_MEAN, _STRATEGIES)
+        if strategy is Strategy.CLS and asked.exclude_special_tokens:
+            raise InvalidArgumentError(
+                f"{label} pools [CLS] and excludes special tokens; include them, or pool otherwise"
+            )
+        widest = self.model.hidden_size * (2 if strategy is Strategy.MEAN_MAX else 1)
+        if not 0 <= asked.dimensions <= widest:
+            raise InvalidArgumentError(
+                f"{label}.dimensions is {asked.dimensions}; it runs from 1 to {widest}, 0 means all"
+            )
+        layer = self._layer(asked.layer, f"{label}.layer") if asked.HasField("layer") else self.model.layer_count
+        excluded = self.model.special_token_ids if asked.exclude_special_tokens else ()
+        return Output(
+            kind=OutputKind.POOLED_VECTORS,
+            layers=(layer,),
+            row_size=asked.dimensions or widest,
+            pool=Pool(strategy=strategy, excluded_ids=excluded, normalize=asked.normalize),
+        )
+
+    def _layer(self, layer: int, label: str) -> int:
+        count = self.model.layer_count
+        if not -count - 1 <= layer <= count:
+            raise InvalidArgumentError(
+                f"{label} has {layer}; this model's layers run from 0 to {count}, or -{count + 1} to -1"
+            )
+        return layer if layer >= 0 else layer + count + 1
+
+    def _token_ids(self, message: pb.TokenIds, label: str) -> Text:
+        ids = self._check_ids(message, label)
+        if not len(ids):
+            raise InvalidArgumentError(f"{label} has no input_ids; for the empty text send the ids of [CLS] and [SEP]")
+        if len(ids) > self.model.max_length:
+            raise InvalidArgumentError(
+                f"{label} has {len(ids)} token ids, the most is {self.model.max_length}; token ids are never cut, send fewer"
+            )
+        mask = _beside(message.attention_mask, "attention_mask", 2, len(ids), label)
+        types = _beside(message.token_type_ids, "token_type_ids", self.model.type_vocab_size, len(ids), label)
+        return Text(
+            ids,
+            attention_mask=mask if mask is not None and not mask.all() else None,
+            token_type_ids=types if types is not None and types.any() else None,
+        )
+
+    def _check_ids(self, message: pb.TokenIds, label: str) -> Ids:
+        ids = np.array(message.input_ids, np.int32)
+        if len(ids) and not (ids.min() >= 0 and ids.max() < self.model.vocab_size):
+            position = int(np.flatnonzero((ids < 0) | (ids >= self.model.vocab_size))[0])
+            raise InvalidArgumentError(
+                f"{label}.input_ids[{position}] is outside the vocabulary; ids run from 0 to {self.model.vocab_size - 1}"
+            )
+        return ids
+
+
+def _beside(values: Sequence[int], name: str, end: int, length: int, label: str) -> Ids | None:
+    """Returns numbers that come one a token, if they were sent."""
+    if not values:
+        return None
+    if len(values) != length:
+        raise InvalidArgumentError(f"{label}.{name} has {len(values)} entries, input_ids {length}; make them equal")
+    array = np.array(values, np.int32)
+    if not (array.min() >= 0 and array.max() < end):
+        raise InvalidArgumentError(f"{label}.{name} has an entry that is not from 0 to {end - 1}; mend it")
+    return array
+
+
+def _known(field: str, value: KeyT, known: Mapping[KeyT, ValueT]) -> ValueT:
+    if value not in known:
+        raise InvalidArgumentError(f"{field} has the unknown value {value}; use one that the contract names")
+    return known[value]

@@ -1,0 +1,358 @@
+"""The RPCs: each request from the socket to the batcher and its answer back. The only file with a gRPC context.
+
+Everything a user can get wrong is refused before the queue. Nothing here blocks the event loop: what may take long (parsing,
+tokenizing or packing much) runs in threads. Handlers take and give bytes, so that payloads are written once; see
+`layertap.wire`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import logging
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
+from typing import Any, Final, TypeVar
+
+import grpc
+import grpc.aio
+from google.protobuf.message import DecodeError, Message
+
+from layertap.errors import (
+    DeadlineExceededError,
+    InternalError,
+    InvalidArgumentError,
+    LayertapError,
+    ResourceExhaustedError,
+)
+from layertap.v1 import embedding_pb2 as pb
+from layertap_server import delivery
+from layertap_server.batcher import Batcher, Call, CallFailed, Event, RowsReady, RunDone
+from layertap_server.inbox import Clock, Inbox
+from layertap_server.intake import Intake
+from layertap_server.stream import Stream
+from layertap_server.tokenizer import Item, Tokenized, Tokenizer
+from layertap_server.work import Plan, Text
+
+log = logging.getLogger(__name__)
+
+Context = grpc.aio.ServicerContext[bytes, bytes]
+MessageT = TypeVar("MessageT", bound=Message)
+T = TypeVar("T")
+
+SERVICE_NAME: Final = "layertap.v1.EmbeddingService"
+
+_LARGE_BYTES: Final = 64 << 10
+"""From here on parsing and packing leave the loop; below, a thread would cost more than the work."""
+_LARGE_CHARACTERS: Final = 4 << 10
+"""Likewise for tokenizing."""
+
+_STATUS: Final = {code.value[0]: code for code in grpc.StatusCode}
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Bounds:
+    """What bounds a call.
+
+    Attributes:
+        max_response_bytes: Bytes of a unary answer.
+        max_frame_bytes: Bytes of a streamed message.
+        max_call_count: Calls under way at once.
+        lookahead_tokens: How many tokens of one EmbedStream may wait in the queue.
+        stall_timeout_s: How long an answer may stay unread.
+    """
+
+    max_response_bytes: int
+    max_frame_bytes: int
+    max_call_count: int
+    lookahead_tokens: int
+    stall_timeout_s: float
+
+
+class EmbeddingService:
+    """Answers the RPCs of the contract."""
+
+    def __init__(
+        self,
+        *,
+        intake: Intake,
+        tokenizer: Tokenizer,
+        batcher: Batcher,
+        identity: delivery.Identity,
+        info: pb.GetModelInfoResponse,
+        bounds: Bounds,
+    ) -> None:
+        """Takes all that it works with."""
+        self._intake = intake
+        self._tokenizer = tokenizer
+        self._batcher = batcher
+        self._identity = identity
+        self._info = info
+        self._bounds = bounds
+        self._call_count = 0
+
+    def handler(self) -> grpc.GenericRpcHandler:
+        """Returns what a gRPC server is given."""
+        handlers = {
+            "GetModelInfo": grpc.unary_unary_rpc_method_handler(self._answered(self._get_model_info)),
+            "Tokenize": grpc.unary_unary_rpc_method_handler(self._answered(self._tokenize)),
+            "Decode": grpc.unary_unary_rpc_method_handler(self._answered(self._decode)),
+            "Embed": grpc.unary_unary_rpc_method_handler(self._answered(self._embed)),
+            "EmbedLayers": grpc.unary_stream_rpc_method_handler(self._answered(self._embed_layers)),
+            "EmbedStream": grpc.stream_stream_rpc_method_handler(self._answered(self._embed_stream)),
+        }
+        return grpc.method_handlers_generic_handler(SERVICE_NAME, handlers)
+
+    def _answered(self, method: Callable[[Any, Context], Awaitable[T]]) -> Callable[[Any, Context], Awaitable[T]]:
+        """Counts a call, and turns its errors into a status."""
+
+        async def call(request: Any, context: Context) -> T:
+            self._call_count += 1
+            try:
+                if self._call_count > self._bounds.max_call_count:
+                    raise ResourceExhaustedError(
+                        f"the server is full: {self._bounds.max_call_count} calls are under way; try again later",
+                        retry_after_s=0.5,
+                    )
+                return await method(request, context)
+            except LayertapError as exc:
+                error = exc
+            except Exception:
+                log.exception("%s failed", method.__name__)
+                error = InternalError("the server failed; its log has the reason")
+            finally:
+                self._call_count -= 1
+            retry = (
+                ()
+                if error.retry_after_s is None
+                else (("grpc-retry-pushback-ms", str(int(error.retry_after_s * 1000))),)
+            )
+            await context.abort(_STATUS[int(error.code)], error.details, retry)
+
+        return call
+
+    async def _get_model_info(self, raw: bytes, context: Context) -> bytes:
+        await _parse(pb.GetModelInfoRequest, raw)
+        return self._info.SerializeToString()
+
+    async def _tokenize(self, raw: bytes, context: Context) -> bytes:
+        request = await _parse(pb.TokenizeRequest, raw)
+        self._intake.check_text_count(len(request.inputs))
+        longest = self._intake.limits.character_count
+        max_length = self._intake.max_length(request.max_length, at_most=longest)
+        if not 0 <= request.pad_to <= max_length:
+            raise InvalidArgumentError(
+                f"pad_to is {request.pad_to}; it runs from 1 to max_length {max_length}, 0 means none"
+            )
+        labels = [f"inputs[{n}]" for n in range(len(request.inputs))]
+        items = [self._intake.item(one, label) for one, label in zip(request.inputs, labels, strict=True)]
+        for label, item in zip(labels, items, strict=True):
+            if isinstance(item, Text):
+                raise InvalidArgumentError(f"{label} is token ids already; send text, or ask Decode for its string")
+        results = await self._encode(
+            items,
+            labels=labels,
+            max_length=max_length,
+            truncation=self._intake.truncation(request.truncation),
+            add_special_tokens=not request.omit_special_tokens,
+        )
+        texts = _all_good(results)
+        # 40 bytes hold a token with all its numbers, whatever the vocabulary; the answer itself is checked again.
+        large = sum(max(one.text.token_count, request.pad_to) for one in texts) * 40 > _LARGE_BYTES
+
+        def answer() -> bytes:
+            tokens = [delivery.tokens(one, self._tokenizer, pad_to=request.pad_to) for one in texts]
+            return pb.TokenizeResponse(texts=tokens, pad_token_id=self._tokenizer.pad_token_id).SerializeToString()
+
+        serialized = await _run(answer, in_thread=large)
+        if len(serialized) > self._bounds.max_response_bytes:
+            raise InvalidArgumentError(
+                f"the answer has {len(serialized)} bytes, the most is {self._bounds.max_response_bytes}; send fewer texts at once"
+            )
+        return serialized
+
+    async def _decode(self, raw: bytes, context: Context) -> bytes:
+        request = await _parse(pb.DecodeRequest, raw)
+        ids = self._intake.decodable(request.texts)
+
+        def answer() -> bytes:
+            texts = self._tokenizer.decode(ids, skip_special_tokens=request.skip_special_tokens)
+            return pb.DecodeResponse(texts=texts).SerializeToString()
+
+        return await _run(answer, in_thread=len(raw) > 1024)
+
+    async def _embed(self, raw: bytes, context: Context) -> bytes:
+        request = await _parse(pb.EmbedRequest, raw)
+        plan, tokenized, tokenize_time_ns = await self._prepare(request.inputs, request.options)
+        token_bytes, text_bytes = plan.byte_counts()
+        token_count = sum(one.text.token_count for one in tokenized)
+        size = token_bytes * token_count + (text_bytes + 64) * len(tokenized) + 48 * token_count * plan.return_tokens
+        if size > self._bounds.max_response_bytes:
+            raise InvalidArgumentError(
+                f"the answer would have about {size} bytes, the most of Embed is {self._bounds.max_response_bytes}; use "
+                "EmbedLayers, or EmbedStream for many texts"
+            )
+        parts: list[RowsReady] = []
+        clock = Clock(tokenize_time_ns)
+        inbox: Inbox[Event] = Inbox()
+        async with self._call(plan, tokenized, inbox, context):
+            left = len(tokenized)
+            while left:
+                for event in await inbox.take():
+                    if isinstance(event, RowsReady):
+                        parts.append(_good(event))
+                    else:
+                        left -= clock.note(_done(event))
+
+        def answer() -> bytes:
+            message = pb.EmbedResponse(
+                header=delivery.header(self._identity, plan, tokenized),
+                tensors=delivery.tensors(parts, plan),
+                timings=delivery.timings(clock),
+            )
+            if plan.return_tokens:
+                message.tokens.extend(delivery.tokens(one, self._tokenizer) for one in tokenized)
+            return message.SerializeToString()
+
+        return await _run(answer, in_thread=size > _LARGE_BYTES)
+
+    async def _embed_layers(self, raw: bytes, context: Context) -> None:
+        request = await _parse(pb.EmbedLayersRequest, raw)
+        plan, tokenized, tokenize_time_ns = await self._prepare(request.inputs, request.options)
+        clock = Clock(tokenize_time_ns)
+        inbox: Inbox[Event] = Inbox()
+        frame_count = 0
+        async with self._call(plan, tokenized, inbox, context) as call:
+            header = pb.EmbedLayersResponse(header=delivery.header(self._identity, plan, tokenized))
+            await self._write(context, header.SerializeToString())
+            if plan.return_tokens:
+                groups = delivery.token_groups(tokenized, self._tokenizer, self._bounds.max_frame_bytes)
+                for group in await asyncio.to_thread(list, groups):
+                    await self._write(context, group.SerializeToString())
+            left = len(tokenized)
+            while left:
+                for event in await inbox.take():
+                    if isinstance(event, RowsReady):
+                        for frame in delivery.frames(_good(event), plan, self._bounds.max_frame_bytes):
+                            await self._write(context, frame)
+                            frame_count += 1
+                        call.release(len(event.rows.data))
+                    else:
+                        left -= clock.note(_done(event))
+                        call.release(0, run_done=True)
+        summary = pb.EmbedSummary(frame_count=frame_count, timings=delivery.timings(clock))
+        await self._write(context, pb.EmbedLayersResponse(summary=summary).SerializeToString())
+
+    async def _embed_stream(self, requests: AsyncIterator[bytes], context: Context) -> None:
+        async def parse(raw: bytes) -> pb.EmbedStreamRequest:
+            return await _parse(pb.EmbedStreamRequest, raw)
+
+        first = await parse(await anext(requests, b""))
+        if first.WhichOneof("kind") != "options":
+            raise InvalidArgumentError("the first message must carry options; send them once, before all inputs")
+        stream = Stream(
+            first.options,
+            intake=self._intake,
+            tokenizer=self._tokenizer,
+            encode=self._encode,
+            parse=parse,
+            write=lambda message: self._write(context, message),
+            max_frame_bytes=self._bounds.max_frame_bytes,
+            lookahead_tokens=self._bounds.lookahead_tokens,
+        )
+        async with self._call(stream.plan, (), stream.inbox, context) as call:
+            header = pb.EmbedStreamResponse(header=delivery.header(self._identity, stream.plan))
+            await self._write(context, header.SerializeToString())
+            await stream.run(requests, call)
+
+    async def _prepare(self, inputs: Sequence[pb.Input], options: pb.EmbedOptions) -> tuple[Plan, list[Tokenized], int]:
+        """Returns what is asked, the texts as tokens, and how long tokenizing took."""
+        plan = self._intake.plan(options)
+        self._intake.check_text_count(len(inputs))
+        labels = [f"inputs[{n}]" for n in range(len(inputs))]
+        items = [self._intake.item(one, label) for one, label in zip(inputs, labels, strict=True)]
+        started_at_ns = time.monotonic_ns()
+        results = await self._encode(
+            items,
+            labels=labels,
+            max_length=self._intake.max_length(options.max_length, at_most=self._intake.model.max_length),
+            truncation=self._intake.truncation(options.truncation),
+        )
+        checked = [self._intake.checked(plan, one, label) for one, label in zip(results, labels, strict=True)]
+        return plan, _all_good(checked), time.monotonic_ns() - started_at_ns
+
+    async def _encode(self, items: Sequence[Item], **options: Any) -> list[Tokenized | LayertapError]:
+        size = sum(_characters(item) for item in items)
+        return await _run(lambda: self._tokenizer.encode(items, **options), in_thread=size > _LARGE_CHARACTERS)
+
+    @contextlib.asynccontextmanager
+    async def _call(
+        self, plan: Plan, tokenized: Sequence[Tokenized], inbox: Inbox[Any], context: Context
+    ) -> AsyncIterator[Call]:
+        """Queues the texts of a call, and gives up what is left of it at the end, however that comes."""
+        call = self._batcher.open(plan, client=context.peer(), deliver=inbox.put, expires_at=_expires_at(context))
+        try:
+            call.add([one.text for one in tokenized])
+            yield call
+        finally:
+            call.close()
+
+    async def _write(self, context: Context, message: bytes) -> None:
+        """Sends one message; waits while the caller does not read, but not for ever."""
+        try:
+            async with asyncio.timeout(self._bounds.stall_timeout_s):
+                await context.write(message)
+        except TimeoutError as exc:
+            raise DeadlineExceededError(
+                f"the answer was not read for {self._bounds.stall_timeout_s} s; read faster, or ask for less"
+            ) from exc
+
+
+async def _parse(kind: type[MessageT], raw: bytes) -> MessageT:
+    try:
+        return await _run(lambda: kind.FromString(raw), in_thread=len(raw) > _LARGE_BYTES)
+    except DecodeError as exc:
+        raise InvalidArgumentError(
+            f"the request is no {kind.DESCRIPTOR.name}; send what the contract describes"
+        ) from exc
+
+
+async def _run(work: Callable[[], T], *, in_thread: bool) -> T:
+    return await asyncio.to_thread(work) if in_thread else work()
+
+
+def _all_good(results: Iterable[Tokenized | LayertapError]) -> list[Tokenized]:
+    """Returns the texts if none is refused, else raises the first refusal."""
+    texts = []
+    for result in results:
+        if isinstance(result, LayertapError):
+            raise result
+        texts.append(result)
+    return texts
+
+
+def _good(event: RowsReady) -> RowsReady:
+    """Returns rows if no text has failed, else raises the first failure under its place in the request."""
+    if event.rows.failures:
+        position = min(event.rows.failures)
+        error = event.rows.failures[position]
+        raise type(error)(f"inputs[{event.first_text + position}]: {error.details}")
+    return event
+
+
+def _done(event: RunDone | CallFailed) -> RunDone:
+    if isinstance(event, CallFailed):
+        raise event.error
+    return event
+
+
+def _characters(item: Item) -> int:
+    if isinstance(item, Text):
+        return 0
+    return len(item) if isinstance(item, str) else sum(map(len, item))
+
+
+def _expires_at(context: Context) -> float | None:
+    remaining = context.time_remaining()
+    return None if remaining is None else time.monotonic() + remaining

@@ -1,0 +1,223 @@
+"""One EmbedStream call: texts come in and results go out at the same time, each bounded by the other.
+
+Reading stops while enough texts of this call wait in the queue to keep the lanes full; HTTP/2 then holds the caller back.
+Results are held until they may be sent, in the order of the texts if the caller wants that, and their bytes are given back
+as they are sent: a caller who does not read is soon not computed for any more.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import time
+from collections import defaultdict
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import TypeAlias
+
+from layertap.errors import InternalError, InvalidArgumentError, LayertapError
+from layertap.v1 import embedding_pb2 as pb
+from layertap_server import delivery
+from layertap_server.batcher import Call, CallFailed, Event, RowsReady, RunDone
+from layertap_server.delivery import Result
+from layertap_server.inbox import Inbox
+from layertap_server.intake import Intake
+from layertap_server.tokenizer import Item, Tokenized, Tokenizer
+
+Parse = Callable[[bytes], Awaitable[pb.EmbedStreamRequest]]
+Encode = Callable[..., Awaitable[list[Tokenized | LayertapError]]]
+Write = Callable[[bytes], Awaitable[None]]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Refused:
+    """A text that never reached the queue."""
+
+    id: int
+    error: LayertapError
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _AllRead:
+    """The caller has sent its last text."""
+
+
+StreamEvent: TypeAlias = Event | _Refused | _AllRead
+
+
+@dataclasses.dataclass(slots=True, eq=False)
+class _Run:
+    """Texts of one batch whose results are not all sent."""
+
+    left: int
+
+
+@dataclasses.dataclass(slots=True, eq=False)
+class _Entry:
+    """One text, from its arrival until its result is sent."""
+
+    tokenized: Tokenized | None = None
+    tokenize_time_ns: int = 0
+    run: _Run | None = None
+    result: Result | None = None
+
+
+class Stream:
+    """The state of one call."""
+
+    def __init__(
+        self,
+        options: pb.StreamOptions,
+        *,
+        intake: Intake,
+        tokenizer: Tokenizer,
+        encode: Encode,
+        parse: Parse,
+        write: Write,
+        max_frame_bytes: int,
+        lookahead_tokens: int,
+    ) -> None:
+        """Checks the options.
+
+        Raises:
+            LayertapError: One is at fault.
+        """
+        if options.order not in (pb.RESULT_ORDER_UNSPECIFIED, pb.RESULT_ORDER_AS_SENT, pb.RESULT_ORDER_AS_FINISHED):
+            raise InvalidArgumentError(
+                f"options.order has the unknown value {options.order}; use one of the contract's"
+            )
+        self.plan = intake.plan(options.options)
+        self.inbox: Inbox[StreamEvent] = Inbox()
+        self._in_order = options.order != pb.RESULT_ORDER_AS_FINISHED
+        self._max_length = intake.max_length(options.options.max_length, at_most=intake.model.max_length)
+        self._truncation = intake.truncation(options.options.truncation)
+        self._intake, self._tokenizer, self._encode = intake, tokenizer, encode
+        self._parse, self._write = parse, write
+        self._max_frame_bytes, self._lookahead_tokens = max_frame_bytes, lookahead_tokens
+        self._entries: dict[int, _Entry] = {}
+        self._queued: dict[int, int] = {}
+        self._queued_count = 0
+        self._parts: defaultdict[int, list[RowsReady]] = defaultdict(list)
+        self._finished: list[int] = []
+        self._all_read = False
+        self._taken = asyncio.Event()
+
+    async def run(self, requests: AsyncIterator[bytes], call: Call) -> None:
+        """Answers every text of the call.
+
+        Raises:
+            LayertapError: The call as a whole is at fault, or nobody reads its answers.
+        """
+        reader = asyncio.create_task(self._read(requests, call))
+        try:
+            while not self._all_read or self._entries:
+                for event in await self.inbox.take():
+                    self._note(event)
+                self._taken.set()
+                await self._send(call)
+        finally:
+            reader.cancel()
+            await asyncio.gather(reader, return_exceptions=True)
+
+    async def _read(self, requests: AsyncIterator[bytes], call: Call) -> None:
+        try:
+            async for raw in requests:
+                request = await self._parse(raw)
+                if request.WhichOneof("kind") != "inputs":
+                    raise InvalidArgumentError("only the first message carries options; send inputs in each later one")
+                while call.waiting_token_count > self._lookahead_tokens:
+                    self._taken.clear()
+                    await self._taken.wait()
+                await self._admit(request.inputs, call)
+            self.inbox.put(_AllRead())
+        except LayertapError as exc:
+            self.inbox.put(CallFailed(exc))
+        except Exception as exc:
+            failed = InternalError("the server failed to read the stream; its log has the reason")
+            failed.__cause__ = exc
+            self.inbox.put(CallFailed(failed))
+
+    async def _admit(self, message: pb.StreamInputs, call: Call) -> None:
+        """Checks, tokenizes and queues the texts of one message; a bad one is answered for itself."""
+        self._intake.check_text_count(len(message.inputs))
+        good: list[tuple[int, Item]] = []
+        for one in message.inputs:
+            if one.id in self._entries:
+                raise InvalidArgumentError(
+                    f"id {one.id} is in use by a text that is not yet answered; number texts anew"
+                )
+            self._entries[one.id] = _Entry()
+            try:
+                good.append((one.id, self._intake.item(one.input, f"item {one.id}")))
+            except LayertapError as exc:
+                self.inbox.put(_Refused(one.id, exc))
+        started_at_ns = time.monotonic_ns()
+        labels = [f"item {number}" for number, _ in good]
+        results = await self._encode(
+            [item for _, item in good], labels=labels, max_length=self._max_length, truncation=self._truncation
+        )
+        tokenize_time_ns = time.monotonic_ns() - started_at_ns
+        texts = []
+        for (number, _), label, result in zip(good, labels, results, strict=True):
+            checked = self._intake.checked(self.plan, result, label)
+            if isinstance(checked, LayertapError):
+                self.inbox.put(_Refused(number, checked))
+                continue
+            entry = self._entries[number]
+            entry.tokenized, entry.tokenize_time_ns = checked, tokenize_time_ns
+            self._queued[self._queued_count] = number
+            self._queued_count += 1
+            texts.append(checked.text)
+        call.add(texts, admitted=True)
+
+    def _note(self, event: StreamEvent) -> None:
+        if isinstance(event, CallFailed):
+            raise event.error
+        if isinstance(event, _AllRead):
+            self._all_read = True
+        elif isinstance(event, _Refused):
+            self._finish(event.id, Result(id=event.id, error=event.error))
+        elif isinstance(event, RowsReady):
+            self._parts[event.first_text].append(event)
+        else:
+            self._note_run(event)
+
+    def _note_run(self, done: RunDone) -> None:
+        parts = self._parts.pop(done.first_text)
+        failures = delivery.failures_of(parts)
+        run = _Run(len(done.texts))
+        for position, rows in enumerate(delivery.split_run(parts, self.plan)):
+            number = self._queued.pop(done.first_text + position)
+            entry = self._entries[number]
+            entry.run = run
+            if error := failures.get(position):
+                self._finish(number, Result(id=number, error=type(error)(f"item {number}: {error.details}")))
+                continue
+            timings = pb.Timings(
+                queue_time_ns=done.queue_time_ns,
+                tokenize_time_ns=entry.tokenize_time_ns,
+                compute_time_ns=done.compute_time_ns,
+            )
+            self._finish(number, Result(id=number, tokenized=entry.tokenized, parts=rows, timings=timings))
+
+    def _finish(self, number: int, result: Result) -> None:
+        self._entries[number].result = result
+        self._finished.append(number)
+
+    async def _send(self, call: Call) -> None:
+        """Sends what may be sent, and gives its bytes back."""
+        if self._in_order:
+            results = []
+            for entry in self._entries.values():
+                if entry.result is None:
+                    break
+                results.append(entry.result)
+        else:
+            results = [result for number in self._finished if (result := self._entries[number].result)]
+        self._finished.clear()
+        for message, sent in delivery.results(results, self.plan, self._tokenizer, self._max_frame_bytes):
+            await self._write(message)
+            for result in sent:
+                entry = self._entries.pop(result.id)
+                if entry.run is not None and entry.tokenized is not None:
+                    entry.run.left -= 1
+                    call.release(call.bytes_of(entry.tokenized.text), run_done=not entry.run.left)

@@ -1,0 +1,147 @@
+"""Texts in, tokens out: the model's own tokenizer, as transformers runs it.
+
+Everything a text can be at fault for is refused here, by its label and never by its content. Thread-safe: `encode` and
+`decode` may run in several threads at once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TypeAlias
+
+import numpy as np
+import tokenizers
+import transformers
+
+from layertap.errors import InvalidArgumentError, LayertapError
+from layertap_server.checkpoint import CheckpointError
+from layertap_server.work import Text
+
+Item: TypeAlias = "str | tuple[str, str] | list[str] | Text"
+"""A string, a pair, words, or token ids that need no tokenizing."""
+
+_PAIR_TAKES = 3
+_TEXT_TAKES = 2
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Tokenized:
+    """A text after tokenizing.
+
+    Attributes:
+        text: What the model sees.
+        truncated: Whether tokens were cut.
+        encoding: The tokenizer's own result; None for token ids.
+    """
+
+    text: Text
+    truncated: bool = False
+    encoding: tokenizers.Encoding | None = None
+
+
+class Tokenizer:
+    """The tokenizer of one model."""
+
+    def __init__(self, folder: Path) -> None:
+        """Loads it from tokenizer.json or vocab.txt.
+
+        Raises:
+            CheckpointError: The folder has no tokenizer that can be read.
+        """
+        logging.getLogger("transformers").setLevel(logging.ERROR)
+        try:
+            loaded = transformers.AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+            self._tokenizer = tokenizers.Tokenizer.from_str(loaded.backend_tokenizer.to_str())
+        except Exception as exc:  # Libraries of two languages raise what they like here.
+            raise CheckpointError("the tokenizer of the model cannot be read; fetch the model again") from exc
+        self._decoder = loaded
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        self.description = self._tokenizer.to_str()
+        # Truncation is a state of a tokenizer: a second one, behind a lock, is for texts that need it.
+        self._cutter = tokenizers.Tokenizer.from_str(self.description)
+        self._cutter_lock = threading.Lock()
+        self.vocab_size: int = self._tokenizer.get_vocab_size(with_added_tokens=True)
+        self.special_token_ids: tuple[int, ...] = tuple(sorted(set(loaded.all_special_ids)))
+        self.pad_token_id: int = loaded.pad_token_id if loaded.pad_token_id is not None else 0
+        self.pad_token: str = loaded.pad_token if loaded.pad_token is not None else "[PAD]"
+
+    def encode(
+        self,
+        items: Sequence[Item],
+        *,
+        labels: Sequence[str],
+        max_length: int,
+        truncation: str,
+        add_special_tokens: bool = True,
+    ) -> list[Tokenized | LayertapError]:
+        """Tokenizes texts.
+
+        Args:
+            items: The texts.
+            labels: What to call each in an error, such as "inputs[3]".
+            max_length: The most tokens of one text, special tokens counted.
+            truncation: "error", "right" or "left".
+            add_special_tokens: Whether [CLS] and [SEP] are added.
+
+        Returns:
+            For each text its tokens, or why it is refused.
+        """
+        results: list[Tokenized | LayertapError | None] = [None] * len(items)
+        for pretokenized in (False, True):
+            chosen = [
+                n
+                for n, item in enumerate(items)
+                if not isinstance(item, Text) and isinstance(item, list) == pretokenized
+            ]
+            encodings = self._tokenizer.encode_batch(
+                [items[n] for n in chosen], is_pretokenized=pretokenized, add_special_tokens=add_special_tokens
+            )
+            for n, encoding in zip(chosen, encodings, strict=True):
+                count = len(encoding)
+                if count <= max_length:
+                    results[n] = _tokenized(encoding, False)
+                elif truncation == "error":
+                    results[n] = InvalidArgumentError(
+                        f"{labels[n]} has {count} tokens, max_length is {max_length}; shorten it, or cut it with truncation "
+                        "right or left"
+                    )
+                else:
+                    results[n] = self._cut(items[n], labels[n], max_length, truncation, add_special_tokens)
+        for n, item in enumerate(items):
+            if isinstance(item, Text):
+                results[n] = Tokenized(text=item)
+        return [result for result in results if result is not None]
+
+    def _cut(
+        self, item: Item, label: str, max_length: int, direction: str, add_special_tokens: bool
+    ) -> Tokenized | LayertapError:
+        special = _PAIR_TAKES if isinstance(item, tuple) else _TEXT_TAKES
+        if add_special_tokens and max_length < special:
+            return InvalidArgumentError(
+                f"{label} needs {special} special tokens, max_length is {max_length}; raise max_length"
+            )
+        with self._cutter_lock:
+            self._cutter.enable_truncation(max_length, strategy="longest_first", direction=direction)
+            (encoding,) = self._cutter.encode_batch(
+                [item], is_pretokenized=isinstance(item, list), add_special_tokens=add_special_tokens
+            )
+        return _tokenized(encoding, True)
+
+    def decode(self, texts: Sequence[Sequence[int]], *, skip_special_tokens: bool) -> list[str]:
+        """Turns token ids back into strings, as transformers' batch_decode does."""
+        return [self._decoder.decode(list(ids), skip_special_tokens=skip_special_tokens) for ids in texts]
+
+    def pieces(self, text: Text) -> list[str]:
+        """Returns the vocabulary's spelling of token ids that came as ids."""
+        return [self._tokenizer.id_to_token(int(token_id)) or "" for token_id in text.input_ids]
+
+
+def _tokenized(encoding: tokenizers.Encoding, truncated: bool) -> Tokenized:
+    types = np.array(encoding.type_ids, np.int32)
+    text = Text(np.array(encoding.ids, np.int32), token_type_ids=types if types.any() else None)
+    return Tokenized(text=text, truncated=truncated, encoding=encoding)

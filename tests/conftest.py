@@ -1,0 +1,89 @@
+"""Fixtures: the embedded model, a tiny one, and one running server for each, shared by the whole session."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from support import TINY_SETTINGS, Oracle, Server, open_client, running
+
+from layertap_server.checkpoint import EMBEDDED_MODEL
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # No test may reach for a model hub, nor a server that one starts.
+
+DEVICES = [
+    "cpu",
+    pytest.param(
+        "cuda", marks=[pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no cuda")]
+    ),
+]
+
+
+@pytest.fixture(scope="session")
+def real_folder() -> Path:
+    assert EMBEDDED_MODEL.is_dir(), "the embedded model is missing: run `make model`"
+    return EMBEDDED_MODEL
+
+
+@pytest.fixture(scope="session")
+def real_oracle(real_folder: Path) -> Oracle:
+    return Oracle.load(real_folder)
+
+
+@pytest.fixture(scope="session", params=DEVICES)
+def device(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture(scope="session")
+def real_server(device: str, real_folder: Path) -> Iterator[Server]:
+    with running("--device", device) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory: pytest.TempPathFactory, real_folder: Path) -> Path:
+    """A small random BERT with weights of its own and the embedded vocabulary."""
+    folder = tmp_path_factory.mktemp("tiny-bert")
+    torch.manual_seed(0)
+    transformers.BertModel(transformers.BertConfig(**TINY_SETTINGS)).save_pretrained(folder)
+    for name in ("tokenizer.json", "tokenizer_config.json", "vocab.txt"):
+        (folder / name).write_bytes((real_folder / name).read_bytes())
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_oracle(tiny_folder: Path) -> Oracle:
+    return Oracle.load(tiny_folder)
+
+
+@pytest.fixture(scope="session")
+def tiny_server(tiny_folder: Path) -> Iterator[Server]:
+    with running("--device", "cpu", "--model-id", str(tiny_folder)) as server:
+        yield server
+
+
+@pytest.fixture(params=["sync", "async"])
+def kind(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture
+def real(kind: str, real_server: Server) -> Iterator[Any]:
+    """Each of the clients, connected to the real model."""
+    client = open_client(kind, real_server.address)
+    yield client
+    client.close()
+
+
+@pytest.fixture
+def tiny(kind: str, tiny_server: Server) -> Iterator[Any]:
+    """Each of the clients, connected to the tiny model."""
+    client = open_client(kind, tiny_server.address)
+    yield client
+    client.close()

@@ -1,0 +1,204 @@
+"""What the tests share: real servers in processes of their own, both clients behind one face, and the oracle.
+
+The oracle is transformers with eager attention in float32 on the CPU.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import inspect
+import json
+import os
+import selectors
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+
+from layertap import AsyncClient, Client
+
+START_TIMEOUT_S = 90.0
+STOP_TIMEOUT_S = 60.0
+
+BOUND = 2e-5
+"""How far any number may be from the oracle's, in float32."""
+
+BASE_SETTINGS = {
+    "model_type": "bert",
+    "vocab_size": 30522,
+    "hidden_size": 768,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "intermediate_size": 3072,
+    "hidden_act": "gelu",
+    "max_position_embeddings": 512,
+    "type_vocab_size": 2,
+    "layer_norm_eps": 1e-12,
+    "pad_token_id": 0,
+}
+TINY_SETTINGS = BASE_SETTINGS | {
+    "hidden_size": 32,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "intermediate_size": 64,
+}
+
+
+class Server:
+    """A layertap-server in a process of its own, on a free loopback port."""
+
+    def __init__(self, *flags: str, environment: dict[str, str] | None = None) -> None:
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "layertap_server.cli", "--port", "0", *flags],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            env={**os.environ, **(environment or {})},
+        )
+        self.log = b""
+        self.address = self._wait_for_address()
+
+    def _wait_for_address(self) -> str:
+        deadline = time.monotonic() + START_TIMEOUT_S
+        out = b""
+        with selectors.DefaultSelector() as selector:
+            for pipe in (self.process.stdout, self.process.stderr):
+                os.set_blocking(pipe.fileno(), False)
+                selector.register(pipe, selectors.EVENT_READ)
+            while b"\n" not in out:
+                if not selector.select(deadline - time.monotonic()) or self.process.poll() is not None:
+                    self.kill()
+                    raise AssertionError(f"the server did not start: {self.log.decode()}")
+                out += self.process.stdout.read() or b""
+                self.log += self.process.stderr.read() or b""
+        return out.decode().split()[-1]
+
+    def signal(self, number: int) -> None:
+        self.process.send_signal(number)
+
+    def stop(self) -> int:
+        """Stops it as a supervisor would; returns its exit code."""
+        if self.process.poll() is None:
+            self.signal(signal.SIGTERM)
+        return self._end()
+
+    def kill(self) -> None:
+        self.process.kill()
+        self._end()
+
+    def _end(self) -> int:
+        for pipe in (self.process.stdout, self.process.stderr):
+            os.set_blocking(pipe.fileno(), True)
+        _, err = self.process.communicate(timeout=STOP_TIMEOUT_S)
+        self.log += err
+        return self.process.returncode
+
+
+@contextlib.contextmanager
+def running(*flags: str, environment: dict[str, str] | None = None) -> Iterator[Server]:
+    """Runs a server and checks that it ends well."""
+    server = Server(*flags, environment=environment)
+    try:
+        yield server
+    except BaseException:
+        server.kill()
+        raise
+    code = server.stop()
+    assert code == 0, server.log.decode()
+    assert b"Traceback" not in server.log, server.log.decode()
+
+
+class BlockingAsyncClient:
+    """`AsyncClient` with the face of `Client`, so that one suite drives both."""
+
+    def __init__(self, target: str) -> None:
+        self._runner = asyncio.Runner()
+        self._client = AsyncClient(target)
+
+    def __getattr__(self, name: str) -> Any:
+        method = getattr(self._client, name)
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            made = method(*args, **kwargs)
+            return self._runner.run(_gather(made) if inspect.isasyncgen(made) else made)
+
+        return call
+
+    def close(self) -> None:
+        self._runner.run(self._client.close())
+        self._runner.close()
+
+
+async def _gather(items: Any) -> list[Any]:
+    return [item async for item in items]
+
+
+def open_client(kind: str, target: str) -> Any:
+    return Client(target) if kind == "sync" else BlockingAsyncClient(target)
+
+
+class Oracle:
+    """What transformers computes."""
+
+    def __init__(self, model: transformers.BertModel, tokenizer_folder: Path) -> None:
+        self.model = model.float().eval()
+        self.tokenizer = transformers.AutoTokenizer.from_pretrained(str(tokenizer_folder))
+
+    @classmethod
+    def load(cls, folder: Path, tokenizer_folder: Path | None = None) -> Oracle:
+        model = transformers.BertModel.from_pretrained(str(folder), attn_implementation="eager")
+        return cls(model, tokenizer_folder or folder)
+
+    def ids(self, item: Any) -> dict[str, list[int]]:
+        """Tokenizes one text, pair or list of words."""
+        if isinstance(item, tuple):
+            return dict(self.tokenizer(*item))
+        return dict(self.tokenizer(item, is_split_into_words=isinstance(item, list)))
+
+    @torch.inference_mode()
+    def run(
+        self, ids: Sequence[int], mask: Sequence[int] | None = None, types: Sequence[int] | None = None
+    ) -> tuple[list[np.ndarray], np.ndarray]:
+        """Returns all hidden states of one text, each [token_count, hidden_size], and its pooler output."""
+        count = len(ids)
+        out = self.model(
+            input_ids=torch.tensor([list(ids)]),
+            attention_mask=torch.tensor([list(mask) if mask is not None else [1] * count]),
+            token_type_ids=torch.tensor([list(types) if types is not None else [0] * count]),
+            output_hidden_states=True,
+        )
+        return [layer[0].numpy() for layer in out.hidden_states], out.pooler_output[0].numpy()
+
+    def text(self, item: Any) -> tuple[list[np.ndarray], np.ndarray]:
+        """Tokenizes and runs one text."""
+        encoded = self.ids(item)
+        return self.run(encoded["input_ids"], encoded["attention_mask"], encoded["token_type_ids"])
+
+
+def write_settings(folder: Path, settings: dict[str, Any]) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(settings))
+    return folder
+
+
+def dummy_oracle(settings: dict[str, Any], seed: int, tokenizer_folder: Path) -> Oracle:
+    """Returns the oracle with the weights that --load-format dummy gives."""
+    from layertap_server.encoder.bert import dummy_weights
+
+    config = transformers.BertConfig(**settings, attn_implementation="eager")
+    model = transformers.BertModel(config)
+    model.load_state_dict(dummy_weights(settings, seed), strict=False)
+    return Oracle(model, tokenizer_folder)
+
+
+def worst(found: np.ndarray, wanted: np.ndarray) -> float:
+    """Returns the largest difference; arrays of other shapes are infinitely far apart."""
+    assert found.dtype == np.float32
+    return float(np.abs(found - wanted).max(initial=0.0)) if found.shape == wanted.shape else float("inf")
