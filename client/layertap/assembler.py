@@ -140,7 +140,7 @@ class _Rows:
 
     __slots__ = ("_came", "_dtype", "array")
 
-    def __init__(self, row_count: int, row_size: int, dtype: pb.Dtype) -> None:
+    def __init__(self, row_count: int, row_size: int, dtype: pb.Dtype.ValueType) -> None:
         self.array: FloatArray = np.empty((row_count, row_size), wire.array_dtype(dtype))
         self._came = np.zeros(row_count, np.bool_)
         self._dtype = dtype
@@ -210,10 +210,8 @@ class LayerAssembler:
             if texts_done[text]:
                 raise DataLossError(f"text {text} of layer {frame.layer} came twice; ask again")
             count = min(left, counts[text] - row)
-            rows, came = self._open.pop((frame.layer, text), None) or (
-                _Rows(counts[text], output.row_size, self._header.dtype),
-                0,
-            )
+            begun = self._open.pop((frame.layer, text), None)
+            rows, came = begun or (_Rows(counts[text], output.row_size, self._header.dtype), 0)
             rows.place(row, count, data[: count * row_bytes])
             data, left, came = data[count * row_bytes :], left - count, came + count
             if came == counts[text]:

@@ -6,6 +6,7 @@ Pure: arguments in, requests out; responses in, `types` out. `Client` and `Async
 from __future__ import annotations
 
 import dataclasses
+import functools
 import operator
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Final, Generic, TypeAlias, TypeVar
@@ -70,22 +71,23 @@ def tokenize(
 ) -> Iterator[Unary[pb.TokenizeResponse]]:
     """Asks for tokens, in as many requests as keep each answer small."""
     messages = to_messages(inputs)
-    options = {
-        "omit_special_tokens": not add_special_tokens,
-        "truncation": _named("truncation", truncation, wire.TRUNCATIONS),
-        "max_length": _count("max_length", max_length),
-        "pad_to": _count("pad_to", pad_to),
-    }
+    request = functools.partial(
+        pb.TokenizeRequest,
+        omit_special_tokens=not add_special_tokens,
+        truncation=_named("truncation", truncation, wire.TRUNCATIONS),
+        max_length=_count("max_length", max_length),
+        pad_to=_count("pad_to", pad_to),
+    )
     group: list[pb.Input] = []
     characters = 0
     for message in messages:
         size = message.ByteSize() + 64
         if group and (characters + size > _TOKENIZE_CHARACTERS or len(group) == 256):
-            yield Unary("Tokenize", pb.TokenizeRequest(inputs=group, **options), pb.TokenizeResponse)
+            yield Unary("Tokenize", request(inputs=group), pb.TokenizeResponse)
             group, characters = [], 0
         group.append(message)
         characters += size
-    yield Unary("Tokenize", pb.TokenizeRequest(inputs=group, **options), pb.TokenizeResponse)
+    yield Unary("Tokenize", request(inputs=group), pb.TokenizeResponse)
 
 
 def read_tokens(answers: Sequence[pb.TokenizeResponse]) -> Tokens:

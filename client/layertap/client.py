@@ -1,8 +1,8 @@
 """`Client` and `AsyncClient`: the same methods, one waiting with `for`, the other with `async for`.
 
-Only I/O: what is sent and how answers are read is in `calls`, `assembler` and `stream`. Connections are made at the first call,
-not in the constructor, and anew in a forked child. Both clients may be shared: `Client` between threads, `AsyncClient`
-between the tasks of one event loop.
+Only I/O: what is sent and how answers are read is in `calls`, `assembler` and `stream`. Connections are made at the
+first call, not in the constructor, and anew in a forked child. Both clients may be shared: `Client` between threads,
+`AsyncClient` between the tasks of one event loop.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ import numpy.typing as npt
 from layertap import calls, wire
 from layertap.assembler import LayerAssembler
 from layertap.calls import DEFAULT_TIMEOUT_S, Layers, Poolings, ResponseT
-from layertap.errors import FailedPreconditionError, LayertapError, StatusCode, from_status
+from layertap.errors import CancelledError, FailedPreconditionError, LayertapError, StatusCode, from_status
 from layertap.inputs import InputItem, Inputs, to_messages
 from layertap.ledger import StreamLedger
-from layertap.stream import EmbedStream, Groups, Items, iterate
+from layertap.stream import CLOSED_DURING_CALL, EmbedStream, Groups, Items, iterate
 from layertap.types import Embedding, LayerRows, ModelInfo, StreamResult, TokenIds, Tokens
 from layertap.v1 import embedding_pb2 as pb
 
@@ -225,7 +225,7 @@ class Client:
             One result for each input, exactly once.
 
         Raises:
-            UnavailableError: No server answered for reconnect_timeout_s.
+            UnavailableError: No server answered, at first or for reconnect_timeout_s.
             DeadlineExceededError: Nothing moved for item_timeout_s.
             FailedPreconditionError: A restarted server serves another model.
             Exception: Whatever `inputs` raised, after the results of all that came before it.
@@ -288,7 +288,7 @@ class Client:
             return self._channel
 
     def _unary(self, call: calls.Unary[ResponseT], timeout_s: float) -> ResponseT:
-        method = self._connect().unary_unary(calls.SERVICE + call.rpc)
+        method = self._connect().unary_unary(calls.SERVICE + call.rpc, None, None)
         try:
             raw = method(call.request.SerializeToString(), timeout=timeout_s)
         except (grpc.RpcError, ValueError) as exc:
@@ -298,15 +298,18 @@ class Client:
     def _layers(
         self, request: pb.EmbedLayersRequest, timeout_s: float
     ) -> Iterator[tuple[pb.EmbedLayersResponse, memoryview]]:
-        method = self._connect().unary_stream(calls.SERVICE + "EmbedLayers")
-        stream = method(request.SerializeToString(), timeout=timeout_s)
+        method = self._connect().unary_stream(calls.SERVICE + "EmbedLayers", None, None)
+        try:
+            stream = method(request.SerializeToString(), timeout=timeout_s)
+        except ValueError as exc:
+            raise _translate(exc, self.target, timeout_s) from exc
         try:
             for raw in stream:
                 yield wire.split(pb.EmbedLayersResponse, raw)
         except grpc.RpcError as exc:
             raise _translate(exc, self.target, timeout_s) from exc
         finally:
-            stream.cancel()
+            stream.cancel()  # type: ignore[no-untyped-call]  # grpc-stubs gives it no return type
 
 
 class AsyncClient:
@@ -456,7 +459,7 @@ class AsyncClient:
         self._closed = True
         channel, self._channel = self._channel, None
         if channel is not None and self._owner == (os.getpid(), asyncio.get_running_loop()):
-            await channel.close()
+            await channel.close(grace=None)
 
     async def __aenter__(self) -> Self:
         """Returns itself."""
@@ -482,25 +485,39 @@ class AsyncClient:
         return self._channel
 
     async def _unary(self, call: calls.Unary[ResponseT], timeout_s: float) -> ResponseT:
-        method = self._connect().unary_unary(calls.SERVICE + call.rpc)
+        method = self._connect().unary_unary(calls.SERVICE + call.rpc, None, None)
         try:
             raw = await method(call.request.SerializeToString(), timeout=timeout_s)
         except (grpc.RpcError, grpc.aio.UsageError) as exc:
             raise _translate(exc, self.target, timeout_s) from exc
+        except asyncio.CancelledError as exc:
+            self._tell_closing(exc)
+            raise
         return calls.read_whole(raw, call.response)
 
     async def _layers(
         self, request: pb.EmbedLayersRequest, timeout_s: float
     ) -> AsyncGenerator[tuple[pb.EmbedLayersResponse, memoryview], None]:
-        method = self._connect().unary_stream(calls.SERVICE + "EmbedLayers")
-        stream = method(request.SerializeToString(), timeout=timeout_s)
+        method = self._connect().unary_stream(calls.SERVICE + "EmbedLayers", None, None)
+        try:
+            stream = method(request.SerializeToString(), timeout=timeout_s)
+        except grpc.aio.UsageError as exc:
+            raise _translate(exc, self.target, timeout_s) from exc
         try:
             async for raw in stream:
                 yield wire.split(pb.EmbedLayersResponse, raw)
         except grpc.RpcError as exc:
             raise _translate(exc, self.target, timeout_s) from exc
+        except asyncio.CancelledError as exc:
+            self._tell_closing(exc)
+            raise
         finally:
             stream.cancel()
+
+    def _tell_closing(self, exc: asyncio.CancelledError) -> None:
+        """Raises layertap's own error if `close` ended the call; a cancelled task stays one."""
+        if self._closed:
+            raise CancelledError(CLOSED_DURING_CALL) from exc
 
 
 async def _stream(
@@ -517,7 +534,7 @@ async def _stream(
             channel = await stack.enter_async_context(grpc.aio.insecure_channel(target, options=_CHANNEL_OPTIONS))
         stream = EmbedStream(
             channel=channel,
-            translate=lambda exc: _translate(exc, target, None),
+            translate=lambda exc: _translate(exc, target, None, resumable=True),
             ledger=ledger,
             items=items,
             item_timeout_s=item_timeout_s,
@@ -528,16 +545,24 @@ async def _stream(
             yield group
 
 
-def _translate(exc: Exception, target: str, timeout_s: float | None) -> LayertapError:
-    """Returns what happened to a call as one of layertap's own errors."""
+def _translate(exc: Exception, target: str, timeout_s: float | None, *, resumable: bool = False) -> LayertapError:
+    """Returns what happened to a call as one of layertap's own errors.
+
+    A layertap server says with each of its errors whether to retry; where nothing is said, it was not the server who
+    spoke. A `resumable` call takes whatever breaks it on the way for a lost connection.
+    """
     if not isinstance(exc, grpc.RpcError):
-        return FailedPreconditionError("this client was closed during the call; make a new one")
+        return CancelledError(CLOSED_DURING_CALL)
     code = StatusCode(exc.code().value[0])
     details: str = exc.details() or code.name
-    trailing = dict(exc.trailing_metadata() or ())
+    # grpc-stubs describes metadata as objects; they are pairs.
+    trailing: dict[str, str | bytes] = dict(exc.trailing_metadata() or ())  # type: ignore[arg-type]
     pushback = trailing.get("grpc-retry-pushback-ms")
+    if resumable and pushback is None and code in (StatusCode.INTERNAL, StatusCode.UNKNOWN):
+        code = StatusCode.UNAVAILABLE
     if code is StatusCode.UNAVAILABLE and pushback is None:
         details = f"no server answers at {target} (start one with layertap-server, or check the target): {details}"
     elif code is StatusCode.DEADLINE_EXCEEDED and timeout_s is not None:
         details = f"no answer from {target} within {timeout_s} s; raise timeout_s or ask for less"
-    return from_status(code, details, retry_after_s=float(pushback) / 1000 if pushback else None)
+    wait_s = float(pushback) / 1000 if pushback else -1.0
+    return from_status(code, details, retry_after_s=wait_s if wait_s >= 0 else None)

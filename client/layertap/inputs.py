@@ -8,7 +8,7 @@ Errors name the item by its position, never by its content.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from typing import TypeAlias
+from typing import TypeAlias, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -38,7 +38,7 @@ def to_messages(inputs: Inputs) -> list[pb.Input]:
         messages = list(_from_tokens(inputs))
     elif isinstance(inputs, TokenIds):
         messages = list(_from_batch(inputs))
-    elif isinstance(inputs, Iterable) and not isinstance(inputs, (bytes, dict)):
+    elif not isinstance(inputs, (bytes, dict)) and isinstance(inputs, Iterable):
         messages = [to_message(item, index) for index, item in enumerate(inputs)]
     else:
         raise InvalidArgumentError(
@@ -62,10 +62,10 @@ def to_message(item: InputItem, index: int) -> pb.Input:
     try:
         if isinstance(item, str):
             return pb.Input(text=item)
-        if isinstance(item, tuple) and len(item) == 2 and all(isinstance(part, str) for part in item):
+        if isinstance(item, tuple) and all(isinstance(part, str) for part in item) and len(item) == 2:
             return pb.Input(pair=pb.TextPair(first=item[0], second=item[1]))
         if isinstance(item, list) and item and all(isinstance(word, str) for word in item):
-            return pb.Input(words=pb.Words(words=item))
+            return pb.Input(words=pb.Words(words=cast("list[str]", item)))
     except (UnicodeEncodeError, ValueError) as exc:
         raise InvalidArgumentError(
             f"inputs[{index}] has a lone surrogate, which UTF-8 cannot carry; replace it before embedding"

@@ -80,6 +80,16 @@ class StreamLedger:
         return bool(self._unsent)
 
     @property
+    def started(self) -> bool:
+        """Whether any server has ever answered."""
+        return self._header is not None
+
+    @property
+    def accepted(self) -> bool:
+        """Whether the server of this connection has accepted the options."""
+        return not self._header_due
+
+    @property
     def opening(self) -> pb.EmbedStreamRequest:
         """The first message of each connection."""
         order = pb.RESULT_ORDER_AS_SENT if self._ordered else pb.RESULT_ORDER_AS_FINISHED
@@ -111,16 +121,16 @@ class StreamLedger:
 
     def lost(self, reason: LayertapError) -> None:
         """Takes note that the connection is gone: what is unanswered is to be sent again."""
-        self._header_due = True
+        reached, self._header_due = not self._header_due, True
         for index, item in list(self._unanswered.items()):
             item.rows = None
-            if index in self._unsent:
-                continue
+            if index in self._unsent or not reached:
+                continue  # What no server has seen is not what brought it down.
             item.lost_count += 1
             if item.lost_count == MAX_LOST_COUNT:
                 error = UnavailableError(
-                    f"item {index} was in flight at {MAX_LOST_COUNT} lost connections; send it alone to see whether it is "
-                    f"at fault (last: {reason.details})"
+                    f"item {index} was in flight at {MAX_LOST_COUNT} lost connections; send it alone to see whether "
+                    f"it is at fault (last: {reason.details})"
                 )
                 self._answer(index, StreamResult(index=index, error=error, _embedding=None))
         self._unsent = dict(self._unanswered)
@@ -159,8 +169,8 @@ class StreamLedger:
     def _open(self, header: pb.EmbedHeader) -> None:
         if self._header is not None and self._header.fingerprint != header.fingerprint:
             raise FailedPreconditionError(
-                f"the server now serves another model ({header.model_id}, fingerprint {header.fingerprint[:12]}, before "
-                f"{self._header.fingerprint[:12]}); start the stream anew to mix no vectors"
+                f"the server now serves another model ({header.model_id}, fingerprint {header.fingerprint[:12]}, "
+                f"before {self._header.fingerprint[:12]}); start the stream anew to mix no vectors"
             )
         if len(header.outputs) != len(self._options.outputs):
             raise DataLossError("the header is not that of this request; ask again")

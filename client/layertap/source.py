@@ -1,7 +1,7 @@
 """The caller's own iterable, read beside the loop that sends what it gives.
 
-An async iterable is read on the loop. A plain one may block, so a daemon thread reads it: each item is handed over before
-the next is asked for, the thread waits while nobody takes them, and one that hangs in the caller's code keeps
+An async iterable is read on the loop. A plain one may block, so a daemon thread reads it: each item is handed over
+before the next is asked for, the thread waits while nobody takes them, and one that hangs in the caller's code keeps
 nothing else from ending.
 """
 
@@ -10,14 +10,14 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections import deque
-from collections.abc import AsyncIterable, AsyncIterator, Iterable
+from collections.abc import AsyncGenerator, AsyncIterable, Iterable
 from typing import Any, Final
 
 _AHEAD_COUNT: Final = 512
 """How many items the thread may be ahead of the loop."""
 
 
-async def groups(source: Iterable[Any] | AsyncIterable[Any]) -> AsyncIterator[list[Any]]:
+async def groups(source: Iterable[Any] | AsyncIterable[Any]) -> AsyncGenerator[list[Any], None]:
     """Yields the items of an iterable in groups, each as soon as it is there.
 
     Raises:

@@ -11,7 +11,7 @@ import contextlib
 import random
 import threading
 import time
-from collections.abc import AsyncGenerator, AsyncIterable, Callable, Iterable, Iterator
+from collections.abc import AsyncGenerator, AsyncIterable, Callable, Generator, Iterable
 from typing import Any, Final
 
 import grpc
@@ -19,7 +19,7 @@ import grpc.aio
 
 from layertap import source, wire
 from layertap.calls import SERVICE
-from layertap.errors import DeadlineExceededError, LayertapError, UnavailableError
+from layertap.errors import CancelledError, DeadlineExceededError, LayertapError, UnavailableError
 from layertap.inputs import InputItem
 from layertap.ledger import StreamLedger
 from layertap.types import StreamResult
@@ -28,8 +28,11 @@ from layertap.v1 import embedding_pb2 as pb
 Items = Iterable[InputItem] | AsyncIterable[InputItem]
 Groups = AsyncGenerator[list[StreamResult], None]
 
+CLOSED_DURING_CALL: Final = "this client was closed during the call; make a new one"
+
 _BACKOFF_S: Final = 0.05
 _MAX_BACKOFF_S: Final = 2.0
+_END_S: Final = 1.0
 
 
 class EmbedStream:
@@ -62,7 +65,7 @@ class EmbedStream:
 
         Raises:
             DeadlineExceededError: Nothing moved for item_timeout_s.
-            UnavailableError: No server answered for reconnect_timeout_s.
+            UnavailableError: No server answered, at first or for reconnect_timeout_s.
             Exception: Whatever the items raised, after the answers to all that came before it.
         """
         reader = asyncio.create_task(self._read_items())
@@ -79,7 +82,7 @@ class EmbedStream:
                 except UnavailableError as exc:
                     now = time.monotonic()
                     lost_at = now if lost_at is None else lost_at
-                    if now - lost_at >= self._reconnect_timeout_s:
+                    if now - lost_at >= self._reconnect_timeout_s or not self._ledger.started:
                         raise
                     self._ledger.lost(exc)
                     pause = min(_MAX_BACKOFF_S, _BACKOFF_S * 2**attempt) * random.uniform(0.5, 1.0)
@@ -99,7 +102,10 @@ class EmbedStream:
 
     async def _connection(self) -> Groups:
         """Sends and receives over one call until all is answered or the call breaks."""
-        call = self._channel.stream_stream(SERVICE + "EmbedStream")(wait_for_ready=False)
+        try:
+            call = self._channel.stream_stream(SERVICE + "EmbedStream", None, None)(None, wait_for_ready=False)
+        except grpc.aio.UsageError as exc:
+            raise CancelledError(CLOSED_DURING_CALL) from exc
         writer = asyncio.create_task(self._write(call))
         read: asyncio.Task[Any] | None = None
         self._moved_at = time.monotonic()
@@ -107,9 +113,11 @@ class EmbedStream:
             while not self._finished:
                 read = read or asyncio.create_task(call.read())
                 await self._wait(read)
+                if read.cancelled():
+                    raise CancelledError(CLOSED_DURING_CALL)
                 if read.done():
                     raw, read = read.result(), None
-                    if raw is grpc.aio.EOF:
+                    if raw is grpc.aio.EOF:  # type: ignore[attr-defined]  # grpc-stubs lacks it
                         raise UnavailableError("the server ended the stream before all items were answered")
                     self._ledger.feed(*wire.split(pb.EmbedStreamResponse, raw))
                     self._moved_at = time.monotonic()
@@ -144,6 +152,9 @@ class EmbedStream:
         # The reading side gets the status of a broken call and tells it.
         with contextlib.suppress(grpc.RpcError, asyncio.InvalidStateError):
             await call.write(self._ledger.opening.SerializeToString())
+            # A write that meets a refusal would hide its reason: see first whether the options are accepted.
+            while not self._ledger.accepted:
+                await self._change()
             while not self._finished:
                 while self._ledger.has_unsent:
                     await call.write(self._ledger.take().SerializeToString())
@@ -171,24 +182,38 @@ class EmbedStream:
             self._changed.set()
 
 
-def iterate(start: Callable[[], Groups]) -> Iterator[list[StreamResult]]:
+def iterate(start: Callable[[], Groups]) -> Generator[list[StreamResult], None, None]:
     """Runs an async generator on a loop in a thread of its own; leaving the iteration ends both."""
     loop = asyncio.new_event_loop()
     thread = threading.Thread(target=loop.run_forever, name="layertap-stream", daemon=True)
     thread.start()
 
-    async def make() -> Groups:
-        return start()
+    groups: Groups | None = None
+    step: asyncio.Task[Any] | None = None
 
-    groups = asyncio.run_coroutine_threadsafe(make(), loop).result()
+    async def advance() -> list[StreamResult]:
+        nonlocal groups, step
+        groups, step = groups or start(), asyncio.current_task()
+        return await anext(groups)
+
+    async def stop() -> None:
+        if step is not None and not step.done():  # Ctrl-C leaves a step under way.
+            step.cancel()
+            await asyncio.gather(step, return_exceptions=True)
+        if groups is not None:
+            await groups.aclose()
+        # What grpc still has to finish for a cancelled call.
+        if rest := asyncio.all_tasks() - {asyncio.current_task()}:
+            await asyncio.wait(rest, timeout=_END_S)
+
     try:
         while True:
             try:
-                yield asyncio.run_coroutine_threadsafe(anext(groups), loop).result()  # type: ignore[arg-type]
+                yield asyncio.run_coroutine_threadsafe(advance(), loop).result()
             except StopAsyncIteration:
                 return
     finally:
-        asyncio.run_coroutine_threadsafe(groups.aclose(), loop).result()  # type: ignore[arg-type]
+        asyncio.run_coroutine_threadsafe(stop(), loop).result()
         loop.call_soon_threadsafe(loop.stop)
         thread.join()
         loop.close()

@@ -21,18 +21,18 @@ from layertap.v1 import embedding_pb2 as pb
 MessageT = TypeVar("MessageT", bound=Message)
 Buffer = bytes | memoryview
 
-DTYPES: dict[str, pb.Dtype] = {
+DTYPES: dict[str, pb.Dtype.ValueType] = {
     "float32": pb.DTYPE_FLOAT32,
     "float16": pb.DTYPE_FLOAT16,
     "bfloat16": pb.DTYPE_BFLOAT16,
 }
 """Wire dtypes by the names users give them."""
 
-DTYPE_NAMES: dict[pb.Dtype, str] = {number: name for name, number in DTYPES.items()}
+DTYPE_NAMES: dict[pb.Dtype.ValueType, str] = {number: name for name, number in DTYPES.items()}
 
 ITEM_BYTES: dict[str, int] = {"float32": 4, "float16": 2, "bfloat16": 2}
 
-POOLING_STRATEGIES: dict[str, pb.PoolingStrategy] = {
+POOLING_STRATEGIES: dict[str, pb.PoolingStrategy.ValueType] = {
     "mean": pb.POOLING_STRATEGY_MEAN,
     "cls": pb.POOLING_STRATEGY_CLS,
     "max": pb.POOLING_STRATEGY_MAX,
@@ -42,7 +42,7 @@ POOLING_STRATEGIES: dict[str, pb.PoolingStrategy] = {
 }
 """Pooling strategies by the names users give them."""
 
-TRUNCATIONS: dict[str, pb.Truncation] = {
+TRUNCATIONS: dict[str, pb.Truncation.ValueType] = {
     "error": pb.TRUNCATION_ERROR,
     "right": pb.TRUNCATION_RIGHT,
     "left": pb.TRUNCATION_LEFT,
@@ -53,19 +53,19 @@ _DATA_TAG = 15 << 3 | 2
 """Field 15, length-delimited: one byte."""
 
 
-def array_dtype(dtype: pb.Dtype) -> npt.DTypeLike:
+def array_dtype(dtype: pb.Dtype.ValueType) -> npt.DTypeLike:
     """Returns what a wire dtype becomes in numpy; bfloat16, which numpy lacks, becomes float32."""
     if dtype not in DTYPE_NAMES:
         raise DataLossError(f"the answer has the unknown dtype {dtype}; the server is newer than this client")
     return np.float16 if dtype == pb.DTYPE_FLOAT16 else np.float32
 
 
-def item_bytes(dtype: pb.Dtype) -> int:
+def item_bytes(dtype: pb.Dtype.ValueType) -> int:
     """Returns the bytes one value of a wire dtype takes."""
     return 4 if dtype == pb.DTYPE_FLOAT32 else 2
 
 
-def read_into(target: FloatArray, data: Buffer, dtype: pb.Dtype) -> None:
+def read_into(target: FloatArray, data: Buffer, dtype: pb.Dtype.ValueType) -> None:
     """Copies wire bytes into an array, once, widening bfloat16 exactly.
 
     Args:

@@ -7,7 +7,7 @@ import logging
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from typing import Final, TypeVar
 
 import grpc
@@ -252,12 +252,12 @@ def _server_options(config: Config) -> list[tuple[str, int]]:
     ]
 
 
-def _add_standard_services(server: grpc.aio.Server) -> Callable[[bool], object]:
+def _add_standard_services(server: grpc.aio.Server) -> Callable[[bool], Awaitable[None]]:
     """Adds health and reflection; returns what sets the health."""
     from grpc_health.v1 import health, health_pb2, health_pb2_grpc
     from grpc_reflection.v1alpha import reflection
 
-    servicer = health.aio.HealthServicer()
+    servicer = health.aio.HealthServicer()  # type: ignore[attr-defined]  # grpc-stubs lacks it
     health_pb2_grpc.add_HealthServicer_to_server(servicer, server)
     reflection.enable_server_reflection((SERVICE_NAME, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
 

@@ -4,8 +4,8 @@ Rules:
 - Work-conserving: a free lane takes what is queued at once; no timer, no sleep, no polling.
 - A batch is a prefix of the queue: round robin between clients, first come first served within one, up to a budget of
   tokens and of output bytes. While other lanes idle, a lane takes only its share.
-- Output bytes are reserved before a batch starts and given back when the call has sent them (`Call.release`). A call that
-  has too much unsent is passed over, so a lane never waits for a reader.
+- Output bytes are reserved before a batch starts and given back when the call has sent them (`Call.release`). A call
+  that has too much unsent is passed over, so a lane never waits for a reader.
 - A full queue refuses at once. What nobody waits for any more is dropped before it costs anything.
 
 Knows neither torch nor gRPC nor protobuf: `encode` is handed in, events go out through each call's `deliver`.
@@ -300,10 +300,10 @@ class Batcher:
         """Takes the next batch off the queue; calls whose deadline has passed come back in `expired`."""
         now = time.monotonic()
         for calls in list(self._clients.values()):
-            for call in list(calls):
-                if call.expires_at is not None and call.expires_at <= now:
-                    self._forget(call)
-                    expired.append(call)
+            for one in list(calls):
+                if one.expires_at is not None and one.expires_at <= now:
+                    self._forget(one)
+                    expired.append(one)
         share = max(-(-self._waiting_tokens // max(self._idle_lanes, 1)), self._min_share_tokens)
         token_budget, byte_budget = min(share, self._max_batch_tokens), self._max_batch_bytes
         batch: dict[Call, _Taken] = {}

@@ -110,7 +110,8 @@ def _download(model_id: str, revision: str) -> Path:
         raise CheckpointError(f"the hub has no revision {revision!r} of {model_id!r}; check --revision") from exc
     except (hub.RepositoryNotFoundError, hub.HFValidationError) as exc:
         raise CheckpointError(
-            f"{model_id!r} is neither a folder here nor a model of the hub; check --model-id (private models need a token)"
+            f"{model_id!r} is neither a folder here nor a model of the hub; check --model-id "
+            "(private models need a token)"
         ) from exc
     except Exception as exc:  # Whatever the network does wrong, the next step is the same.
         raise CheckpointError(
@@ -139,7 +140,8 @@ def _read_settings(folder: Path) -> dict[str, Any]:
         raise CheckpointError(f"config.json lacks {', '.join(missing)}; fetch the model again")
     if settings["hidden_size"] % settings["num_attention_heads"]:
         raise CheckpointError(
-            f"config.json has hidden_size {settings['hidden_size']}, which {settings['num_attention_heads']} heads do not divide"
+            f"config.json has hidden_size {settings['hidden_size']}, "
+            f"which {settings['num_attention_heads']} heads do not divide"
         )
     return settings
 
@@ -164,7 +166,7 @@ def _weight_files(folder: Path) -> tuple[Path, ...]:
         return tuple(folder / name for name in names)
     if any(folder.glob("*.bin")) or any(folder.glob("*.pt")) or any(folder.glob("*.ckpt")):
         raise CheckpointError(
-            "the model has only pickled weights, which can run code and are never opened; convert it to safetensors, or "
-            "name a revision that has them with --revision"
+            "the model has only pickled weights, which can run code and are never opened; convert it to safetensors, "
+            "or name a revision that has them with --revision"
         )
     raise CheckpointError(f"the model folder {folder.name!r} has no model.safetensors; fetch the whole model")

@@ -9,6 +9,7 @@ import logging
 import os
 import sys
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from layertap_server.config import Config, ConfigError, flag, variable
 
@@ -48,11 +49,13 @@ def parse(argv: Sequence[str], environment: Mapping[str, str]) -> Config:
     settings: dict[str, object] = {}
     for field in dataclasses.fields(Config):
         if variable(field.name) in environment:
+            kind: type[Any] = type(field.default)
             try:
-                settings[field.name] = type(field.default)(environment[variable(field.name)])
+                settings[field.name] = kind(environment[variable(field.name)])
             except ValueError as exc:
-                kind = type(field.default).__name__
-                raise ConfigError(f"{variable(field.name)} is not of type {kind}; correct or unset it") from exc
+                raise ConfigError(
+                    f"{variable(field.name)} is not of type {kind.__name__}; correct or unset it"
+                ) from exc
     settings |= vars(_parser().parse_args(argv))
     return Config(**settings)  # type: ignore[arg-type]
 

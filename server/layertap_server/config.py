@@ -103,13 +103,13 @@ class Config:
             raise ConfigError(f"--port is {self.port}; the most is 65535")
         if self.max_queue_text_count < self.max_text_count:
             raise ConfigError(
-                f"--max-queue-text-count is {self.max_queue_text_count}, below --max-text-count {self.max_text_count}: a full "
-                "request would never be admitted; raise the one or lower the other"
+                f"--max-queue-text-count is {self.max_queue_text_count}, below --max-text-count {self.max_text_count}: "
+                "a full request would never be admitted; raise the one or lower the other"
             )
         if self.max_call_output_bytes > self.max_output_bytes:
             raise ConfigError(
-                f"--max-call-output-bytes is {self.max_call_output_bytes}, above --max-output-bytes {self.max_output_bytes}; "
-                "lower the one or raise the other"
+                f"--max-call-output-bytes is {self.max_call_output_bytes}, "
+                f"above --max-output-bytes {self.max_output_bytes}; lower the one or raise the other"
             )
 
     def check_output_bytes(self, longest_text_bytes: int) -> None:
@@ -121,8 +121,8 @@ class Config:
         for name in ("max_output_bytes", "max_call_output_bytes"):
             if getattr(self, name) < longest_text_bytes:
                 raise ConfigError(
-                    f"{flag(name)} is {getattr(self, name)}, but one longest text with all layers takes {longest_text_bytes}; "
-                    "raise it"
+                    f"{flag(name)} is {getattr(self, name)}, "
+                    f"but one longest text with all layers takes {longest_text_bytes}; raise it"
                 )
 
 

@@ -1,7 +1,7 @@
 """Computed rows as messages of the contract: headers, frames, whole tensors, packed results.
 
-Pure, but for protobuf. What the batcher delivers for some texts goes in, serialized messages that keep below the frame size
-come out, each payload written once, behind its head.
+Pure, but for protobuf. What the batcher delivers for some texts goes in, serialized messages that keep below the
+frame size come out, each payload written once, behind its head.
 """
 
 from __future__ import annotations
@@ -229,7 +229,6 @@ def _pack(batch: Sequence[Result], plan: Plan, tokenizer: Tokenizer) -> bytes:
     good = [result for result in batch if result.error is None]
     message = pb.StreamResults(
         ids=[result.id for result in good],
-        timings=[result.timings for result in good],
         failures=[
             pb.StreamFailure(id=result.id, code=int(result.error.code), message=result.error.details)
             for result in batch
@@ -237,7 +236,8 @@ def _pack(batch: Sequence[Result], plan: Plan, tokenizer: Tokenizer) -> bytes:
         ],
     )
     for result in good:
-        assert result.tokenized is not None
+        assert result.tokenized is not None and result.timings is not None
+        message.timings.append(result.timings)
         message.token_counts.append(result.tokenized.text.token_count)
         message.truncated.append(result.tokenized.truncated)
         if plan.return_tokens:

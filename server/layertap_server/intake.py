@@ -1,7 +1,7 @@
 """Requests of the contract, checked and turned into the server's own words.
 
-All that a caller can get wrong before tokenizing is refused here, by field or item, limit and next step, and never by the
-text itself. Beside `delivery` and `service` the only file that reads protobuf.
+All that a caller can get wrong before tokenizing is refused here, by field or item, limit and next step, and never by
+the text itself. Beside `delivery` and `service` the only file that reads protobuf.
 """
 
 from __future__ import annotations
@@ -82,13 +82,14 @@ class Intake:
             raise InvalidArgumentError("options.outputs is empty; ask for at least one output")
         if len(options.outputs) > MAX_OUTPUT_COUNT:
             raise InvalidArgumentError(
-                f"options.outputs has {len(options.outputs)} entries, the most is {MAX_OUTPUT_COUNT}; ask in several requests"
+                f"options.outputs has {len(options.outputs)} entries, the most is {MAX_OUTPUT_COUNT}; "
+                "ask in several requests"
             )
         outputs = tuple(self._output(output, f"options.outputs[{n}]") for n, output in enumerate(options.outputs))
         dtype = _known("options.dtype", options.dtype or pb.DTYPE_FLOAT32, wire.DTYPE_NAMES)
         return Plan(outputs=outputs, dtype=dtype, return_tokens=options.return_tokens)
 
-    def truncation(self, value: pb.Truncation) -> str:
+    def truncation(self, value: pb.Truncation.ValueType) -> str:
         """Returns the name of a truncation.
 
         Raises:
@@ -116,8 +117,8 @@ class Intake:
             raise InvalidArgumentError("inputs is empty; send at least one text")
         if count > self.limits.text_count:
             raise InvalidArgumentError(
-                f"inputs has {count} texts, the most is {self.limits.text_count}; use embed_stream (the RPC EmbedStream) for any "
-                "number of texts"
+                f"inputs has {count} texts, the most is {self.limits.text_count}; "
+                "use embed_stream (the RPC EmbedStream) for any number of texts"
             )
 
     def item(self, message: pb.Input, label: str) -> Item:
@@ -153,7 +154,8 @@ class Intake:
         for output in plan.outputs:
             if output.pool is not None and not len(output.pool.positions(result.text)):
                 return InvalidArgumentError(
-                    f"{label} has nothing to pool over: every token is masked or special; unmask some, or include special tokens"
+                    f"{label} has nothing to pool over: every token is masked or special; unmask some, "
+                    "or include special tokens"
                 )
         return result
 
@@ -163,9 +165,14 @@ class Intake:
         Raises:
             InvalidArgumentError: There are none or too many, or an id is out of range.
         """
-        self.check_text_count(len(texts))
+        if not texts:
+            raise InvalidArgumentError("texts is empty; send at least one text")
+        if len(texts) > self.limits.text_count:
+            raise InvalidArgumentError(
+                f"texts has {len(texts)} entries, the most is {self.limits.text_count}; send them in several requests"
+            )
         for n, text in enumerate(texts):
-            self._check_ids(text, f"inputs[{n}]")
+            self._check_ids(text, f"texts[{n}]")
         return [list(text.input_ids) for text in texts]
 
     def _output(self, output: pb.Output, label: str) -> Output:
@@ -223,7 +230,8 @@ class Intake:
             raise InvalidArgumentError(f"{label} has no input_ids; for the empty text send the ids of [CLS] and [SEP]")
         if len(ids) > self.model.max_length:
             raise InvalidArgumentError(
-                f"{label} has {len(ids)} token ids, the most is {self.model.max_length}; token ids are never cut, send fewer"
+                f"{label} has {len(ids)} token ids, the most is {self.model.max_length}; "
+                "token ids are never cut, send fewer"
             )
         mask = _beside(message.attention_mask, "attention_mask", 2, len(ids), label)
         types = _beside(message.token_type_ids, "token_type_ids", self.model.type_vocab_size, len(ids), label)
@@ -238,7 +246,8 @@ class Intake:
         if len(ids) and not (ids.min() >= 0 and ids.max() < self.model.vocab_size):
             position = int(np.flatnonzero((ids < 0) | (ids >= self.model.vocab_size))[0])
             raise InvalidArgumentError(
-                f"{label}.input_ids[{position}] is outside the vocabulary; ids run from 0 to {self.model.vocab_size - 1}"
+                f"{label}.input_ids[{position}] is outside the vocabulary; "
+                f"ids run from 0 to {self.model.vocab_size - 1}"
             )
         return ids
 

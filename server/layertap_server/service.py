@@ -1,8 +1,8 @@
 """The RPCs: each request from the socket to the batcher and its answer back. The only file with a gRPC context.
 
-Everything a user can get wrong is refused before the queue. Nothing here blocks the event loop: what may take long (parsing,
-tokenizing or packing much) runs in threads. Handlers take and give bytes, so that payloads are written once; see
-`layertap.wire`.
+Everything a user can get wrong is refused before the queue. Nothing here blocks the event loop: what may take long
+(parsing, tokenizing or packing much) runs in threads. Handlers take and give bytes, so that payloads are written
+once; see `layertap.wire`.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ class EmbeddingService:
         self._bounds = bounds
         self._call_count = 0
 
-    def handler(self) -> grpc.GenericRpcHandler:
+    def handler(self) -> grpc.GenericRpcHandler[bytes, bytes]:
         """Returns what a gRPC server is given."""
         handlers = {
             "GetModelInfo": grpc.unary_unary_rpc_method_handler(self._answered(self._get_model_info)),
@@ -123,12 +123,9 @@ class EmbeddingService:
                 error = InternalError("the server failed; its log has the reason")
             finally:
                 self._call_count -= 1
-            retry = (
-                ()
-                if error.retry_after_s is None
-                else (("grpc-retry-pushback-ms", str(int(error.retry_after_s * 1000))),)
-            )
-            await context.abort(_STATUS[int(error.code)], error.details, retry)
+            # gRPC's own word for "retry in so many milliseconds"; -1 means never.
+            wait_ms = -1 if error.retry_after_s is None else int(error.retry_after_s * 1000)
+            await context.abort(_STATUS[int(error.code)], error.details, (("grpc-retry-pushback-ms", str(wait_ms)),))
 
         return call
 
@@ -168,7 +165,8 @@ class EmbeddingService:
         serialized = await _run(answer, in_thread=large)
         if len(serialized) > self._bounds.max_response_bytes:
             raise InvalidArgumentError(
-                f"the answer has {len(serialized)} bytes, the most is {self._bounds.max_response_bytes}; send fewer texts at once"
+                f"the answer has {len(serialized)} bytes, the most is {self._bounds.max_response_bytes}; "
+                "send fewer texts at once"
             )
         return serialized
 
@@ -190,8 +188,8 @@ class EmbeddingService:
         size = token_bytes * token_count + (text_bytes + 64) * len(tokenized) + 48 * token_count * plan.return_tokens
         if size > self._bounds.max_response_bytes:
             raise InvalidArgumentError(
-                f"the answer would have about {size} bytes, the most of Embed is {self._bounds.max_response_bytes}; use "
-                "EmbedLayers, or EmbedStream for many texts"
+                f"the answer would have about {size} bytes, the most of Embed is {self._bounds.max_response_bytes}; "
+                "send fewer texts at once, or use embed_stream (the RPC EmbedStream) or the RPC EmbedLayers"
             )
         parts: list[RowsReady] = []
         clock = Clock(tokenize_time_ns)
@@ -355,4 +353,5 @@ def _characters(item: Item) -> int:
 
 def _expires_at(context: Context) -> float | None:
     remaining = context.time_remaining()
-    return None if remaining is None else time.monotonic() + remaining
+    # grpc-stubs does not know that a call without a deadline has None.
+    return None if remaining is None else time.monotonic() + remaining  # type: ignore[redundant-expr]

@@ -1,14 +1,15 @@
 """One EmbedStream call: texts come in and results go out at the same time, each bounded by the other.
 
-Reading stops while enough texts of this call wait in the queue to keep the lanes full; HTTP/2 then holds the caller back.
-Results are held until they may be sent, in the order of the texts if the caller wants that, and their bytes are given back
-as they are sent: a caller who does not read is soon not computed for any more.
+Reading stops while enough texts of this call wait in the queue to keep the lanes full; HTTP/2 then holds the caller
+back. Results are held until they may be sent, in the order of the texts if the caller wants that, and their bytes are
+given back as they are sent: a caller who does not read is soon not computed for any more.
 """
 
 from __future__ import annotations
 
 import asyncio
 import dataclasses
+import logging
 import time
 from collections import defaultdict
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -22,6 +23,8 @@ from layertap_server.delivery import Result
 from layertap_server.inbox import Inbox
 from layertap_server.intake import Intake
 from layertap_server.tokenizer import Item, Tokenized, Tokenizer
+
+log = logging.getLogger(__name__)
 
 Parse = Callable[[bytes], Awaitable[pb.EmbedStreamRequest]]
 Encode = Callable[..., Awaitable[list[Tokenized | LayertapError]]]
@@ -131,10 +134,9 @@ class Stream:
             self.inbox.put(_AllRead())
         except LayertapError as exc:
             self.inbox.put(CallFailed(exc))
-        except Exception as exc:
-            failed = InternalError("the server failed to read the stream; its log has the reason")
-            failed.__cause__ = exc
-            self.inbox.put(CallFailed(failed))
+        except Exception:
+            log.exception("reading a stream failed")
+            self.inbox.put(CallFailed(InternalError("the server failed to read the stream; its log has the reason")))
 
     async def _admit(self, message: pb.StreamInputs, call: Call) -> None:
         """Checks, tokenizes and queues the texts of one message; a bad one is answered for itself."""

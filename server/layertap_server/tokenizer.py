@@ -11,7 +11,7 @@ import logging
 import threading
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TypeAlias
+from typing import TypeAlias, cast
 
 import numpy as np
 import tokenizers
@@ -107,8 +107,8 @@ class Tokenizer:
                     results[n] = _tokenized(encoding, False)
                 elif truncation == "error":
                     results[n] = InvalidArgumentError(
-                        f"{labels[n]} has {count} tokens, max_length is {max_length}; shorten it, or cut it with truncation "
-                        "right or left"
+                        f"{labels[n]} has {count} tokens, max_length is {max_length}; shorten it, or cut it with "
+                        "truncation right or left"
                     )
                 else:
                     results[n] = self._cut(items[n], labels[n], max_length, truncation, add_special_tokens)
@@ -134,7 +134,8 @@ class Tokenizer:
 
     def decode(self, texts: Sequence[Sequence[int]], *, skip_special_tokens: bool) -> list[str]:
         """Turns token ids back into strings, as transformers' batch_decode does."""
-        return [self._decoder.decode(list(ids), skip_special_tokens=skip_special_tokens) for ids in texts]
+        # Of one list of ids `decode` makes one str; transformers types it for lists of lists too.
+        return [cast("str", self._decoder.decode(list(ids), skip_special_tokens=skip_special_tokens)) for ids in texts]
 
     def pieces(self, text: Text) -> list[str]:
         """Returns the vocabulary's spelling of token ids that came as ids."""

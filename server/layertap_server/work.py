@@ -1,7 +1,7 @@
 """The server's own words for what is to be done: texts as tokens, the outputs asked of them, and what comes out.
 
-Pure data, with numpy as its only library. The tokenizer makes a `Text`, intake a `Plan`, the batcher a `Run`, the encoder
-`Rows`. Nothing here knows protobuf, gRPC or torch.
+Pure data, with numpy as its only library. The tokenizer makes a `Text`, intake a `Plan`, the batcher a `Run`, the
+encoder `Rows`. Nothing here knows protobuf, gRPC or torch.
 """
 
 from __future__ import annotations

@@ -13,12 +13,13 @@ Words used throughout:
 
 Status codes every RPC may end with:
   INVALID_ARGUMENT    the request is at fault; the message names field or item.
-  RESOURCE_EXHAUSTED  the server is full; retry after the hint in the trailing
-                      metadata grpc-retry-pushback-ms. Also a message above the
-                      transport's own limit.
+  RESOURCE_EXHAUSTED  the server is full. Also a message above the transport's
+                      own limit.
   DEADLINE_EXCEEDED   the caller's deadline passed.
   UNAVAILABLE         the server is starting or stopping.
   INTERNAL            a fault of the server.
+With each of them the server sends the trailing metadata grpc-retry-pushback-ms: how
+many milliseconds to wait before a retry, or -1 where a retry is of no use.
 """
 
 from collections import abc as _abc

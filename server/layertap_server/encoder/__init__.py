@@ -1,7 +1,7 @@
 """The encoder: weights on a device, batches in, layers out. The only room with torch in it.
 
-`bert` is the model, over rows that `layout` packs and sorts; `attention` and `linear` are its fast parts; `pooling` makes
-vectors of rows; `handover` brings numbers to the host. `Encoder` runs one batch through all of them.
+`bert` is the model, over rows that `layout` packs and sorts; `attention` and `linear` are its fast parts; `pooling`
+makes vectors of rows; `handover` brings numbers to the host. `Encoder` runs one batch through all of them.
 """
 
 from __future__ import annotations
@@ -59,7 +59,8 @@ class Encoder:
     def encode(self, batch: Sequence[Run]) -> Iterator[Rows]:
         """Runs one batch and yields its outputs layer by layer, as each is done.
 
-        Stops at the highest layer that anyone needs; texts leave the batch at the highest layer that their own call needs.
+        Stops at the highest layer that anyone needs; texts leave the batch at the highest layer that their own call
+        needs.
         """
         layout = Layout(batch)
         handover = Handover(self.device, self._allocate)
@@ -106,7 +107,8 @@ def devices(wanted: str) -> list[str]:
     missing = [name for name in chosen if name not in available]
     if missing or not chosen:
         raise CheckpointError(
-            f"--device {wanted} is not to be had: torch sees {', '.join(available) or 'no cuda device'}; use --device cpu"
+            f"--device {wanted} is not to be had: torch sees {', '.join(available) or 'no cuda device'}; "
+            "use --device cpu"
         )
     return chosen
 

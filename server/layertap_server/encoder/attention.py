@@ -1,8 +1,9 @@
 """Self-attention over packed rows: each text attends to itself alone.
 
-Texts of equal length run as one group and need no mask; a text that brings its own attention mask gets it as transformers'
-eager attention applies it: masked scores become the lowest finite number, so that a text whose mask is all zeros attends to
-all of its positions alike. On cuda in half precision, all unmasked texts run as one variable-length flash attention.
+Texts of equal length run as one group and need no mask; a text that brings its own attention mask gets it as
+transformers' eager attention applies it: masked scores become the lowest finite number, so that a text whose mask is
+all zeros attends to all of its positions alike. On cuda in half precision, all unmasked texts run as one
+variable-length flash attention.
 """
 
 from __future__ import annotations

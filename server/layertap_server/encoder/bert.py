@@ -1,8 +1,8 @@
 """BERT's forward pass over packed rows, one layer at a time.
 
-The residual stream and LayerNorm are float32 whatever the compute dtype: that costs little and keeps a third of the error
-of doing all in bfloat16. Parameter names are those of transformers' BertModel, with or without the prefix `bert.` and
-the old names gamma and beta.
+The residual stream and LayerNorm are float32 whatever the compute dtype: that costs little and keeps a third of the
+error of doing all in bfloat16. Parameter names are those of transformers' BertModel, with or without the prefix
+`bert.` and the old names gamma and beta.
 """
 
 from __future__ import annotations
@@ -164,7 +164,7 @@ def dummy_weights(settings: Mapping[str, Any], seed: int) -> Weights:
     """
     generator = torch.Generator().manual_seed(seed)
     hidden, intermediate = settings["hidden_size"], settings["intermediate_size"]
-    spread = settings.get("initializer_range", 0.02)
+    spread: float = settings.get("initializer_range", 0.02)
 
     def noise(*shape: int) -> torch.Tensor:
         return torch.randn(shape, generator=generator) * spread

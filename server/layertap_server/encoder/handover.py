@@ -1,8 +1,8 @@
 """Numbers of the device into host buffers, in the answer's dtype, while later layers compute.
 
-On the CPU a layer is copied once, straight into its buffer. On cuda it is copied into pinned memory on a stream of its
-own; events tell when it has arrived, and nothing ever waits for the whole device. Rows that hold NaN, infinity, or a value
-too large for the answer's dtype are found here, by the largest magnitude of each.
+On the CPU a layer is copied once, straight into its buffer. On cuda it is copied into pinned memory on a stream of
+its own; events tell when it has arrived, and nothing ever waits for the whole device. Rows that hold NaN, infinity,
+or a value too large for the answer's dtype are found here, by the largest magnitude of each.
 """
 
 from __future__ import annotations
@@ -42,7 +42,8 @@ class Handover:
     def __init__(self, device: torch.device, allocate: Callable[[int], memoryview] | None) -> None:
         self._pinned = device.type == "cuda"
         self._allocate = allocate or (_pinned if self._pinned else _plain)
-        self._stream = torch.cuda.Stream(device) if self._pinned else None
+        # Torch gives neither streams nor events the types of their arguments.
+        self._stream = torch.cuda.Stream(device) if self._pinned else None  # type: ignore[no-untyped-call]
         self._pending: deque[_Pending] = deque()
         self._peaks: tuple[torch.Tensor, torch.Tensor] | None = None
 
@@ -91,7 +92,7 @@ class Handover:
                 host_peaks.copy_(peaks, non_blocking=True)
                 chosen.record_stream(self._stream)
                 peaks.record_stream(self._stream)
-                arrived, peaks = torch.cuda.Event(), host_peaks
+                arrived, peaks = torch.cuda.Event(), host_peaks  # type: ignore[no-untyped-call]
                 arrived.record(self._stream)
         self._pending.append(_Pending(run, run_index, output_index, layer, counts, data, peaks, arrived))
 
@@ -141,9 +142,9 @@ def _failure(finite: bool, layer: int, dtype: str) -> LayertapError:
 
 
 def _plain(byte_count: int) -> memoryview:
-    return memoryview(np.empty(byte_count, np.uint8)).cast("B")
+    return np.empty(byte_count, np.uint8).data.cast("B")
 
 
 def _pinned(byte_count: int) -> memoryview:
     # Torch keeps freed pinned blocks and lends them again once their copies are over.
-    return memoryview(torch.empty(byte_count, dtype=torch.uint8, pin_memory=True).numpy()).cast("B")
+    return torch.empty(byte_count, dtype=torch.uint8, pin_memory=True).numpy().data.cast("B")

@@ -1,13 +1,15 @@
 """Where each text lies inside a batch: packed rows, sorted so that the work is done in few, large pieces.
 
 Pure numpy. Texts are packed one after the other without padding. They are sorted so that those whose callers need the
-deepest layers come first: after each layer, the texts that are done are a tail to be cut off. Among those of one depth, texts
-of equal length lie together, so that attention runs over a whole group at once and needs no mask to keep texts apart.
+deepest layers come first: after each layer, the texts that are done are a tail to be cut off. Among those of one
+depth, texts of equal length lie together, so that attention runs over a whole group at once and needs no mask to keep
+texts apart.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Sequence
 
 import numpy as np
@@ -135,7 +137,7 @@ def _groups(ordered: Sequence[Text], lengths: Indices, masked: npt.NDArray[np.bo
     keys = np.stack([lengths, masked, depths])
     cuts = [0, *(np.flatnonzero((keys[:, 1:] != keys[:, :-1]).any(axis=0)) + 1).tolist(), len(ordered)]
     groups, start = [], 0
-    for first, last in zip(cuts[:-1], cuts[1:], strict=True):
+    for first, last in itertools.pairwise(cuts):
         length = int(lengths[first])
         masks = [text.attention_mask for text in ordered[first:last] if text.attention_mask is not None]
         groups.append(

@@ -1,8 +1,8 @@
 """The dense layers of the encoder, as fast as the device has them.
 
 On the CPU, oneDNN multiplies faster by weights that were laid out for it once, and can apply GELU on the way. Torch
-reaches it by private operators; this file is the only door to them. `Linears` tries them at start and keeps to `F.linear`
-where they are missing, slower, or give other numbers.
+reaches it by private operators; this file is the only door to them. `Linears` tries them at start and keeps to
+`F.linear` where they are missing, slower, or give other numbers.
 """
 
 from __future__ import annotations
