@@ -22,7 +22,6 @@ import worker
 
 CORES = 2
 BUDGETS = (512, 1024, 2048, 4096)
-TRIAL_TEXTS = 240
 
 
 def load_tokenizer(folder: Path) -> tokenizers.Tokenizer:
@@ -70,7 +69,7 @@ class Batched:
     def __call__(self, texts: list[str], max_length: int) -> np.ndarray:
         key = hash((texts[0], max_length, len(texts)))
         if key not in self._chosen:
-            self._chosen[key] = self._best(texts[:TRIAL_TEXTS], max_length)
+            self._chosen[key] = self._best(texts[: len(texts) // 4], max_length)
         setting, budget = self._chosen[key]
         self._last = f"{setting}, {budget} tokens a batch"
         return self._run(texts, max_length, setting, budget)
@@ -82,7 +81,7 @@ class Batched:
         times = {}
         for number, budget in itertools.product(range(len(self._settings)), BUDGETS):
             taken = []
-            for _ in range(3):
+            for _ in range(2):
                 started = time.perf_counter()
                 self._run(texts, max_length, self._settings[number], budget)
                 taken.append(time.perf_counter() - started)
@@ -109,13 +108,13 @@ class Batched:
         return np.stack([vectors[n] for n in range(len(texts))])
 
 
-def export_onnx(folder: Path) -> Path:
-    path = folder.parent / f"{folder.name}.onnx"
+def export_onnx(folder: Path, attention: str = "sdpa") -> Path:
+    path = folder.parent / f"{folder.name}.{attention}.onnx"
     if not path.exists():
         import torch
         import transformers
 
-        model = transformers.BertModel.from_pretrained(str(folder), attn_implementation="sdpa").eval()
+        model = transformers.BertModel.from_pretrained(str(folder), attn_implementation=attention).eval()
 
         class Last(torch.nn.Module):
             def __init__(self) -> None:
@@ -148,7 +147,8 @@ def onnxruntime(folder: Path) -> Batched:
         from onnxruntime.transformers import optimizer
 
         # The fusions that onnxruntime recommends for BERT: attention, layer norm, GELU.
-        made = optimizer.optimize_model(str(path), model_type="bert", num_heads=0, hidden_size=0, opt_level=1)
+        plain = str(export_onnx(folder, "eager"))
+        made = optimizer.optimize_model(plain, model_type="bert", num_heads=0, hidden_size=0, opt_level=1)
         made.save_model_to_file(str(optimized))
 
     def make(at_once: int, fused: bool) -> Callable[..., np.ndarray]:
@@ -236,7 +236,7 @@ class SentenceTransformers:
             times = {}
             for size in (8, 16, 32, 64):
                 started = time.perf_counter()
-                self._model.encode(texts[:TRIAL_TEXTS], batch_size=size)
+                self._model.encode(texts[: len(texts) // 4], batch_size=size)
                 times[size] = time.perf_counter() - started
             self._sizes[key] = min(times, key=times.__getitem__)
         self._last = f"batch_size {self._sizes[key]}"
@@ -267,7 +267,7 @@ class TransformersLoop:
             times = {}
             for size in self.SIZES:
                 started = time.perf_counter()
-                self._loop(texts[:TRIAL_TEXTS], size)
+                self._loop(texts[: len(texts) // 4], size)
                 times[size] = time.perf_counter() - started
             self._size = min(times, key=times.__getitem__)
         return self._loop(texts, self._size)

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # Before transformers is imported: no test may reach for a model hub.
+
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,8 +16,6 @@ import transformers
 from support import TINY_SETTINGS, Oracle, Server, open_client, running
 
 from layertap_server.checkpoint import EMBEDDED_MODEL
-
-os.environ["HF_HUB_OFFLINE"] = "1"  # No test may reach for a model hub, nor a server that one starts.
 
 DEVICES = [
     "cpu",

@@ -14,7 +14,7 @@ import selectors
 import signal
 import subprocess
 import sys
-import time
+import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -62,23 +62,29 @@ class Server:
             stderr=subprocess.PIPE,
             env={**os.environ, **(environment or {})},
         )
-        self.log = b""
+        self._log: list[bytes] = []
+        # A pipe that nobody reads would fill up and stop the server.
+        self._reader = threading.Thread(target=self._read_log, daemon=True)
+        self._reader.start()
         self.address = self._wait_for_address()
 
+    @property
+    def log(self) -> bytes:
+        """What it has logged so far."""
+        return b"".join(self._log)
+
+    def _read_log(self) -> None:
+        while chunk := os.read(self.process.stderr.fileno(), 1 << 16):
+            self._log.append(chunk)
+
     def _wait_for_address(self) -> str:
-        deadline = time.monotonic() + START_TIMEOUT_S
-        out = b""
         with selectors.DefaultSelector() as selector:
-            for pipe in (self.process.stdout, self.process.stderr):
-                os.set_blocking(pipe.fileno(), False)
-                selector.register(pipe, selectors.EVENT_READ)
-            while b"\n" not in out:
-                if not selector.select(deadline - time.monotonic()) or self.process.poll() is not None:
-                    self.kill()
-                    raise AssertionError(f"the server did not start: {self.log.decode()}")
-                out += self.process.stdout.read() or b""
-                self.log += self.process.stderr.read() or b""
-        return out.decode().split()[-1]
+            selector.register(self.process.stdout, selectors.EVENT_READ)
+            line = self.process.stdout.readline() if selector.select(START_TIMEOUT_S) else b""
+        if not line:
+            self.kill()
+            raise AssertionError(f"the server did not start: {self.log.decode()}")
+        return line.decode().split()[-1]
 
     def signal(self, number: int) -> None:
         self.process.send_signal(number)
@@ -94,11 +100,11 @@ class Server:
         self._end()
 
     def _end(self) -> int:
-        for pipe in (self.process.stdout, self.process.stderr):
-            os.set_blocking(pipe.fileno(), True)
-        _, err = self.process.communicate(timeout=STOP_TIMEOUT_S)
-        self.log += err
-        return self.process.returncode
+        code = self.process.wait(timeout=STOP_TIMEOUT_S)
+        self._reader.join(timeout=STOP_TIMEOUT_S)
+        self.process.stdout.close()
+        self.process.stderr.close()
+        return code
 
 
 @contextlib.contextmanager

@@ -98,7 +98,7 @@ def test_all_thirteen_hidden_states_of_a_bert_base_shape(tmp_path: Path, real_fo
             assert [state.shape for state in found.hidden_states] == [(1, 7, 768)] * 13
             assert found.pooler_output.shape == (1, 768)
             _check(found, [oracle.run(PARIS_IDS, PARIS_MASK)])
-            last, pooler_output, hidden_states = found.to_tuple()
+            last, _, hidden_states = found.to_tuple()
             assert np.array_equal(last, hidden_states[12]) and len(hidden_states) == 13
 
 

@@ -1,6 +1,7 @@
 """layertap: tokens, pooled vectors and every layer of a BERT over gRPC, as numpy arrays."""
 
-from layertap.client import AsyncClient, Client
+from layertap.async_client import AsyncClient
+from layertap.client import Client
 from layertap.errors import (
     AbortedError,
     AlreadyExistsError,

@@ -7,24 +7,13 @@ no way to get a wrong array.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
 import numpy.typing as npt
 
-from layertap import inputs, wire
+from layertap import wire
+from layertap.answer import build_embedding, check_header
 from layertap.errors import DataLossError
-from layertap.types import (
-    BoolArray,
-    Embedding,
-    FloatArray,
-    HiddenStates,
-    IntArray,
-    LayerRows,
-    ModelRef,
-    Timings,
-    Tokens,
-)
+from layertap.types import Embedding, FloatArray, LayerRows
 from layertap.v1 import embedding_pb2 as pb
 
 
@@ -94,13 +83,13 @@ class EmbedAssembler:
         arrays: dict[tuple[int, int], FloatArray] = {}
         for tensor in answer.tensors:
             arrays[tensor.output_index, tensor.layer] = wire.tensor_to_array(tensor.tensor)
-        if {key: rows.array.shape for key, rows in self._tensors.items()} != {k: a.shape for k, a in arrays.items()}:
+        wanted = {key: rows.array.shape for key, rows in self._tensors.items()}
+        if len(arrays) != len(answer.tensors) or wanted != {key: array.shape for key, array in arrays.items()}:
             raise DataLossError("the tensors of the answer are not those of its header; ask again")
         return self._build(answer.header, arrays, answer.timings)
 
     def _open(self, header: pb.EmbedHeader) -> None:
-        if len(header.outputs) != len(self._options.outputs) or len(header.token_counts) != len(self._messages):
-            raise DataLossError("the header is not that of this request; ask again")
+        check_header(header, self._options, len(self._messages))
         self._header = header
         dtype = header.dtype
         row_total = sum(header.token_counts)
@@ -162,7 +151,10 @@ class _Rows:
 class LayerAssembler:
     """Hands out the rows of an EmbedLayers answer as they come, whole texts at a time."""
 
-    def __init__(self) -> None:
+    def __init__(self, messages: list[pb.Input], options: pb.EmbedOptions) -> None:
+        """Takes what was asked: hidden states and nothing else."""
+        self._messages = messages
+        self._options = options
         self._header: pb.EmbedHeader | None = None
         self._open: dict[tuple[int, int], tuple[_Rows, int]] = {}
         self._done: dict[int, npt.NDArray[np.bool_]] = {}
@@ -178,12 +170,15 @@ class LayerAssembler:
         if (kind == "header") != (self._header is None) or self._ended:
             raise DataLossError("the answer is out of order; ask again")
         if kind == "header":
+            check_header(part.header, self._options, len(self._messages))
             self._header = part.header
             self._done = {k: np.zeros(len(part.header.token_counts), np.bool_) for k in part.header.outputs[0].layers}
         elif kind == "summary":
             self._ended = True
         elif kind == "frame":
             return self._frame(part.frame, memoryview(data))
+        else:
+            raise DataLossError("the answer has a part that was not asked for; ask again")
         return []
 
     def finish(self) -> None:
@@ -200,7 +195,7 @@ class LayerAssembler:
     def _frame(self, frame: pb.Frame, data: memoryview) -> list[LayerRows]:
         assert self._header is not None
         output, texts_done = self._header.outputs[0], self._done.get(frame.layer)
-        if texts_done is None or frame.first_text < 0:
+        if frame.output_index or texts_done is None or frame.first_text < 0:
             raise DataLossError(f"a frame names layer {frame.layer}, which was not asked for; ask again")
         counts = self._header.token_counts
         row_bytes = output.row_size * wire.item_bytes(self._header.dtype)
@@ -224,70 +219,3 @@ class LayerAssembler:
         if left or data:
             raise DataLossError("a frame reaches past the last text; ask again")
         return [LayerRows(layer=frame.layer, texts=range(first, first + len(done)), rows=done)] if done else []
-
-
-def build_embedding(
-    *,
-    header: pb.EmbedHeader,
-    options: pb.EmbedOptions,
-    arrays: dict[tuple[int, int], FloatArray],
-    messages: list[pb.Input],
-    token_counts: IntArray,
-    truncated: BoolArray,
-    timings: pb.Timings,
-    tokens: Sequence[pb.TokenizedText],
-) -> Embedding:
-    """Returns whole arrays, by output index and layer, under the names that users know."""
-    ragged: dict[int, FloatArray] = {}
-    pools: list[FloatArray] = []
-    pooler_output: FloatArray | None = None
-    for output_index, (asked, output) in enumerate(zip(options.outputs, header.outputs, strict=True)):
-        found = {layer: arrays[output_index, layer] for layer in output.layers}
-        kind = asked.WhichOneof("kind")
-        if kind == "hidden_states":
-            ragged.update(found)
-        elif kind == "pooler_output":
-            (pooler_output,) = found.values()
-        else:
-            pools.extend(found.values())
-    return Embedding(
-        hidden_states=HiddenStates(ragged=ragged, token_counts=token_counts, layer_count=header.layer_count),
-        pools=tuple(pools),
-        token_counts=token_counts,
-        truncated=truncated,
-        attention_mask=inputs.attention_mask(messages, token_counts),
-        model=ModelRef(model_id=header.model_id, fingerprint=header.fingerprint),
-        timings=Timings(
-            queue_time_ns=timings.queue_time_ns,
-            tokenize_time_ns=timings.tokenize_time_ns,
-            compute_time_ns=timings.compute_time_ns,
-        ),
-        _pooler_output=pooler_output,
-        _tokens=build_tokens(tokens, header.pad_token_id) if options.return_tokens else None,
-    )
-
-
-def build_tokens(texts: Sequence[pb.TokenizedText], pad_token_id: int) -> Tokens:
-    """Returns tokenized texts as rectangular arrays; what lies past a text's tokens is padding."""
-    counts = np.array([len(text.input_ids) for text in texts], np.int64)
-    shape = len(texts), int(counts.max(initial=0))
-    inside = np.arange(shape[1]) < counts[:, None]
-
-    def fill(name: str, rest: int) -> IntArray:
-        array = np.full(shape, rest, np.int64)
-        array[inside] = np.concatenate([np.array(getattr(text, name), np.int64) for text in texts])
-        return array
-
-    offsets = np.zeros((*shape, 2), np.int64)
-    offsets[inside] = np.concatenate([np.array(text.offset_mapping, np.int64).reshape(-1, 2) for text in texts])
-    return Tokens(
-        tokens=[list(text.tokens) for text in texts],
-        input_ids=fill("input_ids", pad_token_id),
-        attention_mask=fill("attention_mask", 0),
-        token_type_ids=fill("token_type_ids", 0),
-        special_tokens_mask=fill("special_tokens_mask", 1),
-        word_ids=fill("word_ids", -1),
-        offset_mapping=offsets,
-        token_counts=counts,
-        truncated=np.array([text.truncated for text in texts], np.bool_),
-    )

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 from google.protobuf.message import Message
 
-from layertap import assembler, wire
+from layertap import answer, assembler, wire
 from layertap.errors import DataLossError, InvalidArgumentError
 from layertap.inputs import Inputs, to_messages
 from layertap.types import Limits, ModelInfo, Pooling, TokenIds, Tokens
@@ -35,7 +35,8 @@ NameT = TypeVar("NameT", bound=int)
 ResponseT = TypeVar("ResponseT", bound=Message)
 
 _TOKENIZE_CHARACTERS: Final = 100_000
-"""Texts of one Tokenize call hold at most so many characters together, so that its answer stays a small message."""
+_TOKENIZE_TEXTS: Final = 256
+"""What one Tokenize call holds at most, so that its answer stays a small message."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -52,17 +53,17 @@ def model_info() -> Unary[pb.GetModelInfoResponse]:
     return Unary("GetModelInfo", pb.GetModelInfoRequest(), pb.GetModelInfoResponse)
 
 
-def read_model_info(answer: pb.GetModelInfoResponse) -> ModelInfo:
+def read_model_info(message: pb.GetModelInfoResponse) -> ModelInfo:
     """Reads what `model_info` asked for."""
-    limits = {field.name: getattr(answer.limits, field.name) for field in dataclasses.fields(Limits)}
+    limits = {field.name: getattr(message.limits, field.name) for field in dataclasses.fields(Limits)}
     special = ("limits", "devices", "special_token_ids", "compute_dtype")
-    same = {f.name: getattr(answer, f.name) for f in dataclasses.fields(ModelInfo) if f.name not in special}
+    same = {f.name: getattr(message, f.name) for f in dataclasses.fields(ModelInfo) if f.name not in special}
     return ModelInfo(
         **same,
         limits=Limits(**limits),
-        devices=tuple(answer.devices),
-        special_token_ids=tuple(answer.special_token_ids),
-        compute_dtype=wire.DTYPE_NAMES.get(answer.compute_dtype, "unknown"),
+        devices=tuple(message.devices),
+        special_token_ids=tuple(message.special_token_ids),
+        compute_dtype=wire.DTYPE_NAMES.get(message.compute_dtype, "unknown"),
     )
 
 
@@ -78,21 +79,19 @@ def tokenize(
         max_length=_count("max_length", max_length),
         pad_to=_count("pad_to", pad_to),
     )
-    group: list[pb.Input] = []
-    characters = 0
-    for message in messages:
+    first = characters = 0
+    for end, message in enumerate(messages):
         size = message.ByteSize() + 64
-        if group and (characters + size > _TOKENIZE_CHARACTERS or len(group) == 256):
-            yield Unary("Tokenize", request(inputs=group), pb.TokenizeResponse)
-            group, characters = [], 0
-        group.append(message)
+        if end > first and (characters + size > _TOKENIZE_CHARACTERS or end - first == _TOKENIZE_TEXTS):
+            yield Unary("Tokenize", request(inputs=messages[first:end], first_text=first), pb.TokenizeResponse)
+            first, characters = end, 0
         characters += size
-    yield Unary("Tokenize", request(inputs=group), pb.TokenizeResponse)
+    yield Unary("Tokenize", request(inputs=messages[first:], first_text=first), pb.TokenizeResponse)
 
 
 def read_tokens(answers: Sequence[pb.TokenizeResponse]) -> Tokens:
     """Reads what `tokenize` asked for."""
-    return assembler.build_tokens([text for answer in answers for text in answer.texts], answers[0].pad_token_id)
+    return answer.build_tokens([text for one in answers for text in one.texts], answers[0].pad_token_id)
 
 
 def decode(
@@ -151,7 +150,12 @@ def embed_options(
     """Returns the options that all three embed RPCs share."""
     if pooling is None:
         pooling = ()
-    poolings = [pooling] if isinstance(pooling, (str, Pooling)) else list(pooling)
+    try:
+        poolings = [pooling] if isinstance(pooling, (str, Pooling)) else list(pooling)
+    except TypeError as exc:
+        raise InvalidArgumentError(
+            f"pooling is of type {type(pooling).__name__}; pass a name, a Pooling, or several"
+        ) from exc
     outputs: list[pb.Output] = []
     if layers is not None or not (pooler_output or poolings):
         outputs.append(pb.Output(hidden_states=_hidden_states(layers)))
@@ -202,19 +206,17 @@ def _pooled_vectors(pooling: str | Pooling) -> pb.PooledVectors:
     pooling = Pooling(pooling) if isinstance(pooling, str) else pooling
     if not isinstance(pooling, Pooling):
         raise InvalidArgumentError(f"pooling is of type {type(pooling).__name__}; pass a name or a Pooling")
-    if pooling.dimensions is not None and pooling.dimensions < 1:
-        raise InvalidArgumentError(f"pooling.dimensions is {pooling.dimensions}; it starts at 1, None keeps all")
     return pb.PooledVectors(
         strategy=_named("pooling.strategy", pooling.strategy, wire.POOLING_STRATEGIES),
         layer=_integer("pooling.layer", pooling.layer),
         exclude_special_tokens=not pooling.include_special_tokens,
         normalize=pooling.normalize,
-        dimensions=pooling.dimensions or 0,
+        dimensions=_count("pooling.dimensions", pooling.dimensions),
     )
 
 
 def _named(field: str, name: str, known: Mapping[str, NameT]) -> NameT:
-    if name not in known:
+    if name not in list(known):  # A list, because a name that is no str may have no hash.
         raise InvalidArgumentError(f"{field} is {name!r}; pass one of {', '.join(known)}")
     return known[name]
 

@@ -22,7 +22,8 @@ import numpy as np
 
 from layertap import __version__, wire
 from layertap.calls import DEFAULT_TIMEOUT_S
-from layertap.client import DEFAULT_TARGET, Client
+from layertap.channel import DEFAULT_TARGET
+from layertap.client import Client
 from layertap.errors import LayertapError, from_status
 from layertap.types import FloatArray
 

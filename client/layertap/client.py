@@ -1,43 +1,30 @@
-"""`Client` and `AsyncClient`: the same methods, one waiting with `for`, the other with `async for`.
+"""`Client`: what a program without an event loop talks to a server with.
 
-Only I/O: what is sent and how answers are read is in `calls`, `assembler` and `stream`. Connections are made at the
-first call, not in the constructor, and anew in a forked child. Both clients may be shared: `Client` between threads,
-`AsyncClient` between the tasks of one event loop.
+Only I/O: what is sent and how answers are read is in `calls`, `assembler` and `stream`; `async_client` is its twin. The
+connection is made at the first call, not in the constructor, and anew in a forked child. Threads may share a client.
 """
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import os
 import threading
-from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from types import TracebackType
-from typing import Final, Self
+from typing import Self
 
 import grpc
-import grpc.aio
 import numpy.typing as npt
 
-from layertap import calls, wire
+from layertap import calls, stream, wire
 from layertap.assembler import LayerAssembler
 from layertap.calls import DEFAULT_TIMEOUT_S, Layers, Poolings, ResponseT
-from layertap.errors import CancelledError, FailedPreconditionError, LayertapError, StatusCode, from_status
+from layertap.channel import CHANNEL_OPTIONS, DEFAULT_TARGET, translate
+from layertap.errors import FailedPreconditionError
 from layertap.inputs import InputItem, Inputs, to_messages
 from layertap.ledger import StreamLedger
-from layertap.stream import CLOSED_DURING_CALL, EmbedStream, Groups, Items, iterate
 from layertap.types import Embedding, LayerRows, ModelInfo, StreamResult, TokenIds, Tokens
 from layertap.v1 import embedding_pb2 as pb
-
-DEFAULT_TARGET: Final = "127.0.0.1:50051"
-
-_CHANNEL_OPTIONS: Final = (
-    ("grpc.keepalive_time_ms", 30_000),
-    ("grpc.keepalive_timeout_ms", 10_000),
-    # Without it a frozen peer is noticed only after a minute.
-    ("grpc.http2.ping_timeout_ms", 10_000),
-    ("grpc.max_send_message_length", -1),
-)
 
 
 class Client:
@@ -184,7 +171,7 @@ class Client:
             return_tokens=False,
         )
         call = calls.Embed(to_messages(inputs), options)
-        assembler = LayerAssembler()
+        assembler = LayerAssembler(call.messages, call.options)
         for part, data in self._layers(call.stream, timeout_s):
             yield from assembler.feed(part, data)
         assembler.finish()
@@ -242,10 +229,12 @@ class Client:
         raising = calls.raises(on_error)
         ledger = StreamLedger(options, ordered=ordered)
 
-        def start() -> Groups:
-            return _stream(self.target, None, ledger, inputs, item_timeout_s, reconnect_timeout_s)
+        self._check_open()
 
-        with contextlib.closing(iterate(start)) as groups:
+        def start() -> stream.Groups:
+            return stream.run(self.target, None, ledger, inputs, item_timeout_s, reconnect_timeout_s)
+
+        with contextlib.closing(stream.iterate(start)) as groups:
             for group in groups:
                 for result in group:
                     if raising and result.error is not None:
@@ -257,7 +246,10 @@ class Client:
         return calls.read_model_info(self._unary(calls.model_info(), timeout_s))
 
     def close(self) -> None:
-        """Closes the connection; calls under way end with `CancelledError`."""
+        """Closes the connection; calls under way end with `CancelledError`.
+
+        An `embed_stream` has a connection of its own, which ends with its iteration.
+        """
         with self._lock:
             self._closed = True
             channel, self._channel = self._channel, None
@@ -278,12 +270,15 @@ class Client:
         """Says where it talks to."""
         return f"Client({self.target!r})"
 
+    def _check_open(self) -> None:
+        if self._closed:
+            raise FailedPreconditionError("this client is closed; make a new one")
+
     def _connect(self) -> grpc.Channel:
         with self._lock:
-            if self._closed:
-                raise FailedPreconditionError("this client is closed; make a new one")
+            self._check_open()
             if self._channel is None or self._pid != os.getpid():
-                self._channel = grpc.insecure_channel(self.target, options=_CHANNEL_OPTIONS)
+                self._channel = grpc.insecure_channel(self.target, options=CHANNEL_OPTIONS)
                 self._pid = os.getpid()
             return self._channel
 
@@ -292,7 +287,7 @@ class Client:
         try:
             raw = method(call.request.SerializeToString(), timeout=timeout_s)
         except (grpc.RpcError, ValueError) as exc:
-            raise _translate(exc, self.target, timeout_s) from exc
+            raise translate(exc, self.target, timeout_s) from exc
         return calls.read_whole(raw, call.response)
 
     def _layers(
@@ -300,269 +295,13 @@ class Client:
     ) -> Iterator[tuple[pb.EmbedLayersResponse, memoryview]]:
         method = self._connect().unary_stream(calls.SERVICE + "EmbedLayers", None, None)
         try:
-            stream = method(request.SerializeToString(), timeout=timeout_s)
+            call = method(request.SerializeToString(), timeout=timeout_s)
         except ValueError as exc:
-            raise _translate(exc, self.target, timeout_s) from exc
+            raise translate(exc, self.target, timeout_s) from exc
         try:
-            for raw in stream:
+            for raw in call:
                 yield wire.split(pb.EmbedLayersResponse, raw)
         except grpc.RpcError as exc:
-            raise _translate(exc, self.target, timeout_s) from exc
+            raise translate(exc, self.target, timeout_s) from exc
         finally:
-            stream.cancel()  # type: ignore[no-untyped-call]  # grpc-stubs gives it no return type
-
-
-class AsyncClient:
-    """The same as `Client` for asyncio: every method awaits, every iterator is an `async for`.
-
-    Example:
-        >>> async with AsyncClient("127.0.0.1:50051") as client:
-        ...     embedding = await client.embed("I love Paris")
-    """
-
-    def __init__(self, target: str = DEFAULT_TARGET) -> None:
-        """Takes the server's `host:port`, or `unix:/path`; connects at the first call."""
-        self.target = target
-        self._channel: grpc.aio.Channel | None = None
-        self._owner: tuple[int, asyncio.AbstractEventLoop] | None = None
-        self._closed = False
-
-    async def tokenize(
-        self,
-        inputs: Inputs,
-        *,
-        pad_to: int | None = None,
-        add_special_tokens: bool = True,
-        truncation: str = "error",
-        max_length: int | None = None,
-        timeout_s: float = DEFAULT_TIMEOUT_S,
-    ) -> Tokens:
-        """See `Client.tokenize`."""
-        requests = calls.tokenize(
-            inputs, pad_to=pad_to, add_special_tokens=add_special_tokens, truncation=truncation, max_length=max_length
-        )
-        return calls.read_tokens([await self._unary(request, timeout_s) for request in requests])
-
-    async def decode(
-        self,
-        ids: Tokens | TokenIds | npt.ArrayLike | Iterable[npt.ArrayLike],
-        *,
-        skip_special_tokens: bool = True,
-        timeout_s: float = DEFAULT_TIMEOUT_S,
-    ) -> list[str]:
-        """See `Client.decode`."""
-        request = calls.decode(ids, skip_special_tokens=skip_special_tokens)
-        return list((await self._unary(request, timeout_s)).texts)
-
-    async def embed(
-        self,
-        inputs: Inputs,
-        *,
-        layers: Layers = None,
-        pooler_output: bool = False,
-        pooling: Poolings = None,
-        dtype: str = "float32",
-        truncation: str = "error",
-        max_length: int | None = None,
-        return_tokens: bool = False,
-        timeout_s: float = DEFAULT_TIMEOUT_S,
-    ) -> Embedding:
-        """See `Client.embed`."""
-        options = calls.embed_options(
-            layers=layers,
-            pooler_output=pooler_output,
-            pooling=pooling,
-            dtype=dtype,
-            truncation=truncation,
-            max_length=max_length,
-            return_tokens=return_tokens,
-        )
-        call = calls.Embed(to_messages(inputs), options)
-        assembler = call.assembler()
-        if call.unary is not None:
-            return assembler.whole(await self._unary(call.unary, timeout_s))
-        async with contextlib.aclosing(self._layers(call.stream, timeout_s)) as parts:
-            async for part, data in parts:
-                assembler.feed(part, data)
-        return assembler.finish()
-
-    async def embed_layers(
-        self,
-        inputs: Inputs,
-        *,
-        layers: Layers = "all",
-        dtype: str = "float32",
-        truncation: str = "error",
-        max_length: int | None = None,
-        timeout_s: float = DEFAULT_TIMEOUT_S,
-    ) -> AsyncIterator[LayerRows]:
-        """See `Client.embed_layers`."""
-        options = calls.embed_options(
-            layers=layers,
-            pooler_output=False,
-            pooling=None,
-            dtype=dtype,
-            truncation=truncation,
-            max_length=max_length,
-            return_tokens=False,
-        )
-        call = calls.Embed(to_messages(inputs), options)
-        assembler = LayerAssembler()
-        async with contextlib.aclosing(self._layers(call.stream, timeout_s)) as parts:
-            async for part, data in parts:
-                for rows in assembler.feed(part, data):
-                    yield rows
-        assembler.finish()
-
-    async def embed_stream(
-        self,
-        inputs: Items,
-        *,
-        layers: Layers = None,
-        pooler_output: bool = False,
-        pooling: Poolings = None,
-        dtype: str = "float32",
-        truncation: str = "error",
-        max_length: int | None = None,
-        return_tokens: bool = False,
-        ordered: bool = True,
-        on_error: str = "return",
-        item_timeout_s: float = DEFAULT_TIMEOUT_S,
-        reconnect_timeout_s: float = DEFAULT_TIMEOUT_S,
-    ) -> AsyncIterator[StreamResult]:
-        """See `Client.embed_stream`; `inputs` may also be an async iterable."""
-        options = calls.embed_options(
-            layers=layers,
-            pooler_output=pooler_output,
-            pooling=pooling,
-            dtype=dtype,
-            truncation=truncation,
-            max_length=max_length,
-            return_tokens=return_tokens,
-        )
-        raising = calls.raises(on_error)
-        ledger = StreamLedger(options, ordered=ordered)
-        stream = _stream(self.target, self._connect(), ledger, inputs, item_timeout_s, reconnect_timeout_s)
-        async with contextlib.aclosing(stream) as groups:
-            async for group in groups:
-                for result in group:
-                    if raising and result.error is not None:
-                        raise result.error
-                    yield result
-
-    async def model_info(self, *, timeout_s: float = DEFAULT_TIMEOUT_S) -> ModelInfo:
-        """See `Client.model_info`."""
-        return calls.read_model_info(await self._unary(calls.model_info(), timeout_s))
-
-    async def close(self) -> None:
-        """See `Client.close`."""
-        self._closed = True
-        channel, self._channel = self._channel, None
-        if channel is not None and self._owner == (os.getpid(), asyncio.get_running_loop()):
-            await channel.close(grace=None)
-
-    async def __aenter__(self) -> Self:
-        """Returns itself."""
-        return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        """Closes the connection."""
-        await self.close()
-
-    def __repr__(self) -> str:
-        """Says where it talks to."""
-        return f"AsyncClient({self.target!r})"
-
-    def _connect(self) -> grpc.aio.Channel:
-        if self._closed:
-            raise FailedPreconditionError("this client is closed; make a new one")
-        owner = os.getpid(), asyncio.get_running_loop()
-        if self._channel is None or self._owner != owner:
-            self._channel = grpc.aio.insecure_channel(self.target, options=_CHANNEL_OPTIONS)
-            self._owner = owner
-        return self._channel
-
-    async def _unary(self, call: calls.Unary[ResponseT], timeout_s: float) -> ResponseT:
-        method = self._connect().unary_unary(calls.SERVICE + call.rpc, None, None)
-        try:
-            raw = await method(call.request.SerializeToString(), timeout=timeout_s)
-        except (grpc.RpcError, grpc.aio.UsageError) as exc:
-            raise _translate(exc, self.target, timeout_s) from exc
-        except asyncio.CancelledError as exc:
-            self._tell_closing(exc)
-            raise
-        return calls.read_whole(raw, call.response)
-
-    async def _layers(
-        self, request: pb.EmbedLayersRequest, timeout_s: float
-    ) -> AsyncGenerator[tuple[pb.EmbedLayersResponse, memoryview], None]:
-        method = self._connect().unary_stream(calls.SERVICE + "EmbedLayers", None, None)
-        try:
-            stream = method(request.SerializeToString(), timeout=timeout_s)
-        except grpc.aio.UsageError as exc:
-            raise _translate(exc, self.target, timeout_s) from exc
-        try:
-            async for raw in stream:
-                yield wire.split(pb.EmbedLayersResponse, raw)
-        except grpc.RpcError as exc:
-            raise _translate(exc, self.target, timeout_s) from exc
-        except asyncio.CancelledError as exc:
-            self._tell_closing(exc)
-            raise
-        finally:
-            stream.cancel()
-
-    def _tell_closing(self, exc: asyncio.CancelledError) -> None:
-        """Raises layertap's own error if `close` ended the call; a cancelled task stays one."""
-        if self._closed:
-            raise CancelledError(CLOSED_DURING_CALL) from exc
-
-
-async def _stream(
-    target: str,
-    channel: grpc.aio.Channel | None,
-    ledger: StreamLedger,
-    items: Items,
-    item_timeout_s: float,
-    reconnect_timeout_s: float,
-) -> Groups:
-    """Runs one embed_stream, on a channel of its own where none is given."""
-    async with contextlib.AsyncExitStack() as stack:
-        if channel is None:
-            channel = await stack.enter_async_context(grpc.aio.insecure_channel(target, options=_CHANNEL_OPTIONS))
-        stream = EmbedStream(
-            channel=channel,
-            translate=lambda exc: _translate(exc, target, None, resumable=True),
-            ledger=ledger,
-            items=items,
-            item_timeout_s=item_timeout_s,
-            reconnect_timeout_s=reconnect_timeout_s,
-        )
-        groups = await stack.enter_async_context(contextlib.aclosing(stream.results()))
-        async for group in groups:
-            yield group
-
-
-def _translate(exc: Exception, target: str, timeout_s: float | None, *, resumable: bool = False) -> LayertapError:
-    """Returns what happened to a call as one of layertap's own errors.
-
-    A layertap server says with each of its errors whether to retry; where nothing is said, it was not the server who
-    spoke. A `resumable` call takes whatever breaks it on the way for a lost connection.
-    """
-    if not isinstance(exc, grpc.RpcError):
-        return CancelledError(CLOSED_DURING_CALL)
-    code = StatusCode(exc.code().value[0])
-    details: str = exc.details() or code.name
-    # grpc-stubs describes metadata as objects; they are pairs.
-    trailing: dict[str, str | bytes] = dict(exc.trailing_metadata() or ())  # type: ignore[arg-type]
-    pushback = trailing.get("grpc-retry-pushback-ms")
-    if resumable and pushback is None and code in (StatusCode.INTERNAL, StatusCode.UNKNOWN):
-        code = StatusCode.UNAVAILABLE
-    if code is StatusCode.UNAVAILABLE and pushback is None:
-        details = f"no server answers at {target} (start one with layertap-server, or check the target): {details}"
-    elif code is StatusCode.DEADLINE_EXCEEDED and timeout_s is not None:
-        details = f"no answer from {target} within {timeout_s} s; raise timeout_s or ask for less"
-    wait_s = float(pushback) / 1000 if pushback else -1.0
-    return from_status(code, details, retry_after_s=wait_s if wait_s >= 0 else None)
+            call.cancel()  # type: ignore[no-untyped-call]  # grpc-stubs gives it no return type

@@ -72,10 +72,8 @@ def to_message(item: InputItem, index: int) -> pb.Input:
         ) from exc
     if isinstance(item, TokenIds):
         return _token_ids(item.input_ids, item.attention_mask, item.token_type_ids, index)
-    if isinstance(item, (list, np.ndarray)) and len(item):
-        return _token_ids(item, None, None, index)
     if isinstance(item, (list, np.ndarray)):
-        raise InvalidArgumentError(f'inputs[{index}] is empty; for the empty text pass ""')
+        return _token_ids(item, None, None, index)
     raise InvalidArgumentError(f"inputs[{index}] is {_type_name(item)}; pass {_WHAT_IS_ALLOWED}")
 
 
@@ -100,40 +98,55 @@ def _from_tokens(tokens: Tokens) -> Iterator[pb.Input]:
 
 
 def _from_batch(batch: TokenIds) -> Iterator[pb.Input]:
-    ids = np.asarray(batch.input_ids)
+    ids = _array(batch.input_ids, "input_ids")
     if ids.ndim != 2:
         yield _token_ids(ids, batch.attention_mask, batch.token_type_ids, 0)
         return
+    beside: list[list[npt.ArrayLike | None]] = []
     for name in ("attention_mask", "token_type_ids"):
         given = getattr(batch, name)
-        if given is not None and np.shape(given) != ids.shape:
-            raise InvalidArgumentError(f"{name} has shape {np.shape(given)}, input_ids {ids.shape}; make them equal")
-    masks, types = batch.attention_mask, batch.token_type_ids
-    for index, row in enumerate(ids):
-        mask = None if masks is None else np.asarray(masks)[index]
-        yield _token_ids(row, mask, None if types is None else np.asarray(types)[index], index)
+        array = None if given is None else _array(given, name)
+        if array is not None and array.shape != ids.shape:
+            raise InvalidArgumentError(f"{name} has shape {array.shape}, input_ids {ids.shape}; make them equal")
+        beside.append([None] * len(ids) if array is None else list(array))
+    for index, (row, mask, types) in enumerate(zip(ids, *beside, strict=True)):
+        yield _token_ids(row, mask, types, index)
 
 
 def _token_ids(ids: npt.ArrayLike, mask: npt.ArrayLike | None, types: npt.ArrayLike | None, index: int) -> pb.Input:
-    return pb.Input(
-        token_ids=pb.TokenIds(
-            input_ids=_integers(ids, "input_ids", index),
-            attention_mask=[] if mask is None else _integers(mask, "attention_mask", index),
-            token_type_ids=[] if types is None else _integers(types, "token_type_ids", index),
-        )
-    )
+    message = pb.TokenIds(input_ids=_integers(ids, "input_ids", index))
+    count = len(message.input_ids)
+    if not count:
+        raise InvalidArgumentError(f'inputs[{index}] has no input_ids; for the empty text pass ""')
+    for name, values, field in (
+        ("attention_mask", mask, message.attention_mask),
+        ("token_type_ids", types, message.token_type_ids),
+    ):
+        if values is not None:
+            field.extend(_integers(values, name, index))
+            if len(field) != count:
+                raise InvalidArgumentError(
+                    f"inputs[{index}].{name} has {len(field)} entries, input_ids {count}; make them equal"
+                )
+    return pb.Input(token_ids=message)
+
+
+def _array(values: npt.ArrayLike, name: str) -> npt.NDArray[np.generic]:
+    try:
+        return np.asarray(values)
+    except ValueError as exc:
+        raise InvalidArgumentError(f"{name} is not rectangular; pass lists of equal length, or several texts") from exc
 
 
 def _integers(values: npt.ArrayLike, name: str, index: int) -> list[int]:
-    try:
-        array = np.asarray(values)
-    except ValueError as exc:
-        raise InvalidArgumentError(f"inputs[{index}].{name} is not rectangular; pass a 1-D list of ints") from exc
+    array = _array(values, f"inputs[{index}].{name}")
+    if not array.size:
+        return []
     if array.ndim != 1 or array.dtype.kind not in "iub":
         raise InvalidArgumentError(
             f"inputs[{index}] has {name} of dtype {array.dtype} and shape {array.shape}; pass {_WHAT_IS_ALLOWED}"
         )
-    if array.size and not (int(array.min()) >= -(2**31) and int(array.max()) < 2**31):
+    if not (int(array.min()) >= -(2**31) and int(array.max()) < 2**31):
         raise InvalidArgumentError(f"inputs[{index}].{name} has a value beyond 32 bits; ids are below vocab_size")
     numbers: list[int] = array.tolist()
     return numbers

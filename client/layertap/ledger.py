@@ -13,7 +13,7 @@ from typing import Final
 import numpy as np
 
 from layertap import wire
-from layertap.assembler import build_embedding
+from layertap.answer import build_embedding, check_header
 from layertap.errors import (
     DataLossError,
     FailedPreconditionError,
@@ -45,6 +45,7 @@ class _Item:
     lost_count: int = 0
     rows: dict[tuple[int, int], FloatArray] | None = None
     row_count: int = 0
+    token_count: int = 0
 
 
 class StreamLedger:
@@ -172,8 +173,7 @@ class StreamLedger:
                 f"the server now serves another model ({header.model_id}, fingerprint {header.fingerprint[:12]}, "
                 f"before {self._header.fingerprint[:12]}); start the stream anew to mix no vectors"
             )
-        if len(header.outputs) != len(self._options.outputs):
-            raise DataLossError("the header is not that of this request; ask again")
+        check_header(header, self._options, 0)
         self._header = header
         self._header_due = False
 
@@ -181,7 +181,10 @@ class StreamLedger:
         assert self._header is not None
         header = self._header
         counts = np.array(results.token_counts, np.int64)
-        if not len(results.ids) == len(counts) == len(results.truncated) == len(results.timings):
+        lengths = {len(counts), len(results.truncated), len(results.timings)}
+        if self._options.return_tokens:
+            lengths.add(len(results.tokens))
+        if lengths != {len(results.ids)} or (counts < 1).any():
             raise DataLossError("the lists of the answer differ in length; ask again")
         ends = np.cumsum(counts)
         arrays: dict[tuple[int, int], FloatArray] = {}
@@ -215,13 +218,16 @@ class StreamLedger:
         if item is None:
             raise DataLossError(f"the answer has item {frame.id}, which is not waiting; ask again")
         if item.rows is None:
-            item.rows, item.row_count = {}, 0
+            if frame.token_count < 1:
+                raise DataLossError(f"item {frame.id} has {frame.token_count} tokens; ask again")
+            item.rows, item.row_count, item.token_count = {}, 0, frame.token_count
             for output_index, output in enumerate(self._header.outputs):
                 for layer in output.layers:
                     shape = frame.token_count if output.per_token else 1, output.row_size
                     item.rows[output_index, layer] = np.empty(shape, wire.array_dtype(self._header.dtype))
         rows = item.rows.get((frame.output_index, frame.layer))
-        if rows is None or item.row_count != self._rows_before(item.rows, frame):
+        expected = item.token_count, item.row_count
+        if rows is None or expected != (frame.token_count, self._rows_before(item.rows, frame)):
             raise DataLossError(f"the frames of item {frame.id} are out of order; ask again")
         wire.read_into(rows[frame.first_row : frame.first_row + frame.row_count], data, self._header.dtype)
         item.row_count += frame.row_count

@@ -48,8 +48,11 @@ class _Pump:
 
     async def take(self) -> list[Any]:
         """Returns what is there, at least one item; an empty list at the end."""
-        while not self._items and not self._ended:
+        while True:
+            # Cleared before it is looked: what comes after the look sets it again.
             self._arrived.clear()
+            if self._items or self._ended:
+                break
             await self._arrived.wait()
         group = []
         while self._items:

@@ -19,7 +19,8 @@ import grpc.aio
 
 from layertap import source, wire
 from layertap.calls import SERVICE
-from layertap.errors import CancelledError, DeadlineExceededError, LayertapError, UnavailableError
+from layertap.channel import CHANNEL_OPTIONS, CLOSED_DURING_CALL, translate
+from layertap.errors import CancelledError, DeadlineExceededError, UnavailableError
 from layertap.inputs import InputItem
 from layertap.ledger import StreamLedger
 from layertap.types import StreamResult
@@ -27,8 +28,6 @@ from layertap.v1 import embedding_pb2 as pb
 
 Items = Iterable[InputItem] | AsyncIterable[InputItem]
 Groups = AsyncGenerator[list[StreamResult], None]
-
-CLOSED_DURING_CALL: Final = "this client was closed during the call; make a new one"
 
 _BACKOFF_S: Final = 0.05
 _MAX_BACKOFF_S: Final = 2.0
@@ -42,7 +41,7 @@ class EmbedStream:
         self,
         *,
         channel: grpc.aio.Channel,
-        translate: Callable[[grpc.RpcError], LayertapError],
+        target: str,
         ledger: StreamLedger,
         items: Items,
         item_timeout_s: float,
@@ -50,13 +49,14 @@ class EmbedStream:
     ) -> None:
         """Takes what it needs; nothing happens before `results` is iterated."""
         self._channel = channel
-        self._translate = translate
+        self._target = target
         self._ledger = ledger
         self._items = items
         self._item_timeout_s = item_timeout_s
         self._reconnect_timeout_s = reconnect_timeout_s
         self._source_ended = False
         self._source_error: BaseException | None = None
+        self._change_count = 0
         self._changed = asyncio.Event()
         self._moved_at = 0.0
 
@@ -118,17 +118,19 @@ class EmbedStream:
                 if read.done():
                     raw, read = read.result(), None
                     if raw is grpc.aio.EOF:  # type: ignore[attr-defined]  # grpc-stubs lacks it
+                        if self._finished:
+                            return
                         raise UnavailableError("the server ended the stream before all items were answered")
                     self._ledger.feed(*wire.split(pb.EmbedStreamResponse, raw))
                     self._moved_at = time.monotonic()
-                    self._changed.set()
+                    self._note_change()
                     yield self._ledger.ready()
                 elif group := self._ledger.ready():
                     yield group
             await asyncio.wait_for(writer, self._item_timeout_s)
             await asyncio.wait_for(read or call.read(), self._item_timeout_s)
         except grpc.RpcError as exc:
-            raise self._translate(exc) from exc
+            raise translate(exc, self._target, None, resumable=True) from exc
         finally:
             writer.cancel()
             call.cancel()
@@ -138,7 +140,7 @@ class EmbedStream:
         """Waits until a message, an item or the end of all items has come."""
         if not self._ledger.unanswered_count:
             self._moved_at = time.monotonic()
-        changed = asyncio.create_task(self._change())
+        changed = asyncio.create_task(self._change(self._change_count))
         left = self._moved_at + self._item_timeout_s - time.monotonic()
         await asyncio.wait({read, changed}, timeout=max(left, 0.0), return_when=asyncio.FIRST_COMPLETED)
         if not read.done() and not changed.done() and self._ledger.unanswered_count:
@@ -153,18 +155,24 @@ class EmbedStream:
         with contextlib.suppress(grpc.RpcError, asyncio.InvalidStateError):
             await call.write(self._ledger.opening.SerializeToString())
             # A write that meets a refusal would hide its reason: see first whether the options are accepted.
-            while not self._ledger.accepted:
-                await self._change()
+            while not self._ledger.accepted and not self._finished:
+                await self._change(self._change_count)
             while not self._finished:
                 while self._ledger.has_unsent:
                     await call.write(self._ledger.take().SerializeToString())
                 if not self._finished:
-                    await self._change()
+                    await self._change(self._change_count)
             await call.done_writing()
 
-    async def _change(self) -> None:
-        self._changed.clear()
-        await self._changed.wait()
+    def _note_change(self) -> None:
+        self._change_count += 1
+        self._changed.set()
+
+    async def _change(self, since: int) -> None:
+        """Waits until something has changed since `_change_count` was that."""
+        while self._change_count == since:
+            self._changed.clear()
+            await self._changed.wait()
 
     async def _read_items(self) -> None:
         try:
@@ -172,14 +180,39 @@ class EmbedStream:
                 async for group in groups:
                     for item in group:
                         while not self._ledger.has_room:
-                            await self._change()
+                            await self._change(self._change_count)
                         self._ledger.offer(item)
-                        self._changed.set()
+                        self._note_change()
         except Exception as exc:  # The caller's own; it reaches the caller as itself.
             self._source_error = exc
         finally:
             self._source_ended = True
-            self._changed.set()
+            self._note_change()
+
+
+async def run(
+    target: str,
+    channel: grpc.aio.Channel | None,
+    ledger: StreamLedger,
+    items: Items,
+    item_timeout_s: float,
+    reconnect_timeout_s: float,
+) -> Groups:
+    """Runs one embed_stream, on a channel of its own where none is given."""
+    async with contextlib.AsyncExitStack() as stack:
+        if channel is None:
+            channel = await stack.enter_async_context(grpc.aio.insecure_channel(target, options=CHANNEL_OPTIONS))
+        stream = EmbedStream(
+            channel=channel,
+            target=target,
+            ledger=ledger,
+            items=items,
+            item_timeout_s=item_timeout_s,
+            reconnect_timeout_s=reconnect_timeout_s,
+        )
+        groups = await stack.enter_async_context(contextlib.aclosing(stream.results()))
+        async for group in groups:
+            yield group
 
 
 def iterate(start: Callable[[], Groups]) -> Generator[list[StreamResult], None, None]:

@@ -8,6 +8,7 @@ wire, and `split` views it in place. Any protobuf library reads and writes these
 
 from __future__ import annotations
 
+import math
 from typing import TypeVar
 
 import numpy as np
@@ -48,6 +49,8 @@ TRUNCATIONS: dict[str, pb.Truncation.ValueType] = {
     "left": pb.TRUNCATION_LEFT,
 }
 """Truncations by the names users give them."""
+
+_MAX_VARINT_BITS = 70
 
 _DATA_TAG = 15 << 3 | 2
 """Field 15, length-delimited: one byte."""
@@ -90,6 +93,9 @@ def read_into(target: FloatArray, data: Buffer, dtype: pb.Dtype.ValueType) -> No
 def tensor_to_array(tensor: pb.Tensor) -> FloatArray:
     """Returns a tensor as a new array of its shape."""
     shape = tuple(tensor.shape)
+    array_dtype(tensor.dtype)
+    if any(length < 0 for length in shape) or math.prod(shape) * item_bytes(tensor.dtype) != len(tensor.data):
+        raise DataLossError(f"a tensor of shape {shape} came with {len(tensor.data)} bytes; ask again")
     array: FloatArray = np.empty(shape, array_dtype(tensor.dtype))
     read_into(array, tensor.data, tensor.dtype)
     return array
@@ -151,6 +157,8 @@ def _read_varint(raw: bytes, position: int) -> tuple[int, int]:
         if byte < 0x80:
             return number, position
         shift += 7
+        if shift >= _MAX_VARINT_BITS:
+            raise ValueError("a number goes on for too long")
 
 
 def _skip(raw: bytes, wire_type: int, position: int) -> int:

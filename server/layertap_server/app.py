@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
+import queue
 import signal
 import time
-from collections.abc import Awaitable, Callable, Iterator, Sequence
-from typing import Final, TypeVar
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from typing import Any, Final, TypeVar
 
 import grpc
 import grpc.aio
@@ -16,25 +16,31 @@ import numpy as np
 
 import layertap
 from layertap import wire
+from layertap.errors import LayertapError
 from layertap.v1 import embedding_pb2 as pb
-from layertap_server import checkpoint, delivery, encoder
+from layertap_server import checkpoint, delivery, encoder, lanes
 from layertap_server.batcher import Batcher, CallFailed, Event, RunDone
 from layertap_server.config import Config, ConfigError
 from layertap_server.intake import Intake, Limits, Model
 from layertap_server.service import SERVICE_NAME, Bounds, EmbeddingService
 from layertap_server.tokenizer import Tokenizer
-from layertap_server.work import Output, OutputKind, Plan, Rows, Run, Text
+from layertap_server.work import Output, OutputKind, Plan, Text
 
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-_MAX_CPU_LANES: Final = 4
 _WARM_TIMEOUT_S: Final = 300.0
 
 
 class App:
-    """One server: a model on its devices, a queue, and a port."""
+    """One server: a model on its devices, a queue, and a port.
+
+    Attributes:
+        model: The shape of the model.
+        tokenizer: Its tokenizer.
+        batcher: The queue and its lanes.
+    """
 
     def __init__(self, config: Config) -> None:
         """Loads and warms the model.
@@ -54,7 +60,7 @@ class App:
                 seed=config.seed,
             ),
         )
-        self._tokenizer = _timed("loaded the tokenizer", lambda: Tokenizer(found.tokenizer_folder))
+        self.tokenizer = _timed("loaded the tokenizer", lambda: Tokenizer(found.tokenizer_folder))
         devices = encoder.devices(config.device)
         if config.dtype == "float16" and devices == ["cpu"]:
             raise ConfigError("--dtype is float16, which needs cuda; use float32 or bfloat16 on the CPU")
@@ -64,12 +70,17 @@ class App:
         )
         fingerprint = _timed(
             "took the fingerprint",
-            lambda: found.fingerprint(tokenizer=self._tokenizer.description, dtype=config.dtype),
+            lambda: found.fingerprint(tokenizer=self.tokenizer.description, dtype=config.dtype),
         )
-        self._model = _model(found.settings, encoders[0].has_pooler, self._tokenizer.special_token_ids)
-        config.check_output_bytes((self._model.layer_count + 1) * self._model.max_length * self._model.hidden_size * 4)
-        self._batcher = Batcher(
-            _lanes(encoders, devices, config),
+        self.model = _model(found.settings, encoders[0].has_pooler, self.tokenizer.special_token_ids)
+        if self.tokenizer.vocab_size > self.model.vocab_size:
+            raise checkpoint.CheckpointError(
+                f"the tokenizer has a vocabulary of {self.tokenizer.vocab_size}, the model of {self.model.vocab_size}; "
+                "they do not belong together, fetch the model again"
+            )
+        config.check_output_bytes((self.model.layer_count + 1) * self.model.max_length * self.model.hidden_size * 4)
+        self.batcher = Batcher(
+            lanes.make(encoders, lane_count=config.lanes, thread_count=config.lane_threads),
             max_batch_tokens=config.max_batch_tokens,
             max_batch_bytes=config.max_batch_bytes,
             min_share_tokens=config.min_share_tokens,
@@ -81,23 +92,27 @@ class App:
         identity = delivery.Identity(
             model_id=found.name,
             fingerprint=fingerprint,
-            layer_count=self._model.layer_count,
-            pad_token_id=self._tokenizer.pad_token_id,
+            layer_count=self.model.layer_count,
+            pad_token_id=self.tokenizer.pad_token_id,
         )
         self._service = EmbeddingService(
             intake=Intake(
-                model=self._model,
-                limits=Limits(text_count=config.max_text_count, character_count=config.max_character_count),
+                model=self.model,
+                limits=Limits(
+                    text_count=config.max_text_count,
+                    character_count=config.max_character_count,
+                    output_bytes=config.max_call_output_bytes,
+                ),
             ),
-            tokenizer=self._tokenizer,
-            batcher=self._batcher,
+            tokenizer=self.tokenizer,
+            batcher=self.batcher,
             identity=identity,
-            info=_info(config, self._model, identity, devices, found.settings),
+            info=_info(config, self.model, identity, devices, found.settings),
             bounds=Bounds(
                 max_response_bytes=config.max_response_bytes,
                 max_frame_bytes=config.max_frame_bytes,
                 max_call_count=config.max_concurrent_call_count,
-                lookahead_tokens=config.max_batch_tokens * (self._batcher.lane_count + 1),
+                lookahead_tokens=config.max_batch_tokens * (self.batcher.lane_count + 1),
                 stall_timeout_s=config.stall_timeout_s,
             ),
         )
@@ -136,44 +151,32 @@ class App:
         if set_serving:
             await set_serving(False)
         await server.stop(config.grace_s)
-        await asyncio.to_thread(self._batcher.stop)
+        await asyncio.to_thread(self.batcher.stop)
         log.info("stopped")
 
     def _warm(self) -> None:
         """Runs every lane once, so that the first caller does not pay for what the libraries set up."""
-        import threading
-
-        done = threading.Event()
-        failed: list[Exception] = []
-        size = self._model.max_length
-        texts = [Text(np.zeros(size, np.int32)) for _ in range(self._batcher.lane_count)]
-        left = len(texts)
-
-        def deliver(event: Event) -> None:
-            nonlocal left
-            if isinstance(event, CallFailed):
-                failed.append(event.error)
-                done.set()
-            elif isinstance(event, RunDone):
-                left -= len(event.texts)
-                if not left:
-                    done.set()
-
-        last = self._model.layer_count
-        output = Output(kind=OutputKind.HIDDEN_STATES, layers=(0, last), row_size=self._model.hidden_size)
-        plan = Plan(outputs=(output,), dtype="float32")
-        call = self._batcher.open(plan, client="warm-up", deliver=deliver)
+        texts = [Text(np.zeros(self.model.max_length, np.int32)) for _ in range(self.batcher.lane_count)]
+        output = Output(
+            kind=OutputKind.HIDDEN_STATES, layers=(0, self.model.layer_count), row_size=self.model.hidden_size
+        )
+        events: queue.SimpleQueue[Event] = queue.SimpleQueue()
+        call = self.batcher.open(Plan(outputs=(output,), dtype="float32"), client="warm-up", deliver=events.put)
         call.add(texts)
-        finished = done.wait(_WARM_TIMEOUT_S)
-        call.close()
-        if failed or not finished:
-            raise ConfigError(f"the engine did not run on {self._config.device}; the log has the reason") from (
-                failed[0] if failed else None
-            )
+        left = len(texts)
+        try:
+            while left:
+                event = events.get(timeout=_WARM_TIMEOUT_S)
+                if isinstance(event, CallFailed):
+                    raise event.error
+                left -= len(event.texts) if isinstance(event, RunDone) else 0
+        except (LayertapError, queue.Empty) as exc:
+            raise ConfigError(f"the engine does not run on --device {self._config.device}; the log says why") from exc
+        finally:
+            call.close()
 
 
-def _model(settings: object, has_pooler: bool, special_token_ids: tuple[int, ...]) -> Model:
-    assert isinstance(settings, dict)
+def _model(settings: Mapping[str, Any], has_pooler: bool, special_token_ids: tuple[int, ...]) -> Model:
     return Model(
         layer_count=settings["num_hidden_layers"],
         hidden_size=settings["hidden_size"],
@@ -186,9 +189,8 @@ def _model(settings: object, has_pooler: bool, special_token_ids: tuple[int, ...
 
 
 def _info(
-    config: Config, model: Model, identity: delivery.Identity, devices: Sequence[str], settings: object
+    config: Config, model: Model, identity: delivery.Identity, devices: Sequence[str], settings: Mapping[str, Any]
 ) -> pb.GetModelInfoResponse:
-    assert isinstance(settings, dict)
     return pb.GetModelInfoResponse(
         model_id=identity.model_id,
         fingerprint=identity.fingerprint,
@@ -217,24 +219,6 @@ def _info(
         ),
         server_version=layertap.__version__,
     )
-
-
-def _lanes(
-    encoders: Sequence[encoder.Encoder], devices: Sequence[str], config: Config
-) -> list[Callable[[Sequence[Run]], Iterator[Rows]]]:
-    """Returns what each lane runs: one for each cuda device, or several on the CPU, which share the weights."""
-    if devices != ["cpu"]:
-        return [one.encode for one in encoders]
-    cores = len(os.sched_getaffinity(0))
-    lane_count = config.lanes or min(cores, _MAX_CPU_LANES)
-    thread_count = config.lane_threads or max(1, cores // lane_count)
-    log.info("%d lanes with %d threads each", lane_count, thread_count)
-
-    def encode(batch: Sequence[Run]) -> Iterator[Rows]:
-        encoders[0].use_threads(thread_count)
-        return encoders[0].encode(batch)
-
-    return [encode] * lane_count
 
 
 def _server_options(config: Config) -> list[tuple[str, int]]:

@@ -369,10 +369,13 @@ class Batcher:
             log.exception("a batch of %d texts failed", sum(len(taken.texts) for taken in batch))
             error = InternalError("the encoder failed; the server's log has the reason")
             for taken in batch:
-                taken.call.deliver(CallFailed(error))
+                if not taken.call.closed:
+                    taken.call.deliver(CallFailed(error))
             return
         compute_time_ns = time.monotonic_ns() - started_at_ns
         for taken in batch:
+            if taken.call.closed:
+                continue
             taken.call.deliver(
                 RunDone(
                     first_text=taken.first_text,

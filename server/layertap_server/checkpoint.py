@@ -20,7 +20,14 @@ EMBEDDED_MODEL_NAME: Final = "all-MiniLM-L6-v2"
 
 _HUB_FILES: Final = ["*.safetensors", "*.json", "*.txt"]
 _INDEX: Final = "model.safetensors.index.json"
-_NEEDED: Final = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
+_COUNTS: Final = (
+    "vocab_size",
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "intermediate_size",
+    "max_position_embeddings",
+)
 
 
 class CheckpointError(Exception):
@@ -136,8 +143,10 @@ def _read_settings(folder: Path) -> dict[str, Any]:
             f"config.json says position_embedding_type {positions!r}; layertap serves 'absolute' only, because "
             "relative positions change the attention itself"
         )
-    if missing := [key for key in _NEEDED if not isinstance(settings.get(key), int)]:
-        raise CheckpointError(f"config.json lacks {', '.join(missing)}; fetch the model again")
+    if wrong := [key for key in _COUNTS if not isinstance(settings.get(key), int) or settings[key] < 1]:
+        raise CheckpointError(
+            f"config.json lacks {', '.join(wrong)}, or has no positive number there; fetch the model again"
+        )
     if settings["hidden_size"] % settings["num_attention_heads"]:
         raise CheckpointError(
             f"config.json has hidden_size {settings['hidden_size']}, "
@@ -159,7 +168,10 @@ def _weight_files(folder: Path) -> tuple[Path, ...]:
     if (folder / "model.safetensors").is_file():
         return (folder / "model.safetensors",)
     if (folder / _INDEX).is_file():
-        names = sorted(set(json.loads((folder / _INDEX).read_text(encoding="utf-8"))["weight_map"].values()))
+        try:
+            names = sorted(set(json.loads((folder / _INDEX).read_text(encoding="utf-8"))["weight_map"].values()))
+        except (ValueError, LookupError, TypeError, AttributeError) as exc:
+            raise CheckpointError(f"{_INDEX} cannot be read; fetch the model again") from exc
         missing = [name for name in names if not (folder / name).is_file()]
         if missing or not names:
             raise CheckpointError(f"the model lacks {', '.join(missing) or 'all its shards'}; fetch it again")

@@ -25,6 +25,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(
         level=config.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr
     )
+    # gRPC's C core would add lines of its own to ours; what it has to say comes back as errors.
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     try:
         from layertap_server import app
         from layertap_server.checkpoint import CheckpointError

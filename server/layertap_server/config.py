@@ -97,7 +97,7 @@ class Config:
             value, choices, least = getattr(self, field.name), field.metadata["choices"], field.metadata["least"]
             if choices and value not in choices:
                 raise ConfigError(f"{flag(field.name)} is {value!r}; choose one of {', '.join(choices)}")
-            if least is not None and value < least:
+            if least is not None and not least <= value < float("inf"):
                 raise ConfigError(f"{flag(field.name)} is {value}; the least is {least}")
         if self.port > 65535:
             raise ConfigError(f"--port is {self.port}; the most is 65535")

@@ -251,12 +251,14 @@ def _spread(result: Result, plan: Plan, tokenizer: Tokenizer, max_frame_bytes: i
     assert result.tokenized is not None
     count = result.tokenized.text.token_count
     last = result.parts[-1]
+    own_tokens = tokens(result.tokenized, tokenizer) if plan.return_tokens else None
+    max_data_bytes = max_frame_bytes - (own_tokens.ByteSize() if own_tokens else 0)
     for part in result.parts:
         output_index, layer, rows = part
         output = plan.outputs[output_index]
         row_count = count if output.per_token else 1
         row_bytes = plan.row_bytes(output)
-        for first, taken in _cuts(row_count, row_bytes, max_frame_bytes):
+        for first, taken in _cuts(row_count, row_bytes, max_data_bytes):
             frame = pb.StreamFrame(
                 id=result.id,
                 output_index=output_index,
@@ -269,7 +271,7 @@ def _spread(result: Result, plan: Plan, tokenizer: Tokenizer, max_frame_bytes: i
             )
             if frame.done:
                 frame.timings.CopyFrom(result.timings or pb.Timings())
-                if plan.return_tokens:
-                    frame.tokens.CopyFrom(tokens(result.tokenized, tokenizer))
+                if own_tokens is not None:
+                    frame.tokens.CopyFrom(own_tokens)
             data = rows[first * row_bytes : (first + taken) * row_bytes]
             yield partial(wire.join, pb.EmbedStreamResponse(frame=frame), data)

@@ -58,10 +58,12 @@ class Limits:
     Attributes:
         text_count: Texts in one message.
         character_count: Unicode code points in one text.
+        output_bytes: Computed but unsent tensors of one call.
     """
 
     text_count: int
     character_count: int
+    output_bytes: int
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -148,9 +150,21 @@ class Intake:
         return item
 
     def checked(self, plan: Plan, result: Tokenized | LayertapError, label: str) -> Tokenized | LayertapError:
-        """Returns the result of tokenizing, or why its text cannot be pooled as the plan asks."""
+        """Returns the result of tokenizing, or why the model cannot do with its text what the plan asks."""
         if isinstance(result, LayertapError):
             return result
+        token_bytes, text_bytes = plan.byte_counts()
+        if (size := token_bytes * result.text.token_count + text_bytes) > self.limits.output_bytes:
+            return InvalidArgumentError(
+                f"the outputs of {label} take {size} bytes, the most is {self.limits.output_bytes}; ask for fewer "
+                "layers at once"
+            )
+        types = result.text.token_type_ids
+        if types is not None and types.max() >= self.model.type_vocab_size:
+            return InvalidArgumentError(
+                f"{label} has token type {types.max()}, this model knows {self.model.type_vocab_size}: it takes no "
+                "pairs; send the two strings as one text, or as two"
+            )
         for output in plan.outputs:
             if output.pool is not None and not len(output.pool.positions(result.text)):
                 return InvalidArgumentError(

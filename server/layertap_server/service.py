@@ -70,6 +70,10 @@ class Bounds:
     stall_timeout_s: float
 
 
+class _CallerLeftError(Exception):
+    """A message could not be sent, because its call is gone."""
+
+
 class EmbeddingService:
     """Answers the RPCs of the contract."""
 
@@ -118,6 +122,8 @@ class EmbeddingService:
                 return await method(request, context)
             except LayertapError as exc:
                 error = exc
+            except _CallerLeftError as exc:
+                raise asyncio.CancelledError from exc  # There is nobody to tell.
             except Exception:
                 log.exception("%s failed", method.__name__)
                 error = InternalError("the server failed; its log has the reason")
@@ -142,7 +148,7 @@ class EmbeddingService:
             raise InvalidArgumentError(
                 f"pad_to is {request.pad_to}; it runs from 1 to max_length {max_length}, 0 means none"
             )
-        labels = [f"inputs[{n}]" for n in range(len(request.inputs))]
+        labels = [f"inputs[{request.first_text + n}]" for n in range(len(request.inputs))]
         items = [self._intake.item(one, label) for one, label in zip(request.inputs, labels, strict=True)]
         for label, item in zip(labels, items, strict=True):
             if isinstance(item, Text):
@@ -194,14 +200,17 @@ class EmbeddingService:
         parts: list[RowsReady] = []
         clock = Clock(tokenize_time_ns)
         inbox: Inbox[Event] = Inbox()
-        async with self._call(plan, tokenized, inbox, context):
+        async with self._call(plan, tokenized, inbox, context) as call:
             left = len(tokenized)
             while left:
                 for event in await inbox.take():
                     if isinstance(event, RowsReady):
                         parts.append(_good(event))
                     else:
-                        left -= clock.note(_done(event))
+                        done = _done(event)
+                        left -= clock.note(done)
+                        # The answer is whole before it is sent; max_response_bytes bounds it from here on.
+                        call.release(done.reserved_bytes, run_done=True)
 
         def answer() -> bytes:
             message = pb.EmbedResponse(
@@ -305,6 +314,8 @@ class EmbeddingService:
             raise DeadlineExceededError(
                 f"the answer was not read for {self._bounds.stall_timeout_s} s; read faster, or ask for less"
             ) from exc
+        except Exception as exc:  # gRPC's own; it has no public name.
+            raise _CallerLeftError from exc
 
 
 async def _parse(kind: type[MessageT], raw: bytes) -> MessageT:

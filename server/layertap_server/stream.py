@@ -140,7 +140,6 @@ class Stream:
 
     async def _admit(self, message: pb.StreamInputs, call: Call) -> None:
         """Checks, tokenizes and queues the texts of one message; a bad one is answered for itself."""
-        self._intake.check_text_count(len(message.inputs))
         good: list[tuple[int, Item]] = []
         for one in message.inputs:
             if one.id in self._entries:
@@ -217,9 +216,10 @@ class Stream:
             results = [result for number in self._finished if (result := self._entries[number].result)]
         self._finished.clear()
         for message, sent in delivery.results(results, self.plan, self._tokenizer, self._max_frame_bytes):
+            # Whoever has an answer may use its id again, so the id is free before the answer leaves.
+            entries = [self._entries.pop(result.id) for result in sent]
             await self._write(message)
-            for result in sent:
-                entry = self._entries.pop(result.id)
+            for entry in entries:
                 if entry.run is not None and entry.tokenized is not None:
                     entry.run.left -= 1
                     call.release(call.bytes_of(entry.tokenized.text), run_done=not entry.run.left)

@@ -864,8 +864,8 @@ class Limits(_message.Message):
     MAX_OUTPUT_BYTES_FIELD_NUMBER: _builtins.int
     MAX_CONCURRENT_CALL_COUNT_FIELD_NUMBER: _builtins.int
     max_text_count: _builtins.int
-    """Texts in one Tokenize, Decode, Embed or EmbedLayers request, or in one message
-    of EmbedStream. EmbedStream as a whole has no such limit.
+    """Texts in one Tokenize, Decode, Embed or EmbedLayers request. EmbedStream has no
+    such limit.
     """
     max_character_count: _builtins.int
     """Unicode code points in one text, both strings of a pair or all words together."""
@@ -1003,6 +1003,7 @@ class TokenizeRequest(_message.Message):
     TRUNCATION_FIELD_NUMBER: _builtins.int
     MAX_LENGTH_FIELD_NUMBER: _builtins.int
     PAD_TO_FIELD_NUMBER: _builtins.int
+    FIRST_TEXT_FIELD_NUMBER: _builtins.int
     omit_special_tokens: _builtins.bool
     """Leaves out [CLS] and [SEP]."""
     truncation: Global___Truncation.ValueType
@@ -1014,6 +1015,10 @@ class TokenizeRequest(_message.Message):
     pad_to: _builtins.int
     """Appends padding until each text has this many tokens; longer ones stay as they
     are. 0: none. At most the max_length in force.
+    """
+    first_text: _builtins.int
+    """Where the first input stands in what the caller sends in several requests; errors
+    count from there.
     """
     @_builtins.property
     def inputs(self) -> _containers.RepeatedCompositeFieldContainer[Global___Input]:
@@ -1027,10 +1032,11 @@ class TokenizeRequest(_message.Message):
         truncation: Global___Truncation.ValueType = ...,
         max_length: _builtins.int = ...,
         pad_to: _builtins.int = ...,
+        first_text: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["inputs", b"inputs", "max_length", b"max_length", "omit_special_tokens", b"omit_special_tokens", "pad_to", b"pad_to", "truncation", b"truncation"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["first_text", b"first_text", "inputs", b"inputs", "max_length", b"max_length", "omit_special_tokens", b"omit_special_tokens", "pad_to", b"pad_to", "truncation", b"truncation"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1334,7 +1340,7 @@ class StreamInputs(_message.Message):
     INPUTS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def inputs(self) -> _containers.RepeatedCompositeFieldContainer[Global___StreamInput]:
-        """1 to limits.max_text_count texts."""
+        """As many texts as limits.max_request_bytes has room for."""
 
     def __init__(
         self,

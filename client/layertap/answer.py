@@ -1,0 +1,127 @@
+"""Parts of answers, checked and given the names that users know.
+
+Pure. What a header promises is checked here once for all three embed RPCs, so that whatever follows can rely on it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from layertap import inputs, wire
+from layertap.errors import DataLossError
+from layertap.types import BoolArray, Embedding, FloatArray, HiddenStates, IntArray, ModelRef, Timings, Tokens
+from layertap.v1 import embedding_pb2 as pb
+
+_PER_TOKEN_FIELDS = (
+    "tokens",
+    "attention_mask",
+    "token_type_ids",
+    "special_tokens_mask",
+    "word_ids",
+)
+
+
+def check_header(header: pb.EmbedHeader, options: pb.EmbedOptions, text_count: int) -> None:
+    """Checks that a header is that of a request.
+
+    Args:
+        header: What opens the answer.
+        options: What was asked.
+        text_count: How many texts were sent; 0 for a stream, whose results carry their own counts.
+
+    Raises:
+        DataLossError: It is not.
+    """
+    wire.array_dtype(header.dtype)
+    fits = len(header.outputs) == len(options.outputs) > 0
+    fits &= len(header.token_counts) == len(header.truncated) == text_count
+    fits &= all(count > 0 for count in header.token_counts)
+    for asked, output in zip(options.outputs, header.outputs, strict=False):
+        fits &= output.row_size > 0 and len(set(output.layers)) == len(output.layers) > 0
+        fits &= output.per_token == asked.HasField("hidden_states")
+        fits &= output.per_token or len(output.layers) == 1
+    if not fits:
+        raise DataLossError("the header is not that of this request; ask again")
+
+
+def build_embedding(
+    *,
+    header: pb.EmbedHeader,
+    options: pb.EmbedOptions,
+    arrays: dict[tuple[int, int], FloatArray],
+    messages: list[pb.Input],
+    token_counts: IntArray,
+    truncated: BoolArray,
+    timings: pb.Timings,
+    tokens: Sequence[pb.TokenizedText],
+) -> Embedding:
+    """Returns whole arrays, by output index and layer, under the names that users know.
+
+    Raises:
+        DataLossError: The tokens that were asked for are not those of the texts.
+    """
+    if options.return_tokens and [len(text.input_ids) for text in tokens] != token_counts.tolist():
+        raise DataLossError("the tokens of the answer are not those of its texts; ask again")
+    ragged: dict[int, FloatArray] = {}
+    pools: list[FloatArray] = []
+    pooler_output: FloatArray | None = None
+    for output_index, (asked, output) in enumerate(zip(options.outputs, header.outputs, strict=True)):
+        found = {layer: arrays[output_index, layer] for layer in output.layers}
+        kind = asked.WhichOneof("kind")
+        if kind == "hidden_states":
+            ragged.update(found)
+        elif kind == "pooler_output":
+            (pooler_output,) = found.values()
+        else:
+            pools.extend(found.values())
+    return Embedding(
+        hidden_states=HiddenStates(ragged=ragged, token_counts=token_counts, layer_count=header.layer_count),
+        pools=tuple(pools),
+        token_counts=token_counts,
+        truncated=truncated,
+        attention_mask=inputs.attention_mask(messages, token_counts),
+        model=ModelRef(model_id=header.model_id, fingerprint=header.fingerprint),
+        timings=Timings(
+            queue_time_ns=timings.queue_time_ns,
+            tokenize_time_ns=timings.tokenize_time_ns,
+            compute_time_ns=timings.compute_time_ns,
+        ),
+        _pooler_output=pooler_output,
+        _tokens=build_tokens(tokens, header.pad_token_id) if options.return_tokens else None,
+    )
+
+
+def build_tokens(texts: Sequence[pb.TokenizedText], pad_token_id: int) -> Tokens:
+    """Returns tokenized texts as rectangular arrays; what lies past a text's tokens is padding.
+
+    Raises:
+        DataLossError: A text's lists differ in length.
+    """
+    counts = np.array([len(text.input_ids) for text in texts], np.int64)
+    for text, count in zip(texts, counts, strict=True):
+        lengths = {len(getattr(text, name)) for name in _PER_TOKEN_FIELDS}
+        if lengths != {count} or len(text.offset_mapping) != 2 * count:
+            raise DataLossError("the lists of a tokenized text differ in length; ask again")
+    shape = len(texts), int(counts.max(initial=0))
+    inside = np.arange(shape[1]) < counts[:, None]
+
+    def fill(name: str, rest: int) -> IntArray:
+        array = np.full(shape, rest, np.int64)
+        array[inside] = np.concatenate([np.array(getattr(text, name), np.int64) for text in texts])
+        return array
+
+    offsets = np.zeros((*shape, 2), np.int64)
+    offsets[inside] = np.concatenate([np.array(text.offset_mapping, np.int64).reshape(-1, 2) for text in texts])
+    return Tokens(
+        tokens=[list(text.tokens) for text in texts],
+        input_ids=fill("input_ids", pad_token_id),
+        attention_mask=fill("attention_mask", 0),
+        token_type_ids=fill("token_type_ids", 0),
+        special_tokens_mask=fill("special_tokens_mask", 1),
+        word_ids=fill("word_ids", -1),
+        offset_mapping=offsets,
+        token_counts=counts,
+        truncated=np.array([text.truncated for text in texts], np.bool_),
+    )

@@ -1,0 +1,185 @@
+"""Every knob: its bounds, its flag, its variable, its help, and which of them wins."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+
+from layertap_server.cli import main, parse
+from layertap_server.config import Config, ConfigError, flag, variable
+
+FIELDS = dataclasses.fields(Config)
+NUMBERS = [field for field in FIELDS if isinstance(field.default, (int, float))]
+BOUNDED = [field for field in NUMBERS if field.metadata["least"] is not None]
+CHOSEN = [field for field in FIELDS if field.metadata["choices"]]
+
+
+def named(fields: list[Any]) -> Any:
+    return pytest.mark.parametrize("field", fields, ids=[field.name for field in fields])
+
+
+def value_for(field: Any) -> Any:
+    """Returns a value that is allowed and is not the default."""
+    if field.metadata["choices"]:
+        return next(choice for choice in field.metadata["choices"] if choice != field.default)
+    if isinstance(field.default, str):
+        return "something"
+    if field.name in ("max_text_count", "max_call_output_bytes"):
+        return field.default - 1  # One more would exceed another knob.
+    return field.default + 1
+
+
+def test_the_defaults_are_allowed() -> None:
+    assert Config() == parse([], {})
+
+
+@named(list(FIELDS))
+def test_every_knob_has_a_reason_that_is_a_sentence(field: Any) -> None:
+    assert field.metadata["reason"][-1] == "." and field.metadata["reason"][0].strip()
+    assert type(field.default) in (int, float, str)
+
+
+@named([field for field in NUMBERS if field.name != "seed"])
+def test_every_number_has_a_least_value(field: Any) -> None:
+    assert field.metadata["least"] is not None
+
+
+@named([field for field in NUMBERS if field.name.startswith("max_")])
+def test_every_limit_says_its_unit(field: Any) -> None:
+    assert field.metadata["unit"] in ("texts", "characters", "bytes", "tokens", "calls")
+
+
+@named(BOUNDED)
+def test_below_its_least_value_a_knob_is_refused_by_its_flag(field: Any) -> None:
+    least = field.metadata["least"]
+    with pytest.raises(ConfigError, match=f"^{flag(field.name)} is .*{least}"):
+        Config(**{field.name: type(field.default)(least - 1)})
+
+
+@named([field for field in BOUNDED if field.name not in ("max_queue_text_count", "max_output_bytes")])
+def test_at_its_least_value_a_knob_is_taken(field: Any) -> None:
+    least = type(field.default)(field.metadata["least"])
+    assert getattr(Config(**{field.name: least}), field.name) == least
+
+
+@named([field for field in NUMBERS if isinstance(field.default, float)])
+@pytest.mark.parametrize("value", ["nan", "-inf"])
+def test_a_time_that_is_no_number_of_seconds_is_refused(field: Any, value: str) -> None:
+    with pytest.raises(ConfigError, match=flag(field.name)):
+        parse([flag(field.name) + "=" + value], {})
+
+
+@named(CHOSEN)
+def test_an_unknown_choice_is_refused_and_the_choices_are_named(field: Any) -> None:
+    with pytest.raises(ConfigError, match=f"^{flag(field.name)} is 'nonsense'") as caught:
+        Config(**{field.name: "nonsense"})
+    assert all(choice in str(caught.value) for choice in field.metadata["choices"])
+
+
+@named(CHOSEN)
+def test_every_choice_is_taken(field: Any) -> None:
+    for choice in field.metadata["choices"]:
+        assert getattr(Config(**{field.name: choice}), field.name) == choice
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"port": 65536}, ["--port", "65535"]),
+        ({"max_queue_text_count": 10, "max_text_count": 11}, ["--max-queue-text-count", "--max-text-count"]),
+        ({"max_output_bytes": 10, "max_call_output_bytes": 11}, ["--max-call-output-bytes", "--max-output-bytes"]),
+    ],
+)
+def test_knobs_that_contradict_each_other_are_refused_by_name(settings: dict[str, int], words: list[str]) -> None:
+    with pytest.raises(ConfigError) as caught:
+        Config(**settings)
+    assert all(word in str(caught.value) for word in words) and "\n" not in str(caught.value)
+
+
+def test_knobs_that_just_agree_are_taken() -> None:
+    config = Config(
+        port=65535, max_queue_text_count=10, max_text_count=10, max_output_bytes=11, max_call_output_bytes=11
+    )
+    assert config.port == 65535
+
+
+def test_memory_for_outputs_must_hold_the_longest_text() -> None:
+    config = Config(max_output_bytes=1000, max_call_output_bytes=900)
+    config.check_output_bytes(900)
+    with pytest.raises(ConfigError, match=r"^--max-call-output-bytes is 900.*901; raise it"):
+        config.check_output_bytes(901)
+    with pytest.raises(ConfigError, match=r"^--max-output-bytes is 1000.*1001"):
+        config.check_output_bytes(1001)
+
+
+def test_a_config_cannot_be_changed() -> None:
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        Config().port = 1  # type: ignore[misc]
+
+
+@named(list(FIELDS))
+def test_flags_beat_variables_and_variables_beat_defaults(field: Any) -> None:
+    value, name = value_for(field), field.name
+    assert value != field.default
+    assert getattr(parse([], {variable(name): str(value)}), name) == value
+    assert getattr(parse([flag(name), str(value)], {}), name) == value
+    assert getattr(parse([flag(name), str(value)], {variable(name): str(field.default)}), name) == value
+    assert getattr(parse([flag(name), str(field.default)], {variable(name): str(value)}), name) == field.default
+    assert type(getattr(parse([], {variable(name): str(value)}), name)) is type(field.default)
+
+
+def test_names_of_flags_and_variables() -> None:
+    assert flag("max_batch_tokens") == "--max-batch-tokens"
+    assert variable("max_batch_tokens") == "LAYERTAP_MAX_BATCH_TOKENS"
+
+
+def test_other_variables_are_nobodys_business() -> None:
+    assert parse([], {"LAYERTAP_NO_SUCH_KNOB": "1", "PORT": "7", "PATH": "/"}) == Config()
+
+
+@named(NUMBERS)
+def test_a_variable_that_is_no_number_is_refused_by_its_name(field: Any) -> None:
+    with pytest.raises(ConfigError, match=f"^{variable(field.name)} "):
+        parse([], {variable(field.name): "many"})
+
+
+@named(BOUNDED)
+def test_the_command_line_checks_the_bounds_too(field: Any) -> None:
+    with pytest.raises(ConfigError, match=flag(field.name)):
+        parse([f"{flag(field.name)}={type(field.default)(field.metadata['least'] - 1)}"], {})
+
+
+def test_help_tells_of_every_flag_its_type_default_unit_and_reason(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        parse(["--help"], {})
+    assert caught.value.code == 0
+    told = " ".join(capsys.readouterr().out.split())
+    for field in FIELDS:
+        start = told.index(f" {flag(field.name)} ", told.index("options:"))
+        about = told[start : start + 400]
+        assert field.metadata["reason"] in about
+        assert f"[{type(field.default).__name__}" in about
+        assert field.metadata["unit"] in about
+        assert f"default: {field.default or ('empty' if field.default == '' else field.default)}]" in about
+    assert "LAYERTAP_MAX_BATCH_TOKENS" in told
+
+
+def test_an_unknown_flag_ends_with_code_2_and_names_it(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        parse(["--no-such-knob", "1"], {})
+    assert caught.value.code == 2
+    assert "--no-such-knob" in capsys.readouterr().err
+
+
+def test_a_bad_setting_ends_the_command_with_code_2_and_one_line(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert main(["--max-queue-text-count", "1"]) == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and "--max-queue-text-count" in err
+    monkeypatch.setenv("LAYERTAP_PORT", "seven")
+    assert main([]) == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and "LAYERTAP_PORT" in err and "seven" not in err

@@ -1,0 +1,381 @@
+"""Laws that span files: names, both clients alike, codes and exceptions, imports, the contract itself, the README."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import re
+import subprocess
+import sys
+import sysconfig
+import textwrap
+import types
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+from google.protobuf import descriptor_pb2
+from google.protobuf.descriptor import Descriptor, FieldDescriptor
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
+from support import Server
+
+import layertap
+from layertap import AsyncClient, Client, LayertapError, StatusCode, errors
+from layertap.errors import from_status
+from layertap.v1 import embedding_pb2 as pb
+from layertap.v1 import embedding_pb2_grpc
+
+ROOT = Path(__file__).parent.parent
+BUF = Path(sysconfig.get_path("scripts")) / "buf"
+SERVICE = "layertap.v1.EmbeddingService"
+
+# Names.
+
+
+def test_all_is_sorted_and_complete() -> None:
+    names = {
+        name
+        for name, value in vars(layertap).items()
+        if not name.startswith("_") and not isinstance(value, types.ModuleType)
+    }
+    assert list(layertap.__all__) == sorted(layertap.__all__)
+    assert set(layertap.__all__) == names | {"__version__"}
+
+
+@pytest.mark.parametrize("name", layertap.__all__)
+def test_what_is_exported_is_documented(name: str) -> None:
+    value = getattr(layertap, name)
+    assert name == "__version__" or (inspect.getdoc(value) or "").split("\n")[0].endswith(".")
+
+
+def test_the_version_is_that_of_the_package() -> None:
+    from importlib.metadata import version
+
+    assert layertap.__version__ == version("layertap")
+
+
+# Both clients alike.
+
+METHODS = sorted(name for name in vars(Client) if not name.startswith("_"))
+
+
+def test_both_clients_have_the_same_methods() -> None:
+    assert sorted(name for name in vars(AsyncClient) if not name.startswith("_")) == METHODS
+    assert {"tokenize", "decode", "embed", "embed_layers", "embed_stream", "model_info", "close"} <= set(METHODS)
+
+
+@pytest.mark.parametrize("name", ["__init__", *METHODS])
+def test_both_clients_take_the_same_arguments(name: str) -> None:
+    sync = inspect.signature(getattr(Client, name)).parameters
+    awaited = inspect.signature(getattr(AsyncClient, name)).parameters
+    assert list(sync) == list(awaited)
+    for one, other in zip(sync.values(), awaited.values(), strict=True):
+        assert (one.kind, one.default) == (other.kind, other.default)
+        if one.name != "inputs":
+            assert one.annotation == other.annotation
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_arguments_after_the_first_are_keyword_only_and_have_defaults(name: str) -> None:
+    for one in list(inspect.signature(getattr(Client, name)).parameters.values())[2:]:
+        assert one.kind is inspect.Parameter.KEYWORD_ONLY and one.default is not inspect.Parameter.empty
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_both_clients_return_the_same_but_for_waiting(name: str) -> None:
+    sync = inspect.signature(getattr(Client, name)).return_annotation
+    awaited = inspect.signature(getattr(AsyncClient, name)).return_annotation
+    assert awaited.replace("AsyncIterator", "Iterator") == sync
+    method = getattr(AsyncClient, name)
+    assert inspect.isasyncgenfunction(method) or inspect.iscoroutinefunction(method)
+
+
+@pytest.mark.parametrize("name", ["tokenize", "decode", "embed", "embed_layers", "model_info"])
+def test_calls_have_a_finite_default_deadline(name: str) -> None:
+    assert 0 < inspect.signature(getattr(Client, name)).parameters["timeout_s"].default < 3600
+
+
+# Codes and exceptions.
+
+
+def test_every_status_code_but_ok_has_an_exception_of_its_own() -> None:
+    codes = {code.name: code.value[0] for code in grpc.StatusCode if code is not grpc.StatusCode.OK}
+    assert {code.name: int(code) for code in StatusCode} == codes
+    kinds = LayertapError.__subclasses__()
+    assert sorted(kind.code for kind in kinds) == sorted(StatusCode)
+    for kind in kinds:
+        assert kind.__name__ == "".join(part.capitalize() for part in kind.code.name.split("_")) + "Error"
+        assert getattr(layertap, kind.__name__) is kind
+        assert type(from_status(int(kind.code), "x")) is kind
+    assert type(from_status(0, "x")) is type(from_status(99, "x")) is layertap.UnknownError
+
+
+def test_the_table_of_errors_has_every_exception_with_its_code() -> None:
+    rows = re.findall(r"^\| `(\w+)` \| ([A-Z_]+) \| (.+) \|$", errors.__doc__ or "", re.MULTILINE)
+    assert [(name, code) for name, code, _ in rows] == [
+        (kind.__name__, kind.code.name) for kind in sorted(LayertapError.__subclasses__(), key=lambda kind: kind.code)
+    ]
+    assert all(reason.strip() for _, _, reason in rows)
+
+
+# Imports.
+
+
+def fresh(code: str) -> Any:
+    """Runs code in a process of its own; returns what it prints, as JSON."""
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", textwrap.dedent(code)], capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def test_importing_layertap_loads_no_torch_and_no_server_and_has_no_effects() -> None:
+    found = fresh("""
+        import json, logging, os, signal, sys, threading
+        import numpy, grpc, grpc.aio, google.protobuf.message
+        before = dict(os.environ), len(os.listdir("/proc/self/task")), signal.getsignal(signal.SIGTERM)
+        import layertap
+        after = dict(os.environ), len(os.listdir("/proc/self/task")), signal.getsignal(signal.SIGTERM)
+        print(json.dumps({
+            "modules": sorted({name.split(".")[0] for name in sys.modules}),
+            "unchanged": before == after,
+            "threads": [thread.name for thread in threading.enumerate()],
+            "handlers": len(logging.getLogger().handlers) + len(logging.getLogger("layertap").handlers),
+        }))
+    """)
+    heavy = {
+        "torch",
+        "transformers",
+        "tokenizers",
+        "safetensors",
+        "layertap_server",
+        "pandas",
+    }
+    assert not heavy.intersection(found["modules"])
+    assert found["threads"] == ["MainThread"] and found["unchanged"] and found["handlers"] == 0
+
+
+def test_making_a_client_connects_nowhere_and_starts_no_thread() -> None:
+    found = fresh("""
+        import json, os, threading
+        import grpc, layertap
+        before = len(os.listdir("/proc/self/task"))
+        layertap.Client("nowhere.invalid:1"), layertap.AsyncClient("nowhere.invalid:1")
+        print(json.dumps([threading.active_count(), len(os.listdir("/proc/self/task")) - before]))
+    """)
+    assert found == [1, 0]
+
+
+@pytest.mark.parametrize("module", ["config", "cli", "batcher", "work"])
+def test_parts_of_the_server_that_need_no_torch_load_none(module: str) -> None:
+    found = fresh(f"""
+        import json, sys
+        import layertap_server.{module}
+        print(json.dumps(sorted({{name.split(".")[0] for name in sys.modules}})))
+    """)
+    assert not {"torch", "transformers", "tokenizers"}.intersection(found)
+
+
+# The contract.
+
+
+def descriptors(message: Descriptor) -> Iterator[Descriptor]:
+    yield message
+    for nested in message.nested_types:
+        yield from descriptors(nested)
+
+
+MESSAGES = [one for top in pb.DESCRIPTOR.message_types_by_name.values() for one in descriptors(top)]
+FIELDS = [field for message in MESSAGES for field in message.fields]
+STREAMED = sorted(
+    {
+        method.output_type.name
+        for method in pb.DESCRIPTOR.services_by_name["EmbeddingService"].methods
+        if method.server_streaming
+    }
+)
+INTEGERS = (FieldDescriptor.TYPE_INT32, FieldDescriptor.TYPE_INT64)
+
+
+def named(fields: list[FieldDescriptor]) -> Any:
+    return pytest.mark.parametrize("field", fields, ids=[field.full_name for field in fields])
+
+
+def without_what_compilers_add(file: descriptor_pb2.FileDescriptorProto) -> descriptor_pb2.FileDescriptorProto:
+    """Removes positions in the source and JSON names, which not every compiler writes."""
+
+    def strip(message: descriptor_pb2.DescriptorProto) -> None:
+        for field in message.field:
+            field.ClearField("json_name")
+        for nested in message.nested_type:
+            strip(nested)
+
+    file.ClearField("source_code_info")
+    for message in file.message_type:
+        strip(message)
+    return file
+
+
+def test_the_generated_code_is_that_of_the_proto_file() -> None:
+    done = subprocess.run(
+        [BUF, "build", "protos", "--as-file-descriptor-set", "--exclude-source-info", "-o", "-"],
+        cwd=ROOT,
+        capture_output=True,
+        timeout=60,
+    )
+    assert done.returncode == 0, done.stderr.decode()
+    (file,) = descriptor_pb2.FileDescriptorSet.FromString(done.stdout).file
+    generated = descriptor_pb2.FileDescriptorProto()
+    pb.DESCRIPTOR.CopyToProto(generated)
+    assert without_what_compilers_add(generated) == without_what_compilers_add(file)
+
+
+def test_the_generated_stub_and_types_have_every_rpc_and_message() -> None:
+    service = pb.DESCRIPTOR.services_by_name["EmbeddingService"]
+    assert [method.name for method in service.methods] == [
+        "GetModelInfo",
+        "Tokenize",
+        "Decode",
+        "Embed",
+        "EmbedLayers",
+        "EmbedStream",
+    ]
+    with grpc.insecure_channel("127.0.0.1:1") as channel:
+        stub = embedding_pb2_grpc.EmbeddingServiceStub(channel)
+        for method in service.methods:
+            ways = (
+                "Stream" if streaming else "Unary" for streaming in (method.client_streaming, method.server_streaming)
+            )
+            assert type(getattr(stub, method.name)).__name__.endswith("".join(ways) + "MultiCallable")
+            assert hasattr(embedding_pb2_grpc.EmbeddingServiceServicer, method.name)
+    typed = (ROOT / "client/layertap/v1/embedding_pb2.pyi").read_text()
+    for message in MESSAGES:
+        assert f"class {message.name}(" in typed
+    for field in FIELDS:
+        assert re.search(rf"\b{field.name}\b", typed)
+    stubs = (ROOT / "client/layertap/v1/embedding_pb2_grpc.pyi").read_text()
+    assert all(method.name in stubs for method in service.methods)
+
+
+@named(FIELDS)
+def test_fields_are_of_types_that_every_language_has(field: FieldDescriptor) -> None:
+    assert field.type in (
+        *INTEGERS,
+        FieldDescriptor.TYPE_BOOL,
+        FieldDescriptor.TYPE_STRING,
+        FieldDescriptor.TYPE_BYTES,
+        FieldDescriptor.TYPE_ENUM,
+        FieldDescriptor.TYPE_MESSAGE,
+    )
+
+
+@named([field for field in FIELDS if field.is_repeated])
+def test_lists_have_names_in_the_plural_or_those_of_transformers(field: FieldDescriptor) -> None:
+    of_transformers = {"attention_mask", "special_tokens_mask", "offset_mapping"}
+    one_each = {"shape", "truncated"}
+    assert field.name.endswith("s") or field.name in of_transformers | one_each
+
+
+@named([field for field in FIELDS if field.name.endswith(("_count", "_size", "_bytes", "_ns", "_index"))])
+def test_quantities_are_single_integers_wide_enough(field: FieldDescriptor) -> None:
+    assert field.type in INTEGERS and not field.is_repeated
+    if field.name.endswith(("_bytes", "_ns")):
+        assert field.type == FieldDescriptor.TYPE_INT64
+
+
+@named([field for field in FIELDS if "time" in field.name.split("_")])
+def test_times_say_their_unit(field: FieldDescriptor) -> None:
+    assert field.name.endswith("_ns")
+
+
+@pytest.mark.parametrize("name", pb.DESCRIPTOR.enum_types_by_name)
+def test_the_zero_of_an_enum_is_unspecified_and_names_carry_that_of_the_enum(name: str) -> None:
+    values = pb.DESCRIPTOR.enum_types_by_name[name].values
+    prefix = re.sub(r"(?<!^)(?=[A-Z])", "_", name).upper() + "_"
+    assert values[0].number == 0 and values[0].name == prefix + "UNSPECIFIED"
+    assert all(value.name.startswith(prefix) for value in values)
+    assert not any(value.name.endswith("_UNSPECIFIED") for value in values[1:])
+
+
+def test_both_streams_answer_with_messages_of_their_own() -> None:
+    assert STREAMED == ["EmbedLayersResponse", "EmbedStreamResponse"]
+
+
+@pytest.mark.parametrize("name", STREAMED)
+def test_a_streamed_payload_is_the_last_field_and_in_no_oneof(name: str) -> None:
+    message = pb.DESCRIPTOR.message_types_by_name[name]
+    data = message.fields_by_name["data"]
+    assert (data.number, data.type) == (15, FieldDescriptor.TYPE_BYTES)
+    assert data.containing_oneof is None
+    assert max(field.number for field in message.fields) == 15
+
+
+def test_every_rpc_has_a_request_and_a_response_of_its_own() -> None:
+    for method in pb.DESCRIPTOR.services_by_name["EmbeddingService"].methods:
+        assert method.input_type.name == method.name + "Request"
+        assert method.output_type.name == method.name + "Response"
+
+
+# The standard services, on a real server.
+
+
+def test_health_answers_for_the_server_and_for_the_service(tiny_server: Server) -> None:
+    with grpc.insecure_channel(tiny_server.address) as channel:
+        stub = health_pb2_grpc.HealthStub(channel)
+        for service in ("", SERVICE):
+            answer = stub.Check(health_pb2.HealthCheckRequest(service=service), timeout=10)
+            assert answer.status == health_pb2.HealthCheckResponse.SERVING
+        with pytest.raises(grpc.RpcError) as caught:
+            stub.Check(health_pb2.HealthCheckRequest(service="layertap.v1.NoSuchService"), timeout=10)
+        assert caught.value.code() is grpc.StatusCode.NOT_FOUND
+
+
+def test_reflection_hands_out_the_contract(tiny_server: Server) -> None:
+    with grpc.insecure_channel(tiny_server.address) as channel:
+        database = ProtoReflectionDescriptorDatabase(channel)
+        assert set(database.get_services()) == {
+            SERVICE,
+            "grpc.health.v1.Health",
+            "grpc.reflection.v1alpha.ServerReflection",
+        }
+        file = database.FindFileContainingSymbol(SERVICE)
+        own = descriptor_pb2.FileDescriptorProto()
+        pb.DESCRIPTOR.CopyToProto(own)
+        assert without_what_compilers_add(file) == without_what_compilers_add(own)
+
+
+def test_a_stock_client_speaks_with_the_server_by_reflection_alone(tiny_server: Server) -> None:
+    request = {"inputs": [{"text": "I love Paris"}]}
+    done = subprocess.run(
+        [
+            *(BUF, "curl", "--protocol", "grpc", "--http2-prior-knowledge", "--data", json.dumps(request)),
+            f"http://{tiny_server.address}/{SERVICE}/Tokenize",
+        ],
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["texts"][0]["tokens"] == ["[CLS]", "i", "love", "paris", "[SEP]"]
+
+
+# The README.
+
+
+def test_the_python_of_the_readme_runs(real_server: Server, capsys: pytest.CaptureFixture[str]) -> None:
+    text = (ROOT / "README.md").read_text()
+    blocks = list(re.finditer(r"^```python\n(.*?)^```$", text, re.MULTILINE | re.DOTALL))
+    assert len(blocks) >= 4
+    namespace: dict[str, Any] = {"__name__": "readme"}
+    for block in blocks:
+        code = block[1]
+        for client in ("Client", "AsyncClient"):
+            for target in ('"127.0.0.1:50051"', '"localhost:50051"', ""):
+                code = re.sub(rf"\b{client}\({re.escape(target)}\)", f'{client}("{real_server.address}")', code)
+        assert "50051" not in code, "a block would talk to a server that is not the test's"
+        line = text.count("\n", 0, block.start(1))
+        exec(compile("\n" * line + code, str(ROOT / "README.md"), "exec"), namespace)
