@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import json
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -148,7 +149,9 @@ def onnxruntime(folder: Path) -> Batched:
 
         # The fusions that onnxruntime recommends for BERT: attention, layer norm, GELU.
         plain = str(export_onnx(folder, "eager"))
-        made = optimizer.optimize_model(plain, model_type="bert", num_heads=0, hidden_size=0, opt_level=1)
+        settings = json.loads((folder / "config.json").read_text())
+        heads, hidden = settings["num_attention_heads"], settings["hidden_size"]
+        made = optimizer.optimize_model(plain, model_type="bert", num_heads=heads, hidden_size=hidden, opt_level=1)
         made.save_model_to_file(str(optimized))
 
     def make(at_once: int, fused: bool) -> Callable[..., np.ndarray]:
