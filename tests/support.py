@@ -124,12 +124,14 @@ def running(*flags: str, environment: dict[str, str] | None = None) -> Iterator[
 class BlockingAsyncClient:
     """`AsyncClient` with the face of `Client`, so that one suite drives both."""
 
-    def __init__(self, target: str) -> None:
+    def __init__(self, target: str, **options: Any) -> None:
         self._runner = asyncio.Runner()
-        self._client = AsyncClient(target)
+        self._client = AsyncClient(target, **options)
 
     def __getattr__(self, name: str) -> Any:
         method = getattr(self._client, name)
+        if not callable(method):
+            return method
 
         def call(*args: Any, **kwargs: Any) -> Any:
             made = method(*args, **kwargs)
@@ -146,8 +148,8 @@ async def _gather(items: Any) -> list[Any]:
     return [item async for item in items]
 
 
-def open_client(kind: str, target: str) -> Any:
-    return Client(target) if kind == "sync" else BlockingAsyncClient(target)
+def open_client(kind: str, target: str, **options: Any) -> Any:
+    return Client(target, **options) if kind == "sync" else BlockingAsyncClient(target, **options)
 
 
 class Oracle:

@@ -1,8 +1,8 @@
 """Answers of the server, put together as the arrays that users hold.
 
 Pure: parsed messages and payloads in, `types` out. Rows are placed by the position their frame names, never by
-arrival, and copied once. A frame that overlaps another, reaches past its tensor or never comes is an error: there is
-no way to get a wrong array.
+arrival, and copied once; rows in shared memory that make a whole tensor not even that. A frame that overlaps another,
+reaches past its tensor or never comes is an error: there is no way to get a wrong array.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ class EmbedAssembler:
         self._frame_count = 0
         self._summary: pb.EmbedSummary | None = None
 
-    def feed(self, part: pb.EmbedLayersResponse, data: wire.Buffer) -> None:
-        """Takes one message of a stream.
+    def feed(self, part: pb.EmbedLayersResponse, data: wire.Buffer, view: wire.View | None = None) -> None:
+        """Takes one message of a stream, its payload, and where to find rows that lie in shared memory.
 
         Raises:
             DataLossError: It does not fit what came before.
@@ -50,7 +50,7 @@ class EmbedAssembler:
         elif kind == "frame":
             self._frame_count += 1
             rows, start = self._locate(part.frame)
-            rows.place(start, part.frame.row_count, data)
+            rows.place(start, part.frame.row_count, _payload(part, data, view, rows.row_bytes))
         elif kind == "summary":
             self._summary = part.summary
         else:
@@ -83,7 +83,7 @@ class EmbedAssembler:
         arrays: dict[tuple[int, int], FloatArray] = {}
         for tensor in answer.tensors:
             arrays[tensor.output_index, tensor.layer] = wire.tensor_to_array(tensor.tensor)
-        wanted = {key: rows.array.shape for key, rows in self._tensors.items()}
+        wanted = {key: rows.shape for key, rows in self._tensors.items()}
         if len(arrays) != len(answer.tensors) or wanted != {key: array.shape for key, array in arrays.items()}:
             raise DataLossError("the tensors of the answer are not those of its header; ask again")
         return self._build(answer.header, arrays, answer.timings)
@@ -125,27 +125,74 @@ class EmbedAssembler:
 
 
 class _Rows:
-    """One tensor that fills up, and which of its rows have come."""
+    """One tensor that fills up, and which of its rows have come.
 
-    __slots__ = ("_came", "_dtype", "array")
+    Rows that may be kept where they lie are not copied as long as all of them lie as the tensor would.
+    """
+
+    __slots__ = ("_array", "_came", "_dtype", "_kept", "_origin", "shape")
 
     def __init__(self, row_count: int, row_size: int, dtype: pb.Dtype.ValueType) -> None:
-        self.array: FloatArray = np.empty((row_count, row_size), wire.array_dtype(dtype))
+        wire.array_dtype(dtype)  # Refuses what this client does not know.
+        self.shape = row_count, row_size
+        self._array: FloatArray | None = None
         self._came = np.zeros(row_count, np.bool_)
         self._dtype = dtype
+        self._kept: dict[int, wire.ByteArray] = {}
+        self._origin = 0
+
+    @property
+    def array(self) -> FloatArray:
+        if self._array is None:
+            if self._kept and self.complete:
+                whole = wire.joined([self._kept[start] for start in sorted(self._kept)])
+                self._array = wire.to_array(whole, self.shape, self._dtype)
+            else:
+                self._array = np.empty(self.shape, wire.array_dtype(self._dtype))
+                for start, data in self._kept.items():
+                    wire.read_into(self._array[start : start + len(data) // self.row_bytes], data, self._dtype)
+            self._kept = {}
+        return self._array
+
+    @property
+    def row_bytes(self) -> int:
+        return self.shape[1] * wire.item_bytes(self._dtype)
 
     @property
     def complete(self) -> bool:
         return bool(self._came.all())
 
-    def place(self, start: int, count: int, data: wire.Buffer) -> None:
+    def place(self, start: int, count: int, data: wire.Buffer | wire.ByteArray) -> None:
         came = self._came[start : start + count]
         if start < 0 or count < 1 or len(came) != count or came.any():
             raise DataLossError(
                 f"a frame of {count} rows at row {start} overlaps another or its tensor's end; ask again"
             )
-        wire.read_into(self.array[start : start + count], data, self._dtype)
+        if not self._keep(start, count, data):
+            wire.read_into(self.array[start : start + count], data, self._dtype)
         came[:] = True
+
+    def _keep(self, start: int, count: int, data: wire.Buffer | wire.ByteArray) -> bool:
+        """Keeps rows where they lie if the whole tensor may lie there."""
+        if self._array is not None or not isinstance(data, np.ndarray) or data.nbytes != count * self.row_bytes:
+            return False
+        origin = wire.address(data) - start * self.row_bytes
+        if self._kept and origin != self._origin:
+            return False
+        self._origin = origin
+        self._kept[start] = data
+        return True
+
+
+def _payload(
+    part: pb.EmbedLayersResponse, data: wire.Buffer, view: wire.View | None, row_bytes: int
+) -> memoryview | wire.ByteArray:
+    """Returns the rows of a frame, from wherever they lie."""
+    if not part.HasField("shared_rows"):
+        return memoryview(data)
+    if view is None or len(part.shared_rows.offsets) != 1:
+        raise DataLossError("a frame lies in shared memory that was not asked for; ask again")
+    return view(part.shared_rows.offsets[0], part.frame.row_count * row_bytes)
 
 
 class LayerAssembler:
@@ -160,8 +207,8 @@ class LayerAssembler:
         self._done: dict[int, npt.NDArray[np.bool_]] = {}
         self._ended = False
 
-    def feed(self, part: pb.EmbedLayersResponse, data: wire.Buffer) -> list[LayerRows]:
-        """Takes one message; returns the texts it completed, in runs.
+    def feed(self, part: pb.EmbedLayersResponse, data: wire.Buffer, view: wire.View | None = None) -> list[LayerRows]:
+        """Takes one message as `EmbedAssembler.feed` does; returns the texts it completed, in runs.
 
         Raises:
             DataLossError: It does not fit what came before.
@@ -176,10 +223,15 @@ class LayerAssembler:
         elif kind == "summary":
             self._ended = True
         elif kind == "frame":
-            return self._frame(part.frame, memoryview(data))
+            return self._frame(part.frame, _payload(part, data, view, self._row_bytes))
         else:
             raise DataLossError("the answer has a part that was not asked for; ask again")
         return []
+
+    @property
+    def _row_bytes(self) -> int:
+        assert self._header is not None
+        return self._header.outputs[0].row_size * wire.item_bytes(self._header.dtype)
 
     def finish(self) -> None:
         """Checks, once the stream has ended, that nothing is missing.
@@ -192,13 +244,13 @@ class LayerAssembler:
         if not all(done.all() for done in self._done.values()):
             raise DataLossError("rows of the answer are missing; ask again")
 
-    def _frame(self, frame: pb.Frame, data: memoryview) -> list[LayerRows]:
+    def _frame(self, frame: pb.Frame, data: memoryview | wire.ByteArray) -> list[LayerRows]:
         assert self._header is not None
         output, texts_done = self._header.outputs[0], self._done.get(frame.layer)
         if frame.output_index or texts_done is None or frame.first_text < 0:
             raise DataLossError(f"a frame names layer {frame.layer}, which was not asked for; ask again")
         counts = self._header.token_counts
-        row_bytes = output.row_size * wire.item_bytes(self._header.dtype)
+        row_bytes = self._row_bytes
         text, row, left = frame.first_text, frame.first_row, frame.row_count
         first, done = text, list[FloatArray]()
         while left > 0 and text < len(counts):
@@ -216,6 +268,6 @@ class LayerAssembler:
                 self._open[frame.layer, text] = rows, came
                 first = text + 1 if not done else first
             text, row = text + 1, 0
-        if left or data:
+        if left or len(data):
             raise DataLossError("a frame reaches past the last text; ask again")
         return [LayerRows(layer=frame.layer, texts=range(first, first + len(done)), rows=done)] if done else []

@@ -22,7 +22,9 @@ from layertap.calls import DEFAULT_TIMEOUT_S, Layers, Poolings, ResponseT
 from layertap.channel import CHANNEL_OPTIONS, CLOSED_DURING_CALL, DEFAULT_TARGET, translate
 from layertap.errors import CancelledError, FailedPreconditionError
 from layertap.inputs import Inputs, to_messages
+from layertap.lease import AsyncLease
 from layertap.ledger import StreamLedger
+from layertap.shm import SharedMemory, take
 from layertap.types import Embedding, LayerRows, ModelInfo, StreamResult, TokenIds, Tokens
 from layertap.v1 import embedding_pb2 as pb
 
@@ -35,10 +37,12 @@ class AsyncClient:
         ...     embedding = await client.embed("I love Paris")
     """
 
-    def __init__(self, target: str = DEFAULT_TARGET) -> None:
-        """Takes the server's `host:port`, or `unix:/path`; connects at the first call."""
+    def __init__(self, target: str = DEFAULT_TARGET, *, shared_memory: bool = False) -> None:
+        """See `Client`."""
         self.target = target
+        self.shared_memory = SharedMemory(wanted=shared_memory)
         self._channel: grpc.aio.Channel | None = None
+        self._lease: AsyncLease | None = None
         self._owner: tuple[int, asyncio.AbstractEventLoop] | None = None
         self._closed = False
 
@@ -97,8 +101,8 @@ class AsyncClient:
         if call.unary is not None:
             return assembler.whole(await self._unary(call.unary, timeout_s))
         async with contextlib.aclosing(self._layers(call.stream, timeout_s)) as parts:
-            async for part, data in parts:
-                assembler.feed(part, data)
+            async for message in parts:
+                assembler.feed(*message)
         return assembler.finish()
 
     async def embed_layers(
@@ -124,8 +128,8 @@ class AsyncClient:
         call = calls.Embed(to_messages(inputs), options)
         assembler = LayerAssembler(call.messages, call.options)
         async with contextlib.aclosing(self._layers(call.stream, timeout_s)) as parts:
-            async for part, data in parts:
-                for rows in assembler.feed(part, data):
+            async for message in parts:
+                for rows in assembler.feed(*message):
                     yield rows
         assembler.finish()
 
@@ -157,7 +161,11 @@ class AsyncClient:
         )
         raising = calls.raises(on_error)
         ledger = StreamLedger(options, ordered=ordered)
-        running = stream.run(self.target, self._connect(), ledger, inputs, item_timeout_s, reconnect_timeout_s)
+        channel = self._connect()
+        assert self._lease is not None
+        running = stream.run(
+            self.target, channel, self._lease.begin, ledger, inputs, item_timeout_s, reconnect_timeout_s
+        )
         async with contextlib.aclosing(running) as groups:
             async for group in groups:
                 for result in group:
@@ -173,6 +181,7 @@ class AsyncClient:
         """See `Client.close`."""
         self._closed = True
         channel, self._channel = self._channel, None
+        self._lease = None
         if channel is not None and self._owner == (os.getpid(), asyncio.get_running_loop()):
             await channel.close(grace=None)
 
@@ -196,6 +205,7 @@ class AsyncClient:
         owner = os.getpid(), asyncio.get_running_loop()
         if self._channel is None or self._owner != owner:
             self._channel = grpc.aio.insecure_channel(self.target, options=CHANNEL_OPTIONS)
+            self._lease = AsyncLease(self._channel, self.shared_memory, self.target)
             self._owner = owner
         return self._channel
 
@@ -212,22 +222,24 @@ class AsyncClient:
 
     async def _layers(
         self, request: pb.EmbedLayersRequest, timeout_s: float
-    ) -> AsyncGenerator[tuple[pb.EmbedLayersResponse, memoryview], None]:
+    ) -> AsyncGenerator[tuple[pb.EmbedLayersResponse, memoryview, wire.View | None], None]:
         method = self._connect().unary_stream(calls.SERVICE + "EmbedLayers", None, None)
-        try:
-            call = method(request.SerializeToString(), timeout=timeout_s)
-        except grpc.aio.UsageError as exc:
-            raise translate(exc, self.target, timeout_s) from exc
-        try:
-            async for raw in call:
-                yield wire.split(pb.EmbedLayersResponse, raw)
-        except grpc.RpcError as exc:
-            raise translate(exc, self.target, timeout_s) from exc
-        except asyncio.CancelledError as exc:
-            self._tell_closing(exc)
-            raise
-        finally:
-            call.cancel()
+        with contextlib.ExitStack() as stack:
+            try:
+                shared = await self._lease.begin(timeout_s) if self._lease is not None else None
+                if shared is not None:
+                    stack.callback(shared.end)
+                    request.options.shared_memory.CopyFrom(shared.use)
+                call = method(request.SerializeToString(), timeout=timeout_s)
+                stack.callback(call.cancel)
+                async for raw in call:
+                    part, data = wire.split(pb.EmbedLayersResponse, raw)
+                    yield part, data, take(shared, part)
+            except (grpc.RpcError, grpc.aio.UsageError) as exc:
+                raise translate(exc, self.target, timeout_s) from exc
+            except asyncio.CancelledError as exc:
+                self._tell_closing(exc)
+                raise
 
     def _tell_closing(self, exc: asyncio.CancelledError) -> None:
         """Raises layertap's own error if `close` ended the call; a cancelled task stays one."""

@@ -6,6 +6,7 @@ connection is made at the first call, not in the constructor, and anew in a fork
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import os
 import threading
@@ -22,7 +23,9 @@ from layertap.calls import DEFAULT_TIMEOUT_S, Layers, Poolings, ResponseT
 from layertap.channel import CHANNEL_OPTIONS, DEFAULT_TARGET, translate
 from layertap.errors import FailedPreconditionError
 from layertap.inputs import InputItem, Inputs, to_messages
+from layertap.lease import Lease
 from layertap.ledger import StreamLedger
+from layertap.shm import SharedCall, SharedMemory, take
 from layertap.types import Embedding, LayerRows, ModelInfo, StreamResult, TokenIds, Tokens
 from layertap.v1 import embedding_pb2 as pb
 
@@ -37,11 +40,21 @@ class Client:
         (1, 5, 384)
     """
 
-    def __init__(self, target: str = DEFAULT_TARGET) -> None:
-        """Takes the server's `host:port`, or `unix:/path`; connects at the first call."""
+    def __init__(self, target: str = DEFAULT_TARGET, *, shared_memory: bool = False) -> None:
+        """Connects at the first call.
+
+        Args:
+            target: The server's `host:port`, or `unix:/path`.
+            shared_memory: Whether layers come through memory shared with the server, if it runs on this host as the
+                same user and offers that; else they come as ever, and the log says so. Arrays are then views of that
+                memory, which goes back to the server when they are collected; a process that forks copies first what
+                its children are to read.
+        """
         self.target = target
+        self.shared_memory = SharedMemory(wanted=shared_memory)
         self._lock = threading.Lock()
         self._channel: grpc.Channel | None = None
+        self._lease: Lease | None = None
         self._pid = 0
         self._closed = False
 
@@ -142,8 +155,8 @@ class Client:
         assembler = call.assembler()
         if call.unary is not None:
             return assembler.whole(self._unary(call.unary, timeout_s))
-        for part, data in self._layers(call.stream, timeout_s):
-            assembler.feed(part, data)
+        for message in self._layers(call.stream, timeout_s):
+            assembler.feed(*message)
         return assembler.finish()
 
     def embed_layers(
@@ -172,8 +185,8 @@ class Client:
         )
         call = calls.Embed(to_messages(inputs), options)
         assembler = LayerAssembler(call.messages, call.options)
-        for part, data in self._layers(call.stream, timeout_s):
-            yield from assembler.feed(part, data)
+        for message in self._layers(call.stream, timeout_s):
+            yield from assembler.feed(*message)
         assembler.finish()
 
     def embed_stream(
@@ -229,10 +242,16 @@ class Client:
         raising = calls.raises(on_error)
         ledger = StreamLedger(options, ordered=ordered)
 
-        self._check_open()
+        self._connect()
+        lease = self._lease
+
+        async def begin(timeout_s: float) -> SharedCall | None:
+            if lease is None or not self.shared_memory.wanted:
+                return None
+            return await asyncio.to_thread(lease.begin, timeout_s)
 
         def start() -> stream.Groups:
-            return stream.run(self.target, None, ledger, inputs, item_timeout_s, reconnect_timeout_s)
+            return stream.run(self.target, None, begin, ledger, inputs, item_timeout_s, reconnect_timeout_s)
 
         with contextlib.closing(stream.iterate(start)) as groups:
             for group in groups:
@@ -253,6 +272,7 @@ class Client:
         with self._lock:
             self._closed = True
             channel, self._channel = self._channel, None
+            self._lease = None
         if channel is not None and self._pid == os.getpid():
             channel.close()
 
@@ -279,6 +299,7 @@ class Client:
             self._check_open()
             if self._channel is None or self._pid != os.getpid():
                 self._channel = grpc.insecure_channel(self.target, options=CHANNEL_OPTIONS)
+                self._lease = Lease(self._channel, self.shared_memory, self.target)
                 self._pid = os.getpid()
             return self._channel
 
@@ -292,16 +313,21 @@ class Client:
 
     def _layers(
         self, request: pb.EmbedLayersRequest, timeout_s: float
-    ) -> Iterator[tuple[pb.EmbedLayersResponse, memoryview]]:
+    ) -> Iterator[tuple[pb.EmbedLayersResponse, memoryview, wire.View | None]]:
         method = self._connect().unary_stream(calls.SERVICE + "EmbedLayers", None, None)
-        try:
-            call = method(request.SerializeToString(), timeout=timeout_s)
-        except ValueError as exc:
-            raise translate(exc, self.target, timeout_s) from exc
-        try:
-            for raw in call:
-                yield wire.split(pb.EmbedLayersResponse, raw)
-        except grpc.RpcError as exc:
-            raise translate(exc, self.target, timeout_s) from exc
-        finally:
-            call.cancel()  # type: ignore[no-untyped-call]  # grpc-stubs gives it no return type
+        with contextlib.ExitStack() as stack:
+            shared = self._lease.begin(timeout_s) if self._lease is not None else None
+            if shared is not None:
+                stack.callback(shared.end)
+                request.options.shared_memory.CopyFrom(shared.use)
+            try:
+                call = method(request.SerializeToString(), timeout=timeout_s)
+            except ValueError as exc:
+                raise translate(exc, self.target, timeout_s) from exc
+            stack.callback(call.cancel)
+            try:
+                for raw in call:
+                    part, data = wire.split(pb.EmbedLayersResponse, raw)
+                    yield part, data, take(shared, part)
+            except grpc.RpcError as exc:
+                raise translate(exc, self.target, timeout_s) from exc

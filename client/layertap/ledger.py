@@ -136,8 +136,8 @@ class StreamLedger:
                 self._answer(index, StreamResult(index=index, error=error, _embedding=None))
         self._unsent = dict(self._unanswered)
 
-    def feed(self, part: pb.EmbedStreamResponse, data: memoryview) -> None:
-        """Takes one message of the answer.
+    def feed(self, part: pb.EmbedStreamResponse, data: memoryview, view: wire.View | None = None) -> None:
+        """Takes one message of the answer, its payload, and where to find rows that lie in shared memory.
 
         Raises:
             DataLossError: It does not fit what was sent.
@@ -149,7 +149,7 @@ class StreamLedger:
         if kind == "header":
             self._open(part.header)
         elif kind == "results":
-            self._results(part.results, data)
+            self._results(part.results, data, list(part.shared_rows.offsets), view)
         elif kind == "frame":
             self._frame(part.frame, data)
         else:
@@ -177,7 +177,7 @@ class StreamLedger:
         self._header = header
         self._header_due = False
 
-    def _results(self, results: pb.StreamResults, data: memoryview) -> None:
+    def _results(self, results: pb.StreamResults, data: memoryview, offsets: list[int], view: wire.View | None) -> None:
         assert self._header is not None
         header = self._header
         counts = np.array(results.token_counts, np.int64)
@@ -191,12 +191,16 @@ class StreamLedger:
         for output_index, output in enumerate(header.outputs):
             row_count = int(counts.sum()) if output.per_token else len(counts)
             for layer in output.layers:
-                array: FloatArray = np.empty((row_count, output.row_size), wire.array_dtype(header.dtype))
-                size = array.size * wire.item_bytes(header.dtype)
-                wire.read_into(array, data[:size], header.dtype)
-                data = data[size:]
-                arrays[output_index, layer] = array
-        if data:
+                shape = row_count, output.row_size
+                size = row_count * output.row_size * wire.item_bytes(header.dtype)
+                if len(offsets) > len(arrays) and (offset := offsets[len(arrays)]) >= 0:
+                    if view is None:
+                        raise DataLossError("results lie in shared memory that was not asked for; ask again")
+                    payload: memoryview | wire.ByteArray = view(offset, size)
+                else:
+                    payload, data = data[:size], data[size:]
+                arrays[output_index, layer] = wire.to_array(payload, shape, header.dtype)
+        if data or len(offsets) not in (0, len(arrays)):
             raise DataLossError("the answer has more data than results; ask again")
         for position, index in enumerate(results.ids):
             rows = slice(int(ends[position] - counts[position]), int(ends[position]))

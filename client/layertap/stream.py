@@ -11,7 +11,7 @@ import contextlib
 import random
 import threading
 import time
-from collections.abc import AsyncGenerator, AsyncIterable, Callable, Generator, Iterable
+from collections.abc import AsyncGenerator, AsyncIterable, Awaitable, Callable, Generator, Iterable
 from typing import Any, Final
 
 import grpc
@@ -23,11 +23,14 @@ from layertap.channel import CHANNEL_OPTIONS, CLOSED_DURING_CALL, translate
 from layertap.errors import CancelledError, DeadlineExceededError, UnavailableError
 from layertap.inputs import InputItem
 from layertap.ledger import StreamLedger
+from layertap.shm import SharedCall, take
 from layertap.types import StreamResult
 from layertap.v1 import embedding_pb2 as pb
 
 Items = Iterable[InputItem] | AsyncIterable[InputItem]
 Groups = AsyncGenerator[list[StreamResult], None]
+Begin = Callable[[float], Awaitable[SharedCall | None]]
+"""Asks, for so many seconds at most, what shared memory a connection may use."""
 
 _BACKOFF_S: Final = 0.05
 _MAX_BACKOFF_S: Final = 2.0
@@ -42,6 +45,7 @@ class EmbedStream:
         *,
         channel: grpc.aio.Channel,
         target: str,
+        begin: Begin,
         ledger: StreamLedger,
         items: Items,
         item_timeout_s: float,
@@ -50,6 +54,7 @@ class EmbedStream:
         """Takes what it needs; nothing happens before `results` is iterated."""
         self._channel = channel
         self._target = target
+        self._begin = begin
         self._ledger = ledger
         self._items = items
         self._item_timeout_s = item_timeout_s
@@ -102,11 +107,21 @@ class EmbedStream:
 
     async def _connection(self) -> Groups:
         """Sends and receives over one call until all is answered or the call breaks."""
+        shared = await self._begin(self._item_timeout_s)
+        try:
+            async with contextlib.aclosing(self._call(shared)) as groups:
+                async for group in groups:
+                    yield group
+        finally:
+            if shared is not None:
+                shared.end()
+
+    async def _call(self, shared: SharedCall | None) -> Groups:
         try:
             call = self._channel.stream_stream(SERVICE + "EmbedStream", None, None)(None, wait_for_ready=False)
         except grpc.aio.UsageError as exc:
             raise CancelledError(CLOSED_DURING_CALL) from exc
-        writer = asyncio.create_task(self._write(call))
+        writer = asyncio.create_task(self._write(call, shared))
         read: asyncio.Task[Any] | None = None
         self._moved_at = time.monotonic()
         try:
@@ -121,7 +136,8 @@ class EmbedStream:
                         if self._finished:
                             return
                         raise UnavailableError("the server ended the stream before all items were answered")
-                    self._ledger.feed(*wire.split(pb.EmbedStreamResponse, raw))
+                    part, data = wire.split(pb.EmbedStreamResponse, raw)
+                    self._ledger.feed(part, data, take(shared, part))
                     self._moved_at = time.monotonic()
                     self._note_change()
                     yield self._ledger.ready()
@@ -150,10 +166,13 @@ class EmbedStream:
             )
         changed.cancel()
 
-    async def _write(self, call: Any) -> None:
+    async def _write(self, call: Any, shared: SharedCall | None) -> None:
         # The reading side gets the status of a broken call and tells it.
         with contextlib.suppress(grpc.RpcError, asyncio.InvalidStateError):
-            await call.write(self._ledger.opening.SerializeToString())
+            opening = self._ledger.opening
+            if shared is not None:
+                opening.options.options.shared_memory.CopyFrom(shared.use)
+            await call.write(opening.SerializeToString())
             # A write that meets a refusal would hide its reason: see first whether the options are accepted.
             while not self._ledger.accepted and not self._finished:
                 await self._change(self._change_count)
@@ -193,6 +212,7 @@ class EmbedStream:
 async def run(
     target: str,
     channel: grpc.aio.Channel | None,
+    begin: Begin,
     ledger: StreamLedger,
     items: Items,
     item_timeout_s: float,
@@ -205,6 +225,7 @@ async def run(
         stream = EmbedStream(
             channel=channel,
             target=target,
+            begin=begin,
             ledger=ledger,
             items=items,
             item_timeout_s=item_timeout_s,

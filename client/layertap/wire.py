@@ -9,7 +9,8 @@ wire, and `split` views it in place. Any protobuf library reads and writes these
 from __future__ import annotations
 
 import math
-from typing import TypeVar
+from collections.abc import Callable, Sequence
+from typing import TypeAlias, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -21,6 +22,11 @@ from layertap.v1 import embedding_pb2 as pb
 
 MessageT = TypeVar("MessageT", bound=Message)
 Buffer = bytes | memoryview
+ByteArray: TypeAlias = npt.NDArray[np.uint8]
+"""Bytes that may be kept for good: nobody else will write there."""
+
+View: TypeAlias = Callable[[int, int], ByteArray]
+"""Returns rows of the message at hand that lie in shared memory, by offset and size in bytes."""
 
 DTYPES: dict[str, pb.Dtype.ValueType] = {
     "float32": pb.DTYPE_FLOAT32,
@@ -68,7 +74,7 @@ def item_bytes(dtype: pb.Dtype.ValueType) -> int:
     return 4 if dtype == pb.DTYPE_FLOAT32 else 2
 
 
-def read_into(target: FloatArray, data: Buffer, dtype: pb.Dtype.ValueType) -> None:
+def read_into(target: FloatArray, data: Buffer | ByteArray, dtype: pb.Dtype.ValueType) -> None:
     """Copies wire bytes into an array, once, widening bfloat16 exactly.
 
     Args:
@@ -90,15 +96,51 @@ def read_into(target: FloatArray, data: Buffer, dtype: pb.Dtype.ValueType) -> No
         target[...] = np.frombuffer(data, np.dtype(array_dtype(dtype)).newbyteorder("<")).reshape(target.shape)
 
 
+def to_array(data: Buffer | ByteArray, shape: tuple[int, ...], dtype: pb.Dtype.ValueType) -> FloatArray:
+    """Returns wire bytes as an array: a view where they may be kept as they are, else a copy.
+
+    Raises:
+        DataLossError: data has another size than the array.
+    """
+    if isinstance(data, np.ndarray) and dtype != pb.DTYPE_BFLOAT16:
+        if data.size != math.prod(shape) * item_bytes(dtype):
+            raise DataLossError(f"the answer has {data.size} bytes where {math.prod(shape)} values belong; ask again")
+        kept: FloatArray = data.view(np.dtype(array_dtype(dtype)).newbyteorder("<"))
+        return kept.reshape(shape)
+    array: FloatArray = np.empty(shape, array_dtype(dtype))
+    read_into(array, data, dtype)
+    return array
+
+
+def joined(parts: Sequence[ByteArray]) -> ByteArray:
+    """Returns arrays that lie one after the other in memory as one array, which holds them all."""
+    return parts[0] if len(parts) == 1 else np.asarray(_Joined(parts))
+
+
+class _Joined:
+    """The base of an array that spans several."""
+
+    __slots__ = ("__array_interface__", "_parts")
+
+    def __init__(self, parts: Sequence[ByteArray]) -> None:
+        self._parts = parts
+        size = sum(part.nbytes for part in parts)
+        data = address(parts[0]), False
+        self.__array_interface__ = {"version": 3, "typestr": "|u1", "shape": (size,), "data": data}
+
+
+def address(array: ByteArray) -> int:
+    """Returns where in memory an array begins."""
+    return int(array.__array_interface__["data"][0])
+
+
 def tensor_to_array(tensor: pb.Tensor) -> FloatArray:
     """Returns a tensor as a new array of its shape."""
     shape = tuple(tensor.shape)
     array_dtype(tensor.dtype)
     if any(length < 0 for length in shape) or math.prod(shape) * item_bytes(tensor.dtype) != len(tensor.data):
         raise DataLossError(f"a tensor of shape {shape} came with {len(tensor.data)} bytes; ask again")
-    array: FloatArray = np.empty(shape, array_dtype(tensor.dtype))
-    read_into(array, tensor.data, tensor.dtype)
-    return array
+    return to_array(tensor.data, shape, tensor.dtype)
 
 
 def join(message: Message, data: Buffer) -> bytes:

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import queue
 import signal
+import socket
+import stat
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any, Final, TypeVar
@@ -23,6 +26,8 @@ from layertap_server.batcher import Batcher, CallFailed, Event, RunDone
 from layertap_server.config import Config, ConfigError
 from layertap_server.intake import Intake, Limits, Model
 from layertap_server.service import SERVICE_NAME, Bounds, EmbeddingService
+from layertap_server.sharing import Sharing
+from layertap_server.shm import Segments
 from layertap_server.tokenizer import Tokenizer
 from layertap_server.work import Output, OutputKind, Plan, Text
 
@@ -95,6 +100,15 @@ class App:
             layer_count=self.model.layer_count,
             pad_token_id=self.tokenizer.pad_token_id,
         )
+        if config.shared_memory_bytes and not hasattr(os, "memfd_create"):
+            raise ConfigError("--shared-memory-bytes needs Linux; leave it out")
+        self._sharing = Sharing(
+            Segments(
+                byte_count=config.shared_memory_bytes,
+                max_count=config.max_shared_memory_call_count,
+                pin=encoder.pin if encoders[0].device.type == "cuda" else None,
+            )
+        )
         self._service = EmbeddingService(
             intake=Intake(
                 model=self.model,
@@ -107,6 +121,7 @@ class App:
             tokenizer=self.tokenizer,
             batcher=self.batcher,
             identity=identity,
+            sharing=self._sharing,
             info=_info(config, self.model, identity, devices, found.settings),
             bounds=Bounds(
                 max_response_bytes=config.max_response_bytes,
@@ -132,14 +147,17 @@ class App:
         server = grpc.aio.server(options=_server_options(config))
         server.add_generic_rpc_handlers((self._service.handler(),))
         set_serving = _add_standard_services(server) if standard_services else None
+        address = config.host if _is_unix(config.host) else f"{config.host}:{config.port}"
+        _free_socket_file(address)
         try:
-            port = server.add_insecure_port(f"{config.host}:{config.port}")
+            port = server.add_insecure_port(address)
         except RuntimeError as exc:
-            raise ConfigError(f"cannot listen on {config.host}:{config.port}; is the port taken? try --port 0") from exc
+            hint = "is the path too long?" if _is_unix(address) else "is the port taken? try --port 0"
+            raise ConfigError(f"cannot listen on {address}; {hint}") from exc
         await server.start()
         if set_serving:
             await set_serving(True)
-        ready(f"{config.host}:{port}")
+        ready(address if _is_unix(address) else f"{config.host}:{port}")
         stopped = asyncio.Event()
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -150,6 +168,7 @@ class App:
         log.info("stopping: running calls have %.0f s to finish", config.grace_s)
         if set_serving:
             await set_serving(False)
+        self._sharing.stop()
         await server.stop(config.grace_s)
         await asyncio.to_thread(self.batcher.stop)
         log.info("stopped")
@@ -234,6 +253,39 @@ def _server_options(config: Config) -> list[tuple[str, int]]:
         ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
         ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),
     ]
+
+
+def _is_unix(address: str) -> bool:
+    return address.startswith(("unix:", "unix-abstract:"))
+
+
+def _free_socket_file(address: str) -> None:
+    """Removes the file of a unix socket that a killed server has left.
+
+    gRPC would remove any, also that of a server which still runs, and whose callers would then be lost in silence.
+
+    Raises:
+        ConfigError: Somebody listens there, or it is no socket.
+    """
+    if not address.startswith("unix:"):
+        return
+    path = address.removeprefix("unix:")
+    path = "/" + path.lstrip("/") if path.startswith("//") else path
+    try:
+        if not stat.S_ISSOCK(os.stat(path).st_mode):
+            raise ConfigError(f"--host is {address}, but that file is no socket; choose another path")
+        with socket.socket(socket.AF_UNIX) as probe:
+            probe.connect(path)
+    except FileNotFoundError:
+        folder = os.path.dirname(path) or "."
+        if not os.access(folder, os.W_OK | os.X_OK):
+            raise ConfigError(f"cannot listen on {address}: {folder} is not a folder that may be written to") from None
+    except ConnectionRefusedError:
+        os.unlink(path)
+    except OSError as exc:
+        raise ConfigError(f"cannot listen on {address}: {exc.strerror or exc}") from exc
+    else:
+        raise ConfigError(f"cannot listen on {address}: another server does; stop it, or choose another path")
 
 
 def _add_standard_services(server: grpc.aio.Server) -> Callable[[bool], Awaitable[None]]:

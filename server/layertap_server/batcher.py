@@ -359,7 +359,9 @@ class Batcher:
     def _run(self, encode: Encode, batch: list[_Taken]) -> None:
         started_at_ns = time.monotonic_ns()
         try:
-            for rows in encode([Run(plan=taken.call.plan, texts=taken.texts) for taken in batch]):
+            for rows in encode(
+                [Run(plan=taken.call.plan, texts=taken.texts, first_text=taken.first_text) for taken in batch]
+            ):
                 taken = batch[rows.run_index]
                 if not taken.call.closed:
                     taken.call.deliver(RowsReady(taken.first_text, taken.texts, rows))

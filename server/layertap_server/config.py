@@ -43,7 +43,10 @@ class Config:
     )
     lanes: int = _knob(0, "Engine threads on the CPU. 0: one for each core; cuda has one for each device.", least=0)
     lane_threads: int = _knob(0, "CPU threads each lane computes with. 0: the cores, shared out.", least=0)
-    host: str = _knob("127.0.0.1", "The address to listen on. The connection is not encrypted: keep to loopback.")
+    host: str = _knob(
+        "127.0.0.1",
+        "The address to listen on, or unix:/path for a unix socket. The connection is not encrypted: keep to loopback.",
+    )
     port: int = _knob(50051, "The port to listen on. 0: any free one, which is printed.", least=0)
     max_text_count: int = _knob(1000, "Texts in one request; embed_stream has no such limit.", unit="texts", least=1)
     max_character_count: int = _knob(
@@ -80,6 +83,16 @@ class Config:
     max_queue_token_count: int = _knob(1 << 20, "Tokens that may wait, likewise.", unit="tokens", least=1)
     max_output_bytes: int = _knob(512 << 20, "Computed but unsent tensors, all calls together.", unit="bytes", least=1)
     max_call_output_bytes: int = _knob(128 << 20, "Computed but unsent tensors of one call.", unit="bytes", least=1)
+    shared_memory_bytes: int = _knob(
+        0,
+        "Memory shared with each client on this host that asks for it, so that layers need not travel: a few answers "
+        "that are in use at once. 0: none.",
+        unit="bytes",
+        least=0,
+    )
+    max_shared_memory_call_count: int = _knob(
+        16, "Clients that memory is shared with at once; the others get bytes.", unit="calls", least=1
+    )
     max_concurrent_call_count: int = _knob(256, "Calls under way at once.", unit="calls", least=1)
     grace_s: float = _knob(30.0, "How long running calls may take to finish after SIGTERM.", unit="seconds", least=0)
     stall_timeout_s: float = _knob(

@@ -17,6 +17,7 @@ from layertap.errors import LayertapError
 from layertap.v1 import embedding_pb2 as pb
 from layertap_server.batcher import RowsReady
 from layertap_server.inbox import Clock
+from layertap_server.shm import Lending
 from layertap_server.tokenizer import Tokenized, Tokenizer
 from layertap_server.work import Plan
 
@@ -111,12 +112,24 @@ def token_groups(
     yield pb.EmbedLayersResponse(tokens=group)
 
 
-def frames(ready: RowsReady, plan: Plan, max_frame_bytes: int) -> Iterator[bytes]:
-    """Yields one layer of some texts as EmbedLayers messages below the frame size."""
+def frames(ready: RowsReady, plan: Plan, max_frame_bytes: int, lending: Lending | None = None) -> Iterator[bytes]:
+    """Yields one layer of some texts as EmbedLayers messages below the frame size.
+
+    What lies in shared memory is one message, which says where.
+    """
     output = plan.outputs[ready.rows.output_index]
     row_bytes = plan.row_bytes(output)
     counts = [text.token_count for text in ready.texts] if output.per_token else [1] * len(ready.texts)
     starts = np.cumsum([0, *counts])
+    if shared := _shared_rows([ready.rows.data], lending):
+        frame = pb.Frame(
+            output_index=ready.rows.output_index,
+            layer=ready.rows.layer,
+            first_text=ready.first_text,
+            row_count=int(starts[-1]),
+        )
+        yield pb.EmbedLayersResponse(frame=frame, shared_rows=shared).SerializeToString()
+        return
     for first, count in _cuts(int(starts[-1]), row_bytes, max_frame_bytes):
         text = int(np.searchsorted(starts, first, side="right")) - 1
         frame = pb.Frame(
@@ -152,6 +165,8 @@ class Result:
         parts: For each output in order and each of its layers ascending: output index, layer, rows.
         timings: Where the time went.
         error: Why there is no result.
+        run: Whatever is the same for texts of the same run.
+        position: Which text of its run it is; its rows follow those of the one before.
     """
 
     id: int
@@ -159,6 +174,8 @@ class Result:
     parts: Sequence[tuple[int, int, memoryview]] = ()
     timings: pb.Timings | None = None
     error: LayertapError | None = None
+    run: object = None
+    position: int = 0
 
     @property
     def byte_count(self) -> int:
@@ -167,20 +184,78 @@ class Result:
 
 
 def results(
-    batch: Sequence[Result], plan: Plan, tokenizer: Tokenizer, max_frame_bytes: int
+    batch: Sequence[Result], plan: Plan, tokenizer: Tokenizer, max_frame_bytes: int, lending: Lending | None = None
 ) -> Iterator[tuple[bytes, Sequence[Result]]]:
     """Yields results as EmbedStream messages, each with the results that it completes.
 
-    Small results are packed together, large ones get frames of their own.
+    Results whose rows lie one after the other in shared memory make one message, which says where. Of the others small
+    ones are packed together, large ones get frames of their own.
     """
+    for stretch, lent in _stretches(batch, lending):
+        if lent:
+            yield from _lent(stretch, plan, tokenizer, max_frame_bytes, lent)
+        else:
+            yield from _sent(stretch, plan, tokenizer, max_frame_bytes)
+
+
+def _stretches(batch: Sequence[Result], lending: Lending | None) -> Iterator[tuple[Sequence[Result], Lending | None]]:
+    """Yields results that follow each other in shared memory, with what lends it, and all others between them."""
+    if lending is None:
+        yield batch, None
+        return
+    stretch: list[Result] = []
+    lent: Lending | None = None
+    for result in batch:
+        last = stretch[-1] if stretch else None
+        if last is None or result.run is not last.run or result.error is not None or last.error is not None:
+            lies_there = any(lending.offset_of(rows) is not None for _, _, rows in result.parts)
+            goes_on = last is not None and not lies_there and lent is None
+        else:
+            lies_there = lent is not None
+            goes_on = lent is None or result.position == last.position + 1
+        if not goes_on:
+            if stretch:
+                yield stretch, lent
+            stretch, lent = [], lending if lies_there else None
+        stretch.append(result)
+    if stretch:
+        yield stretch, lent
+
+
+def _lent(
+    batch: Sequence[Result], plan: Plan, tokenizer: Tokenizer, max_frame_bytes: int, lending: Lending
+) -> Iterator[tuple[bytes, Sequence[Result]]]:
+    """Yields results of consecutive texts of one run, which lie in shared memory, some of their outputs perhaps not."""
+    room = max_frame_bytes - _HEAD_BYTES
+    local = [n for n, (_, _, rows) in enumerate(batch[0].parts) if lending.offset_of(rows) is None]
+    packed: list[Result] = []
+    size = 0
+    for result in (*batch, None):
+        own = 0
+        if result is not None:
+            own = 64 + sum(len(result.parts[n][2]) for n in local) + _token_bytes(result, plan)
+        if packed and (result is None or size + own > room):
+            shared = _shared_rows([rows for _, _, rows in packed[0].parts], lending) if size <= room else None
+            if shared is None:
+                yield from _sent(packed, plan, tokenizer, max_frame_bytes)
+            else:
+                yield _pack(packed, plan, tokenizer, shared), packed
+            packed, size = [], 0
+        if result is not None:
+            packed.append(result)
+            size += own
+
+
+def _sent(
+    batch: Sequence[Result], plan: Plan, tokenizer: Tokenizer, max_frame_bytes: int
+) -> Iterator[tuple[bytes, Sequence[Result]]]:
+    """Yields results as messages with their rows."""
     room = max_frame_bytes - _HEAD_BYTES
     packed: list[Result] = []
     size = 0
     for result in batch:
-        text_tokens = 0
-        if plan.return_tokens and result.tokenized is not None:
-            text_tokens = 48 * result.tokenized.text.token_count
-        own = result.byte_count + text_tokens + 64 + (len(result.error.details.encode()) if result.error else 0)
+        own = result.byte_count + _token_bytes(result, plan) + 64
+        own += len(result.error.details.encode()) if result.error else 0
         if packed and size + own > room:
             yield _pack(packed, plan, tokenizer), packed
             packed, size = [], 0
@@ -218,6 +293,22 @@ def failures_of(ready: Sequence[RowsReady]) -> Mapping[int, LayertapError]:
     return failures
 
 
+def _shared_rows(data: Sequence[memoryview], lending: Lending | None) -> pb.SharedRows | None:
+    """Returns where payloads lie if any of them lies in shared memory; a message must then be sent with it."""
+    if lending is None:
+        return None
+    offsets = [lending.offset_of(rows) for rows in data]
+    inside = [offset for offset in offsets if offset is not None]
+    if not inside or (slot := lending.send(inside)) is None:
+        return None
+    return pb.SharedRows(offsets=[-1 if offset is None else offset for offset in offsets], slot=slot)
+
+
+def _token_bytes(result: Result, plan: Plan) -> int:
+    """Returns room for the tokens of a result, if they were asked for."""
+    return 48 * result.tokenized.text.token_count if plan.return_tokens and result.tokenized is not None else 0
+
+
 def _cuts(row_count: int, row_bytes: int, max_frame_bytes: int) -> Iterator[tuple[int, int]]:
     """Yields first row and row count of each frame; one row is the least."""
     step = max(1, (max_frame_bytes - _HEAD_BYTES) // row_bytes)
@@ -225,7 +316,7 @@ def _cuts(row_count: int, row_bytes: int, max_frame_bytes: int) -> Iterator[tupl
         yield first, min(step, row_count - first)
 
 
-def _pack(batch: Sequence[Result], plan: Plan, tokenizer: Tokenizer) -> bytes:
+def _pack(batch: Sequence[Result], plan: Plan, tokenizer: Tokenizer, shared: pb.SharedRows | None = None) -> bytes:
     good = [result for result in batch if result.error is None]
     message = pb.StreamResults(
         ids=[result.id for result in good],
@@ -242,8 +333,11 @@ def _pack(batch: Sequence[Result], plan: Plan, tokenizer: Tokenizer) -> bytes:
         message.truncated.append(result.tokenized.truncated)
         if plan.return_tokens:
             message.tokens.append(tokens(result.tokenized, tokenizer))
-    data = b"".join(rows for parts in zip(*(result.parts for result in good), strict=True) for _, _, rows in parts)
-    return wire.join(pb.EmbedStreamResponse(results=message), data)
+    tensors = list(zip(*(result.parts for result in good), strict=True))
+    if shared is not None:
+        tensors = [parts for parts, offset in zip(tensors, shared.offsets, strict=True) if offset == -1]
+    data = b"".join(rows for parts in tensors for _, _, rows in parts)
+    return wire.join(pb.EmbedStreamResponse(results=message, shared_rows=shared), data)
 
 
 def _spread(result: Result, plan: Plan, tokenizer: Tokenizer, max_frame_bytes: int) -> Iterator[Callable[[], bytes]]:

@@ -31,6 +31,8 @@ from layertap_server import delivery
 from layertap_server.batcher import Batcher, Call, CallFailed, Event, RowsReady, RunDone
 from layertap_server.inbox import Clock, Inbox
 from layertap_server.intake import Intake
+from layertap_server.sharing import Sharing, placed
+from layertap_server.shm import Lending
 from layertap_server.stream import Stream
 from layertap_server.tokenizer import Item, Tokenized, Tokenizer
 from layertap_server.work import Plan, Text
@@ -86,6 +88,7 @@ class EmbeddingService:
         identity: delivery.Identity,
         info: pb.GetModelInfoResponse,
         bounds: Bounds,
+        sharing: Sharing,
     ) -> None:
         """Takes all that it works with."""
         self._intake = intake
@@ -94,6 +97,7 @@ class EmbeddingService:
         self._identity = identity
         self._info = info
         self._bounds = bounds
+        self._sharing = sharing
         self._call_count = 0
 
     def handler(self) -> grpc.GenericRpcHandler[bytes, bytes]:
@@ -105,6 +109,7 @@ class EmbeddingService:
             "Embed": grpc.unary_unary_rpc_method_handler(self._answered(self._embed)),
             "EmbedLayers": grpc.unary_stream_rpc_method_handler(self._answered(self._embed_layers)),
             "EmbedStream": grpc.stream_stream_rpc_method_handler(self._answered(self._embed_stream)),
+            "ShareMemory": grpc.unary_stream_rpc_method_handler(self._answered(self._share_memory)),
         }
         return grpc.method_handlers_generic_handler(SERVICE_NAME, handlers)
 
@@ -228,6 +233,16 @@ class EmbeddingService:
         request = await _parse(pb.EmbedLayersRequest, raw)
         plan, tokenized, tokenize_time_ns = await self._prepare(request.inputs, request.options)
         clock = Clock(tokenize_time_ns)
+        with self._sharing.lend(request.options) as lending:
+            plan = placed(plan, lending, [one.text.token_count for one in tokenized])
+            frame_count = await self._send_layers(plan, tokenized, clock, context, lending)
+        summary = pb.EmbedSummary(frame_count=frame_count, timings=delivery.timings(clock))
+        await self._write(context, pb.EmbedLayersResponse(summary=summary).SerializeToString())
+
+    async def _send_layers(
+        self, plan: Plan, tokenized: Sequence[Tokenized], clock: Clock, context: Context, lending: Lending | None
+    ) -> int:
+        """Sends all of an EmbedLayers answer but its summary; returns how many frames that were."""
         inbox: Inbox[Event] = Inbox()
         frame_count = 0
         async with self._call(plan, tokenized, inbox, context) as call:
@@ -241,15 +256,14 @@ class EmbeddingService:
             while left:
                 for event in await inbox.take():
                     if isinstance(event, RowsReady):
-                        for frame in delivery.frames(_good(event), plan, self._bounds.max_frame_bytes):
+                        for frame in delivery.frames(_good(event), plan, self._bounds.max_frame_bytes, lending):
                             await self._write(context, frame)
                             frame_count += 1
                         call.release(len(event.rows.data))
                     else:
                         left -= clock.note(_done(event))
                         call.release(0, run_done=True)
-        summary = pb.EmbedSummary(frame_count=frame_count, timings=delivery.timings(clock))
-        await self._write(context, pb.EmbedLayersResponse(summary=summary).SerializeToString())
+        return frame_count
 
     async def _embed_stream(self, requests: AsyncIterator[bytes], context: Context) -> None:
         async def parse(raw: bytes) -> pb.EmbedStreamRequest:
@@ -258,20 +272,26 @@ class EmbeddingService:
         first = await parse(await anext(requests, b""))
         if first.WhichOneof("kind") != "options":
             raise InvalidArgumentError("the first message must carry options; send them once, before all inputs")
-        stream = Stream(
-            first.options,
-            intake=self._intake,
-            tokenizer=self._tokenizer,
-            encode=self._encode,
-            parse=parse,
-            write=lambda message: self._write(context, message),
-            max_frame_bytes=self._bounds.max_frame_bytes,
-            lookahead_tokens=self._bounds.lookahead_tokens,
-        )
-        async with self._call(stream.plan, (), stream.inbox, context) as call:
-            header = pb.EmbedStreamResponse(header=delivery.header(self._identity, stream.plan))
-            await self._write(context, header.SerializeToString())
-            await stream.run(requests, call)
+        with self._sharing.lend(first.options.options) as lending:
+            stream = Stream(
+                first.options,
+                intake=self._intake,
+                tokenizer=self._tokenizer,
+                encode=self._encode,
+                parse=parse,
+                write=lambda message: self._write(context, message),
+                max_frame_bytes=self._bounds.max_frame_bytes,
+                lookahead_tokens=self._bounds.lookahead_tokens,
+                lending=lending,
+            )
+            async with self._call(stream.plan, (), stream.inbox, context) as call:
+                header = pb.EmbedStreamResponse(header=delivery.header(self._identity, stream.plan))
+                await self._write(context, header.SerializeToString())
+                await stream.run(requests, call)
+
+    async def _share_memory(self, raw: bytes, context: Context) -> None:
+        await _parse(pb.ShareMemoryRequest, raw)
+        await self._sharing.lease(lambda message: self._write(context, message))
 
     async def _prepare(self, inputs: Sequence[pb.Input], options: pb.EmbedOptions) -> tuple[Plan, list[Tokenized], int]:
         """Returns what is asked, the texts as tokens, and how long tokenizing took."""
@@ -298,7 +318,9 @@ class EmbeddingService:
         self, plan: Plan, tokenized: Sequence[Tokenized], inbox: Inbox[Any], context: Context
     ) -> AsyncIterator[Call]:
         """Queues the texts of a call, and gives up what is left of it at the end, however that comes."""
-        call = self._batcher.open(plan, client=context.peer(), deliver=inbox.put, expires_at=_expires_at(context))
+        call = self._batcher.open(
+            plan, client=_client(context, inbox), deliver=inbox.put, expires_at=_expires_at(context)
+        )
         try:
             call.add([one.text for one in tokenized])
             yield call
@@ -354,6 +376,12 @@ def _done(event: RunDone | CallFailed) -> RunDone:
     if isinstance(event, CallFailed):
         raise event.error
     return event
+
+
+def _client(context: Context, inbox: Inbox[Any]) -> str:
+    """Returns whose turn a call takes. All who come over a unix socket look the same: there each call is its own."""
+    peer = context.peer()
+    return f"{peer}#{id(inbox)}" if peer.startswith("unix") else peer
 
 
 def _characters(item: Item) -> int:

@@ -22,6 +22,8 @@ from layertap_server.batcher import Call, CallFailed, Event, RowsReady, RunDone
 from layertap_server.delivery import Result
 from layertap_server.inbox import Inbox
 from layertap_server.intake import Intake
+from layertap_server.sharing import placed
+from layertap_server.shm import Lending
 from layertap_server.tokenizer import Item, Tokenized, Tokenizer
 
 log = logging.getLogger(__name__)
@@ -78,6 +80,7 @@ class Stream:
         write: Write,
         max_frame_bytes: int,
         lookahead_tokens: int,
+        lending: Lending | None,
     ) -> None:
         """Checks the options.
 
@@ -88,7 +91,8 @@ class Stream:
             raise InvalidArgumentError(
                 f"options.order has the unknown value {options.order}; use one of the contract's"
             )
-        self.plan = intake.plan(options.options)
+        self.plan = placed(intake.plan(options.options), lending)
+        self._lending = lending
         self.inbox: Inbox[StreamEvent] = Inbox()
         self._in_order = options.order != pb.RESULT_ORDER_AS_FINISHED
         self._max_length = intake.max_length(options.options.max_length, at_most=intake.model.max_length)
@@ -198,7 +202,10 @@ class Stream:
                 tokenize_time_ns=entry.tokenize_time_ns,
                 compute_time_ns=done.compute_time_ns,
             )
-            self._finish(number, Result(id=number, tokenized=entry.tokenized, parts=rows, timings=timings))
+            result = Result(
+                id=number, tokenized=entry.tokenized, parts=rows, timings=timings, run=run, position=position
+            )
+            self._finish(number, result)
 
     def _finish(self, number: int, result: Result) -> None:
         self._entries[number].result = result
@@ -215,7 +222,9 @@ class Stream:
         else:
             results = [result for number in self._finished if (result := self._entries[number].result)]
         self._finished.clear()
-        for message, sent in delivery.results(results, self.plan, self._tokenizer, self._max_frame_bytes):
+        for message, sent in delivery.results(
+            results, self.plan, self._tokenizer, self._max_frame_bytes, self._lending
+        ):
             # Whoever has an answer may use its id again, so the id is free before the answer leaves.
             entries = [self._entries.pop(result.id) for result in sent]
             await self._write(message)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -120,11 +120,13 @@ class Plan:
         outputs: In request order.
         dtype: The number format of the answer.
         return_tokens: Whether the tokens are answered too.
+        allocate: Where the caller would like its rows; see `Run.allocate`. None: anywhere.
     """
 
     outputs: tuple[Output, ...]
     dtype: str
     return_tokens: bool = False
+    allocate: Callable[[int, int, int, int], memoryview | None] | None = None
 
     @property
     def depth(self) -> int:
@@ -153,10 +155,18 @@ class Run:
     Attributes:
         plan: What is asked of them.
         texts: The texts, in request order.
+        first_text: The position of the first in the call.
     """
 
     plan: Plan
     texts: Sequence[Text]
+    first_text: int = 0
+
+    def allocate(self, output_index: int, layer: int, byte_count: int) -> memoryview | None:
+        """Returns a writable host buffer for one layer of one output where the caller would like it; None: anywhere."""
+        if self.plan.allocate is None:
+            return None
+        return self.plan.allocate(self.first_text, output_index, layer, byte_count)
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True, eq=False)

@@ -444,6 +444,7 @@ class EmbedOptions(_message.Message):
     MAX_LENGTH_FIELD_NUMBER: _builtins.int
     DTYPE_FIELD_NUMBER: _builtins.int
     RETURN_TOKENS_FIELD_NUMBER: _builtins.int
+    SHARED_MEMORY_FIELD_NUMBER: _builtins.int
     truncation: Global___Truncation.ValueType
     """What happens to texts above max_length. Token ids are never truncated."""
     max_length: _builtins.int
@@ -460,6 +461,10 @@ class EmbedOptions(_message.Message):
         The model runs no further than the highest layer asked for.
         """
 
+    @_builtins.property
+    def shared_memory(self) -> Global___SharedMemoryUse:
+        """EmbedLayers and EmbedStream: rows may come through this segment. Absent: none do."""
+
     def __init__(
         self,
         *,
@@ -468,14 +473,77 @@ class EmbedOptions(_message.Message):
         max_length: _builtins.int = ...,
         dtype: Global___Dtype.ValueType = ...,
         return_tokens: _builtins.bool = ...,
+        shared_memory: Global___SharedMemoryUse | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["shared_memory", b"shared_memory"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["dtype", b"dtype", "max_length", b"max_length", "outputs", b"outputs", "return_tokens", b"return_tokens", "truncation", b"truncation"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["dtype", b"dtype", "max_length", b"max_length", "outputs", b"outputs", "return_tokens", b"return_tokens", "shared_memory", b"shared_memory", "truncation", b"truncation"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___EmbedOptions: _TypeAlias = EmbedOptions  # noqa: Y015
+
+@_typing.final
+class SharedMemoryUse(_message.Message):
+    """SharedMemoryUse lets one call use a segment that ShareMemory has lent."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SEGMENT_ID_FIELD_NUMBER: _builtins.int
+    CALL_NUMBER_FIELD_NUMBER: _builtins.int
+    segment_id: _builtins.str
+    """The segment. One that the server does not know, after a restart say, is as good
+    as none: rows travel as bytes.
+    """
+    call_number: _builtins.int
+    """The caller's own number of this call, from 1, each higher than all before. No two
+    calls under way may have numbers that are equal modulo call_count.
+    """
+    def __init__(
+        self,
+        *,
+        segment_id: _builtins.str = ...,
+        call_number: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["call_number", b"call_number", "segment_id", b"segment_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SharedMemoryUse: _TypeAlias = SharedMemoryUse  # noqa: Y015
+
+@_typing.final
+class SharedRows(_message.Message):
+    """SharedRows says where rows lie that the caller finds in the segment. The caller
+    tells by bytes in the segment what it does with them, see ShareMemoryResponse.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    OFFSETS_FIELD_NUMBER: _builtins.int
+    SLOT_FIELD_NUMBER: _builtins.int
+    slot: _builtins.int
+    """The slot that stands for all rows of this message."""
+    @_builtins.property
+    def offsets(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Byte offsets in the segment, one for each tensor that the message has rows of, in
+        the order in which data would have them. -1: these rows are in data, as ever.
+        """
+
+    def __init__(
+        self,
+        *,
+        offsets: _abc.Iterable[_builtins.int] | None = ...,
+        slot: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["offsets", b"offsets", "slot", b"slot"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SharedRows: _TypeAlias = SharedRows  # noqa: Y015
 
 @_typing.final
 class OutputHeader(_message.Message):
@@ -1234,6 +1302,7 @@ class EmbedLayersResponse(_message.Message):
     TOKENS_FIELD_NUMBER: _builtins.int
     FRAME_FIELD_NUMBER: _builtins.int
     SUMMARY_FIELD_NUMBER: _builtins.int
+    SHARED_ROWS_FIELD_NUMBER: _builtins.int
     DATA_FIELD_NUMBER: _builtins.int
     data: _builtins.bytes
     """With a frame: its rows. Shape: [row_count, row_size], dtype of the header,
@@ -1256,6 +1325,10 @@ class EmbedLayersResponse(_message.Message):
     def summary(self) -> Global___EmbedSummary:
         """The last message."""
 
+    @_builtins.property
+    def shared_rows(self) -> Global___SharedRows:
+        """With a frame whose rows lie in the segment that the call named: where."""
+
     def __init__(
         self,
         *,
@@ -1263,11 +1336,12 @@ class EmbedLayersResponse(_message.Message):
         tokens: Global___TokenizedTexts | None = ...,
         frame: Global___Frame | None = ...,
         summary: Global___EmbedSummary | None = ...,
+        shared_rows: Global___SharedRows | None = ...,
         data: _builtins.bytes = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["frame", b"frame", "header", b"header", "part", b"part", "summary", b"summary", "tokens", b"tokens"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["frame", b"frame", "header", b"header", "part", b"part", "shared_rows", b"shared_rows", "summary", b"summary", "tokens", b"tokens"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["data", b"data", "frame", b"frame", "header", b"header", "part", b"part", "summary", b"summary", "tokens", b"tokens"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["data", b"data", "frame", b"frame", "header", b"header", "part", b"part", "shared_rows", b"shared_rows", "summary", b"summary", "tokens", b"tokens"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_part: _TypeAlias = _typing.Literal["header", "tokens", "frame", "summary"]  # noqa: Y015
     _WhichOneofArgType_part: _TypeAlias = _typing.Literal["part", b"part"]  # noqa: Y015
@@ -1547,6 +1621,7 @@ class EmbedStreamResponse(_message.Message):
     HEADER_FIELD_NUMBER: _builtins.int
     RESULTS_FIELD_NUMBER: _builtins.int
     FRAME_FIELD_NUMBER: _builtins.int
+    SHARED_ROWS_FIELD_NUMBER: _builtins.int
     DATA_FIELD_NUMBER: _builtins.int
     data: _builtins.bytes
     """With results or a frame: the rows, dtype of the header, row-major,
@@ -1565,20 +1640,107 @@ class EmbedStreamResponse(_message.Message):
     def frame(self) -> Global___StreamFrame:
         """A part of a large result."""
 
+    @_builtins.property
+    def shared_rows(self) -> Global___SharedRows:
+        """With results whose rows lie in the segment that the call named: where."""
+
     def __init__(
         self,
         *,
         header: Global___EmbedHeader | None = ...,
         results: Global___StreamResults | None = ...,
         frame: Global___StreamFrame | None = ...,
+        shared_rows: Global___SharedRows | None = ...,
         data: _builtins.bytes = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["frame", b"frame", "header", b"header", "part", b"part", "results", b"results"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["frame", b"frame", "header", b"header", "part", b"part", "results", b"results", "shared_rows", b"shared_rows"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["data", b"data", "frame", b"frame", "header", b"header", "part", b"part", "results", b"results"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["data", b"data", "frame", b"frame", "header", b"header", "part", b"part", "results", b"results", "shared_rows", b"shared_rows"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_part: _TypeAlias = _typing.Literal["header", "results", "frame"]  # noqa: Y015
     _WhichOneofArgType_part: _TypeAlias = _typing.Literal["part", b"part"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_part) -> _WhichOneofReturnType_part | None: ...
 
 Global___EmbedStreamResponse: _TypeAlias = EmbedStreamResponse  # noqa: Y015
+
+@_typing.final
+class ShareMemoryRequest(_message.Message):
+    """ShareMemoryRequest asks for a segment; it has no fields."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ShareMemoryRequest: _TypeAlias = ShareMemoryRequest  # noqa: Y015
+
+@_typing.final
+class ShareMemoryResponse(_message.Message):
+    """ShareMemoryResponse describes the segment. A caller of the same user on the same
+    host opens /proc/<process_id>/fd/<file_descriptor> and maps it; it must check that
+    it finds the nonce at offset 0, since elsewhere the same path is another file.
+
+    The caller writes two tables in it, which the server reads when it needs room:
+      slots  one byte for each slot, cleared by the server before it sends SharedRows.
+             1: the message has been read, its rows are in use. 2: they no longer are.
+      calls  one little-endian int64 for each call_number modulo call_count: that call
+             number, once the caller reads no further message of the call. Rows whose
+             slot is still 0 then go back to the server.
+    Nothing that a caller writes can harm another: each has a segment of its own.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SEGMENT_ID_FIELD_NUMBER: _builtins.int
+    PROCESS_ID_FIELD_NUMBER: _builtins.int
+    FILE_DESCRIPTOR_FIELD_NUMBER: _builtins.int
+    BYTE_COUNT_FIELD_NUMBER: _builtins.int
+    NONCE_FIELD_NUMBER: _builtins.int
+    SLOT_OFFSET_FIELD_NUMBER: _builtins.int
+    SLOT_COUNT_FIELD_NUMBER: _builtins.int
+    CALL_OFFSET_FIELD_NUMBER: _builtins.int
+    CALL_COUNT_FIELD_NUMBER: _builtins.int
+    segment_id: _builtins.str
+    """What SharedMemoryUse calls the segment; not to be guessed."""
+    process_id: _builtins.int
+    """The server's process."""
+    file_descriptor: _builtins.int
+    """The segment among its open files. It can be neither shrunk nor grown."""
+    byte_count: _builtins.int
+    """The size of the segment."""
+    nonce: _builtins.bytes
+    """16 random bytes, also found at offset 0."""
+    slot_offset: _builtins.int
+    """Where the slots begin, in bytes."""
+    slot_count: _builtins.int
+    """How many there are."""
+    call_offset: _builtins.int
+    """Where the calls begin, in bytes; a multiple of 8."""
+    call_count: _builtins.int
+    """How many there are."""
+    def __init__(
+        self,
+        *,
+        segment_id: _builtins.str = ...,
+        process_id: _builtins.int = ...,
+        file_descriptor: _builtins.int = ...,
+        byte_count: _builtins.int = ...,
+        nonce: _builtins.bytes = ...,
+        slot_offset: _builtins.int = ...,
+        slot_count: _builtins.int = ...,
+        call_offset: _builtins.int = ...,
+        call_count: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["byte_count", b"byte_count", "call_count", b"call_count", "call_offset", b"call_offset", "file_descriptor", b"file_descriptor", "nonce", b"nonce", "process_id", b"process_id", "segment_id", b"segment_id", "slot_count", b"slot_count", "slot_offset", b"slot_offset"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ShareMemoryResponse: _TypeAlias = ShareMemoryResponse  # noqa: Y015

@@ -65,6 +65,11 @@ class EmbeddingServiceStub(object):
                 request_serializer=layertap_dot_v1_dot_embedding__pb2.EmbedStreamRequest.SerializeToString,
                 response_deserializer=layertap_dot_v1_dot_embedding__pb2.EmbedStreamResponse.FromString,
                 _registered_method=True)
+        self.ShareMemory = channel.unary_stream(
+                '/layertap.v1.EmbeddingService/ShareMemory',
+                request_serializer=layertap_dot_v1_dot_embedding__pb2.ShareMemoryRequest.SerializeToString,
+                response_deserializer=layertap_dot_v1_dot_embedding__pb2.ShareMemoryResponse.FromString,
+                _registered_method=True)
 
 
 class EmbeddingServiceServicer(object):
@@ -122,6 +127,18 @@ class EmbeddingServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ShareMemory(self, request, context):
+        """ShareMemory lends a segment of memory to a caller on the same host, for as long
+        as the call lasts. The only response describes it; after that nothing is said,
+        and whichever side ends the call ends the lease. Rows that lie in the segment
+        then need not travel: see SharedMemoryUse. A server that shares no memory
+        answers FAILED_PRECONDITION, one that lends too many segments already
+        RESOURCE_EXHAUSTED. Never needed: without it every row travels as bytes.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_EmbeddingServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -154,6 +171,11 @@ def add_EmbeddingServiceServicer_to_server(servicer, server):
                     servicer.EmbedStream,
                     request_deserializer=layertap_dot_v1_dot_embedding__pb2.EmbedStreamRequest.FromString,
                     response_serializer=layertap_dot_v1_dot_embedding__pb2.EmbedStreamResponse.SerializeToString,
+            ),
+            'ShareMemory': grpc.unary_stream_rpc_method_handler(
+                    servicer.ShareMemory,
+                    request_deserializer=layertap_dot_v1_dot_embedding__pb2.ShareMemoryRequest.FromString,
+                    response_serializer=layertap_dot_v1_dot_embedding__pb2.ShareMemoryResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -319,6 +341,33 @@ class EmbeddingService(object):
             '/layertap.v1.EmbeddingService/EmbedStream',
             layertap_dot_v1_dot_embedding__pb2.EmbedStreamRequest.SerializeToString,
             layertap_dot_v1_dot_embedding__pb2.EmbedStreamResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ShareMemory(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/layertap.v1.EmbeddingService/ShareMemory',
+            layertap_dot_v1_dot_embedding__pb2.ShareMemoryRequest.SerializeToString,
+            layertap_dot_v1_dot_embedding__pb2.ShareMemoryResponse.FromString,
             options,
             channel_credentials,
             insecure,

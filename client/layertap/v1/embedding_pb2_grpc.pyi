@@ -77,6 +77,14 @@ class EmbeddingServiceStub:
     the caller's own ids. The first response carries the header; after it each id
     gets exactly one result or one failure. A failed text never ends the call.
     """
+    ShareMemory: _grpc.UnaryStreamMultiCallable[_embedding_pb2.ShareMemoryRequest, _embedding_pb2.ShareMemoryResponse]
+    """ShareMemory lends a segment of memory to a caller on the same host, for as long
+    as the call lasts. The only response describes it; after that nothing is said,
+    and whichever side ends the call ends the lease. Rows that lie in the segment
+    then need not travel: see SharedMemoryUse. A server that shares no memory
+    answers FAILED_PRECONDITION, one that lends too many segments already
+    RESOURCE_EXHAUSTED. Never needed: without it every row travels as bytes.
+    """
 
 @_typing.type_check_only
 class EmbeddingServiceAsyncStub(EmbeddingServiceStub):
@@ -107,6 +115,14 @@ class EmbeddingServiceAsyncStub(EmbeddingServiceStub):
     directions. The first request carries the options, each later one texts with
     the caller's own ids. The first response carries the header; after it each id
     gets exactly one result or one failure. A failed text never ends the call.
+    """
+    ShareMemory: _aio.UnaryStreamMultiCallable[_embedding_pb2.ShareMemoryRequest, _embedding_pb2.ShareMemoryResponse]  # type: ignore[assignment]
+    """ShareMemory lends a segment of memory to a caller on the same host, for as long
+    as the call lasts. The only response describes it; after that nothing is said,
+    and whichever side ends the call ends the lease. Rows that lie in the segment
+    then need not travel: see SharedMemoryUse. A server that shares no memory
+    answers FAILED_PRECONDITION, one that lends too many segments already
+    RESOURCE_EXHAUSTED. Never needed: without it every row travels as bytes.
     """
 
 class EmbeddingServiceServicer(metaclass=_abc_1.ABCMeta):
@@ -171,6 +187,20 @@ class EmbeddingServiceServicer(metaclass=_abc_1.ABCMeta):
         directions. The first request carries the options, each later one texts with
         the caller's own ids. The first response carries the header; after it each id
         gets exactly one result or one failure. A failed text never ends the call.
+        """
+
+    @_abc_1.abstractmethod
+    def ShareMemory(
+        self,
+        request: _embedding_pb2.ShareMemoryRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_embedding_pb2.ShareMemoryResponse], _abc.AsyncIterator[_embedding_pb2.ShareMemoryResponse]]:
+        """ShareMemory lends a segment of memory to a caller on the same host, for as long
+        as the call lasts. The only response describes it; after that nothing is said,
+        and whichever side ends the call ends the lease. Rows that lie in the segment
+        then need not travel: see SharedMemoryUse. A server that shares no memory
+        answers FAILED_PRECONDITION, one that lends too many segments already
+        RESOURCE_EXHAUSTED. Never needed: without it every row travels as bytes.
         """
 
 def add_EmbeddingServiceServicer_to_server(servicer: EmbeddingServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Sequence
 
+import numpy as np
 import safetensors.torch
 import torch
 
@@ -64,29 +65,50 @@ class Encoder:
         """
         layout = Layout(batch)
         handover = Handover(self.device, self._allocate)
-        for layer, rows in enumerate(self._bert.layers(layout)):
-            for run_index, run in enumerate(batch):
-                for output_index, output in enumerate(run.plan.outputs):
-                    if layer not in output.layers:
-                        continue
-                    if output.kind is OutputKind.HIDDEN_STATES:
-                        taken, counts = layout.rows(run_index), layout.token_counts(run_index)
-                        handover.take(rows, taken, counts, run, run_index, output_index, layer)
-                        continue
-                    if output.kind is OutputKind.POOLER_OUTPUT:
-                        first = torch.from_numpy(layout.first_rows(run_index)).to(self.device)
-                        vectors = self._bert.pooler(rows.index_select(0, first))
-                    else:
-                        assert output.pool is not None
-                        vectors = pool_rows(rows, layout.bags(run_index, output.pool), output.pool, output.row_size)
-                    handover.take(vectors, None, None, run, run_index, output_index, layer)
-            yield from handover.done()
-        yield from handover.rest()
+        try:
+            for layer, rows in enumerate(self._bert.layers(layout)):
+                for run_index, run in enumerate(batch):
+                    for output_index, output in enumerate(run.plan.outputs):
+                        if layer not in output.layers:
+                            continue
+                        if output.kind is OutputKind.HIDDEN_STATES:
+                            taken, counts = layout.rows(run_index), layout.token_counts(run_index)
+                            handover.take(rows, taken, counts, run, run_index, output_index, layer)
+                            continue
+                        if output.kind is OutputKind.POOLER_OUTPUT:
+                            first = torch.from_numpy(layout.first_rows(run_index)).to(self.device)
+                            vectors = self._bert.pooler(rows.index_select(0, first))
+                        else:
+                            assert output.pool is not None
+                            vectors = pool_rows(rows, layout.bags(run_index, output.pool), output.pool, output.row_size)
+                        handover.take(vectors, None, None, run, run_index, output_index, layer)
+                yield from handover.done()
+            yield from handover.rest()
+        finally:
+            handover.settle()
 
     @staticmethod
     def use_threads(count: int) -> None:
         """Sets how many threads the calling thread computes with on the CPU."""
         torch.set_num_threads(count)
+
+
+def pin(memory: memoryview) -> Callable[[], None]:
+    """Registers host memory with cuda, so that every device copies straight into it; returns what undoes that.
+
+    Memory that cuda will not take stays what it is: copies into it are right, but slower.
+    """
+    runtime = torch.cuda.cudart()  # type: ignore[no-untyped-call]
+    address = np.frombuffer(memory, np.uint8).ctypes.data
+    portable = 1
+    if int(runtime.cudaHostRegister(address, memory.nbytes, portable)):
+        log.warning("cuda does not register shared memory of %d bytes; copies into it will be slower", memory.nbytes)
+        return lambda: None
+
+    def unpin() -> None:
+        runtime.cudaHostUnregister(address)
+
+    return unpin
 
 
 def devices(wanted: str) -> list[str]:

@@ -71,7 +71,10 @@ class Handover:
         dtype = _DTYPES[run.plan.dtype]
         peaks = self._row_peaks(values)
         row_count = len(values) if taken is None else len(taken)
-        data = self._allocate(row_count * values.shape[1] * dtype.itemsize)
+        byte_count = row_count * values.shape[1] * dtype.itemsize
+        data = run.allocate(output_index, layer, byte_count)
+        if data is None:
+            data = self._allocate(byte_count)
         host = torch.frombuffer(data, dtype=dtype).view(row_count, values.shape[1])
         whole = taken is None or (row_count == len(values) and bool((taken == np.arange(row_count)).all()))
         index = None if whole else torch.from_numpy(taken).to(values.device, non_blocking=True)
@@ -107,6 +110,13 @@ class Handover:
             if self._pending[0].arrived is not None:
                 self._pending[0].arrived.synchronize()
             yield _rows(self._pending.popleft())
+
+    def settle(self) -> None:
+        """Waits until nothing is being written any more; buffers that are let go of may be lent anew at once."""
+        for pending in self._pending:
+            if pending.arrived is not None:
+                pending.arrived.synchronize()
+        self._pending.clear()
 
     def _row_peaks(self, values: torch.Tensor) -> torch.Tensor:
         """Returns the largest magnitude of each row, NaN where there is one; once for a layer that several share."""

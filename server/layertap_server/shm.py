@@ -1,0 +1,306 @@
+"""Memory that the server shares with callers on its host: segments, the blocks in them, and who may have them back.
+
+A segment is a memfd: it has no name in any file system, so nothing is left behind however either side ends, and it is
+sealed, so that a caller cannot shrink it under the server's feet. Each caller has its own; `ShareMemoryResponse` in the
+contract describes it. Rules:
+
+- Nothing ever waits. When there is no room, `allocate` says so and the rows travel as bytes.
+- The server believes only its own tables. A caller's flags can give back no block but one that was sent to that caller,
+  and reach no other segment: whoever scribbles in the tables spoils its own answers.
+- A block is free again when the server has let go of its buffer *and* no message stands for it any more. So nothing
+  that is still being written, by a batch whose caller has left say, is lent a second time.
+
+Knows neither gRPC nor protobuf nor torch.
+"""
+
+from __future__ import annotations
+
+import bisect
+import dataclasses
+import fcntl
+import mmap
+import operator
+import os
+import secrets
+import threading
+import weakref
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import Final
+
+import numpy as np
+
+from layertap.errors import FailedPreconditionError, ResourceExhaustedError
+
+Pin = Callable[[memoryview], Callable[[], None]]
+"""Makes memory fit for direct copies from a device; returns what undoes it."""
+
+UNIT: Final = 4096
+"""Blocks begin at multiples of it, in bytes."""
+
+LEAST_BYTES: Final = 32 << 10
+"""Smaller payloads travel as bytes: naming and giving back a place costs more than copying them."""
+
+SLOT_COUNT: Final = 16384
+CALL_COUNT: Final = 4096
+_SLOT_OFFSET: Final = UNIT
+_CALL_OFFSET: Final = _SLOT_OFFSET + SLOT_COUNT
+_DATA_OFFSET: Final = _CALL_OFFSET + 8 * CALL_COUNT
+
+_TAKEN: Final = 1
+_RELEASED: Final = 2
+
+
+@dataclasses.dataclass(slots=True, eq=False)
+class _Block:
+    """A block that is not free. `holds`: the server's buffer, and every message that has rows in it."""
+
+    start: int
+    end: int
+    holds: int = 1
+
+
+_start = operator.attrgetter("start")
+
+
+class Segment:
+    """The memory shared with one caller. All methods may be called from any thread.
+
+    Attributes:
+        id: How calls name it; not to be guessed.
+        nonce: 16 random bytes, also found at its beginning.
+        descriptor: Its file.
+        byte_count: Its size, tables included.
+    """
+
+    slot_offset, slot_count = _SLOT_OFFSET, SLOT_COUNT
+    call_offset, call_count = _CALL_OFFSET, CALL_COUNT
+
+    def __init__(self, byte_count: int, *, pin: Pin | None = None) -> None:
+        """Makes a segment with room for so many bytes of rows.
+
+        Raises:
+            OSError: The system has no such memory.
+        """
+        self.id = secrets.token_hex(16)
+        self.nonce = secrets.token_bytes(16)
+        self.byte_count = _DATA_OFFSET + -(-byte_count // UNIT) * UNIT
+        self.descriptor = os.memfd_create("layertap", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        try:
+            os.ftruncate(self.descriptor, self.byte_count)
+            fcntl.fcntl(self.descriptor, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
+            self._bytes = np.frombuffer(mmap.mmap(self.descriptor, self.byte_count), np.uint8)
+            if pin is not None:
+                # The array outlives `close` while a buffer in it is in use.
+                weakref.finalize(self._bytes, pin(self._bytes.data)).atexit = False
+        except BaseException:
+            os.close(self.descriptor)
+            raise
+        self._bytes[: len(self.nonce)] = np.frombuffer(self.nonce, np.uint8)
+        self._slots = self._bytes[_SLOT_OFFSET:_CALL_OFFSET]
+        self._calls = self._bytes[_CALL_OFFSET:_DATA_OFFSET].view("<i8")
+        self._address = _address(self._bytes)
+        self._lock = threading.Lock()
+        self._closed = False
+        self._free = [(_DATA_OFFSET, self.byte_count)]
+        self._blocks: list[_Block] = []
+        self._let_go: deque[_Block] = deque()
+        self._free_slots = deque(range(SLOT_COUNT))
+        self._sent = np.zeros(SLOT_COUNT, np.bool_)
+        self._messages: dict[int, tuple[Lending, list[_Block]]] = {}
+        self._ended: list[Lending] = []
+
+    def lend(self, call_number: int) -> Lending:
+        """Returns what one call gets of the segment; to be closed when the call ends."""
+        return Lending(self, call_number)
+
+    def allocate(self, byte_count: int) -> memoryview | None:
+        """Returns a free block, or None where none is large enough or the lease has ended.
+
+        It stays the caller's while anything refers to the buffer, and then while messages stand for it.
+        """
+        with self._lock:
+            if self._closed:
+                return None
+            self._reclaim()
+            size = -(-byte_count // UNIT) * UNIT
+            # The lowest place that is large enough: pages that both sides have touched are used again first.
+            n = next((n for n, (start, end) in enumerate(self._free) if end - start >= size), None)
+            if n is None:
+                return None
+            start, end = self._free[n]
+            self._free[n : n + 1] = [(start + size, end)] if end - start > size else []
+            block = _Block(start, start + size)
+            bisect.insort(self._blocks, block, key=_start)
+            buffer = self._bytes[start : start + byte_count]
+        # It may run in any thread, at any time: it takes no lock.
+        weakref.finalize(buffer, self._let_go.append, block).atexit = False
+        return buffer.data
+
+    def offset_of(self, data: memoryview) -> int | None:
+        """Returns where in the segment something lies; None: it lies elsewhere, or the lease has ended."""
+        if self._closed or not data.nbytes:
+            return None
+        offset = _address(np.frombuffer(data, np.uint8)) - self._address
+        return offset if _DATA_OFFSET <= offset < self.byte_count else None
+
+    def close(self) -> None:
+        """Ends the lease. The memory goes back to the system when the last buffer in it is let go."""
+        with self._lock:
+            if self._closed:
+                return
+            self._closed = True
+            os.close(self.descriptor)
+            self._bytes = self._slots = np.empty(0, np.uint8)
+            self._calls = np.empty(0, np.int64)
+            self._messages.clear()
+            self._ended.clear()
+
+    def send(self, lending: Lending, offsets: Sequence[int]) -> int | None:
+        """Lets a message stand for the blocks at some offsets, which a buffer still holds.
+
+        Returns:
+            The slot in which the caller tells what became of them; None: there is none, or the lease has ended.
+        """
+        with self._lock:
+            if self._closed or not self._free_slots:
+                return None
+            blocks = [self._blocks[bisect.bisect_right(self._blocks, at, key=_start) - 1] for at in offsets]
+            for block in blocks:
+                block.holds += 1
+            slot = self._free_slots.popleft()
+            self._slots[slot] = 0
+            self._sent[slot] = True
+            self._messages[slot] = lending, blocks
+            lending.slots.add(slot)
+            return slot
+
+    def end(self, lending: Lending) -> None:
+        """Takes note that a call sends nothing more."""
+        with self._lock:
+            if not self._closed and lending.slots:
+                self._ended.append(lending)
+
+    def _reclaim(self) -> None:
+        while self._let_go:
+            self._give_back(self._let_go.popleft())
+        for slot in np.flatnonzero((self._slots == _RELEASED) & self._sent).tolist():
+            self._forget(slot)
+        still = []
+        for lending in self._ended:
+            # A caller that has read its last message has taken all that it will ever take.
+            done = self._calls[lending.call_number % CALL_COUNT] >= lending.call_number
+            if done:
+                for slot in [slot for slot in lending.slots if self._slots[slot] != _TAKEN]:
+                    self._forget(slot)
+            elif lending.slots:
+                still.append(lending)
+        self._ended = still
+
+    def _forget(self, slot: int) -> None:
+        lending, blocks = self._messages.pop(slot)
+        lending.slots.remove(slot)
+        self._sent[slot] = False
+        self._free_slots.append(slot)
+        for block in blocks:
+            self._give_back(block)
+
+    def _give_back(self, block: _Block) -> None:
+        block.holds -= 1
+        if block.holds:
+            return
+        del self._blocks[bisect.bisect_left(self._blocks, block.start, key=_start)]
+        start, end = block.start, block.end
+        n = bisect.bisect(self._free, (start, end))
+        if n < len(self._free) and self._free[n][0] == end:
+            end = self._free.pop(n)[1]
+        if n and self._free[n - 1][1] == start:
+            n -= 1
+            start = self._free.pop(n)[0]
+        self._free.insert(n, (start, end))
+
+
+class Lending:
+    """What one call gets of its caller's segment."""
+
+    def __init__(self, segment: Segment, call_number: int) -> None:
+        self.segment = segment
+        self.call_number = call_number
+        self.slots: set[int] = set()
+        self.kept: dict[tuple[int, int], memoryview | None] = {}
+        """Buffers that are kept for the whole call, under names of the caller's own."""
+
+    def allocate(self, byte_count: int) -> memoryview | None:
+        """Returns a buffer in the segment; None: take another, for the payload is small or there is no room."""
+        return self.segment.allocate(byte_count) if byte_count >= LEAST_BYTES else None
+
+    def offset_of(self, data: memoryview) -> int | None:
+        """Returns where in the segment a payload lies; None: it has to travel."""
+        return self.segment.offset_of(data)
+
+    def send(self, offsets: Sequence[int]) -> int | None:
+        """Returns the slot of a message whose rows lie at some offsets; None: they have to travel."""
+        return self.segment.send(self, offsets)
+
+    def close(self) -> None:
+        """Ends the call: what it has not sent goes back, what was sent goes back when the caller says so."""
+        self.kept.clear()
+        self.segment.end(self)
+
+
+class Segments:
+    """The segments of all callers. All methods may be called from any thread."""
+
+    def __init__(self, *, byte_count: int, max_count: int, pin: Pin | None = None) -> None:
+        """Takes the size of each segment, 0 for none at all, and how many there may be."""
+        self._byte_count = byte_count
+        self._max_count = max_count
+        self._pin = pin
+        self._lock = threading.Lock()
+        self._count = 0
+        self._segments: dict[str, Segment] = {}
+
+    def open(self) -> Segment:
+        """Returns a new segment, to be given to `close`. Takes time where it is registered with a device.
+
+        Raises:
+            FailedPreconditionError: The server shares no memory.
+            ResourceExhaustedError: There are too many, or the system has no such memory.
+        """
+        if not self._byte_count:
+            raise FailedPreconditionError("this server shares no memory; start it with --shared-memory-bytes")
+        with self._lock:
+            if self._count >= self._max_count:
+                raise ResourceExhaustedError(
+                    f"the server already shares memory with {self._max_count} callers; close some, or raise "
+                    "--max-shared-memory-call-count"
+                )
+            self._count += 1
+        try:
+            segment = Segment(self._byte_count, pin=self._pin)
+        except BaseException as exc:
+            self._count_down()
+            if isinstance(exc, OSError):
+                raise ResourceExhaustedError(f"the system has no memory to share: {exc.strerror}") from exc
+            raise
+        self._segments[segment.id] = segment
+        return segment
+
+    def close(self, segment: Segment) -> None:
+        """Ends a lease."""
+        del self._segments[segment.id]
+        self._count_down()
+        segment.close()
+
+    def lend(self, segment_id: str, call_number: int) -> Lending | None:
+        """Returns what a call gets of the segment that it names; None if there is no such segment."""
+        segment = self._segments.get(segment_id)
+        return segment.lend(call_number) if segment is not None and call_number > 0 else None
+
+    def _count_down(self) -> None:
+        with self._lock:
+            self._count -= 1
+
+
+def _address(array: np.ndarray[tuple[int], np.dtype[np.uint8]]) -> int:
+    return int(array.__array_interface__["data"][0])
