@@ -30,7 +30,7 @@ generate = PATH="$(CURDIR)/$(BIN):$$PATH" PYTHONPATH=.tools $(BIN)/python -m grp
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: bench-compute bench-callers bench-gpu help install model protos protos-fresh lint format check test demo serve bench clean
+.PHONY: bench-compute bench-callers bench-gpu bench-streams bench-wire help install model protos protos-fresh lint format check test demo serve bench clean
 
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z][a-z-]*:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -85,6 +85,12 @@ bench-compute: $(INSTALL_STAMP) $(MODEL_STAMP) $(PEERS_STAMP)  ## Text to vector
 
 bench-callers: $(INSTALL_STAMP) $(MODEL_STAMP)  ## Many callers, a lone one, the first layer, the server's memory
 	$(BIN)/python bench/callers.py $(ARGS)
+
+bench-wire: $(INSTALL_STAMP) $(MODEL_STAMP) $(PEERS_STAMP)  ## Layers on the wire beside Arrow Flight and others
+	$(BIN)/python bench/wire.py $(ARGS)
+
+bench-streams: $(INSTALL_STAMP) $(MODEL_STAMP)  ## Long streams: memory, stopped readers, crashes, bad items, health
+	$(BIN)/python bench/streams.py $(ARGS)
 
 bench-gpu: $(INSTALL_STAMP)  ## Fidelity, ceilings and throughput on a GPU (needs sentence-transformers)
 	$(BIN)/python bench/gpu.py $(ARGS)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import platform
 import struct
+import subprocess
+import sys
 from typing import Any
 
 import numpy as np
@@ -268,3 +271,26 @@ def test_the_tables_name_every_number_of_the_contract() -> None:
             assert enum.Name(number).endswith("_" + name.upper())
     assert set(wire.ITEM_BYTES) == set(wire.DTYPES)
     assert {name: wire.item_bytes(number) for name, number in wire.DTYPES.items()} == wire.ITEM_BYTES
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc's allocator has these thresholds")
+def test_keep_pages_keeps_what_is_freed_and_importing_does_not() -> None:
+    program = """
+import resource
+
+import numpy as np
+
+import layertap
+
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(20):
+        [np.ones(1 << 20, np.uint8) for _ in range(8)]
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+print(faults(), layertap.keep_pages(), faults())
+"""
+    ran = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True)
+    before, _, after = ran.stdout.split()
+    assert int(before) >= 20 * 1000
+    assert int(after) <= 8 * 300

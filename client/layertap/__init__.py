@@ -35,6 +35,7 @@ from layertap.types import (
     TokenIds,
     Tokens,
 )
+from layertap.wire import keep_pages
 
 __all__ = [
     "AbortedError",
@@ -69,6 +70,7 @@ __all__ = [
     "UnimplementedError",
     "UnknownError",
     "__version__",
+    "keep_pages",
 ]
 
 __version__ = "0.1.0"

@@ -53,6 +53,7 @@ class _UsageError(Exception):
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; returns its exit code."""
     args = _parser().parse_args(argv)
+    wire.keep_pages()
     try:
         code: int = args.run(args)
         sys.stdout.flush()

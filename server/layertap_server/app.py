@@ -47,8 +47,12 @@ class App:
         batcher: The queue and its lanes.
     """
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, *, make_encoder: Callable[..., encoder.Encoder] = encoder.Encoder) -> None:
         """Loads and warms the model.
+
+        Args:
+            config: Every knob.
+            make_encoder: What makes an encoder of a checkpoint, a device and a dtype.
 
         Raises:
             CheckpointError: The model cannot be served.
@@ -71,7 +75,7 @@ class App:
             raise ConfigError("--dtype is float16, which needs cuda; use float32 or bfloat16 on the CPU")
         encoders = _timed(
             f"loaded the weights on {', '.join(devices)}",
-            lambda: [encoder.Encoder(found, device=device, dtype=config.dtype) for device in devices],
+            lambda: [make_encoder(found, device=device, dtype=config.dtype) for device in devices],
         )
         fingerprint = _timed(
             "took the fingerprint",

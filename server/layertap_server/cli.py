@@ -28,10 +28,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     # gRPC's C core would add lines of its own to ours; what it has to say comes back as errors.
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     try:
+        from layertap import wire
         from layertap_server import app
         from layertap_server.checkpoint import CheckpointError
     except ModuleNotFoundError as exc:
         return _fail(_EXTRA_MISSING.format(name=exc.name))
+    wire.keep_pages()
     try:
         server = app.App(config)
         asyncio.run(server.serve(ready=_announce))

@@ -1,0 +1,79 @@
+"""A server whose encoder costs nothing: layertap's own service, queue and memory, around numbers that are ready.
+
+Row r of layer k of a batch is row k + r of `tensors.block`. As by the real encoder, each layer is copied once, into the
+buffer that the call would like it in. Takes the flags of layertap-server.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import logging
+import os
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import tensors
+import torch
+from compute import BASE_SETTINGS
+
+from layertap import keep_pages
+from layertap_server import app, cli
+from layertap_server.checkpoint import Checkpoint
+from layertap_server.encoder import Encoder
+from layertap_server.work import Rows, Run
+
+
+class StandIn(Encoder):
+    """Answers every batch with prepared rows."""
+
+    def __init__(self, checkpoint: Checkpoint, *, device: str, dtype: str) -> None:
+        self.device = torch.device("cpu")
+        self._values = tensors.block(4096).reshape(-1)
+
+    @property
+    def has_pooler(self) -> bool:
+        return True
+
+    def encode(self, batch: Sequence[Run]) -> Iterator[Rows]:
+        for layer in range(max(run.plan.depth for run in batch) + 1):
+            for run_index, run in enumerate(batch):
+                for output_index, output in enumerate(run.plan.outputs):
+                    if layer in output.layers:
+                        data = self._rows(run, output_index, layer)
+                        yield Rows(run_index=run_index, output_index=output_index, layer=layer, data=data, failures={})
+
+    def _rows(self, run: Run, output_index: int, layer: int) -> memoryview:
+        output = run.plan.outputs[output_index]
+        row_count = sum(text.token_count for text in run.texts) if output.per_token else len(run.texts)
+        byte_count = row_count * run.plan.row_bytes(output)
+        data = run.allocate(output_index, layer, byte_count)
+        if data is None:
+            data = np.empty(byte_count, np.uint8).data.cast("B")
+        dtype = np.float32 if run.plan.dtype == "float32" else np.float16
+        target = np.frombuffer(data, dtype)
+        start = layer * tensors.WIDTH
+        target[:] = self._values[start : start + len(target)]
+        return data
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--fresh-pages", action="store_true", help="start without layertap.keep_pages")
+    arguments, flags = parser.parse_known_args()
+    if not arguments.fresh_pages:
+        keep_pages()
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "config.json").write_text(json.dumps(BASE_SETTINGS))
+        own = ["--port", "0", "--model-id", folder, "--model-name", "stand-in", "--load-format", "dummy"]
+        config = cli.parse([*own, *flags], os.environ)
+        logging.basicConfig(level=config.log_level.upper())
+        server = app.App(config, make_encoder=StandIn)
+    asyncio.run(server.serve(ready=lambda address: print(address, flush=True)))
+
+
+if __name__ == "__main__":
+    main()
