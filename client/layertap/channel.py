@@ -17,6 +17,10 @@ CHANNEL_OPTIONS: Final = (
     ("grpc.keepalive_timeout_ms", 10_000),
     # Without it a frozen peer is noticed only after a minute.
     ("grpc.http2.ping_timeout_ms", 10_000),
+    # gRPC's own wait between attempts grows to minutes; a restarted server is to be found at once.
+    ("grpc.initial_reconnect_backoff_ms", 100),
+    ("grpc.min_reconnect_backoff_ms", 1_000),
+    ("grpc.max_reconnect_backoff_ms", 1_000),
     ("grpc.max_send_message_length", -1),
 )
 
