@@ -14,7 +14,7 @@ from layertap import Embedding, wire
 from layertap.types import FloatArray
 from layertap.v1 import embedding_pb2 as pb
 from layertap_server import delivery
-from layertap_server.batcher import RowsReady
+from layertap_server.call import RowsReady
 from layertap_server.tokenizer import Tokenized
 from layertap_server.work import Output, OutputKind, Plan, Pool, Rows, Strategy, Text
 

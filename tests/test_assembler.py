@@ -22,8 +22,9 @@ from layertap.assembler import EmbedAssembler, LayerAssembler
 from layertap.ledger import StreamLedger
 from layertap.v1 import embedding_pb2 as pb
 from layertap_server import delivery
-from layertap_server.delivery import Result
 from layertap_server.inbox import Clock
+from layertap_server.results import Result, split_run
+from layertap_server.results import messages as messages_of
 from layertap_server.tokenizer import Tokenized, Tokenizer
 from layertap_server.work import Text
 
@@ -432,7 +433,7 @@ def test_a_unary_answer_becomes_the_right_arrays(data: st.DataObject, answer: An
 
 
 def stream_results(answer: Answer) -> list[Result]:
-    (parts,) = [delivery.split_run(list(answer.ready(0, len(answer.texts))), answer.plan)]
+    (parts,) = [split_run(list(answer.ready(0, len(answer.texts))), answer.plan)]
     return [Result(id=n, tokenized=one, parts=parts[n], timings=TIMINGS) for n, one in enumerate(answer.tokenized)]
 
 
@@ -463,7 +464,7 @@ def test_what_the_server_packs_or_spreads_the_ledger_unpacks(
     ledger.feed(stream_header(answer), memoryview(b""))
     answered = []
     completed = []
-    for raw, done in delivery.results(results, answer.plan, tokenizer, most):
+    for raw, done in messages_of(results, answer.plan, tokenizer, most):
         completed.extend(result.id for result in done)
         for part, payload in split_all([raw], pb.EmbedStreamResponse, most):
             ledger.feed(part, payload)
@@ -484,9 +485,9 @@ def test_what_the_server_packs_or_spreads_the_ledger_unpacks(
 
 def test_small_results_share_a_message_and_large_ones_are_spread(tokenizer: Tokenizer) -> None:
     small = answers.make([3] * 50, [answers.pooled_vectors(2, 4)], "float32")
-    assert len(list(delivery.results(stream_results(small), small.plan, tokenizer, 1 << 14))) == 1
+    assert len(list(messages_of(stream_results(small), small.plan, tokenizer, 1 << 14))) == 1
     large = answers.make([40, 2, 40], [answers.hidden_states([0, 1, 4], 32)], "float32")
-    messages = list(delivery.results(stream_results(large), large.plan, tokenizer, 2000))
+    messages = list(messages_of(stream_results(large), large.plan, tokenizer, 2000))
     kinds = [wire.split(pb.EmbedStreamResponse, raw)[0].WhichOneof("part") for raw, _ in messages]
     assert kinds.count("results") == 1 and kinds.count("frame") > 10
 
@@ -496,7 +497,7 @@ def test_messages_with_tokens_keep_below_the_frame_size_too(tokenizer: Tokenizer
     answer = answers.make(counts, [answers.hidden_states([0, 1], 16)], "float32", return_tokens=True)
     ledger = sent_ledger(answer)
     ledger.feed(stream_header(answer), memoryview(b""))
-    for raw, _ in delivery.results(stream_results(answer), answer.plan, tokenizer, 4096):
+    for raw, _ in messages_of(stream_results(answer), answer.plan, tokenizer, 4096):
         for part, payload in split_all([raw], pb.EmbedStreamResponse, 4096):
             ledger.feed(part, payload)
     found = ledger.ready()
@@ -548,7 +549,7 @@ def test_stream_results_are_contiguous_aligned_and_writable(tokenizer: Tokenizer
     for most in (1 << 14, 400):
         ledger = sent_ledger(EVERYTHING)
         ledger.feed(stream_header(EVERYTHING), memoryview(b""))
-        for raw, _ in delivery.results(stream_results(EVERYTHING), EVERYTHING.plan, tokenizer, most):
+        for raw, _ in messages_of(stream_results(EVERYTHING), EVERYTHING.plan, tokenizer, most):
             ledger.feed(*wire.split(pb.EmbedStreamResponse, raw))
         for result in ledger.ready():
             for array in arrays(result.embedding):

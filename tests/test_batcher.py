@@ -22,7 +22,8 @@ from layertap import (
     ResourceExhaustedError,
     UnavailableError,
 )
-from layertap_server.batcher import Batcher, Call, CallFailed, Event, RowsReady, RunDone
+from layertap_server.batcher import Batcher
+from layertap_server.call import Call, CallFailed, Event, RowsReady, RunDone
 from layertap_server.work import Output, OutputKind, Plan, Pool, Rows, Run, Strategy, Text
 
 WAIT_S = 20.0

@@ -14,7 +14,8 @@ from support import BOUND, Oracle
 from test_fidelity import POOLINGS
 
 from layertap_server import checkpoint, lanes
-from layertap_server.batcher import Batcher, Call, Event, RowsReady, RunDone
+from layertap_server.batcher import Batcher
+from layertap_server.call import Call, Event, RowsReady, RunDone
 from layertap_server.encoder import Encoder
 from layertap_server.work import Output, OutputKind, Plan, Pool, Strategy, Text
 

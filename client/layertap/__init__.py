@@ -2,6 +2,7 @@
 
 from layertap.async_client import AsyncClient
 from layertap.client import Client
+from layertap.embedding import Embedding, HiddenStates, LayerRows, StreamResult
 from layertap.errors import (
     AbortedError,
     AlreadyExistsError,
@@ -22,19 +23,7 @@ from layertap.errors import (
     UnimplementedError,
     UnknownError,
 )
-from layertap.types import (
-    Embedding,
-    HiddenStates,
-    LayerRows,
-    Limits,
-    ModelInfo,
-    ModelRef,
-    Pooling,
-    StreamResult,
-    Timings,
-    TokenIds,
-    Tokens,
-)
+from layertap.types import Limits, ModelInfo, ModelRef, Pooling, Timings, TokenIds, Tokens
 from layertap.wire import keep_pages
 
 __all__ = [

@@ -12,8 +12,9 @@ import numpy.typing as npt
 
 from layertap import wire
 from layertap.answer import build_embedding, check_header
+from layertap.embedding import Embedding, LayerRows
 from layertap.errors import DataLossError
-from layertap.types import Embedding, FloatArray, LayerRows
+from layertap.types import FloatArray
 from layertap.v1 import embedding_pb2 as pb
 
 

@@ -20,12 +20,13 @@ from layertap import calls, stream, wire
 from layertap.assembler import LayerAssembler
 from layertap.calls import DEFAULT_TIMEOUT_S, Layers, Poolings, ResponseT
 from layertap.channel import CHANNEL_OPTIONS, CLOSED_DURING_CALL, DEFAULT_TARGET, translate
+from layertap.embedding import Embedding, LayerRows, StreamResult
 from layertap.errors import CancelledError, FailedPreconditionError
 from layertap.inputs import Inputs, to_messages
 from layertap.lease import AsyncLease
 from layertap.ledger import StreamLedger
 from layertap.shm import SharedMemory, take
-from layertap.types import Embedding, LayerRows, ModelInfo, StreamResult, TokenIds, Tokens
+from layertap.types import ModelInfo, TokenIds, Tokens
 from layertap.v1 import embedding_pb2 as pb
 
 

@@ -21,12 +21,13 @@ from layertap import calls, stream, wire
 from layertap.assembler import LayerAssembler
 from layertap.calls import DEFAULT_TIMEOUT_S, Layers, Poolings, ResponseT
 from layertap.channel import CHANNEL_OPTIONS, DEFAULT_TARGET, translate
+from layertap.embedding import Embedding, LayerRows, StreamResult
 from layertap.errors import FailedPreconditionError
 from layertap.inputs import InputItem, Inputs, to_messages
 from layertap.lease import Lease
 from layertap.ledger import StreamLedger
 from layertap.shm import SharedCall, SharedMemory, take
-from layertap.types import Embedding, LayerRows, ModelInfo, StreamResult, TokenIds, Tokens
+from layertap.types import ModelInfo, TokenIds, Tokens
 from layertap.v1 import embedding_pb2 as pb
 
 

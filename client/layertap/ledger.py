@@ -14,6 +14,7 @@ import numpy as np
 
 from layertap import wire
 from layertap.answer import build_embedding, check_header
+from layertap.embedding import StreamResult
 from layertap.errors import (
     DataLossError,
     FailedPreconditionError,
@@ -23,7 +24,7 @@ from layertap.errors import (
     from_status,
 )
 from layertap.inputs import InputItem, to_message
-from layertap.types import FloatArray, StreamResult
+from layertap.types import FloatArray
 from layertap.v1 import embedding_pb2 as pb
 
 MAX_UNANSWERED_COUNT: Final = 4096

@@ -20,11 +20,11 @@ import grpc.aio
 from layertap import source, wire
 from layertap.calls import SERVICE
 from layertap.channel import CHANNEL_OPTIONS, CLOSED_DURING_CALL, translate
+from layertap.embedding import StreamResult
 from layertap.errors import CancelledError, DeadlineExceededError, UnavailableError
 from layertap.inputs import InputItem
 from layertap.ledger import StreamLedger
 from layertap.shm import SharedCall, take
-from layertap.types import StreamResult
 from layertap.v1 import embedding_pb2 as pb
 
 Items = Iterable[InputItem] | AsyncIterable[InputItem]

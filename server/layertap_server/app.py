@@ -22,7 +22,8 @@ from layertap import wire
 from layertap.errors import LayertapError
 from layertap.v1 import embedding_pb2 as pb
 from layertap_server import checkpoint, delivery, encoder, lanes
-from layertap_server.batcher import Batcher, CallFailed, Event, RunDone
+from layertap_server.batcher import Batcher
+from layertap_server.call import CallFailed, Event, RunDone
 from layertap_server.config import Config, ConfigError
 from layertap_server.intake import Intake, Limits, Model
 from layertap_server.service import SERVICE_NAME, Bounds, EmbeddingService

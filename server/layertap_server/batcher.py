@@ -24,96 +24,15 @@ from typing import TypeAlias
 from layertap.errors import (
     DeadlineExceededError,
     InternalError,
-    LayertapError,
     ResourceExhaustedError,
     UnavailableError,
 )
+from layertap_server.call import Call, CallFailed, Event, RowsReady, RunDone
 from layertap_server.work import Plan, Rows, Run, Text
 
 log = logging.getLogger(__name__)
 
 Encode: TypeAlias = Callable[[Sequence[Run]], Iterator[Rows]]
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class RowsReady:
-    """One layer of one output of some texts is there. `first_text` is their position in the call."""
-
-    first_text: int
-    texts: Sequence[Text]
-    rows: Rows
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class RunDone:
-    """All outputs of some texts have been delivered."""
-
-    first_text: int
-    texts: Sequence[Text]
-    queue_time_ns: int
-    compute_time_ns: int
-    reserved_bytes: int
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class CallFailed:
-    """The call will get nothing more."""
-
-    error: LayertapError
-
-
-Event: TypeAlias = RowsReady | RunDone | CallFailed
-
-
-class Call:
-    """One caller's texts, from admission to the last answer. Made by `Batcher.open`."""
-
-    def __init__(
-        self,
-        batcher: Batcher,
-        plan: Plan,
-        *,
-        client: str,
-        deliver: Callable[[Event], None],
-        expires_at: float | None,
-    ) -> None:
-        self.plan = plan
-        self.client = client
-        self.deliver = deliver
-        self.expires_at = expires_at
-        self.waiting: deque[tuple[Text, int]] = deque()
-        self.waiting_token_count = 0
-        self.next_text = 0
-        self.held_bytes = 0
-        self.held_run_count = 0
-        self.closed = False
-        self.token_bytes, self.text_bytes = plan.byte_counts()
-        self._batcher = batcher
-
-    def add(self, texts: Sequence[Text], *, admitted: bool = False) -> None:
-        """Queues texts.
-
-        Args:
-            texts: They follow those of earlier calls of `add`.
-            admitted: Whether the call has been admitted before; then a full queue does not refuse it.
-
-        Raises:
-            ResourceExhaustedError: The queue is full.
-            UnavailableError: The server is stopping.
-        """
-        self._batcher._add(self, texts, admitted)
-
-    def release(self, byte_count: int, *, run_done: bool = False) -> None:
-        """Gives back output bytes that have been sent, and with `run_done` the run's place."""
-        self._batcher._release(self, byte_count, run_done)
-
-    def close(self) -> None:
-        """Drops what still waits and gives everything back; the call gets no further events."""
-        self._batcher._close(self)
-
-    def bytes_of(self, text: Text) -> int:
-        """Returns the output bytes of one text."""
-        return self.token_bytes * text.token_count + self.text_bytes
 
 
 @dataclasses.dataclass(slots=True)
@@ -232,7 +151,8 @@ class Batcher:
             return
         raise ResourceExhaustedError(f"the server is full: {full}; try again later", retry_after_s=0.5)
 
-    def _add(self, call: Call, texts: Sequence[Text], admitted: bool) -> None:
+    def add(self, call: Call, texts: Sequence[Text], admitted: bool) -> None:
+        """See `Call.add`."""
         token_count = sum(text.token_count for text in texts)
         now = time.monotonic_ns()
         with self._changed:
@@ -248,7 +168,8 @@ class Batcher:
             self._waiting_tokens += token_count
             self._changed.notify_all()
 
-    def _release(self, call: Call, byte_count: int, run_done: bool) -> None:
+    def release(self, call: Call, byte_count: int, run_done: bool) -> None:
+        """See `Call.release`."""
         with self._changed:
             if call.closed:
                 return
@@ -258,7 +179,8 @@ class Batcher:
             if self._idle_lanes:
                 self._changed.notify_all()
 
-    def _close(self, call: Call) -> None:
+    def close(self, call: Call) -> None:
+        """See `Call.close`."""
         with self._changed:
             if call.closed:
                 return

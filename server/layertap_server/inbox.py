@@ -7,7 +7,7 @@ import contextlib
 from collections import deque
 from typing import Generic, TypeVar
 
-from layertap_server.batcher import RunDone
+from layertap_server.call import RunDone
 
 EventT = TypeVar("EventT")
 

@@ -28,7 +28,8 @@ from layertap.errors import (
 )
 from layertap.v1 import embedding_pb2 as pb
 from layertap_server import delivery
-from layertap_server.batcher import Batcher, Call, CallFailed, Event, RowsReady, RunDone
+from layertap_server.batcher import Batcher
+from layertap_server.call import Call, CallFailed, Event, RowsReady, RunDone
 from layertap_server.inbox import Clock, Inbox
 from layertap_server.intake import Intake
 from layertap_server.sharing import Sharing, placed

@@ -17,11 +17,11 @@ from typing import TypeAlias
 
 from layertap.errors import InternalError, InvalidArgumentError, LayertapError
 from layertap.v1 import embedding_pb2 as pb
-from layertap_server import delivery
-from layertap_server.batcher import Call, CallFailed, Event, RowsReady, RunDone
-from layertap_server.delivery import Result
+from layertap_server.call import Call, CallFailed, Event, RowsReady, RunDone
 from layertap_server.inbox import Inbox
 from layertap_server.intake import Intake
+from layertap_server.results import Result, failures_of, split_run
+from layertap_server.results import messages as messages_of
 from layertap_server.sharing import placed
 from layertap_server.shm import Lending
 from layertap_server.tokenizer import Item, Tokenized, Tokenizer
@@ -188,9 +188,9 @@ class Stream:
 
     def _note_run(self, done: RunDone) -> None:
         parts = self._parts.pop(done.first_text)
-        failures = delivery.failures_of(parts)
+        failures = failures_of(parts)
         run = _Run(len(done.texts))
-        for position, rows in enumerate(delivery.split_run(parts, self.plan)):
+        for position, rows in enumerate(split_run(parts, self.plan)):
             number = self._queued.pop(done.first_text + position)
             entry = self._entries[number]
             entry.run = run
@@ -222,9 +222,7 @@ class Stream:
         else:
             results = [result for number in self._finished if (result := self._entries[number].result)]
         self._finished.clear()
-        for message, sent in delivery.results(
-            results, self.plan, self._tokenizer, self._max_frame_bytes, self._lending
-        ):
+        for message, sent in messages_of(results, self.plan, self._tokenizer, self._max_frame_bytes, self._lending):
             # Whoever has an answer may use its id again, so the id is free before the answer leaves.
             entries = [self._entries.pop(result.id) for result in sent]
             await self._write(message)
