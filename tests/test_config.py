@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -183,3 +185,11 @@ def test_a_bad_setting_ends_the_command_with_code_2_and_one_line(
     assert main([]) == 2
     err = capsys.readouterr().err
     assert err.count("\n") == 1 and "LAYERTAP_PORT" in err and "seven" not in err
+
+
+def test_without_the_servers_packages_one_line_says_what_to_install() -> None:
+    missing = "sys.modules |= dict.fromkeys(['torch', 'transformers', 'tokenizers', 'safetensors'])"
+    code = f"import sys; {missing}; from layertap_server.cli import main; sys.exit(main([]))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1 and "pip install 'layertap[server]'" in done.stderr, done.stderr

@@ -13,7 +13,7 @@ from typing import Any
 
 from layertap_server.config import Config, ConfigError, flag, variable
 
-_EXTRA_MISSING = "layertap-server needs the server's packages: pip install 'layertap[server]' (missing: {name})"
+_EXTRA_MISSING = "the server's packages are missing ({name}): pip install 'layertap[server]'"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
