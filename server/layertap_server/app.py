@@ -36,6 +36,8 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
+_CPU_BATCH_TOKENS: Final = 1024
+_CUDA_BATCH_TOKENS: Final = 32_768
 _WARM_TIMEOUT_S: Final = 300.0
 
 
@@ -89,9 +91,10 @@ class App:
                 "they do not belong together, fetch the model again"
             )
         config.check_output_bytes((self.model.layer_count + 1) * self.model.max_length * self.model.hidden_size * 4)
+        batch_tokens = config.max_batch_tokens or (_CPU_BATCH_TOKENS if devices == ["cpu"] else _CUDA_BATCH_TOKENS)
         self.batcher = Batcher(
             lanes.make(encoders, lane_count=config.lanes, thread_count=config.lane_threads),
-            max_batch_tokens=config.max_batch_tokens,
+            max_batch_tokens=batch_tokens,
             max_batch_bytes=config.max_batch_bytes,
             min_share_tokens=config.min_share_tokens,
             max_queue_texts=config.max_queue_text_count,
@@ -132,7 +135,7 @@ class App:
                 max_response_bytes=config.max_response_bytes,
                 max_frame_bytes=config.max_frame_bytes,
                 max_call_count=config.max_concurrent_call_count,
-                lookahead_tokens=config.max_batch_tokens * (self.batcher.lane_count + 1),
+                lookahead_tokens=batch_tokens * (self.batcher.lane_count + 1),
                 stall_timeout_s=config.stall_timeout_s,
             ),
         )

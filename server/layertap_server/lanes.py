@@ -1,15 +1,14 @@
 """Which engine threads there are, and how many CPU threads each of them computes with.
 
-On cuda one lane for each device. On the CPU several lanes with one thread each are faster than one lane with several,
-as long as there is work for all of them; a batch that starts while every other lane idles gets all threads, so that a
-lone short text is answered sooner. Lanes on the CPU share the weights.
+On cuda one lane for each device. On the CPU several lanes with one thread each, which share the weights: that is faster
+than one lane with several threads. A lone text does not get more threads than its lane has: OpenMP lets threads sleep
+between steps as soon as the process has more of them than cores, and waking them costs more than they bring.
 """
 
 from __future__ import annotations
 
 import logging
 import os
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Final
 
@@ -21,8 +20,6 @@ log = logging.getLogger(__name__)
 Encode = Callable[[Sequence[Run]], Iterator[Rows]]
 
 _MAX_CPU_LANES: Final = 4
-_ALONE_TOKENS: Final = 256
-"""Up to here a lone batch gets all threads; a longer one would hold up the lane that wakes meanwhile."""
 
 
 def make(encoders: Sequence[Encoder], *, lane_count: int, thread_count: int) -> list[Encode]:
@@ -31,33 +28,18 @@ def make(encoders: Sequence[Encoder], *, lane_count: int, thread_count: int) -> 
     Args:
         encoders: One for each device.
         lane_count: Lanes on the CPU; 0 chooses by the cores there are.
-        thread_count: Threads of each lane on the CPU; 0 shares the cores out and lets a lone batch have them all.
+        thread_count: Threads of each lane on the CPU; 0 shares the cores out.
     """
     if encoders[0].device.type != "cpu":
         return [encoder.encode for encoder in encoders]
+    (encoder,) = encoders
     cores = len(os.sched_getaffinity(0))
     lane_count = lane_count or min(cores, _MAX_CPU_LANES)
-    shared = thread_count or max(1, cores // lane_count)
-    log.info("%d lanes with %d threads each", lane_count, shared)
-    return [_CpuLanes(encoders[0], shared=shared, alone=thread_count or cores).encode] * lane_count
+    thread_count = thread_count or max(1, cores // lane_count)
+    log.info("%d lanes with %d threads each", lane_count, thread_count)
 
+    def encode(batch: Sequence[Run]) -> Iterator[Rows]:
+        encoder.use_threads(thread_count)
+        return encoder.encode(batch)
 
-class _CpuLanes:
-    """Shares the cores out among the lanes that are busy."""
-
-    def __init__(self, encoder: Encoder, *, shared: int, alone: int) -> None:
-        self._encoder, self._shared, self._alone = encoder, shared, alone
-        self._lock = threading.Lock()
-        self._busy_count = 0
-
-    def encode(self, batch: Sequence[Run]) -> Iterator[Rows]:
-        token_count = sum(text.token_count for run in batch for text in run.texts)
-        with self._lock:
-            self._busy_count += 1
-            alone = self._busy_count == 1 and token_count <= _ALONE_TOKENS
-        try:
-            self._encoder.use_threads(self._alone if alone else self._shared)
-            yield from self._encoder.encode(batch)
-        finally:
-            with self._lock:
-                self._busy_count -= 1
+    return [encode] * lane_count
