@@ -166,7 +166,7 @@ def over_grpc(folder: Path, device: str, quick: bool) -> list[str]:
     chosen = random.Random(0)
     texts = [" ".join(f"word{chosen.randrange(30000)}" for _ in range(126)) for _ in range(count)]
     flags = ["--port", "0", "--device", device, "--dtype", "bfloat16", "--model-id", str(folder)]
-    flags += [ "--max-queue-token-count", str(1 << 22)]
+    flags += ["--max-queue-token-count", str(1 << 22)]
     server = subprocess.Popen([sys.executable, "-c", SERVE, *flags], stdout=subprocess.PIPE, text=True)
     assert server.stdout is not None
     address = server.stdout.readline().strip()

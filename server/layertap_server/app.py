@@ -25,6 +25,7 @@ from layertap_server import checkpoint, delivery, encoder, lanes
 from layertap_server.batcher import Batcher
 from layertap_server.call import CallFailed, Event, RunDone
 from layertap_server.config import Config, ConfigError
+from layertap_server.gate import Gate
 from layertap_server.intake import Intake, Limits, Model
 from layertap_server.service import SERVICE_NAME, Bounds, EmbeddingService
 from layertap_server.sharing import Sharing
@@ -134,10 +135,9 @@ class App:
             bounds=Bounds(
                 max_response_bytes=config.max_response_bytes,
                 max_frame_bytes=config.max_frame_bytes,
-                max_call_count=config.max_concurrent_call_count,
                 lookahead_tokens=batch_tokens * (self.batcher.lane_count + 1),
-                stall_timeout_s=config.stall_timeout_s,
             ),
+            gate=Gate(max_call_count=config.max_concurrent_call_count, stall_timeout_s=config.stall_timeout_s),
         )
         _timed("warmed the engine", self._warm)
 

@@ -1,4 +1,4 @@
-"""The RPCs: each request from the socket to the batcher and its answer back. The only file with a gRPC context.
+"""The RPCs: each request from the socket to the batcher and its answer back, through the `gate`.
 
 Everything a user can get wrong is refused before the queue. Nothing here blocks the event loop: what may take long
 (parsing, tokenizing or packing much) runs in threads. Handlers take and give bytes, so that payloads are written
@@ -12,7 +12,7 @@ import contextlib
 import dataclasses
 import logging
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from typing import Any, Final, TypeVar
 
 import grpc
@@ -20,16 +20,14 @@ import grpc.aio
 from google.protobuf.message import DecodeError, Message
 
 from layertap.errors import (
-    DeadlineExceededError,
-    InternalError,
     InvalidArgumentError,
     LayertapError,
-    ResourceExhaustedError,
 )
 from layertap.v1 import embedding_pb2 as pb
-from layertap_server import delivery
+from layertap_server import delivery, gate
 from layertap_server.batcher import Batcher
 from layertap_server.call import Call, CallFailed, Event, RowsReady, RunDone
+from layertap_server.gate import Context, Gate
 from layertap_server.inbox import Clock, Inbox
 from layertap_server.intake import Intake
 from layertap_server.sharing import Sharing, placed
@@ -40,7 +38,6 @@ from layertap_server.work import Plan, Text
 
 log = logging.getLogger(__name__)
 
-Context = grpc.aio.ServicerContext[bytes, bytes]
 MessageT = TypeVar("MessageT", bound=Message)
 T = TypeVar("T")
 
@@ -51,8 +48,6 @@ _LARGE_BYTES: Final = 64 << 10
 _LARGE_CHARACTERS: Final = 4 << 10
 """Likewise for tokenizing."""
 
-_STATUS: Final = {code.value[0]: code for code in grpc.StatusCode}
-
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Bounds:
@@ -61,20 +56,12 @@ class Bounds:
     Attributes:
         max_response_bytes: Bytes of a unary answer.
         max_frame_bytes: Bytes of a streamed message.
-        max_call_count: Calls under way at once.
         lookahead_tokens: How many tokens of one EmbedStream may wait in the queue.
-        stall_timeout_s: How long an answer may stay unread.
     """
 
     max_response_bytes: int
     max_frame_bytes: int
-    max_call_count: int
     lookahead_tokens: int
-    stall_timeout_s: float
-
-
-class _CallerLeftError(Exception):
-    """A message could not be sent, because its call is gone."""
 
 
 class EmbeddingService:
@@ -90,6 +77,7 @@ class EmbeddingService:
         info: pb.GetModelInfoResponse,
         bounds: Bounds,
         sharing: Sharing,
+        gate: Gate,
     ) -> None:
         """Takes all that it works with."""
         self._intake = intake
@@ -99,47 +87,20 @@ class EmbeddingService:
         self._info = info
         self._bounds = bounds
         self._sharing = sharing
-        self._call_count = 0
+        self._gate = gate
 
     def handler(self) -> grpc.GenericRpcHandler[bytes, bytes]:
         """Returns what a gRPC server is given."""
         handlers = {
-            "GetModelInfo": grpc.unary_unary_rpc_method_handler(self._answered(self._get_model_info)),
-            "Tokenize": grpc.unary_unary_rpc_method_handler(self._answered(self._tokenize)),
-            "Decode": grpc.unary_unary_rpc_method_handler(self._answered(self._decode)),
-            "Embed": grpc.unary_unary_rpc_method_handler(self._answered(self._embed)),
-            "EmbedLayers": grpc.unary_stream_rpc_method_handler(self._answered(self._embed_layers)),
-            "EmbedStream": grpc.stream_stream_rpc_method_handler(self._answered(self._embed_stream)),
-            "ShareMemory": grpc.unary_stream_rpc_method_handler(self._answered(self._share_memory)),
+            "GetModelInfo": grpc.unary_unary_rpc_method_handler(self._gate.answered(self._get_model_info)),
+            "Tokenize": grpc.unary_unary_rpc_method_handler(self._gate.answered(self._tokenize)),
+            "Decode": grpc.unary_unary_rpc_method_handler(self._gate.answered(self._decode)),
+            "Embed": grpc.unary_unary_rpc_method_handler(self._gate.answered(self._embed)),
+            "EmbedLayers": grpc.unary_stream_rpc_method_handler(self._gate.answered(self._embed_layers)),
+            "EmbedStream": grpc.stream_stream_rpc_method_handler(self._gate.answered(self._embed_stream)),
+            "ShareMemory": grpc.unary_stream_rpc_method_handler(self._gate.answered(self._share_memory)),
         }
         return grpc.method_handlers_generic_handler(SERVICE_NAME, handlers)
-
-    def _answered(self, method: Callable[[Any, Context], Awaitable[T]]) -> Callable[[Any, Context], Awaitable[T]]:
-        """Counts a call, and turns its errors into a status."""
-
-        async def call(request: Any, context: Context) -> T:
-            self._call_count += 1
-            try:
-                if self._call_count > self._bounds.max_call_count:
-                    raise ResourceExhaustedError(
-                        f"the server is full: {self._bounds.max_call_count} calls are under way; try again later",
-                        retry_after_s=0.5,
-                    )
-                return await method(request, context)
-            except LayertapError as exc:
-                error = exc
-            except _CallerLeftError as exc:
-                raise asyncio.CancelledError from exc  # There is nobody to tell.
-            except Exception:
-                log.exception("%s failed", method.__name__)
-                error = InternalError("the server failed; its log has the reason")
-            finally:
-                self._call_count -= 1
-            # gRPC's own word for "retry in so many milliseconds"; -1 means never.
-            wait_ms = -1 if error.retry_after_s is None else int(error.retry_after_s * 1000)
-            await context.abort(_STATUS[int(error.code)], error.details, (("grpc-retry-pushback-ms", str(wait_ms)),))
-
-        return call
 
     async def _get_model_info(self, raw: bytes, context: Context) -> bytes:
         await _parse(pb.GetModelInfoRequest, raw)
@@ -238,7 +199,7 @@ class EmbeddingService:
             plan = placed(plan, lending, [one.text.token_count for one in tokenized])
             frame_count = await self._send_layers(plan, tokenized, clock, context, lending)
         summary = pb.EmbedSummary(frame_count=frame_count, timings=delivery.timings(clock))
-        await self._write(context, pb.EmbedLayersResponse(summary=summary).SerializeToString())
+        await self._gate.write(context, pb.EmbedLayersResponse(summary=summary).SerializeToString())
 
     async def _send_layers(
         self, plan: Plan, tokenized: Sequence[Tokenized], clock: Clock, context: Context, lending: Lending | None
@@ -248,17 +209,17 @@ class EmbeddingService:
         frame_count = 0
         async with self._call(plan, tokenized, inbox, context) as call:
             header = pb.EmbedLayersResponse(header=delivery.header(self._identity, plan, tokenized))
-            await self._write(context, header.SerializeToString())
+            await self._gate.write(context, header.SerializeToString())
             if plan.return_tokens:
                 groups = delivery.token_groups(tokenized, self._tokenizer, self._bounds.max_frame_bytes)
                 for group in await asyncio.to_thread(list, groups):
-                    await self._write(context, group.SerializeToString())
+                    await self._gate.write(context, group.SerializeToString())
             left = len(tokenized)
             while left:
                 for event in await inbox.take():
                     if isinstance(event, RowsReady):
                         for frame in delivery.frames(_good(event), plan, self._bounds.max_frame_bytes, lending):
-                            await self._write(context, frame)
+                            await self._gate.write(context, frame)
                             frame_count += 1
                         call.release(len(event.rows.data))
                     else:
@@ -280,19 +241,19 @@ class EmbeddingService:
                 tokenizer=self._tokenizer,
                 encode=self._encode,
                 parse=parse,
-                write=lambda message: self._write(context, message),
+                write=lambda message: self._gate.write(context, message),
                 max_frame_bytes=self._bounds.max_frame_bytes,
                 lookahead_tokens=self._bounds.lookahead_tokens,
                 lending=lending,
             )
             async with self._call(stream.plan, (), stream.inbox, context) as call:
                 header = pb.EmbedStreamResponse(header=delivery.header(self._identity, stream.plan))
-                await self._write(context, header.SerializeToString())
+                await self._gate.write(context, header.SerializeToString())
                 await stream.run(requests, call)
 
     async def _share_memory(self, raw: bytes, context: Context) -> None:
         await _parse(pb.ShareMemoryRequest, raw)
-        await self._sharing.lease(lambda message: self._write(context, message))
+        await self._sharing.lease(lambda message: self._gate.write(context, message))
 
     async def _prepare(self, inputs: Sequence[pb.Input], options: pb.EmbedOptions) -> tuple[Plan, list[Tokenized], int]:
         """Returns what is asked, the texts as tokens, and how long tokenizing took."""
@@ -320,25 +281,13 @@ class EmbeddingService:
     ) -> AsyncIterator[Call]:
         """Queues the texts of a call, and gives up what is left of it at the end, however that comes."""
         call = self._batcher.open(
-            plan, client=_client(context, inbox), deliver=inbox.put, expires_at=_expires_at(context)
+            plan, client=gate.client(context, inbox), deliver=inbox.put, expires_at=gate.expires_at(context)
         )
         try:
             call.add([one.text for one in tokenized])
             yield call
         finally:
             call.close()
-
-    async def _write(self, context: Context, message: bytes) -> None:
-        """Sends one message; waits while the caller does not read, but not for ever."""
-        try:
-            async with asyncio.timeout(self._bounds.stall_timeout_s):
-                await context.write(message)
-        except TimeoutError as exc:
-            raise DeadlineExceededError(
-                f"the answer was not read for {self._bounds.stall_timeout_s} s; read faster, or ask for less"
-            ) from exc
-        except Exception as exc:  # gRPC's own; it has no public name.
-            raise _CallerLeftError from exc
 
 
 async def _parse(kind: type[MessageT], raw: bytes) -> MessageT:
@@ -379,19 +328,7 @@ def _done(event: RunDone | CallFailed) -> RunDone:
     return event
 
 
-def _client(context: Context, inbox: Inbox[Any]) -> str:
-    """Returns whose turn a call takes. All who come over a unix socket look the same: there each call is its own."""
-    peer = context.peer()
-    return f"{peer}#{id(inbox)}" if peer.startswith("unix") else peer
-
-
 def _characters(item: Item) -> int:
     if isinstance(item, Text):
         return 0
     return len(item) if isinstance(item, str) else sum(map(len, item))
-
-
-def _expires_at(context: Context) -> float | None:
-    remaining = context.time_remaining()
-    # grpc-stubs does not know that a call without a deadline has None.
-    return None if remaining is None else time.monotonic() + remaining  # type: ignore[redundant-expr]
