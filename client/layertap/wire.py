@@ -86,7 +86,7 @@ def array_dtype(dtype: pb.Dtype.ValueType) -> npt.DTypeLike:
 
 def item_bytes(dtype: pb.Dtype.ValueType) -> int:
     """Returns the bytes one value of a wire dtype takes."""
-    return 4 if dtype == pb.DTYPE_FLOAT32 else 2
+    return ITEM_BYTES[DTYPE_NAMES[dtype]]
 
 
 def read_into(target: FloatArray, data: Buffer | ByteArray, dtype: pb.Dtype.ValueType) -> None:
