@@ -1,0 +1,63 @@
+"""A progress bar for what takes long: how much is done, how fast, and how long the rest will take.
+
+Drawn by tqdm (the extra `progress`) on stderr. Knows nothing of what is being done. Unless it is asked for by name it
+is silent where nobody looks: off a terminal, without tqdm, and in the first seconds, which most jobs do not outlast.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Callable, Iterator
+from typing import Final, TypeAlias
+
+Advance: TypeAlias = Callable[[int], object]
+"""Takes how many more are done."""
+
+_UNASKED_DELAY_S: Final = 2.0
+"""How long a job must last before a bar that nobody has asked for is drawn."""
+
+
+@contextlib.contextmanager
+def bar(
+    *, total: int | None, unit: str, shown: bool | None = None, done: int = 0, label: str | None = None
+) -> Iterator[Advance]:
+    """Shows a bar as long as the context lasts.
+
+    Args:
+        total: How many there are in all; None if nobody knows, which leaves count and rate.
+        unit: What is counted, in the singular, such as "text".
+        shown: Whether to show it. None: only on a terminal, for what takes longer than a moment, if tqdm is there.
+        done: How many were done before, by a job that is taken up again; they do not count for the rate.
+        label: What stands before the bar.
+
+    Yields:
+        What is told how many more are done.
+
+    Raises:
+        ImportError: `shown` is True and tqdm is not installed.
+    """
+    if shown is None and not _on_terminal():
+        shown = False
+    if shown is False:
+        yield _ignore
+        return
+    try:
+        from tqdm.auto import tqdm
+    except ImportError as exc:
+        if shown:
+            raise ImportError("a progress bar needs tqdm; install it with: pip install 'layertap[progress]'") from exc
+        yield _ignore
+        return
+    delay_s = 0.0 if shown else _UNASKED_DELAY_S
+    with tqdm(total=total, initial=done, unit=f" {unit}s", desc=label, delay=delay_s, file=sys.stderr) as drawn:
+        yield drawn.update
+
+
+def _on_terminal() -> bool:
+    # A process without a console has no stderr at all.
+    return sys.stderr is not None and sys.stderr.isatty()
+
+
+def _ignore(count: int) -> None:
+    """Is told the same, and shows nothing."""
