@@ -513,9 +513,10 @@ def test_what_the_iterable_raises_comes_as_itself_after_all_before_it(
     assert caught is error or (caught is not None and caught.__cause__ is error)
 
 
-def test_an_object_that_cannot_be_iterated_says_so() -> None:
-    with pytest.raises(TypeError):
-        run(gather(7))
+@pytest.mark.parametrize("items", [7, "one text", b"bytes", {"a": 1}], ids=repr)
+def test_what_is_no_iterable_of_texts_is_refused_by_its_type(items: Any) -> None:
+    with pytest.raises(InvalidArgumentError, match=rf"^inputs is (of type|one) {type(items).__name__}; pass"):
+        run(gather(items))
 
 
 def test_a_blocking_iterable_blocks_neither_the_loop_nor_closing() -> None:

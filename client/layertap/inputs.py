@@ -1,14 +1,15 @@
 """What users pass as texts, as the contract's inputs.
 
 Pure. A `str` is one text; anything else is an iterable of items: str (text), tuple of two str (pair), list of str
-(words), list or 1-D array of ints (ids), or `TokenIds`; or a whole `TokenIds` or `Tokens`, whose rows are texts.
+(words), list or 1-D array of ints (ids), or `TokenIds`; or a whole `TokenIds` or `Tokens`, whose rows are texts. So
+columns are iterables too: numpy arrays of str, pandas and polars Series, Arrow arrays.
 Errors name the item by its position, never by its content.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from typing import TypeAlias, cast
+from typing import Any, Final, TypeAlias, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -22,6 +23,9 @@ InputItem: TypeAlias = "str | tuple[str, str] | list[str] | list[int] | npt.NDAr
 
 Inputs: TypeAlias = "str | TokenIds | Tokens | Iterable[InputItem]"
 """One text, or several."""
+
+_MISSING: Final = ("NAType", "NaTType")
+"""What pandas calls a value that is not there, beside None and NaN."""
 
 _WHAT_IS_ALLOWED = "a str, a tuple of two str, a list of str, a list or 1-D array of ints, or TokenIds"
 
@@ -38,15 +42,28 @@ def to_messages(inputs: Inputs) -> list[pb.Input]:
         messages = list(_from_tokens(inputs))
     elif isinstance(inputs, TokenIds):
         messages = list(_from_batch(inputs))
-    elif not isinstance(inputs, (bytes, dict)) and isinstance(inputs, Iterable):
-        messages = [to_message(item, index) for index, item in enumerate(inputs)]
     else:
-        raise InvalidArgumentError(
-            f"inputs is {_type_name(inputs)}; pass a str, or an iterable whose items are {_WHAT_IS_ALLOWED}"
-        )
+        check_items(inputs)
+        messages = [to_message(item, index) for index, item in enumerate(inputs)]
     if not messages:
         raise InvalidArgumentError("inputs is empty; pass at least one text")
     return messages
+
+
+def check_items(items: object) -> None:
+    """Checks that something may be read item by item: that it is neither one text nor a table.
+
+    Raises:
+        InvalidArgumentError: It may not.
+    """
+    if hasattr(items, "columns"):
+        raise InvalidArgumentError(f"inputs is {_type_name(items)}; pass one of its columns")
+    if isinstance(items, str):
+        raise InvalidArgumentError("inputs is one str; pass an iterable of texts, such as a list with this one")
+    if isinstance(items, (bytes, dict)) or not isinstance(items, Iterable):
+        raise InvalidArgumentError(
+            f"inputs is {_type_name(items)}; pass a str, or an iterable whose items are {_WHAT_IS_ALLOWED}"
+        )
 
 
 def to_message(item: InputItem, index: int) -> pb.Input:
@@ -57,8 +74,9 @@ def to_message(item: InputItem, index: int) -> pb.Input:
         index: Its position, for errors.
 
     Raises:
-        InvalidArgumentError: The item is of another type.
+        InvalidArgumentError: The item is missing, or of another type.
     """
+    item = _from_arrow(item)
     try:
         if isinstance(item, str):
             return pb.Input(text=item)
@@ -74,6 +92,8 @@ def to_message(item: InputItem, index: int) -> pb.Input:
         return _token_ids(item.input_ids, item.attention_mask, item.token_type_ids, index)
     if isinstance(item, (list, np.ndarray)):
         return _token_ids(item, None, None, index)
+    if _is_missing(item):
+        raise InvalidArgumentError(f'inputs[{index}] is missing (None or NaN); drop it, or pass "" for an empty text')
     raise InvalidArgumentError(f"inputs[{index}] is {_type_name(item)}; pass {_WHAT_IS_ALLOWED}")
 
 
@@ -150,6 +170,15 @@ def _integers(values: npt.ArrayLike, name: str, index: int) -> list[int]:
         raise InvalidArgumentError(f"inputs[{index}].{name} has a value beyond 32 bits; ids are below vocab_size")
     numbers: list[int] = array.tolist()
     return numbers
+
+
+def _from_arrow(item: Any) -> Any:
+    """Returns what a scalar of an Arrow array holds; anything else as it is."""
+    return item.as_py() if hasattr(item, "as_py") else item
+
+
+def _is_missing(item: Any) -> bool:
+    return item is None or type(item).__name__ in _MISSING or (isinstance(item, float) and item != item)
 
 
 def _type_name(value: object) -> str:

@@ -13,6 +13,8 @@ from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterable, Iterable
 from typing import Any, Final
 
+from layertap.inputs import check_items
+
 _AHEAD_COUNT: Final = 512
 """How many items the thread may be ahead of the loop."""
 
@@ -21,12 +23,14 @@ async def groups(source: Iterable[Any] | AsyncIterable[Any]) -> AsyncGenerator[l
     """Yields the items of an iterable in groups, each as soon as it is there.
 
     Raises:
+        InvalidArgumentError: It is one text or a table.
         Exception: What the iterable raised, as itself, after all items that came before.
     """
     if isinstance(source, AsyncIterable):
         async for item in source:
             yield [item]
         return
+    check_items(source)
     pump = _Pump(source)
     try:
         while group := await pump.take():
