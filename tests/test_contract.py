@@ -154,6 +154,7 @@ def test_importing_layertap_loads_no_torch_and_no_server_and_has_no_effects() ->
         "safetensors",
         "layertap_server",
         "pandas",
+        "pyarrow",
     }
     assert not heavy.intersection(found["modules"])
     assert found["threads"] == ["MainThread"] and found["unchanged"] and found["handlers"] == 0

@@ -2,7 +2,7 @@
 
 from layertap.async_client import AsyncClient
 from layertap.client import Client
-from layertap.embedding import Embedding, HiddenStates, LayerRows, StreamResult
+from layertap.embedding import Embedding, LayerRows, StreamResult, TorchEmbedding
 from layertap.errors import (
     AbortedError,
     AlreadyExistsError,
@@ -23,6 +23,7 @@ from layertap.errors import (
     UnimplementedError,
     UnknownError,
 )
+from layertap.hidden_states import HiddenStates
 from layertap.types import Limits, ModelInfo, ModelRef, Pooling, Timings, TokenIds, Tokens
 from layertap.wire import keep_pages
 
@@ -54,6 +55,7 @@ __all__ = [
     "Timings",
     "TokenIds",
     "Tokens",
+    "TorchEmbedding",
     "UnauthenticatedError",
     "UnavailableError",
     "UnimplementedError",

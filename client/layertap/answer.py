@@ -10,8 +10,9 @@ from collections.abc import Sequence
 import numpy as np
 
 from layertap import inputs, wire
-from layertap.embedding import Embedding, HiddenStates
+from layertap.embedding import Embedding
 from layertap.errors import DataLossError
+from layertap.hidden_states import HiddenStates
 from layertap.types import BoolArray, FloatArray, IntArray, ModelRef, Timings, Tokens
 from layertap.v1 import embedding_pb2 as pb
 

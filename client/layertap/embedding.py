@@ -1,104 +1,22 @@
-"""What comes out: hidden states, pools, streamed rows, with their shapes.
-
-Rows are kept *ragged* (texts one after the other, divided by `token_counts`), because that is how they travel and how
-they use least memory; the padded arrays that transformers would give are made when asked for.
-"""
+"""What comes out: hidden states, pools, streamed rows, with their shapes; and what they are to other libraries."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
-from typing import Any, overload
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
+import numpy.typing as npt
 
+from layertap import display, interop
 from layertap.errors import LayertapError
+from layertap.hidden_states import HiddenStates
 from layertap.types import BoolArray, FloatArray, IntArray, ModelRef, Timings, Tokens
 
-
-class HiddenStates:
-    """The token rows of the layers that were asked for, like transformers' `hidden_states` tuple.
-
-    Indexed by layer number, absolute or negative: `hidden_states[0]` is the embedding output and
-    `hidden_states[-1]` the last layer of the *model*, whichever layers are held. Slices run over layer
-    numbers too. Iterates over the held layers in ascending order; `len` is how many are held.
-    Each item: Shape: [text_count, length, hidden_size], rows past a text's token count are 0.
-    """
-
-    __slots__ = ("_padded", "_ragged", "layer_count", "token_counts")
-
-    def __init__(self, *, ragged: dict[int, FloatArray], token_counts: IntArray, layer_count: int) -> None:
-        """Takes one array for each held layer. Shape: [sum of token_counts, hidden_size]."""
-        self._ragged = ragged
-        self._padded: dict[int, FloatArray] = {}
-        self.token_counts = token_counts
-        self.layer_count = layer_count
-
-    @property
-    def layers(self) -> tuple[int, ...]:
-        """The held layers, absolute, ascending."""
-        return tuple(self._ragged)
-
-    @overload
-    def __getitem__(self, layer: int) -> FloatArray: ...
-    @overload
-    def __getitem__(self, layer: slice) -> tuple[FloatArray, ...]: ...
-    def __getitem__(self, layer: int | slice) -> FloatArray | tuple[FloatArray, ...]:
-        """Returns one layer, padded. Shape: [text_count, length, hidden_size].
-
-        Raises:
-            IndexError: The layer is not held.
-        """
-        if isinstance(layer, slice):
-            return tuple(self[k] for k in range(self.layer_count + 1)[layer])
-        absolute = self._absolute(layer)
-        if absolute not in self._padded:
-            self._padded[absolute] = self._pad(self._ragged[absolute])
-        return self._padded[absolute]
-
-    def __iter__(self) -> Iterator[FloatArray]:
-        """Yields the held layers in ascending order, padded."""
-        return (self[layer] for layer in self._ragged)
-
-    def __len__(self) -> int:
-        """The number of held layers."""
-        return len(self._ragged)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        """Pickles the ragged rows only; padded arrays are made again."""
-        return _hidden_states, (self._ragged, self.token_counts, self.layer_count)
-
-    def __repr__(self) -> str:
-        """Shapes, never a page of numbers."""
-        return f"HiddenStates(layers={self.layers}, text_count={len(self.token_counts)})"
-
-    def ragged(self, layer: int) -> list[FloatArray]:
-        """Returns views of one layer, one a text. Shape of each: [token_count, hidden_size]."""
-        rows = self._ragged[self._absolute(layer)]
-        ends = np.cumsum(self.token_counts)
-        return [rows[end - count : end] for end, count in zip(ends, self.token_counts, strict=True)]
-
-    def _absolute(self, layer: int) -> int:
-        absolute = layer + self.layer_count + 1 if layer < 0 else layer
-        if absolute not in self._ragged:
-            held = ", ".join(map(str, self._ragged)) or "none"
-            raise IndexError(f"layer {layer} is not held (held: {held}); ask for it with layers=[{layer}]")
-        return absolute
-
-    def _pad(self, rows: FloatArray) -> FloatArray:
-        text_count, length = len(self.token_counts), int(self.token_counts.max(initial=0))
-        if text_count * length == len(rows):
-            return rows.reshape(text_count, length, rows.shape[1])
-        padded = np.zeros((text_count, length, rows.shape[1]), rows.dtype)
-        end = 0
-        for text, count in zip(padded, self.token_counts, strict=True):
-            text[:count] = rows[end : end + count]
-            end += count
-        return padded
-
-
-def _hidden_states(ragged: dict[int, FloatArray], token_counts: IntArray, layer_count: int) -> HiddenStates:
-    return HiddenStates(ragged=ragged, token_counts=token_counts, layer_count=layer_count)
+if TYPE_CHECKING:
+    import pandas
+    import pyarrow
+    import torch
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True, eq=False, repr=False)
@@ -198,8 +116,116 @@ class Embedding:
 
     def __repr__(self) -> str:
         """Shapes, never a page of numbers."""
-        pools = [pool.shape for pool in self.pools]
-        return f"Embedding(text_count={len(self)}, layers={self.layers}, pools={pools}, model={self.model.model_id!r})"
+        return display.line("Embedding", [*self._summary(), ("model", repr(self.model.model_id))])
+
+    def _repr_html_(self) -> str:
+        html = display.table(f"Embedding: {self.model.model_id}", self._summary())
+        return html if self._tokens is None else f"{html}\n{self._tokens._repr_html_()}"
+
+    def __array__(self, dtype: npt.DTypeLike | None = None, copy: bool | None = None) -> npt.NDArray[Any]:
+        """Returns the one array there is, if one output was asked for. Shape: [text_count, …].
+
+        Raises:
+            TypeError: There are several arrays.
+            ValueError: `copy` is False and the dtype is another.
+        """
+        return interop.as_array(self._only(), dtype, copy)
+
+    def __dlpack__(self, **options: Any) -> Any:
+        """Hands the one array there is to a library that speaks DLPack, in place.
+
+        Raises:
+            TypeError: There are several arrays.
+        """
+        return self._only().__dlpack__(**options)
+
+    def __dlpack_device__(self) -> tuple[int, int]:
+        """Says that it lies in the CPU's memory."""
+        return self._only().__dlpack_device__()
+
+    def __arrow_c_stream__(self, requested_schema: object = None) -> object:
+        """Hands the table of `to_arrow` to any library that speaks Arrow's PyCapsule interface."""
+        return self.to_arrow().__arrow_c_stream__(requested_schema)
+
+    def to_torch(self) -> TorchEmbedding:
+        """Returns all arrays as torch tensors that share their memory. The tensor of a read-only array is a copy.
+
+        Raises:
+            ModuleNotFoundError: torch is missing; `layertap[torch]` brings it.
+        """
+        hidden_states = self.hidden_states.to_torch()
+        return TorchEmbedding(
+            last_hidden_state=hidden_states[-1] if self.hidden_states.layer_count in self.layers else None,
+            pooler_output=None if self._pooler_output is None else interop.to_torch(self._pooler_output),
+            hidden_states=hidden_states,
+            pools=tuple(interop.to_torch(pool) for pool in self.pools),
+            attention_mask=interop.to_torch(self.attention_mask),
+        )
+
+    def to_arrow(self) -> pyarrow.Table:
+        """Returns an Arrow table with one row a text, whose numbers share the memory of the arrays.
+
+        Columns: token_counts, truncated, layer_K for each held layer (a List of FixedSizeList), pool_N and
+        pooler_output (FixedSizeList), and tokens (a List of strings), as far as they were asked for. The schema's
+        metadata has model_id and fingerprint.
+
+        Raises:
+            ModuleNotFoundError: pyarrow is missing; `layertap[arrow]` brings it.
+        """
+        return interop.to_arrow(self._columns(), dataclasses.asdict(self.model))
+
+    def to_pandas(self) -> pandas.DataFrame:
+        """Returns a frame with one row a text and the columns of `to_arrow`; cells are views of the arrays.
+
+        Cells of layer_K have Shape: [token_count, hidden_size], of pool_N and pooler_output Shape: [size].
+
+        Raises:
+            ModuleNotFoundError: pandas is missing; `layertap[pandas]` brings it.
+        """
+        return interop.to_pandas(self._columns())
+
+    def _vectors(self) -> list[tuple[str, FloatArray]]:
+        vectors = [(f"pool_{n}", pool) for n, pool in enumerate(self.pools)]
+        return vectors if self._pooler_output is None else [*vectors, ("pooler_output", self._pooler_output)]
+
+    def _columns(self) -> list[interop.Column]:
+        return [
+            interop.Column(name="token_counts", values=self.token_counts),
+            interop.Column(name="truncated", values=self.truncated),
+            *self.hidden_states.columns(),
+            *(interop.Column(name=name, values=values) for name, values in self._vectors()),
+            *([] if self._tokens is None else [interop.Column(name="tokens", values=self._tokens.tokens)]),
+        ]
+
+    def _summary(self) -> list[tuple[str, str]]:
+        vectors = [(name, display.array(values.shape, values.dtype)) for name, values in self._vectors()]
+        return [("text_count", str(len(self))), *self.hidden_states.summary(), *vectors]
+
+    def _only(self) -> FloatArray:
+        vectors = [values for _, values in self._vectors()]
+        if len(vectors) + len(self.layers) != 1:
+            names = [*(f"layer {layer}" for layer in self.layers), *(name for name, _ in self._vectors())]
+            raise TypeError(f"this embedding holds {', '.join(names) or 'no array'}; take the one array that is meant")
+        return vectors[0] if vectors else next(iter(self.hidden_states))
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True, eq=False, repr=False)
+class TorchEmbedding:
+    """The arrays of an embedding as torch tensors, under the names of transformers' model outputs.
+
+    Attributes:
+        last_hidden_state: Shape: [text_count, length, hidden_size]; None if it was not asked for.
+        pooler_output: Shape: [text_count, hidden_size]; None if it was not asked for.
+        hidden_states: The held layers, ascending. Shape of each: [text_count, length, hidden_size].
+        pools: One for each asked-for pooling. Shape: [text_count, pool_size].
+        attention_mask: Shape: [text_count, length].
+    """
+
+    last_hidden_state: torch.Tensor | None
+    pooler_output: torch.Tensor | None
+    hidden_states: tuple[torch.Tensor, ...]
+    pools: tuple[torch.Tensor, ...]
+    attention_mask: torch.Tensor
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -215,6 +241,17 @@ class LayerRows:
     layer: int
     texts: range
     rows: Sequence[FloatArray]
+
+    def __repr__(self) -> str:
+        """Shapes, never a page of numbers."""
+        return display.line("LayerRows", self._summary())
+
+    def _repr_html_(self) -> str:
+        return display.table("LayerRows", self._summary())
+
+    def _summary(self) -> list[tuple[str, str]]:
+        shapes = [list(rows.shape) for rows in self.rows]
+        return [("layer", str(self.layer)), ("texts", str(self.texts)), ("rows", " ".join(display.first(shapes)))]
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -240,3 +277,13 @@ class StreamResult:
         if self._embedding is None:
             raise self.error or LayertapError("the item has no embedding")
         return self._embedding
+
+    def __repr__(self) -> str:
+        """Its embedding or error."""
+        what = f"embedding={self._embedding!r}" if self.error is None else f"error={self.error!r}"
+        return f"StreamResult(index={self.index}, {what})"
+
+    def _repr_html_(self) -> str:
+        if self._embedding is not None:
+            return self._embedding._repr_html_()
+        return display.table(f"StreamResult {self.index}", [("error", str(self.error))])

@@ -1,14 +1,22 @@
 """The things a user passes and is told: poolings, tokens, models, limits, times. What comes out is in `embedding`.
 
-Rules for both: frozen, slotted, picklable; names are those of transformers; no I/O, no protobuf.
+Rules for both: frozen, slotted, picklable; names are those of transformers; no I/O, no protobuf. What they are to other
+libraries is in `interop`, what they look like in `display`.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
+
+from layertap import display, interop
+
+if TYPE_CHECKING:
+    import pandas
+    import pyarrow
 
 IntArray = npt.NDArray[np.int64]
 BoolArray = npt.NDArray[np.bool_]
@@ -50,6 +58,11 @@ class TokenIds:
     attention_mask: npt.ArrayLike | None = None
     token_type_ids: npt.ArrayLike | None = None
 
+    def __repr__(self) -> str:
+        """Shapes, and numbers only if there are few."""
+        fields = dataclasses.fields(self)
+        return display.line("TokenIds", ((field.name, display.brief(getattr(self, field.name))) for field in fields))
+
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Tokens:
@@ -85,8 +98,49 @@ class Tokens:
         return len(self.token_counts)
 
     def __repr__(self) -> str:
-        """Shapes, never a page of numbers."""
-        return f"Tokens(text_count={len(self)}, length={self.input_ids.shape[1]})"
+        """Shapes and the first tokens."""
+        tokens = " ".join(display.first(self.tokens[0])) if self.tokens else ""
+        return f"Tokens(text_count={len(self)}, length={self.input_ids.shape[1]}, tokens={tokens!r})"
+
+    def _repr_html_(self) -> str:
+        text_count, length = self.input_ids.shape
+        rows = display.token_rows(self.tokens, self.input_ids.tolist())
+        return display.table(f"Tokens: {text_count} texts, length {length}", rows)
+
+    def to_arrow(self) -> pyarrow.Table:
+        """Returns an Arrow table with one row a token; see `to_pandas`.
+
+        Raises:
+            ModuleNotFoundError: pyarrow is missing; `layertap[arrow]` brings it.
+        """
+        return interop.to_arrow(self._columns(), {})
+
+    def to_pandas(self) -> pandas.DataFrame:
+        """Returns a frame with one row a token, padding that counts as rows of its text included.
+
+        Columns: text (its position), tokens, input_ids, attention_mask, token_type_ids, special_tokens_mask, word_ids,
+        and start and end, which are offset_mapping's.
+
+        Raises:
+            ModuleNotFoundError: pandas is missing; `layertap[pandas]` brings it.
+        """
+        return interop.to_pandas(self._columns())
+
+    def __arrow_c_stream__(self, requested_schema: object = None) -> object:
+        """Hands the table of `to_arrow` to any library that speaks Arrow's PyCapsule interface."""
+        return self.to_arrow().__arrow_c_stream__(requested_schema)
+
+    def _columns(self) -> list[interop.Column]:
+        inside = np.arange(self.input_ids.shape[1]) < self.token_counts[:, None]
+        names = ("input_ids", "attention_mask", "token_type_ids", "special_tokens_mask", "word_ids")
+        offsets = self.offset_mapping[inside]
+        return [
+            interop.Column(name="text", values=np.repeat(np.arange(len(self)), self.token_counts)),
+            interop.Column(name="tokens", values=[token for text in self.tokens for token in text]),
+            *(interop.Column(name=name, values=getattr(self, name)[inside]) for name in names),
+            interop.Column(name="start", values=offsets[:, 0]),
+            interop.Column(name="end", values=offsets[:, 1]),
+        ]
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -183,3 +237,8 @@ class ModelInfo:
     pad_token_id: int
     limits: Limits
     server_version: str
+
+    def _repr_html_(self) -> str:
+        facts = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        facts |= dataclasses.asdict(facts.pop("limits"))
+        return display.table(f"ModelInfo: {self.model_id}", ((name, str(value)) for name, value in facts.items()))
