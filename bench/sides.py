@@ -101,7 +101,7 @@ class Engine:
         return "tokenizer, batcher and encoder without gRPC"
 
     def close(self) -> None:
-        self._app.batcher.stop()
+        self._app.batcher.stop(10)
 
 
 if __name__ == "__main__":

@@ -151,7 +151,7 @@ def make(engine: Engine) -> Iterator[Make]:
     yield one
     engine.let_go(1000)
     for batcher in made:
-        batcher.stop()
+        batcher.stop(WAIT_S)
 
 
 def plugged(batcher: Batcher, engine: Engine) -> Caller:
@@ -535,7 +535,7 @@ def test_stopping_answers_what_waits_and_lets_what_runs_finish(make: Make, engin
     batcher = make(max_batch_tokens=2)
     plug = plugged(batcher, engine)
     waiting = [Caller(batcher, client=client).add(n, n + 1, n + 2) for n, client in ((10, "a"), (20, "a"), (30, "b"))]
-    stopping = threading.Thread(target=batcher.stop)
+    stopping = threading.Thread(target=batcher.stop, args=(WAIT_S,))
     stopping.start()
     for caller in waiting:
         assert isinstance(caller.failure(), UnavailableError)
@@ -551,7 +551,7 @@ def test_stopping_answers_what_waits_and_lets_what_runs_finish(make: Make, engin
     assert not stopping.is_alive()
     assert plug.next(RowsReady).rows.data and plug.next()
     assert engine.batches.empty()
-    assert not any(thread.is_alive() for thread in batcher._lanes)
+    assert all(lane.ended(0.0) for lane in batcher._lanes)
 
 
 def test_adding_nothing_is_nothing(make: Make, engine: Engine) -> None:
@@ -603,7 +603,7 @@ def test_every_text_is_answered_once_and_rightly_and_nothing_leaks(
     for thread in threads:
         thread.join(WAIT_S)
         assert not thread.is_alive(), "a caller was never answered"
-    batcher.stop()
+    assert batcher.stop(WAIT_S)
     assert not problems, problems
     assert batcher.held_bytes == 0 and batcher.waiting_text_count == 0
 

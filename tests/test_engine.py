@@ -46,7 +46,7 @@ def batcher(request: pytest.FixtureRequest, tiny_folder: Path, device: str, dtyp
         max_call_output_bytes=1 << 26,
     )
     yield made
-    made.stop()
+    assert made.stop(timeout_s=60)
 
 
 layers = st.integers(0, LAYER_COUNT)

@@ -168,7 +168,7 @@ class App:
             await set_serving(False)
         self._sharing.stop()
         await server.stop(config.grace_s)
-        await asyncio.to_thread(self.batcher.stop)
+        await asyncio.to_thread(self.batcher.stop, 10)
         log.info("stopped")
 
     def _warm(self) -> None:

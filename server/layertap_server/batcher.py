@@ -7,47 +7,37 @@ Rules:
 - Output bytes are reserved before a batch starts and given back when the call has sent them (`Call.release`). A call
   that has too much unsent is passed over, so a lane never waits for a reader.
 - A full queue refuses at once. What nobody waits for any more is dropped before it costs anything.
+- A lane that is lost takes its batch with it and nothing else. When the last one is, whoever waits is told.
 
 Knows neither torch nor gRPC nor protobuf: `encode` is handed in, events go out through each call's `deliver`.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import threading
 import time
 from collections import OrderedDict, deque
-from collections.abc import Callable, Iterator, Sequence
-from typing import TypeAlias
+from collections.abc import Callable, Sequence
 
-from layertap.errors import (
-    DeadlineExceededError,
-    InternalError,
-    ResourceExhaustedError,
-    UnavailableError,
-)
-from layertap_server.call import Call, CallFailed, Event, RowsReady, RunDone
-from layertap_server.work import Plan, Rows, Run, Text
+from layertap.errors import DeadlineExceededError, ResourceExhaustedError, UnavailableError
+from layertap_server.call import Call, CallFailed, Event, Taken
+from layertap_server.halving import in_halves
+from layertap_server.lane import RETRY_AFTER_S, Lane
+from layertap_server.work import Encode, Plan, Text
 
 log = logging.getLogger(__name__)
 
-Encode: TypeAlias = Callable[[Sequence[Run]], Iterator[Rows]]
-
-
-@dataclasses.dataclass(slots=True)
-class _Taken:
-    """What one batch takes of one call."""
-
-    call: Call
-    first_text: int
-    texts: list[Text]
-    reserved_bytes: int
-    admitted_at_ns: int
+_STOPPING = "the server is stopping; try another, or again later"
+_LOST = "the engine has failed and the server is stopping; try another, or again later"
 
 
 class Batcher:
-    """The queue and its lanes."""
+    """The queue and its lanes.
+
+    Attributes:
+        lane_count: How many lanes there were at the start.
+    """
 
     def __init__(
         self,
@@ -87,17 +77,16 @@ class Batcher:
         self._held_bytes = 0
         self._idle_lanes = 0
         self._stopping = False
+        self._live_lane_count = self.lane_count = len(encodes)
         self._lanes = [
-            threading.Thread(target=self._lane, args=(encode,), name=f"lane-{n}", daemon=True)
+            Lane(f"lane-{n}", in_halves(encode), next_batch=self._next_batch, on_lost=self._lane_lost)
             for n, encode in enumerate(encodes)
         ]
-        for lane in self._lanes:
-            lane.start()
 
     @property
-    def lane_count(self) -> int:
-        """How many lanes there are."""
-        return len(self._lanes)
+    def live_lane_count(self) -> int:
+        """How many lanes are not lost."""
+        return self._live_lane_count
 
     @property
     def waiting_text_count(self) -> int:
@@ -122,27 +111,55 @@ class Batcher:
 
         Raises:
             ResourceExhaustedError: The queue is full.
-            UnavailableError: The server is stopping.
+            UnavailableError: The server is stopping, or its engine has failed.
         """
         with self._changed:
-            self._admit(0, 0)
+            self._check_alive()
+            self._check_room(0, 0)
         return Call(self, plan, client=client, deliver=deliver, expires_at=expires_at)
 
-    def stop(self) -> None:
-        """Answers what waits with UNAVAILABLE and ends the lanes after their batches."""
+    def lose_stuck(self, timeout_s: float) -> None:
+        """Gives up every lane that has made no progress with its batch for so long."""
+        for lane in self._lanes:
+            if not lane.lost and lane.stuck(timeout_s):
+                log.error("%s has made no progress for %.0f s and is given up", lane.name, timeout_s)
+                lane.lose()
+
+    def stop(self, timeout_s: float) -> bool:
+        """Answers what waits with UNAVAILABLE and ends the lanes after their batches.
+
+        Args:
+            timeout_s: How long to wait for them.
+
+        Returns:
+            Whether all of them have ended.
+        """
         with self._changed:
             self._stopping = True
-            calls = [call for calls in self._clients.values() for call in calls]
             self._changed.notify_all()
-        for call in calls:
-            call.deliver(CallFailed(UnavailableError("the server is stopping; try another, or again later")))
-            call.close()
-        for lane in self._lanes:
-            lane.join()
+        self._fail_waiting(UnavailableError(_STOPPING, retry_after_s=RETRY_AFTER_S))
+        deadline = time.monotonic() + timeout_s
+        return all([lane.ended(0.0 if lane.lost else max(deadline - time.monotonic(), 0.0)) for lane in self._lanes])
 
-    def _admit(self, text_count: int, token_count: int) -> None:
-        if self._stopping:
-            raise UnavailableError("the server is stopping; try another, or again later", retry_after_s=1.0)
+    def _lane_lost(self) -> None:
+        with self._changed:
+            self._live_lane_count -= 1
+            log.error("a lane is lost, %d of %d are left", self._live_lane_count, self.lane_count)
+        if not self._live_lane_count:
+            self._fail_waiting(UnavailableError(_LOST, retry_after_s=RETRY_AFTER_S))
+
+    def _fail_waiting(self, error: UnavailableError) -> None:
+        with self._changed:
+            calls = [call for calls in self._clients.values() for call in calls]
+        for call in calls:
+            call.deliver(CallFailed(error))
+            call.close()
+
+    def _check_alive(self) -> None:
+        if self._stopping or not self._live_lane_count:
+            raise UnavailableError(_STOPPING if self._stopping else _LOST, retry_after_s=RETRY_AFTER_S)
+
+    def _check_room(self, text_count: int, token_count: int) -> None:
         if self._waiting_texts + text_count > self._max_queue_texts:
             full = f"{self._waiting_texts} texts wait, the queue holds {self._max_queue_texts}"
         elif self._waiting_tokens + token_count > self._max_queue_tokens and self._waiting_texts:
@@ -156,8 +173,9 @@ class Batcher:
         token_count = sum(text.token_count for text in texts)
         now = time.monotonic_ns()
         with self._changed:
+            self._check_alive()
             if not admitted:
-                self._admit(len(texts), token_count)
+                self._check_room(len(texts), token_count)
             if call.closed or not texts:
                 return
             if not call.waiting:
@@ -201,24 +219,27 @@ class Batcher:
         if not calls:
             del self._clients[call.client]
 
-    def _lane(self, encode: Encode) -> None:
+    def _next_batch(self) -> list[Taken] | None:
+        """Waits for a batch, in the thread of a lane; None: the batcher has stopped."""
         while True:
             expired: list[Call] = []
             with self._changed:
                 self._idle_lanes += 1
-                while not (batch := self._take(expired)) and not expired and not self._stopping:
-                    self._changed.wait()
-                self._idle_lanes -= 1
-                if self._stopping and not batch:
-                    return
+                try:
+                    while not (batch := self._take(expired)) and not expired and not self._stopping:
+                        self._changed.wait()
+                finally:
+                    self._idle_lanes -= 1
             for call in expired:
                 call.deliver(
                     CallFailed(DeadlineExceededError("the deadline passed in the queue; raise it, or ask for less"))
                 )
             if batch:
-                self._run(encode, batch)
+                return batch
+            if self._stopping:
+                return None
 
-    def _take(self, expired: list[Call]) -> list[_Taken]:
+    def _take(self, expired: list[Call]) -> list[Taken]:
         """Takes the next batch off the queue; calls whose deadline has passed come back in `expired`."""
         now = time.monotonic()
         for calls in list(self._clients.values()):
@@ -228,7 +249,7 @@ class Batcher:
                     expired.append(one)
         share = max(-(-self._waiting_tokens // max(self._idle_lanes, 1)), self._min_share_tokens)
         token_budget, byte_budget = min(share, self._max_batch_tokens), self._max_batch_bytes
-        batch: dict[Call, _Taken] = {}
+        batch: dict[Call, Taken] = {}
         turn = deque(self._clients)
         while turn:
             client = turn.popleft()
@@ -248,22 +269,20 @@ class Batcher:
                 turn.append(client)
         return list(batch.values())
 
-    def _may_take(self, call: Call, batch: dict[Call, _Taken]) -> bool:
+    def _may_take(self, call: Call, batch: dict[Call, Taken]) -> bool:
         """Whether the call's next text finds room among the output bytes."""
         byte_count = call.bytes_of(call.waiting[0][0])
         if self._held_bytes + byte_count > self._max_output_bytes:
             return False
         if not call.held_bytes:
             return True
-        if call not in batch and call.held_run_count > len(self._lanes):
+        if call not in batch and call.held_run_count > self.lane_count:
             return False
         return call.held_bytes + byte_count <= self._max_call_output_bytes
 
-    def _take_one(
-        self, call: Call, text: Text, byte_count: int, admitted_at_ns: int, batch: dict[Call, _Taken]
-    ) -> None:
+    def _take_one(self, call: Call, text: Text, byte_count: int, admitted_at_ns: int, batch: dict[Call, Taken]) -> None:
         if call not in batch:
-            batch[call] = _Taken(call, call.next_text, [], 0, admitted_at_ns)
+            batch[call] = Taken(call, call.next_text, [], 0, admitted_at_ns)
             call.held_run_count += 1
         taken = batch[call]
         taken.texts.append(text)
@@ -277,35 +296,3 @@ class Batcher:
         self._waiting_tokens -= text.token_count
         if not call.waiting:
             self._forget(call)
-
-    def _run(self, encode: Encode, batch: list[_Taken]) -> None:
-        started_at_ns = time.monotonic_ns()
-        try:
-            for rows in encode(
-                [Run(plan=taken.call.plan, texts=taken.texts, first_text=taken.first_text) for taken in batch]
-            ):
-                taken = batch[rows.run_index]
-                if not taken.call.closed:
-                    taken.call.deliver(RowsReady(taken.first_text, taken.texts, rows))
-                elif all(taken.call.closed for taken in batch):
-                    return
-        except Exception:
-            log.exception("a batch of %d texts failed", sum(len(taken.texts) for taken in batch))
-            error = InternalError("the encoder failed; the server's log has the reason")
-            for taken in batch:
-                if not taken.call.closed:
-                    taken.call.deliver(CallFailed(error))
-            return
-        compute_time_ns = time.monotonic_ns() - started_at_ns
-        for taken in batch:
-            if taken.call.closed:
-                continue
-            taken.call.deliver(
-                RunDone(
-                    first_text=taken.first_text,
-                    texts=taken.texts,
-                    queue_time_ns=started_at_ns - taken.admitted_at_ns,
-                    compute_time_ns=compute_time_ns,
-                    reserved_bytes=taken.reserved_bytes,
-                )
-            )

@@ -91,7 +91,7 @@ class Call:
 
         Raises:
             ResourceExhaustedError: The queue is full.
-            UnavailableError: The server is stopping.
+            UnavailableError: The server is stopping, or its engine has failed.
         """
         self._queue.add(self, texts, admitted)
 
@@ -106,3 +106,14 @@ class Call:
     def bytes_of(self, text: Text) -> int:
         """Returns the output bytes of one text."""
         return self.token_bytes * text.token_count + self.text_bytes
+
+
+@dataclasses.dataclass(slots=True)
+class Taken:
+    """What one batch takes of one call."""
+
+    call: Call
+    first_text: int
+    texts: list[Text]
+    reserved_bytes: int
+    admitted_at_ns: int

@@ -9,15 +9,13 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Final
 
 from layertap_server.encoder import Encoder
-from layertap_server.work import Rows, Run
+from layertap_server.work import Encode, Rows, Run
 
 log = logging.getLogger(__name__)
-
-Encode = Callable[[Sequence[Run]], Iterator[Rows]]
 
 _MAX_CPU_LANES: Final = 4
 

@@ -1,14 +1,16 @@
 """The server's own words for what is to be done: texts as tokens, the outputs asked of them, and what comes out.
 
 Pure data, with numpy as its only library. The tokenizer makes a `Text`, intake a `Plan`, the batcher a `Run`, the
-encoder `Rows`. Nothing here knows protobuf, gRPC or torch.
+encoder `Rows`, or one of the two errors that say more of its device than that a batch has failed. Nothing here knows
+protobuf, gRPC or torch.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import enum
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -16,6 +18,14 @@ import numpy.typing as npt
 from layertap.errors import LayertapError
 
 Ids = npt.NDArray[np.int32]
+
+
+class OutOfMemoryError(Exception):
+    """The device has no memory for this batch. A smaller one may fit."""
+
+
+class DeviceLostError(Exception):
+    """The device computes nothing any more, whatever it is given."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
@@ -186,3 +196,7 @@ class Rows:
     layer: int
     data: memoryview
     failures: Mapping[int, LayertapError]
+
+
+Encode: TypeAlias = Callable[[Sequence[Run]], Iterator[Rows]]
+"""Runs a batch: yields every layer of every output of every run once."""

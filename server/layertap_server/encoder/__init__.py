@@ -1,7 +1,8 @@
 """The encoder: weights on a device, batches in, layers out. The only room with torch in it.
 
 `bert` is the model, over rows that `layout` packs and sorts; `attention` and `linear` are its fast parts; `pooling`
-makes vectors of rows; `handover` brings numbers to the host. `Encoder` runs one batch through all of them.
+makes vectors of rows; `handover` brings numbers to the host; `faults` names torch's errors. `Encoder` runs one batch
+through all of them.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import safetensors.torch
 import torch
 
 from layertap_server.checkpoint import Checkpoint, CheckpointError
+from layertap_server.encoder import faults
 from layertap_server.encoder.bert import Bert, Weights, dummy_weights
 from layertap_server.encoder.handover import Handover
 from layertap_server.encoder.layout import Layout
@@ -62,7 +64,15 @@ class Encoder:
 
         Stops at the highest layer that anyone needs; texts leave the batch at the highest layer that their own call
         needs.
+
+        Raises:
+            OutOfMemoryError: The device has no memory for the batch.
+            DeviceLostError: The device does not work any more.
         """
+        with faults.named(self.device):
+            yield from self._encode(batch)
+
+    def _encode(self, batch: Sequence[Run]) -> Iterator[Rows]:
         layout = Layout(batch)
         handover = Handover(self.device, self._allocate)
         try:
