@@ -53,10 +53,11 @@ protos-fresh: $(TOOLS_STAMP) $(INSTALL_STAMP)  ## Fail if client/layertap/v1 is 
 	@diff -ru -x __init__.py -x __pycache__ $(GENERATED) .tools/fresh/layertap/v1 \
 		|| { echo "$(GENERATED) is stale: run 'make protos' and commit the result" >&2; exit 1; }
 
-lint: $(INSTALL_STAMP)  ## Run ruff, mypy --strict, import-linter and buf lint
+lint: $(INSTALL_STAMP)  ## Run ruff, mypy --strict, pyright, import-linter and buf lint
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
+	$(BIN)/basedpyright
 	$(BIN)/lint-imports --no-logo
 	cd protos && ../$(BIN)/buf lint
 

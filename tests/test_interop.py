@@ -325,6 +325,11 @@ def test_a_table_is_refused_since_its_texts_are_a_column(table: Any) -> None:
             take(table)
 
 
+def test_a_mask_may_be_of_booleans() -> None:
+    (message,) = to_messages(TokenIds([101, 102, 0], np.array([True, True, False])))
+    assert message.token_ids.attention_mask == [1, 1, 0]
+
+
 # Looks.
 
 INFO = ModelInfo(

@@ -192,14 +192,14 @@ class Embedding:
         return [
             interop.Column(name="token_counts", values=self.token_counts),
             interop.Column(name="truncated", values=self.truncated),
-            *self.hidden_states.columns(),
+            *self.hidden_states._columns(),
             *(interop.Column(name=name, values=values) for name, values in self._vectors()),
             *([] if self._tokens is None else [interop.Column(name="tokens", values=self._tokens.tokens)]),
         ]
 
     def _summary(self) -> list[tuple[str, str]]:
         vectors = [(name, display.array(values.shape, values.dtype)) for name, values in self._vectors()]
-        return [("text_count", str(len(self))), *self.hidden_states.summary(), *vectors]
+        return [("text_count", str(len(self))), *self.hidden_states._summary(), *vectors]
 
     def _only(self) -> FloatArray:
         vectors = [values for _, values in self._vectors()]

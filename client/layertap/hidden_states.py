@@ -73,10 +73,10 @@ class HiddenStates:
 
     def __repr__(self) -> str:
         """Shapes, never a page of numbers."""
-        return display.line("HiddenStates", self.summary())
+        return display.line("HiddenStates", self._summary())
 
     def _repr_html_(self) -> str:
-        return display.table("HiddenStates", self.summary())
+        return display.table("HiddenStates", self._summary())
 
     def __array__(self, dtype: npt.DTypeLike | None = None, copy: bool | None = None) -> npt.NDArray[Any]:
         """Returns the held layers as one array. Shape: [held layers, text_count, length, hidden_size].
@@ -104,14 +104,14 @@ class HiddenStates:
         """Returns views of one layer, one a text. Shape of each: [token_count, hidden_size]."""
         return interop.split(self._ragged[self._absolute(layer)], self.token_counts)
 
-    def columns(self) -> list[interop.Column]:
+    def _columns(self) -> list[interop.Column]:
         """Returns the held layers as columns of a table, one row a text."""
         return [
             interop.Column(name=f"layer_{layer}", values=rows, counts=self.token_counts)
             for layer, rows in self._ragged.items()
         ]
 
-    def summary(self) -> list[tuple[str, str]]:
+    def _summary(self) -> list[tuple[str, str]]:
         """Returns the held layers in words, and the dtype and shape of each; nothing if none is held."""
         for rows in self._ragged.values():
             shape = len(self.token_counts), int(self.token_counts.max(initial=0)), rows.shape[1]

@@ -168,7 +168,7 @@ def _integers(values: npt.ArrayLike, name: str, index: int) -> list[int]:
         )
     if not (int(array.min()) >= -(2**31) and int(array.max()) < 2**31):
         raise InvalidArgumentError(f"inputs[{index}].{name} has a value beyond 32 bits; ids are below vocab_size")
-    numbers: list[int] = array.tolist()
+    numbers: list[int] = array.astype(np.int64).tolist()
     return numbers
 
 

@@ -1,0 +1,191 @@
+"""A user's program that touches all of the public SDK: type checkers judge it, and a test runs it.
+
+Only what a user can import is used, and nothing is cast or ignored.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from collections.abc import AsyncIterator, Iterator
+from typing import assert_type
+
+import numpy as np
+import numpy.typing as npt
+
+import layertap
+from layertap import (
+    AsyncClient,
+    Client,
+    Embedding,
+    HiddenStates,
+    InvalidArgumentError,
+    LayerRows,
+    LayertapError,
+    Limits,
+    ModelInfo,
+    ModelRef,
+    Pooling,
+    ResourceExhaustedError,
+    StatusCode,
+    StreamResult,
+    Timings,
+    TokenIds,
+    Tokens,
+    TorchEmbedding,
+)
+
+Floats = npt.NDArray[np.float32] | npt.NDArray[np.float16]
+
+ERRORS: dict[StatusCode, type[LayertapError]] = {
+    StatusCode.CANCELLED: layertap.CancelledError,
+    StatusCode.UNKNOWN: layertap.UnknownError,
+    StatusCode.INVALID_ARGUMENT: layertap.InvalidArgumentError,
+    StatusCode.DEADLINE_EXCEEDED: layertap.DeadlineExceededError,
+    StatusCode.NOT_FOUND: layertap.NotFoundError,
+    StatusCode.ALREADY_EXISTS: layertap.AlreadyExistsError,
+    StatusCode.PERMISSION_DENIED: layertap.PermissionDeniedError,
+    StatusCode.RESOURCE_EXHAUSTED: layertap.ResourceExhaustedError,
+    StatusCode.FAILED_PRECONDITION: layertap.FailedPreconditionError,
+    StatusCode.ABORTED: layertap.AbortedError,
+    StatusCode.OUT_OF_RANGE: layertap.OutOfRangeError,
+    StatusCode.UNIMPLEMENTED: layertap.UnimplementedError,
+    StatusCode.INTERNAL: layertap.InternalError,
+    StatusCode.UNAVAILABLE: layertap.UnavailableError,
+    StatusCode.DATA_LOSS: layertap.DataLossError,
+    StatusCode.UNAUTHENTICATED: layertap.UnauthenticatedError,
+}
+
+
+def corpus() -> Iterator[str | tuple[str, str] | list[str]]:
+    yield "I love Paris"
+    yield "a", "pair"
+    yield ["three", "split", "words"]
+
+
+async def async_corpus() -> AsyncIterator[str]:
+    yield "I love Paris"
+
+
+def look_at_tokens(client: Client) -> Tokens:
+    tokens = client.tokenize("I love Paris", pad_to=7, add_special_tokens=True, truncation="right", max_length=9)
+    assert_type(tokens, Tokens)
+    assert_type(tokens.tokens, list[list[str]])
+    for array in (tokens.input_ids, tokens.attention_mask, tokens.token_type_ids, tokens.special_tokens_mask):
+        assert_type(array, npt.NDArray[np.int64])
+    positions: npt.NDArray[np.int64] = tokens.offset_mapping[:, :, 0] + tokens.word_ids
+    assert positions.shape == (len(tokens), 7) and tokens.token_counts.tolist() == [7]
+    assert_type(tokens.truncated, npt.NDArray[np.bool_])
+    assert_type(client.decode(tokens), list[str])
+    assert_type(client.decode([101, 1045, 102], skip_special_tokens=False), list[str])
+    assert tokens.to_arrow() is not None and tokens.to_pandas() is not None
+    return tokens
+
+
+def look_at_results(embedding: Embedding) -> None:
+    states = embedding.hidden_states
+    assert_type(states, HiddenStates)
+    assert_type(states[-1], Floats)
+    assert_type(states[:2], tuple[Floats, ...])
+    assert_type(states.layers, tuple[int, ...])
+    assert_type(states.ragged(-1), list[Floats])
+    assert all(layer.shape[0] == len(embedding) for layer in states) and states.layer_count + 1 >= len(states)
+    assert states.token_counts is embedding.token_counts
+    assert_type(embedding.layers, tuple[int, ...])
+    for array in (embedding.last_hidden_state, embedding.pooler_output, *embedding.pools):
+        assert_type(array, Floats)
+    assert_type(embedding.ragged(0), list[Floats])
+    assert_type(embedding.tokens, Tokens)
+    assert_type(embedding.truncated, npt.NDArray[np.bool_])
+    assert_type(embedding.attention_mask, npt.NDArray[np.int64])
+    assert len(embedding.to_tuple()) == 3
+    model, timings = embedding.model, embedding.timings
+    assert_type(model, ModelRef)
+    assert_type(timings, Timings)
+    assert timings.queue_time_ns + timings.tokenize_time_ns + timings.compute_time_ns > 0 and model.fingerprint
+
+
+def look_at_interop(embedding: Embedding, vectors: Embedding) -> None:
+    tensors = embedding.to_torch()
+    assert_type(tensors, TorchEmbedding)
+    assert tensors.last_hidden_state is not None and tensors.last_hidden_state.mean(1).shape[0] == len(embedding)
+    assert len(tensors.hidden_states) == len(embedding.hidden_states.to_torch())
+    assert tensors.attention_mask.sum() > 0 and tensors.pools and tensors.pooler_output is not None
+    assert embedding.to_arrow() is not None and embedding.to_pandas() is not None
+    assert np.asarray(vectors).shape == vectors.pooled.shape
+    assert np.from_dlpack(vectors).shape == vectors.pooled.shape
+
+
+def look_at_a_model(info: ModelInfo) -> None:
+    assert_type(info.limits, Limits)
+    assert info.limits.max_text_count > 0 and info.layer_count > 0
+    assert_type(info.devices, tuple[str, ...])
+    assert_type(info.special_token_ids, tuple[int, ...])
+
+
+def look_at_a_stream(results: Iterator[StreamResult]) -> None:
+    for result in results:
+        if result.error is not None:
+            assert_type(result.error, LayertapError)
+            print(result.index, result.error.code, result.error.details)
+        else:
+            assert_type(result.embedding.pooled, Floats)
+
+
+def look_at_errors(client: Client) -> None:
+    try:
+        client.embed("I love Paris", layers=[99])
+    except ResourceExhaustedError as error:
+        assert_type(error.retry_after_s, float | None)
+    except InvalidArgumentError as error:
+        assert_type(error.code, StatusCode)
+        assert_type(error.details, str)
+        assert ERRORS[error.code] is InvalidArgumentError
+    else:
+        raise AssertionError("layer 99 was not refused")
+
+
+def use(target: str) -> None:
+    layertap.keep_pages()
+    with Client(target, shared_memory=False) as client:
+        look_at_a_model(client.model_info(timeout_s=10.0))
+        look_at_tokens(client)
+        best = Pooling("mean", layer=-2, include_special_tokens=False, normalize=True, dimensions=8)
+        embedding = client.embed(
+            corpus(), layers="all", pooler_output=True, pooling=["cls", best], dtype="float16", return_tokens=True
+        )
+        look_at_results(embedding)
+        ids = np.array([[101, 1045, 2293, 102], [101, 7592, 102, 0]])
+        look_at_interop(embedding, client.embed(TokenIds(ids, ids > 0), pooling=best))
+        for part in client.embed_layers(["I love Paris"], layers=[0, -1]):
+            assert_type(part, LayerRows)
+            for text, rows in zip(part.texts, part.rows, strict=True):
+                assert_type(text, int)
+                assert_type(rows, Floats)
+                assert part.layer >= 0
+        look_at_a_stream(client.embed_stream(corpus(), pooling="mean", ordered=False, on_error="return"))
+        look_at_errors(client)
+    client.close()
+
+
+async def use_async(target: str) -> None:
+    async with AsyncClient(target) as client:
+        info, tokens = await asyncio.gather(client.model_info(), client.tokenize(["I love Paris"]))
+        look_at_a_model(info)
+        assert_type(await client.decode(tokens), list[str])
+        assert_type(await client.embed(tokens), Embedding)
+        async for part in client.embed_layers("I love Paris"):
+            assert_type(part, LayerRows)
+        async for result in client.embed_stream(async_corpus(), pooling="mean"):
+            assert_type(result, StreamResult)
+    await client.close()
+
+
+def main(target: str) -> None:
+    print(f"layertap {layertap.__version__}")
+    use(target)
+    asyncio.run(use_async(target))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
