@@ -245,6 +245,31 @@ def test_many_calls_of_one_client_count_as_one(make: Make, engine: Engine) -> No
     assert sorted(engine.next_batch()) == [[1, 2], [10, 11]]
 
 
+def test_a_client_gets_no_more_for_opening_many_connections(make: Make, engine: Engine) -> None:
+    batcher = make(max_batch_tokens=4)
+    plugged(batcher, engine)
+    for n in range(10, 18):
+        Caller(batcher, client="flood", connection=str(n), reads=True).add(n)
+    Caller(batcher, client="polite", reads=True).add(1, 2, 3, 4)
+    engine.let_go(10)
+    assert sorted(engine.next_batch()) == [[1, 2], [10], [11]]
+    assert sorted(engine.next_batch()) == [[3, 4], [12], [13]]
+    assert sorted(engine.next_batch()) == [[14], [15], [16], [17]]
+
+
+def test_connections_of_one_client_take_turns_and_keep_their_order(make: Make, engine: Engine) -> None:
+    batcher = make(max_batch_tokens=4)
+    plugged(batcher, engine)
+    Caller(batcher, connection="flood", reads=True).add(*range(10, 20))
+    Caller(batcher, connection="flood", reads=True).add(*range(20, 30))
+    Caller(batcher, connection="polite", reads=True).add(1, 2, 3)
+    engine.let_go(10)
+    assert sorted(engine.next_batch()) == [[1, 2], [10, 11]]
+    assert sorted(engine.next_batch()) == [[3], [12, 13, 14]]
+    assert engine.next_batch() == [[15, 16, 17, 18]]
+    assert sorted(engine.next_batch()) == [[19], [20, 21, 22]]
+
+
 def test_a_batch_keeps_to_its_tokens(make: Make, engine: Engine) -> None:
     batcher = make(max_batch_tokens=10)
     plugged(batcher, engine)

@@ -13,8 +13,9 @@ from layertap_server.cli import main, parse
 from layertap_server.config import Config, ConfigError, flag, variable
 
 FIELDS = dataclasses.fields(Config)
-NUMBERS = [field for field in FIELDS if isinstance(field.default, (int, float))]
+NUMBERS = [field for field in FIELDS if isinstance(field.default, (int, float)) and not isinstance(field.default, bool)]
 BOUNDED = [field for field in NUMBERS if field.metadata["least"] is not None]
+TOGETHER = ("tls_cert", "tls_key", "tls_client_ca")
 CHOSEN = [field for field in FIELDS if field.metadata["choices"]]
 
 
@@ -26,6 +27,10 @@ def value_for(field: Any) -> Any:
     """Returns a value that is allowed and is not the default."""
     if field.metadata["choices"]:
         return next(choice for choice in field.metadata["choices"] if choice != field.default)
+    if isinstance(field.default, bool):
+        return not field.default
+    if field.name == "host":
+        return "::1"
     if isinstance(field.default, str):
         return "something"
     if field.name in ("max_text_count", "max_call_output_bytes"):
@@ -40,7 +45,7 @@ def test_the_defaults_are_allowed() -> None:
 @named(list(FIELDS))
 def test_every_knob_has_a_reason_that_is_a_sentence(field: Any) -> None:
     assert field.metadata["reason"][-1] == "." and field.metadata["reason"][0].strip()
-    assert type(field.default) in (int, float, str)
+    assert type(field.default) in (bool, int, float, str)
 
 
 @named([field for field in NUMBERS if field.name != "seed"])
@@ -50,7 +55,7 @@ def test_every_number_has_a_least_value(field: Any) -> None:
 
 @named([field for field in NUMBERS if field.name.startswith("max_")])
 def test_every_limit_says_its_unit(field: Any) -> None:
-    assert field.metadata["unit"] in ("texts", "characters", "bytes", "tokens", "calls")
+    assert field.metadata["unit"] in ("texts", "characters", "bytes", "tokens", "calls", "seconds")
 
 
 @named(BOUNDED)
@@ -60,7 +65,9 @@ def test_below_its_least_value_a_knob_is_refused_by_its_flag(field: Any) -> None
         Config(**{field.name: type(field.default)(least - 1)})
 
 
-@named([field for field in BOUNDED if field.name not in ("max_queue_text_count", "max_output_bytes")])
+@named(
+    [field for field in BOUNDED if field.name not in ("max_queue_text_count", "max_queue_bytes", "max_output_bytes")]
+)
 def test_at_its_least_value_a_knob_is_taken(field: Any) -> None:
     least = type(field.default)(field.metadata["least"])
     assert getattr(Config(**{field.name: least}), field.name) == least
@@ -90,11 +97,15 @@ def test_every_choice_is_taken(field: Any) -> None:
     ("settings", "words"),
     [
         ({"port": 65536}, ["--port", "65535"]),
+        ({"tls_cert": "cert.pem"}, ["--tls-cert", "--tls-key"]),
+        ({"tls_key": "key.pem"}, ["--tls-key", "--tls-cert"]),
+        ({"tls_client_ca": "ca.pem"}, ["--tls-client-ca", "--tls-cert"]),
+        ({"max_queue_bytes": 1 << 16}, ["--max-queue-bytes", "--max-request-bytes"]),
         ({"max_queue_text_count": 10, "max_text_count": 11}, ["--max-queue-text-count", "--max-text-count"]),
         ({"max_output_bytes": 10, "max_call_output_bytes": 11}, ["--max-call-output-bytes", "--max-output-bytes"]),
     ],
 )
-def test_knobs_that_contradict_each_other_are_refused_by_name(settings: dict[str, int], words: list[str]) -> None:
+def test_knobs_that_contradict_each_other_are_refused_by_name(settings: dict[str, Any], words: list[str]) -> None:
     with pytest.raises(ConfigError) as caught:
         Config(**settings)
     assert all(word in str(caught.value) for word in words) and "\n" not in str(caught.value)
@@ -121,7 +132,7 @@ def test_a_config_cannot_be_changed() -> None:
         Config().port = 1  # type: ignore[misc]
 
 
-@named(list(FIELDS))
+@named([field for field in FIELDS if field.name not in TOGETHER])
 def test_flags_beat_variables_and_variables_beat_defaults(field: Any) -> None:
     value, name = value_for(field), field.name
     assert value != field.default
@@ -130,6 +141,34 @@ def test_flags_beat_variables_and_variables_beat_defaults(field: Any) -> None:
     assert getattr(parse([flag(name), str(value)], {variable(name): str(field.default)}), name) == value
     assert getattr(parse([flag(name), str(field.default)], {variable(name): str(value)}), name) == field.default
     assert type(getattr(parse([], {variable(name): str(value)}), name)) is type(field.default)
+
+
+@pytest.mark.parametrize("name", TOGETHER)
+def test_flags_that_stand_together_beat_their_variables(name: str) -> None:
+    variables = {variable(one): "from a variable" for one in TOGETHER}
+    assert [getattr(parse([], variables), one) for one in TOGETHER] == 3 * ["from a variable"]
+    assert getattr(parse([flag(name), "from a flag"], variables), name) == "from a flag"
+
+
+def test_a_flag_that_is_true_or_false_may_stand_alone() -> None:
+    assert parse([], {}).insecure_listen is False
+    assert parse(["--insecure-listen", "--port", "7"], {"LAYERTAP_INSECURE_LISTEN": "0"}).insecure_listen is True
+    assert parse([], {"LAYERTAP_INSECURE_LISTEN": "1"}).insecure_listen is True
+    with pytest.raises(ConfigError, match=r"^LAYERTAP_INSECURE_LISTEN "):
+        parse([], {"LAYERTAP_INSECURE_LISTEN": "perhaps"})
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "127.3.2.1", "::1", "[::1]", "localhost", "unix:/s", "unix-abstract:s"])
+def test_plaintext_is_for_this_host(host: str) -> None:
+    assert Config(host=host).is_local
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "[::]", "10.0.0.7", "example.org", ""])
+def test_plaintext_for_others_must_be_said_aloud(host: str) -> None:
+    with pytest.raises(ConfigError, match=r"^--host is .*--tls-cert and --tls-key.*--insecure-listen"):
+        Config(host=host)
+    assert not Config(host=host, insecure_listen=True).is_local
+    assert not Config(host=host, tls_cert="cert.pem", tls_key="key.pem").is_local
 
 
 def test_names_of_flags_and_variables() -> None:

@@ -185,6 +185,11 @@ class Limits:
         max_queue_token_count: Tokens waiting in the queue.
         max_output_bytes: Bytes of computed but unsent tensors, all calls together.
         max_concurrent_call_count: Calls under way at once.
+        max_call_output_bytes: Bytes of computed but unsent tensors of one call.
+        max_queue_bytes: Bytes of the requests of all calls under way, streams aside.
+        stall_time_ns: How long an answer may stay unread, in nanoseconds.
+        grace_time_ns: How long calls may take to finish when the server stops or a connection is too old.
+        max_connection_age_ns: When a connection is too old, in nanoseconds; 0: never.
     """
 
     max_text_count: int
@@ -196,6 +201,11 @@ class Limits:
     max_queue_token_count: int
     max_output_bytes: int
     max_concurrent_call_count: int
+    max_call_output_bytes: int
+    max_queue_bytes: int
+    stall_time_ns: int
+    grace_time_ns: int
+    max_connection_age_ns: int
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)

@@ -133,7 +133,11 @@ class App:
                 max_frame_bytes=config.max_frame_bytes,
                 lookahead_tokens=batch_tokens * (self.batcher.lane_count + 1),
             ),
-            gate=Gate(max_call_count=config.max_concurrent_call_count, stall_timeout_s=config.stall_timeout_s),
+            gate=Gate(
+                max_call_count=config.max_concurrent_call_count,
+                max_request_bytes=config.max_queue_bytes,
+                stall_timeout_s=config.stall_timeout_s,
+            ),
         )
         _timed("warmed the engine", self._warm)
 
@@ -233,6 +237,11 @@ def _info(
             max_queue_token_count=config.max_queue_token_count,
             max_output_bytes=config.max_output_bytes,
             max_concurrent_call_count=config.max_concurrent_call_count,
+            max_call_output_bytes=config.max_call_output_bytes,
+            max_queue_bytes=config.max_queue_bytes,
+            stall_time_ns=int(config.stall_timeout_s * 1e9),
+            grace_time_ns=int(config.grace_s * 1e9),
+            max_connection_age_ns=int(config.max_connection_age_s * 1e9),
         ),
         server_version=layertap.__version__,
     )

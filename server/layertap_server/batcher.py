@@ -2,8 +2,8 @@
 
 Rules:
 - Work-conserving: a free lane takes what is queued at once; no timer, no sleep, no polling.
-- A batch is a prefix of the queue: round robin between clients, first come first served within one, up to a budget of
-  tokens and of output bytes. While other lanes idle, a lane takes only its share.
+- A batch is a prefix of the queue: in turns between clients (see `turns`), up to a budget of tokens and of output
+  bytes. While other lanes idle, a lane takes only its share.
 - Output bytes are reserved before a batch starts and given back when the call has sent them (`Call.release`). A call
   that has too much unsent is passed over, so a lane never waits for a reader.
 - A full queue refuses at once. What nobody waits for any more is dropped before it costs anything.
@@ -17,13 +17,14 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections import OrderedDict, deque
+from collections import deque
 from collections.abc import Callable, Sequence
 
 from layertap.errors import DeadlineExceededError, ResourceExhaustedError, UnavailableError
 from layertap_server.call import Call, CallFailed, Event, Taken
 from layertap_server.halving import in_halves
 from layertap_server.lane import RETRY_AFTER_S, Lane
+from layertap_server.turns import Turns
 from layertap_server.work import Encode, Plan, Text
 
 log = logging.getLogger(__name__)
@@ -71,7 +72,7 @@ class Batcher:
         self._max_output_bytes = max_output_bytes
         self._max_call_output_bytes = max_call_output_bytes
         self._changed = threading.Condition()
-        self._clients: OrderedDict[str, deque[Call]] = OrderedDict()
+        self._turns = Turns()
         self._waiting_texts = 0
         self._waiting_tokens = 0
         self._held_bytes = 0
@@ -99,13 +100,20 @@ class Batcher:
         return self._held_bytes
 
     def open(
-        self, plan: Plan, *, client: str, deliver: Callable[[Event], None], expires_at: float | None = None
+        self,
+        plan: Plan,
+        *,
+        client: str,
+        connection: str = "",
+        deliver: Callable[[Event], None],
+        expires_at: float | None = None,
     ) -> Call:
         """Returns a new call.
 
         Args:
             plan: What is asked of its texts.
             client: Whose it is; clients take turns.
+            connection: Over which of the client's connections it comes; these take turns within the client.
             deliver: Gets its events, in the thread of a lane; must not block.
             expires_at: When nobody waits for it any more, by time.monotonic.
 
@@ -116,7 +124,7 @@ class Batcher:
         with self._changed:
             self._check_alive()
             self._check_room(0, 0)
-        return Call(self, plan, client=client, deliver=deliver, expires_at=expires_at)
+        return Call(self, plan, client=client, connection=connection, deliver=deliver, expires_at=expires_at)
 
     def lose_stuck(self, timeout_s: float) -> None:
         """Gives up every lane that has made no progress with its batch for so long."""
@@ -150,7 +158,7 @@ class Batcher:
 
     def _fail_waiting(self, error: UnavailableError) -> None:
         with self._changed:
-            calls = [call for calls in self._clients.values() for call in calls]
+            calls = list(self._turns)
         for call in calls:
             call.deliver(CallFailed(error))
             call.close()
@@ -179,7 +187,7 @@ class Batcher:
             if call.closed or not texts:
                 return
             if not call.waiting:
-                self._clients.setdefault(call.client, deque()).append(call)
+                self._turns.add(call)
             call.waiting.extend((text, now) for text in texts)
             call.waiting_token_count += token_count
             self._waiting_texts += len(texts)
@@ -214,10 +222,7 @@ class Batcher:
         self._waiting_tokens -= call.waiting_token_count
         call.waiting.clear()
         call.waiting_token_count = 0
-        calls = self._clients[call.client]
-        calls.remove(call)
-        if not calls:
-            del self._clients[call.client]
+        self._turns.remove(call)
 
     def _next_batch(self) -> list[Taken] | None:
         """Waits for a batch, in the thread of a lane; None: the batcher has stopped."""
@@ -242,18 +247,17 @@ class Batcher:
     def _take(self, expired: list[Call]) -> list[Taken]:
         """Takes the next batch off the queue; calls whose deadline has passed come back in `expired`."""
         now = time.monotonic()
-        for calls in list(self._clients.values()):
-            for one in list(calls):
-                if one.expires_at is not None and one.expires_at <= now:
-                    self._forget(one)
-                    expired.append(one)
+        for one in self._turns:
+            if one.expires_at is not None and one.expires_at <= now:
+                self._forget(one)
+                expired.append(one)
         share = max(-(-self._waiting_tokens // max(self._idle_lanes, 1)), self._min_share_tokens)
         token_budget, byte_budget = min(share, self._max_batch_tokens), self._max_batch_bytes
         batch: dict[Call, Taken] = {}
-        turn = deque(self._clients)
+        turn = deque(self._turns.clients)
         while turn:
             client = turn.popleft()
-            call = next((call for call in self._clients[client] if self._may_take(call, batch)), None)
+            call = next((call for call in self._turns.of(client) if self._may_take(call, batch)), None)
             if call is None:
                 continue
             text, admitted_at_ns = call.waiting[0]
@@ -263,9 +267,9 @@ class Batcher:
             token_budget -= text.token_count
             byte_budget -= byte_count
             self._take_one(call, text, byte_count, admitted_at_ns, batch)
-            if client in self._clients:
-                # Whoever has had a turn comes last, in this batch and the next.
-                self._clients.move_to_end(client)
+            # Whoever has had a turn comes last, in this batch and the next.
+            self._turns.served(call)
+            if client in self._turns:
                 turn.append(client)
         return list(batch.values())
 

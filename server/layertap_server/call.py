@@ -66,11 +66,13 @@ class Call:
         plan: Plan,
         *,
         client: str,
+        connection: str = "",
         deliver: Callable[[Event], None],
         expires_at: float | None,
     ) -> None:
         self.plan = plan
         self.client = client
+        self.connection = connection
         self.deliver = deliver
         self.expires_at = expires_at
         self.waiting: deque[tuple[Text, int]] = deque()

@@ -8,8 +8,8 @@ import dataclasses
 import logging
 import os
 import sys
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Final
 
 from layertap_server.config import Config, ConfigError, flag, variable
 
@@ -55,7 +55,7 @@ def parse(argv: Sequence[str], environment: Mapping[str, str]) -> Config:
         if variable(field.name) in environment:
             kind: type[Any] = type(field.default)
             try:
-                settings[field.name] = kind(environment[variable(field.name)])
+                settings[field.name] = _READERS.get(kind, kind)(environment[variable(field.name)])
             except ValueError as exc:
                 raise ConfigError(
                     f"{variable(field.name)} is not of type {kind.__name__}; correct or unset it"
@@ -76,14 +76,28 @@ def _parser() -> argparse.ArgumentParser:
         unit = field.metadata["unit"]
         default = "empty" if field.default == "" else field.default
         about = f"{field.metadata['reason']} [{kind.__name__}{', ' + unit if unit else ''}; default: {default}]"
+        # A flag that is true or false may also stand alone.
+        alone: dict[str, Any] = {"nargs": "?", "const": True} if kind is bool else {}
         parser.add_argument(
             flag(field.name),
-            type=kind,
+            type=_READERS.get(kind, kind),
+            **alone,
             choices=field.metadata["choices"] or None,
             metavar=None if field.metadata["choices"] else kind.__name__.upper(),
             help=about.replace("%", "%%"),
         )
     return parser
+
+
+def _bool(value: str) -> bool:
+    try:
+        return {"true": True, "1": True, "false": False, "0": False}[value.lower()]
+    except KeyError as exc:
+        raise ValueError("neither true nor false") from exc
+
+
+_READERS: Final[dict[type[Any], Callable[[str], Any]]] = {bool: _bool}
+"""How a knob is read from text where its type does not do that itself."""
 
 
 def _announce(address: str) -> None:

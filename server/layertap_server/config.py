@@ -6,6 +6,7 @@ The command line, its help and the environment variables are made from this clas
 from __future__ import annotations
 
 import dataclasses
+import ipaddress
 from typing import Any
 
 
@@ -45,9 +46,23 @@ class Config:
     lane_threads: int = _knob(0, "CPU threads each lane computes with. 0: the cores, shared out.", least=0)
     host: str = _knob(
         "127.0.0.1",
-        "The address to listen on, or unix:/path for a unix socket. The connection is not encrypted: keep to loopback.",
+        "The address to listen on, or unix:/path for a unix socket. Other than loopback it needs --tls-cert.",
     )
     port: int = _knob(50051, "The port to listen on. 0: any free one, which is printed.", least=0)
+    tls_cert: str = _knob(
+        "",
+        "The file of the server's certificate in PEM, with those between it and the root. Like all files of TLS and "
+        "tokens it is read again when it changes. Empty: plaintext.",
+    )
+    tls_key: str = _knob("", "The file of the certificate's key in PEM, not encrypted.")
+    tls_client_ca: str = _knob(
+        "", "The file of the certificates in PEM that sign those of clients. Empty: clients need none."
+    )
+    token_file: str = _knob(
+        "",
+        "The file of bearer tokens, a line `name token` each; all but health then asks for one. Empty: none is needed.",
+    )
+    insecure_listen: bool = _knob(False, "Listens in plaintext on an address that others can reach.")
     max_text_count: int = _knob(1000, "Texts in one request; embed_stream has no such limit.", unit="texts", least=1)
     max_character_count: int = _knob(
         100_000,
@@ -84,6 +99,13 @@ class Config:
         8192, "Texts that may wait; above it callers are refused at once.", unit="texts", least=1
     )
     max_queue_token_count: int = _knob(1 << 20, "Tokens that may wait, likewise.", unit="tokens", least=1)
+    max_queue_bytes: int = _knob(
+        256 << 20,
+        "Request messages of calls under way, streams aside, whose messages are read only as they are needed; above it "
+        "callers are refused at once.",
+        unit="bytes",
+        least=1 << 16,
+    )
     max_output_bytes: int = _knob(512 << 20, "Computed but unsent tensors, all calls together.", unit="bytes", least=1)
     max_call_output_bytes: int = _knob(128 << 20, "Computed but unsent tensors of one call.", unit="bytes", least=1)
     shared_memory_bytes: int = _knob(
@@ -101,6 +123,13 @@ class Config:
     stall_timeout_s: float = _knob(
         60.0, "How long a caller may leave its answer unread before it is dropped.", unit="seconds", least=0.1
     )
+    max_connection_age_s: float = _knob(
+        0.0,
+        "How old a connection may get before its client is asked to connect anew, so that a balancer can choose "
+        "another server; its calls then have --grace-s to finish. 0: any age.",
+        unit="seconds",
+        least=0,
+    )
     log_level: str = _knob("info", "What is logged.", choices=("debug", "info", "warning", "error"))
 
     def __post_init__(self) -> None:
@@ -117,6 +146,12 @@ class Config:
                 raise ConfigError(f"{flag(field.name)} is {value}; the least is {least}")
         if self.port > 65535:
             raise ConfigError(f"--port is {self.port}; the most is 65535")
+        self._check_doors()
+        if self.max_queue_bytes < self.max_request_bytes:
+            raise ConfigError(
+                f"--max-queue-bytes is {self.max_queue_bytes}, below --max-request-bytes {self.max_request_bytes}: "
+                "a full request would never be admitted; raise the one or lower the other"
+            )
         if self.max_queue_text_count < self.max_text_count:
             raise ConfigError(
                 f"--max-queue-text-count is {self.max_queue_text_count}, below --max-text-count {self.max_text_count}: "
@@ -126,6 +161,28 @@ class Config:
             raise ConfigError(
                 f"--max-call-output-bytes is {self.max_call_output_bytes}, "
                 f"above --max-output-bytes {self.max_output_bytes}; lower the one or raise the other"
+            )
+
+    @property
+    def is_local(self) -> bool:
+        """Whether only this host can reach the server."""
+        if self.host == "localhost" or self.host.startswith(("unix:", "unix-abstract:")):
+            return True
+        try:
+            return ipaddress.ip_address(self.host.strip("[]")).is_loopback
+        except ValueError:
+            return False
+
+    def _check_doors(self) -> None:
+        if bool(self.tls_cert) != bool(self.tls_key):
+            given, missing = ("tls_cert", "tls_key") if self.tls_cert else ("tls_key", "tls_cert")
+            raise ConfigError(f"{flag(given)} is given without {flag(missing)}; give both, or neither for plaintext")
+        if self.tls_client_ca and not self.tls_cert:
+            raise ConfigError("--tls-client-ca is given without --tls-cert and --tls-key; give these too")
+        if not (self.tls_cert or self.is_local or self.insecure_listen):
+            raise ConfigError(
+                f"--host is {self.host}, which others can reach, and nothing would be encrypted; "
+                "give --tls-cert and --tls-key, or listen on 127.0.0.1, or say --insecure-listen"
             )
 
     def check_output_bytes(self, longest_text_bytes: int) -> None:

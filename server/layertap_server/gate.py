@@ -31,8 +31,16 @@ class _CallerLeftError(Exception):
 class Gate:
     """What all calls of a server pass through."""
 
-    def __init__(self, *, max_call_count: int, stall_timeout_s: float) -> None:
-        """Takes how many calls may be under way at once, and how long an answer may stay unread, in seconds."""
+    def __init__(self, *, max_call_count: int, max_request_bytes: int, stall_timeout_s: float) -> None:
+        """Takes what bounds all calls together.
+
+        Args:
+            max_call_count: How many may be under way at once.
+            max_request_bytes: Bytes of their requests, streams aside.
+            stall_timeout_s: How long an answer may stay unread, in seconds.
+        """
+        self._max_request_bytes = max_request_bytes
+        self._request_bytes = 0
         self._max_call_count = max_call_count
         self._stall_timeout_s = stall_timeout_s
         self._call_count = 0
@@ -41,11 +49,19 @@ class Gate:
         """Counts a call, and turns its errors into a status."""
 
         async def call(request: Any, context: Context) -> T:
+            byte_count = len(request) if isinstance(request, bytes) else 0
             self._call_count += 1
+            self._request_bytes += byte_count
             try:
                 if self._call_count > self._max_call_count:
                     raise ResourceExhaustedError(
                         f"the server is full: {self._max_call_count} calls are under way; try again later",
+                        retry_after_s=0.5,
+                    )
+                if self._request_bytes > self._max_request_bytes:
+                    raise ResourceExhaustedError(
+                        f"the server is full: the requests under way have more than {self._max_request_bytes} bytes; "
+                        "try again later",
                         retry_after_s=0.5,
                     )
                 return await method(request, context)
@@ -58,6 +74,7 @@ class Gate:
                 error = InternalError("the server failed; its log has the reason")
             finally:
                 self._call_count -= 1
+                self._request_bytes -= byte_count
             # gRPC's own word for "retry in so many milliseconds"; -1 means never.
             wait_ms = -1 if error.retry_after_s is None else int(error.retry_after_s * 1000)
             await context.abort(_STATUS[int(error.code)], error.details, (("grpc-retry-pushback-ms", str(wait_ms)),))
@@ -75,12 +92,6 @@ class Gate:
             ) from exc
         except Exception as exc:  # gRPC's own; it has no public name.
             raise _CallerLeftError from exc
-
-
-def client(context: Context, call: object) -> str:
-    """Returns whose turn a call takes. All who come over a unix socket look the same: there each call is its own."""
-    peer = context.peer()
-    return f"{peer}#{id(call)}" if peer.startswith("unix") else peer
 
 
 def expires_at(context: Context) -> float | None:

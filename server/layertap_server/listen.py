@@ -1,10 +1,11 @@
-"""Where a server listens: its address, what gRPC is told of the connections, and the standard services beside ours.
+"""Where a server listens: its address, who may connect, how connections are kept, and the standard services.
 
 Knows the config and gRPC, and nothing of what is served.
 """
 
 from __future__ import annotations
 
+import logging
 import os
 import socket
 import stat
@@ -13,24 +14,42 @@ from collections.abc import Awaitable, Callable
 import grpc
 import grpc.aio
 
+from layertap_server import certificates, tokens
 from layertap_server.config import Config, ConfigError
+from layertap_server.guard import Guard
+from layertap_server.watched import Watched
+
+log = logging.getLogger(__name__)
 
 
 def make_server(config: Config) -> grpc.aio.Server:
-    """Returns a server that listens nowhere yet."""
-    return grpc.aio.server(options=_options(config))
+    """Returns a server that listens nowhere yet, and lets in only who has a token if there are tokens.
+
+    Raises:
+        ConfigError: The file of tokens cannot be used.
+    """
+    if not config.token_file:
+        return grpc.aio.server(options=_options(config))
+    if not config.is_local and not config.tls_cert:
+        log.warning("tokens cross the network unencrypted; give --tls-cert and --tls-key")
+    try:
+        found = Watched("the token file", [config.token_file], lambda: tokens.read(config.token_file))
+    except (OSError, ValueError) as exc:
+        raise ConfigError(f"--token-file {config.token_file} cannot be used: {_why(exc)}") from exc
+    return grpc.aio.server(options=_options(config), interceptors=[Guard(found)])
 
 
 def bind(server: grpc.aio.Server, config: Config) -> str:
     """Lets a server listen; returns the address that callers reach it at.
 
     Raises:
-        ConfigError: The address cannot be listened on.
+        ConfigError: The address cannot be listened on, or a file of TLS cannot be used.
     """
     address = config.host if _is_unix(config.host) else f"{config.host}:{config.port}"
+    secret = _credentials(config)
     _free_socket_file(address)
     try:
-        port = server.add_insecure_port(address)
+        port = server.add_secure_port(address, secret) if secret else server.add_insecure_port(address)
     except RuntimeError as exc:
         hint = "is the path too long?" if _is_unix(address) else "is the port taken? try --port 0"
         raise ConfigError(f"cannot listen on {address}; {hint}") from exc
@@ -54,8 +73,27 @@ def add_standard_services(server: grpc.aio.Server, service_name: str) -> Callabl
     return set_serving
 
 
+def _credentials(config: Config) -> grpc.ServerCredentials | None:
+    if not config.tls_cert:
+        if not config.is_local:
+            log.warning("nothing is encrypted on %s, which others can reach", config.host)
+        return None
+    try:
+        return certificates.credentials(cert=config.tls_cert, key=config.tls_key, client_ca=config.tls_client_ca)
+    except OSError as exc:
+        raise ConfigError(f"a file of TLS cannot be read: {exc.filename}: {exc.strerror}") from exc
+    except ValueError as exc:
+        raise ConfigError(f"TLS cannot be set up: {exc}") from exc
+
+
+def _why(exc: Exception) -> str:
+    return exc.strerror or str(exc) if isinstance(exc, OSError) else str(exc)
+
+
 def _options(config: Config) -> list[tuple[str, int]]:
+    age_ms, grace_ms = int(config.max_connection_age_s * 1000), int(config.grace_s * 1000)
     return [
+        *([("grpc.max_connection_age_ms", age_ms), ("grpc.max_connection_age_grace_ms", grace_ms)] if age_ms else []),
         ("grpc.max_receive_message_length", config.max_request_bytes),
         ("grpc.max_send_message_length", -1),
         # Two servers on one port would share its callers in silence.

@@ -24,7 +24,7 @@ from layertap.errors import (
     LayertapError,
 )
 from layertap.v1 import embedding_pb2 as pb
-from layertap_server import delivery, gate
+from layertap_server import delivery, gate, guard
 from layertap_server.batcher import Batcher
 from layertap_server.call import Call, CallFailed, Event, RowsReady, RunDone
 from layertap_server.gate import Context, Gate
@@ -281,7 +281,11 @@ class EmbeddingService:
     ) -> AsyncIterator[Call]:
         """Queues the texts of a call, and gives up what is left of it at the end, however that comes."""
         call = self._batcher.open(
-            plan, client=gate.client(context, inbox), deliver=inbox.put, expires_at=gate.expires_at(context)
+            plan,
+            client=guard.client_of(context),
+            connection=guard.connection_of(context, inbox),
+            deliver=inbox.put,
+            expires_at=gate.expires_at(context),
         )
         try:
             call.add([one.text for one in tokenized])

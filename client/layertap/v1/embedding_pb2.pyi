@@ -17,6 +17,8 @@ Status codes every RPC may end with:
                       own limit.
   DEADLINE_EXCEEDED   the caller's deadline passed.
   UNAVAILABLE         the server is starting or stopping.
+  UNAUTHENTICATED     the server asks for a bearer token (authorization metadata) and
+                      got none, or one that it does not know.
   INTERNAL            a fault of the server.
 With each of them the server sends the trailing metadata grpc-retry-pushback-ms: how
 many milliseconds to wait before a retry, or -1 where a retry is of no use.
@@ -931,6 +933,11 @@ class Limits(_message.Message):
     MAX_QUEUE_TOKEN_COUNT_FIELD_NUMBER: _builtins.int
     MAX_OUTPUT_BYTES_FIELD_NUMBER: _builtins.int
     MAX_CONCURRENT_CALL_COUNT_FIELD_NUMBER: _builtins.int
+    MAX_CALL_OUTPUT_BYTES_FIELD_NUMBER: _builtins.int
+    MAX_QUEUE_BYTES_FIELD_NUMBER: _builtins.int
+    STALL_TIME_NS_FIELD_NUMBER: _builtins.int
+    GRACE_TIME_NS_FIELD_NUMBER: _builtins.int
+    MAX_CONNECTION_AGE_NS_FIELD_NUMBER: _builtins.int
     max_text_count: _builtins.int
     """Texts in one Tokenize, Decode, Embed or EmbedLayers request. EmbedStream has no
     such limit.
@@ -951,6 +958,18 @@ class Limits(_message.Message):
     """Bytes of computed but unsent tensors, all calls together."""
     max_concurrent_call_count: _builtins.int
     """Calls under way at once."""
+    max_call_output_bytes: _builtins.int
+    """Bytes of computed but unsent tensors of one call."""
+    max_queue_bytes: _builtins.int
+    """Bytes of the request messages of all calls under way, EmbedStream aside."""
+    stall_time_ns: _builtins.int
+    """How long an answer may stay unread before its call ends with DEADLINE_EXCEEDED."""
+    grace_time_ns: _builtins.int
+    """How long running calls may take to finish when the server stops, or when a
+    connection has reached its age.
+    """
+    max_connection_age_ns: _builtins.int
+    """How old a connection gets before its client is asked to connect anew. 0: any age."""
     def __init__(
         self,
         *,
@@ -963,10 +982,15 @@ class Limits(_message.Message):
         max_queue_token_count: _builtins.int = ...,
         max_output_bytes: _builtins.int = ...,
         max_concurrent_call_count: _builtins.int = ...,
+        max_call_output_bytes: _builtins.int = ...,
+        max_queue_bytes: _builtins.int = ...,
+        stall_time_ns: _builtins.int = ...,
+        grace_time_ns: _builtins.int = ...,
+        max_connection_age_ns: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["max_character_count", b"max_character_count", "max_concurrent_call_count", b"max_concurrent_call_count", "max_frame_bytes", b"max_frame_bytes", "max_output_bytes", b"max_output_bytes", "max_queue_text_count", b"max_queue_text_count", "max_queue_token_count", b"max_queue_token_count", "max_request_bytes", b"max_request_bytes", "max_response_bytes", b"max_response_bytes", "max_text_count", b"max_text_count"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["grace_time_ns", b"grace_time_ns", "max_call_output_bytes", b"max_call_output_bytes", "max_character_count", b"max_character_count", "max_concurrent_call_count", b"max_concurrent_call_count", "max_connection_age_ns", b"max_connection_age_ns", "max_frame_bytes", b"max_frame_bytes", "max_output_bytes", b"max_output_bytes", "max_queue_bytes", b"max_queue_bytes", "max_queue_text_count", b"max_queue_text_count", "max_queue_token_count", b"max_queue_token_count", "max_request_bytes", b"max_request_bytes", "max_response_bytes", b"max_response_bytes", "max_text_count", b"max_text_count", "stall_time_ns", b"stall_time_ns"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

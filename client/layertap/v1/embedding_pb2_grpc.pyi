@@ -17,6 +17,8 @@ Status codes every RPC may end with:
                       own limit.
   DEADLINE_EXCEEDED   the caller's deadline passed.
   UNAVAILABLE         the server is starting or stopping.
+  UNAUTHENTICATED     the server asks for a bearer token (authorization metadata) and
+                      got none, or one that it does not know.
   INTERNAL            a fault of the server.
 With each of them the server sends the trailing metadata grpc-retry-pushback-ms: how
 many milliseconds to wait before a retry, or -1 where a retry is of no use.

@@ -1,0 +1,83 @@
+"""A certificate authority for tests: it signs servers and clients, also expired ones, and writes PEM files."""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import ipaddress
+from pathlib import Path
+
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import NameOID
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Paper:
+    """A certificate and its key, in PEM."""
+
+    cert: bytes
+    key: bytes
+
+    def write(self, folder: Path, name: str) -> tuple[str, str]:
+        """Writes both; returns their paths. Files that are there are replaced in one step each."""
+        paths = folder / f"{name}.pem", folder / f"{name}.key"
+        for path, content in zip(paths, (self.cert, self.key), strict=True):
+            new = path.with_suffix(".new")
+            new.write_bytes(content)
+            new.replace(path)
+        return str(paths[0]), str(paths[1])
+
+
+class Authority:
+    """Signs certificates."""
+
+    def __init__(self, name: str = "a test authority") -> None:
+        self._key = ec.generate_private_key(ec.SECP256R1())
+        self._name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
+        usage = x509.BasicConstraints(ca=True, path_length=0)
+        self._cert = self._builder(self._name, self._key.public_key()).add_extension(usage, True)
+        self.pem = self._cert.sign(self._key, hashes.SHA256()).public_bytes(serialization.Encoding.PEM)
+
+    def sign(self, name: str, *, expired: bool = False, hosts: tuple[str, ...] = ("localhost", "127.0.0.1")) -> Paper:
+        """Returns a certificate for a name and its key."""
+        key = ec.generate_private_key(ec.SECP256R1())
+        subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
+        builder = self._builder(subject, key.public_key(), expired=expired)
+        names = x509.SubjectAlternativeName([_general_name(host) for host in hosts])
+        cert = builder.add_extension(names, False).sign(self._key, hashes.SHA256())
+        return Paper(
+            cert.public_bytes(serialization.Encoding.PEM),
+            key.private_bytes(
+                serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+            ),
+        )
+
+    def write(self, folder: Path, name: str = "ca") -> str:
+        """Writes the authority's own certificate; returns its path."""
+        path = folder / f"{name}.pem"
+        path.write_bytes(self.pem)
+        return str(path)
+
+    def _builder(
+        self, subject: x509.Name, key: ec.EllipticCurvePublicKey, *, expired: bool = False
+    ) -> x509.CertificateBuilder:
+        now = datetime.datetime.now(datetime.UTC)
+        day = datetime.timedelta(days=1)
+        return (
+            x509.CertificateBuilder()
+            .subject_name(subject)
+            .issuer_name(self._name)
+            .public_key(key)
+            .serial_number(x509.random_serial_number())
+            .not_valid_before(now - 3 * day)
+            .not_valid_after(now - day if expired else now + day)
+        )
+
+
+def _general_name(host: str) -> x509.GeneralName:
+    try:
+        return x509.IPAddress(ipaddress.ip_address(host))
+    except ValueError:
+        return x509.DNSName(host)

@@ -1,0 +1,91 @@
+"""Tokens and the files that are read again: what a file may say, who a token belongs to, and what half a file does."""
+
+from __future__ import annotations
+
+import logging
+import os
+from pathlib import Path
+
+import pytest
+
+from layertap_server import tokens
+from layertap_server.tokens import Tokens
+from layertap_server.watched import Watched
+
+ONE, OTHER, THIRD = "0123456789abcdef", "fedcba9876543210", "x" * 64
+
+
+def test_a_token_has_a_name_and_a_name_may_have_several() -> None:
+    found = Tokens(f"# remarks\n\nalice {ONE}\n  bob:{OTHER}  \nalice:\t{THIRD}\n")
+    assert [found.name_of(one) for one in (ONE, OTHER, THIRD)] == ["alice", "bob", "alice"]
+    for wrong in ("", ONE[:-1], ONE + "0", ONE.upper(), "alice", "é"):
+        assert found.name_of(wrong) is None
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("", ["no token"]),
+        ("# nothing but a remark\n", ["no token"]),
+        (f"alice {ONE}\nsecretwithoutname\n", ["line 2", "name token"]),
+        (f"alice {ONE} surplus\n", ["line 1", "name token"]),
+        ("alice short\n", ["line 1", "16 characters", "openssl"]),
+        (f"alice {ONE}\nbob {ONE}\n", ["line 2", "second name"]),
+    ],
+)
+def test_a_bad_file_is_refused_by_its_line_and_never_repeated(text: str, words: list[str]) -> None:
+    with pytest.raises(ValueError, match="token") as caught:
+        Tokens(text)
+    assert all(word in str(caught.value) for word in words)
+    assert not any(secret in str(caught.value) for secret in (ONE, "secretwithoutname", "short", "surplus"))
+
+
+@pytest.mark.parametrize(("mode", "warned"), [(0o600, False), (0o640, False), (0o644, True)])
+def test_a_file_that_everybody_can_read_is_warned_of(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, mode: int, warned: bool
+) -> None:
+    path = tmp_path / "tokens"
+    path.write_text(f"alice {ONE}\n")
+    path.chmod(mode)
+    assert tokens.read(str(path)).name_of(ONE) == "alice"
+    assert ("chmod" in caplog.text) is warned and ONE not in caplog.text
+
+
+def replaced(path: Path, text: str) -> None:
+    """Puts another file in the place of one, as those who rotate secrets do."""
+    new = path.with_suffix(".new")
+    new.write_text(text)
+    os.replace(new, path)
+
+
+def test_a_changed_file_is_read_again_and_a_bad_one_changes_nothing(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    path = tmp_path / "tokens"
+    path.write_text(f"alice {ONE}\n")
+    watched = Watched("the token file", [str(path)], lambda: tokens.read(str(path)))
+    first = watched.get()
+    assert watched.get() is first and watched.changed() is None
+
+    replaced(path, "alice\n")
+    for _ in range(3):
+        assert watched.get() is first and watched.changed() is None
+    assert caplog.text.count("cannot be used") == 1
+
+    path.unlink()
+    assert watched.get() is first
+    replaced(path, f"bob {OTHER}\n")
+    second = watched.changed()
+    assert second is not None and second.name_of(OTHER) == "bob" and second.name_of(ONE) is None
+    assert watched.changed() is None and watched.get() is second
+    assert ONE not in caplog.text and OTHER not in caplog.text
+
+
+def test_what_is_missing_or_bad_at_first_is_an_error(tmp_path: Path) -> None:
+    path = tmp_path / "tokens"
+    with pytest.raises(FileNotFoundError):
+        Watched("the token file", [str(path)], lambda: tokens.read(str(path)))
+    path.write_text("alice\n")
+    with pytest.raises(ValueError, match="line 1"):
+        Watched("the token file", [str(path)], lambda: tokens.read(str(path)))
