@@ -1,7 +1,7 @@
 """The only queue: texts of many calls in, batches for free lanes out, answers back to their calls.
 
 Rules:
-- Work-conserving: a free lane takes what is queued at once; no timer, no sleep, no polling.
+- Work-conserving: a free lane takes what is queued at once; no timer, no polling.
 - A batch is a prefix of the queue: in turns between clients (see `turns`), up to a budget of tokens and of output
   bytes. While other lanes idle, a lane takes only its share.
 - Output bytes are reserved before a batch starts and given back when the call has sent them (`Call.release`). A call
@@ -14,6 +14,7 @@ Knows neither torch nor gRPC nor protobuf: `encode` is handed in, events go out 
 
 from __future__ import annotations
 
+import functools
 import logging
 import threading
 import time
@@ -21,6 +22,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 
 from layertap.errors import DeadlineExceededError, ResourceExhaustedError, UnavailableError
+from layertap_server.bells import Bells
 from layertap_server.call import Call, CallFailed, Event, Taken
 from layertap_server.halving import in_halves
 from layertap_server.lane import RETRY_AFTER_S, Lane
@@ -71,16 +73,16 @@ class Batcher:
         self._max_queue_tokens = max_queue_tokens
         self._max_output_bytes = max_output_bytes
         self._max_call_output_bytes = max_call_output_bytes
-        self._changed = threading.Condition()
+        self._lock = threading.Lock()
+        self._bells = Bells(self._lock, len(encodes))
         self._turns = Turns()
         self._waiting_texts = 0
         self._waiting_tokens = 0
         self._held_bytes = 0
-        self._idle_lanes = 0
         self._stopping = False
         self._live_lane_count = self.lane_count = len(encodes)
         self._lanes = [
-            Lane(f"lane-{n}", in_halves(encode), next_batch=self._next_batch, on_lost=self._lane_lost)
+            Lane(f"lane-{n}", in_halves(encode), next_batch=functools.partial(self._next_batch, n), on_lost=self._lane_lost)
             for n, encode in enumerate(encodes)
         ]
 
@@ -121,7 +123,7 @@ class Batcher:
             ResourceExhaustedError: The queue is full.
             UnavailableError: The server is stopping, or its engine has failed.
         """
-        with self._changed:
+        with self._lock:
             self._check_alive()
             self._check_room(0, 0)
         return Call(self, plan, client=client, connection=connection, deliver=deliver, expires_at=expires_at)
@@ -142,22 +144,22 @@ class Batcher:
         Returns:
             Whether all of them have ended.
         """
-        with self._changed:
+        with self._lock:
             self._stopping = True
-            self._changed.notify_all()
+            self._bells.wake(self.lane_count)
         self._fail_waiting(UnavailableError(_STOPPING, retry_after_s=RETRY_AFTER_S))
         deadline = time.monotonic() + timeout_s
         return all([lane.ended(0.0 if lane.lost else max(deadline - time.monotonic(), 0.0)) for lane in self._lanes])
 
     def _lane_lost(self) -> None:
-        with self._changed:
+        with self._lock:
             self._live_lane_count -= 1
             log.error("a lane is lost, %d of %d are left", self._live_lane_count, self.lane_count)
         if not self._live_lane_count:
             self._fail_waiting(UnavailableError(_LOST, retry_after_s=RETRY_AFTER_S))
 
     def _fail_waiting(self, error: UnavailableError) -> None:
-        with self._changed:
+        with self._lock:
             calls = list(self._turns)
         for call in calls:
             call.deliver(CallFailed(error))
@@ -180,7 +182,7 @@ class Batcher:
         """See `Call.add`."""
         token_count = sum(text.token_count for text in texts)
         now = time.monotonic_ns()
-        with self._changed:
+        with self._lock:
             self._check_alive()
             if not admitted:
                 self._check_room(len(texts), token_count)
@@ -192,29 +194,28 @@ class Batcher:
             call.waiting_token_count += token_count
             self._waiting_texts += len(texts)
             self._waiting_tokens += token_count
-            self._changed.notify_all()
+            self._wake()
 
     def release(self, call: Call, byte_count: int, run_done: bool) -> None:
         """See `Call.release`."""
-        with self._changed:
+        with self._lock:
             if call.closed:
                 return
             call.held_bytes -= byte_count
             call.held_run_count -= run_done
             self._held_bytes -= byte_count
-            if self._idle_lanes:
-                self._changed.notify_all()
+            self._wake()
 
     def close(self, call: Call) -> None:
         """See `Call.close`."""
-        with self._changed:
+        with self._lock:
             if call.closed:
                 return
             call.closed = True
             self._held_bytes -= call.held_bytes
             if call.waiting:
                 self._forget(call)
-            self._changed.notify_all()
+            self._wake()
 
     def _forget(self, call: Call) -> None:
         """Takes a call out of the queue, with all that waits in it."""
@@ -224,17 +225,20 @@ class Batcher:
         call.waiting_token_count = 0
         self._turns.remove(call)
 
-    def _next_batch(self) -> list[Taken] | None:
+    def _wake(self) -> None:
+        """Wakes lanes for what waits, unless enough are on their way to it."""
+        if self._waiting_texts:
+            self._bells.wake(-(-self._waiting_tokens // self._min_share_tokens))
+
+    def _next_batch(self, lane: int) -> list[Taken] | None:
         """Waits for a batch, in the thread of a lane; None: the batcher has stopped."""
         while True:
             expired: list[Call] = []
-            with self._changed:
-                self._idle_lanes += 1
-                try:
+            with self._lock:
+                with self._bells.looking():
                     while not (batch := self._take(expired)) and not expired and not self._stopping:
-                        self._changed.wait()
-                finally:
-                    self._idle_lanes -= 1
+                        self._bells.sleep(lane)
+                self._wake()
             for call in expired:
                 call.deliver(
                     CallFailed(DeadlineExceededError("the deadline passed in the queue; raise it, or ask for less"))
@@ -251,7 +255,7 @@ class Batcher:
             if one.expires_at is not None and one.expires_at <= now:
                 self._forget(one)
                 expired.append(one)
-        share = max(-(-self._waiting_tokens // max(self._idle_lanes, 1)), self._min_share_tokens)
+        share = max(-(-self._waiting_tokens // self._bells.idle_count), self._min_share_tokens)
         token_budget, byte_budget = min(share, self._max_batch_tokens), self._max_batch_bytes
         batch: dict[Call, Taken] = {}
         turn = deque(self._turns.clients)

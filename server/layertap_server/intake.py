@@ -166,7 +166,7 @@ class Intake:
                 "pairs; send the two strings as one text, or as two"
             )
         for output in plan.outputs:
-            if output.pool is not None and not len(output.pool.positions(result.text)):
+            if output.pool is not None and output.pool.is_empty(result.text):
                 return InvalidArgumentError(
                     f"{label} has nothing to pool over: every token is masked or special; unmask some, "
                     "or include special tokens"

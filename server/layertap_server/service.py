@@ -10,9 +10,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import functools
 import logging
 import time
-from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
 from typing import Any, Final, TypeVar
 
 import grpc
@@ -28,7 +29,7 @@ from layertap_server import delivery, gate, guard
 from layertap_server.batcher import Batcher
 from layertap_server.call import Call, CallFailed, Event, RowsReady, RunDone
 from layertap_server.gate import Context, Gate
-from layertap_server.inbox import Clock, Inbox
+from layertap_server.inbox import Clock, Doorbell, Inbox
 from layertap_server.intake import Intake
 from layertap_server.sharing import Sharing, placed
 from layertap_server.shm import Lending
@@ -102,6 +103,11 @@ class EmbeddingService:
         }
         return grpc.method_handlers_generic_handler(SERVICE_NAME, handlers)
 
+    @functools.cached_property
+    def _doorbell(self) -> Doorbell:
+        """What wakes the loop that this service answers in, which runs only once the service is made."""
+        return Doorbell()
+
     async def _get_model_info(self, raw: bytes, context: Context) -> bytes:
         await _parse(pb.GetModelInfoRequest, raw)
         return self._info.SerializeToString()
@@ -166,8 +172,8 @@ class EmbeddingService:
             )
         parts: list[RowsReady] = []
         clock = Clock(tokenize_time_ns)
-        inbox: Inbox[Event] = Inbox()
-        async with self._call(plan, tokenized, inbox, context) as call:
+        inbox: Inbox[Event] = Inbox(self._doorbell)
+        with self._call(plan, tokenized, inbox, context) as call:
             left = len(tokenized)
             while left:
                 for event in await inbox.take():
@@ -176,8 +182,8 @@ class EmbeddingService:
                     else:
                         done = _done(event)
                         left -= clock.note(done)
-                        # The answer is whole before it is sent; max_response_bytes bounds it from here on.
-                        call.release(done.reserved_bytes, run_done=True)
+                        if left:  # What is computed is kept until all is; max_response_bytes bounds it.
+                            call.release(done.reserved_bytes, run_done=True)
 
         def answer() -> bytes:
             message = pb.EmbedResponse(
@@ -205,9 +211,9 @@ class EmbeddingService:
         self, plan: Plan, tokenized: Sequence[Tokenized], clock: Clock, context: Context, lending: Lending | None
     ) -> int:
         """Sends all of an EmbedLayers answer but its summary; returns how many frames that were."""
-        inbox: Inbox[Event] = Inbox()
+        inbox: Inbox[Event] = Inbox(self._doorbell)
         frame_count = 0
-        async with self._call(plan, tokenized, inbox, context) as call:
+        with self._call(plan, tokenized, inbox, context) as call:
             header = pb.EmbedLayersResponse(header=delivery.header(self._identity, plan, tokenized))
             await self._gate.write(context, header.SerializeToString())
             if plan.return_tokens:
@@ -242,11 +248,12 @@ class EmbeddingService:
                 encode=self._encode,
                 parse=parse,
                 write=lambda message: self._gate.write(context, message),
+                inbox=Inbox(self._doorbell),
                 max_frame_bytes=self._bounds.max_frame_bytes,
                 lookahead_tokens=self._bounds.lookahead_tokens,
                 lending=lending,
             )
-            async with self._call(stream.plan, (), stream.inbox, context) as call:
+            with self._call(stream.plan, (), stream.inbox, context) as call:
                 header = pb.EmbedStreamResponse(header=delivery.header(self._identity, stream.plan))
                 await self._gate.write(context, header.SerializeToString())
                 await stream.run(requests, call)
@@ -275,10 +282,10 @@ class EmbeddingService:
         size = sum(_characters(item) for item in items)
         return await _run(lambda: self._tokenizer.encode(items, **options), in_thread=size > _LARGE_CHARACTERS)
 
-    @contextlib.asynccontextmanager
-    async def _call(
+    @contextlib.contextmanager
+    def _call(
         self, plan: Plan, tokenized: Sequence[Tokenized], inbox: Inbox[Any], context: Context
-    ) -> AsyncIterator[Call]:
+    ) -> Iterator[Call]:
         """Queues the texts of a call, and gives up what is left of it at the end, however that comes."""
         call = self._batcher.open(
             plan,

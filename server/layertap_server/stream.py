@@ -78,6 +78,7 @@ class Stream:
         encode: Encode,
         parse: Parse,
         write: Write,
+        inbox: Inbox[StreamEvent],
         max_frame_bytes: int,
         lookahead_tokens: int,
         lending: Lending | None,
@@ -93,7 +94,7 @@ class Stream:
             )
         self.plan = placed(intake.plan(options.options), lending)
         self._lending = lending
-        self.inbox: Inbox[StreamEvent] = Inbox()
+        self.inbox = inbox
         self._in_order = options.order != pb.RESULT_ORDER_AS_FINISHED
         self._max_length = intake.max_length(options.options.max_length, at_most=intake.model.max_length)
         self._truncation = intake.truncation(options.options.truncation)

@@ -98,9 +98,7 @@ class Tokenizer:
                 for n, item in enumerate(items)
                 if not isinstance(item, Text) and isinstance(item, list) == pretokenized
             ]
-            encodings = self._tokenizer.encode_batch(
-                [items[n] for n in chosen], is_pretokenized=pretokenized, add_special_tokens=add_special_tokens
-            )
+            encodings = self._encode([items[n] for n in chosen], pretokenized, add_special_tokens)
             for n, encoding in zip(chosen, encodings, strict=True):
                 count = len(encoding)
                 if count <= max_length:
@@ -116,6 +114,18 @@ class Tokenizer:
             if isinstance(item, Text):
                 results[n] = Tokenized(text=item)
         return [result for result in results if result is not None]
+
+    def _encode(
+        self, items: Sequence[Item], pretokenized: bool, add_special_tokens: bool
+    ) -> Sequence[tokenizers.Encoding]:
+        if len(items) == 1:  # Without other threads, and without letting go of the interpreter for a few microseconds.
+            pair = items[0] if isinstance(items[0], tuple) else (items[0], None)
+            return [
+                self._tokenizer.encode(*pair, is_pretokenized=pretokenized, add_special_tokens=add_special_tokens)
+            ]
+        return self._tokenizer.encode_batch(
+            items, is_pretokenized=pretokenized, add_special_tokens=add_special_tokens
+        )
 
     def _cut(
         self, item: Item, label: str, max_length: int, direction: str, add_special_tokens: bool
@@ -143,6 +153,6 @@ class Tokenizer:
 
 
 def _tokenized(encoding: tokenizers.Encoding, truncated: bool) -> Tokenized:
-    types = np.array(encoding.type_ids, np.int32)
-    text = Text(np.array(encoding.ids, np.int32), token_type_ids=types if types.any() else None)
+    types = encoding.type_ids
+    text = Text(np.array(encoding.ids, np.int32), token_type_ids=np.array(types, np.int32) if any(types) else None)
     return Tokenized(text=text, truncated=truncated, encoding=encoding)

@@ -81,6 +81,11 @@ class Pool:
     excluded_ids: tuple[int, ...] = ()
     normalize: bool = False
 
+    def is_empty(self, text: Text) -> bool:
+        """Whether nothing of a text is pooled."""
+        unmasked = text.attention_mask is None and not self.excluded_ids
+        return not unmasked and not len(self.positions(text))
+
     def positions(self, text: Text) -> npt.NDArray[np.intp]:
         """Returns the rows of a text that are pooled, ascending. [CLS] pools row 0 whatever its mask."""
         if self.strategy is Strategy.CLS:
