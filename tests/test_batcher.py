@@ -311,7 +311,7 @@ def test_while_other_lanes_idle_a_lane_takes_its_share_and_alone_it_takes_all(ma
     engines = [Engine(), Engine()]
     batcher = make(*engines, min_share_tokens=3)
     try:
-        poll(lambda: batcher._idle_lanes == 2)
+        poll(lambda: batcher.idle_lane_count == 2)
         Caller(batcher).add(*range(8))
         sizes = sorted(sum(map(len, one.next_batch())) for one in engines)
         assert sizes == [4, 4]
@@ -320,7 +320,7 @@ def test_while_other_lanes_idle_a_lane_takes_its_share_and_alone_it_takes_all(ma
         assert sum(map(len, engines[0].next_batch())) == 10
         engines[0].let_go()
         engines[1].let_go()
-        poll(lambda: batcher._idle_lanes == 2)
+        poll(lambda: batcher.idle_lane_count == 2)
         Caller(batcher).add(*range(40, 44))
         took: queue.Queue[int] = queue.Queue()
         for one in engines:

@@ -82,7 +82,12 @@ class Batcher:
         self._stopping = False
         self._live_lane_count = self.lane_count = len(encodes)
         self._lanes = [
-            Lane(f"lane-{n}", in_halves(encode), next_batch=functools.partial(self._next_batch, n), on_lost=self._lane_lost)
+            Lane(
+                f"lane-{n}",
+                in_halves(encode),
+                next_batch=functools.partial(self._next_batch, n),
+                on_lost=self._lane_lost,
+            )
             for n, encode in enumerate(encodes)
         ]
 
@@ -90,6 +95,11 @@ class Batcher:
     def live_lane_count(self) -> int:
         """How many lanes are not lost."""
         return self._live_lane_count
+
+    @property
+    def idle_lane_count(self) -> int:
+        """How many lanes have no batch."""
+        return self._bells.idle_count
 
     @property
     def waiting_text_count(self) -> int:

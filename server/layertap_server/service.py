@@ -283,9 +283,7 @@ class EmbeddingService:
         return await _run(lambda: self._tokenizer.encode(items, **options), in_thread=size > _LARGE_CHARACTERS)
 
     @contextlib.contextmanager
-    def _call(
-        self, plan: Plan, tokenized: Sequence[Tokenized], inbox: Inbox[Any], context: Context
-    ) -> Iterator[Call]:
+    def _call(self, plan: Plan, tokenized: Sequence[Tokenized], inbox: Inbox[Any], context: Context) -> Iterator[Call]:
         """Queues the texts of a call, and gives up what is left of it at the end, however that comes."""
         call = self._batcher.open(
             plan,

@@ -119,13 +119,9 @@ class Tokenizer:
         self, items: Sequence[Item], pretokenized: bool, add_special_tokens: bool
     ) -> Sequence[tokenizers.Encoding]:
         if len(items) == 1:  # Without other threads, and without letting go of the interpreter for a few microseconds.
-            pair = items[0] if isinstance(items[0], tuple) else (items[0], None)
-            return [
-                self._tokenizer.encode(*pair, is_pretokenized=pretokenized, add_special_tokens=add_special_tokens)
-            ]
-        return self._tokenizer.encode_batch(
-            items, is_pretokenized=pretokenized, add_special_tokens=add_special_tokens
-        )
+            first, second = items[0] if isinstance(items[0], tuple) else (items[0], None)
+            return [self._tokenizer.encode(first, second, pretokenized, add_special_tokens)]
+        return self._tokenizer.encode_batch(items, is_pretokenized=pretokenized, add_special_tokens=add_special_tokens)
 
     def _cut(
         self, item: Item, label: str, max_length: int, direction: str, add_special_tokens: bool
