@@ -15,7 +15,8 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,14 @@ TINY_SETTINGS = BASE_SETTINGS | {
     "num_attention_heads": 4,
     "intermediate_size": 64,
 }
+
+
+def poll(condition: Callable[[], bool], *, timeout_s: float = 30.0) -> None:
+    """Waits for what no event tells, but not for ever."""
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, "it never came about"
+        time.sleep(0.01)
 
 
 class Server:

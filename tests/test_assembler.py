@@ -22,7 +22,7 @@ from layertap.assembler import EmbedAssembler, LayerAssembler
 from layertap.ledger import StreamLedger
 from layertap.v1 import embedding_pb2 as pb
 from layertap_server import delivery
-from layertap_server.inbox import Clock
+from layertap_server.record import Phase, Record
 from layertap_server.results import Result, split_run
 from layertap_server.results import messages as messages_of
 from layertap_server.tokenizer import Tokenized, Tokenizer
@@ -413,7 +413,8 @@ def test_a_unary_answer_becomes_the_right_arrays(data: st.DataObject, answer: An
     cuts = sorted({0, text_count, *data.draw(st.lists(st.integers(0, text_count), max_size=3), label="batches")})
     ready = [part for first, last in itertools.pairwise(cuts) for part in answer.ready(first, last)]
     tensors = list(delivery.tensors(data.draw(st.permutations(ready)), answer.plan))
-    message = pb.EmbedResponse(header=answer.header, tensors=tensors, timings=delivery.timings(Clock(5)))
+    record = Record(method="Embed", request_id="1", client="me", tokenize=Phase(time_ns=5))
+    message = pb.EmbedResponse(header=answer.header, tensors=tensors, timings=delivery.timings(record))
     raw = message.SerializeToString()
     found = EmbedAssembler(answer.messages, answer.options).whole(pb.EmbedResponse.FromString(raw))
     answer.check(found)

@@ -8,8 +8,7 @@ import signal
 import subprocess
 import sys
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ import grpc
 import numpy as np
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
-from support import Server, running
+from support import Server, poll, running
 
 from layertap import Client, FailedPreconditionError, ResourceExhaustedError, StreamResult, UnavailableError
 from layertap.assembler import EmbedAssembler
@@ -42,14 +41,6 @@ ALL_LAYERS = {
     "max_length": None,
     "return_tokens": False,
 }
-
-
-def poll(condition: Callable[[], bool]) -> None:
-    """Waits for what no event tells, but not for ever."""
-    deadline = time.monotonic() + WAIT_S
-    while not condition():
-        assert time.monotonic() < deadline, "it never came about"
-        time.sleep(0.01)
 
 
 @contextlib.contextmanager

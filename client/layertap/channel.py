@@ -45,4 +45,10 @@ def translate(exc: Exception, target: str, timeout_s: float | None, *, resumable
     elif code is StatusCode.DEADLINE_EXCEEDED and timeout_s is not None:
         details = f"no answer from {target} within {timeout_s} s; raise timeout_s or ask for less"
     wait_s = float(pushback) / 1000 if pushback else -1.0
-    return from_status(code, details, retry_after_s=wait_s if wait_s >= 0 else None)
+    request_id = trailing.get("x-request-id")
+    return from_status(
+        code,
+        details,
+        retry_after_s=wait_s if wait_s >= 0 else None,
+        request_id=request_id if isinstance(request_id, str) else None,
+    )

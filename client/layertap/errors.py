@@ -57,14 +57,19 @@ class LayertapError(Exception):
         code: The gRPC status code.
         details: What is wrong, the limit, and the next step; never a text of the caller's.
         retry_after_s: How long the server asks to wait before a retry, in seconds; None: it did not say.
+        request_id: What the server's log names the call by; None: it was not the server who spoke.
     """
 
     code: ClassVar[StatusCode] = StatusCode.UNKNOWN
 
-    def __init__(self, details: str, *, retry_after_s: float | None = None) -> None:
+    def __init__(self, details: str, *, retry_after_s: float | None = None, request_id: str | None = None) -> None:
         super().__init__(details)
         self.details = details
         self.retry_after_s = retry_after_s
+        self.request_id = request_id
+
+    def __str__(self) -> str:
+        return self.details if self.request_id is None else f"{self.details} (request {self.request_id})"
 
 
 class CancelledError(LayertapError):
@@ -166,10 +171,12 @@ class UnauthenticatedError(LayertapError):
 _BY_CODE: dict[StatusCode, type[LayertapError]] = {kind.code: kind for kind in LayertapError.__subclasses__()}
 
 
-def from_status(code: int, details: str, *, retry_after_s: float | None = None) -> LayertapError:
+def from_status(
+    code: int, details: str, *, retry_after_s: float | None = None, request_id: str | None = None
+) -> LayertapError:
     """Returns the exception for a gRPC status code; a code nobody knows gives `UnknownError`."""
     try:
         kind = _BY_CODE[StatusCode(code)]
     except ValueError:
         kind = UnknownError
-    return kind(details, retry_after_s=retry_after_s)
+    return kind(details, retry_after_s=retry_after_s, request_id=request_id)

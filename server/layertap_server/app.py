@@ -23,6 +23,7 @@ from layertap_server.call import CallFailed, Event, RunDone
 from layertap_server.config import Config, ConfigError
 from layertap_server.gate import Gate
 from layertap_server.intake import Intake, Limits, Model
+from layertap_server.journal import Journal
 from layertap_server.service import SERVICE_NAME, Bounds, EmbeddingService
 from layertap_server.sharing import Sharing
 from layertap_server.shm import Segments
@@ -137,6 +138,7 @@ class App:
                 max_call_count=config.max_concurrent_call_count,
                 max_request_bytes=config.max_queue_bytes,
                 stall_timeout_s=config.stall_timeout_s,
+                journal=Journal(),
             ),
         )
         _timed("warmed the engine", self._warm)

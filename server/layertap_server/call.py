@@ -38,10 +38,11 @@ class RowsReady:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class RunDone:
-    """All outputs of some texts have been delivered."""
+    """All outputs of some texts have been delivered. `started_at_ns`: when their batch began, by time.monotonic_ns."""
 
     first_text: int
     texts: Sequence[Text]
+    started_at_ns: int
     queue_time_ns: int
     compute_time_ns: int
     reserved_bytes: int

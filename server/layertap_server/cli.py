@@ -5,12 +5,12 @@ from __future__ import annotations
 import argparse
 import asyncio
 import dataclasses
-import logging
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
 
+from layertap_server import logs
 from layertap_server.config import Config, ConfigError, flag, variable
 
 _EXTRA_MISSING = "the server's packages are missing ({name}): pip install 'layertap[server]'"
@@ -22,9 +22,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         config = parse(sys.argv[1:] if argv is None else argv, os.environ)
     except ConfigError as exc:
         return _fail(str(exc))
-    logging.basicConfig(
-        level=config.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr
-    )
+    logs.set_up(level=config.log_level, form=config.log_format)
     # gRPC's C core would add lines of its own to ours; what it has to say comes back as errors.
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     try:

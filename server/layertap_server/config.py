@@ -131,6 +131,9 @@ class Config:
         least=0,
     )
     log_level: str = _knob("info", "What is logged.", choices=("debug", "info", "warning", "error"))
+    log_format: str = _knob(
+        "text", "text is for people; json is one object a line, for programs.", choices=("text", "json")
+    )
 
     def __post_init__(self) -> None:
         """Checks every knob.

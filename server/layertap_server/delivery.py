@@ -14,7 +14,7 @@ import numpy as np
 from layertap import wire
 from layertap.v1 import embedding_pb2 as pb
 from layertap_server.call import RowsReady
-from layertap_server.inbox import Clock
+from layertap_server.record import Record
 from layertap_server.shm import Lending
 from layertap_server.tokenizer import Tokenized, Tokenizer
 from layertap_server.work import Plan
@@ -57,12 +57,12 @@ def header(identity: Identity, plan: Plan, tokenized: Sequence[Tokenized] = ()) 
     )
 
 
-def timings(clock: Clock) -> pb.Timings:
+def timings(record: Record) -> pb.Timings:
     """Returns where the time of a request went."""
     return pb.Timings(
-        queue_time_ns=clock.queue_time_ns,
-        tokenize_time_ns=clock.tokenize_time_ns,
-        compute_time_ns=clock.compute_time_ns,
+        queue_time_ns=record.queue.time_ns,
+        tokenize_time_ns=record.tokenize.time_ns,
+        compute_time_ns=record.compute.time_ns,
     )
 
 

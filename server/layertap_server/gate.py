@@ -1,6 +1,6 @@
 """Where calls come in and go out: how many at once, what an error becomes, how long an answer may stay unread.
 
-With `service` the only file that knows a gRPC context.
+With `service` the only file that knows a gRPC context. What happens to a call is noted in its record; see `journal`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,16 @@ from typing import Any, Final, TypeVar
 import grpc
 import grpc.aio
 
-from layertap.errors import DeadlineExceededError, InternalError, LayertapError, ResourceExhaustedError
+from layertap.errors import (
+    CancelledError,
+    DeadlineExceededError,
+    InternalError,
+    LayertapError,
+    ResourceExhaustedError,
+)
+from layertap_server import guard
+from layertap_server.journal import REQUEST_ID, Journal
+from layertap_server.record import Record
 
 log = logging.getLogger(__name__)
 
@@ -23,32 +32,93 @@ T = TypeVar("T")
 
 _STATUS: Final = {code.value[0]: code for code in grpc.StatusCode}
 
+_NEAR_S: Final = 0.05
+"""A caller's clock ends a call a little before ours does: what is cancelled so near to its deadline has met it."""
+
 
 class _CallerLeftError(Exception):
     """A message could not be sent, because its call is gone."""
 
 
+class Caller:
+    """Who is at the other end of a call.
+
+    Attributes:
+        record: What is known of the call.
+    """
+
+    def __init__(self, context: Context, record: Record, *, stall_timeout_s: float) -> None:
+        """Takes gRPC's side of the call, its record, and how long an answer may stay unread, in seconds."""
+        self.record = record
+        self._context = context
+        self._stall_timeout_s = stall_timeout_s
+
+    @property
+    def client(self) -> str:
+        """Whose turn the call takes."""
+        return self.record.client
+
+    @property
+    def connection(self) -> str:
+        """What tells the client's connections apart."""
+        return guard.connection_of(self._context, self)
+
+    @property
+    def expires_at(self) -> float | None:
+        """When nobody waits for the call any more, by time.monotonic; None: it has no deadline."""
+        remaining = self._context.time_remaining()
+        # grpc-stubs does not know that a call without a deadline has None.
+        return None if remaining is None else time.monotonic() + remaining  # type: ignore[redundant-expr]
+
+    async def write(self, message: bytes) -> None:
+        """Sends one message; waits while the caller does not read, but not for ever."""
+        started_at_ns = time.monotonic_ns()
+        try:
+            async with asyncio.timeout(self._stall_timeout_s):
+                await self._context.write(message)
+        except TimeoutError as exc:
+            self.record.stalled = True
+            raise DeadlineExceededError(
+                f"the answer was not read for {self._stall_timeout_s} s; read faster, or ask for less"
+            ) from exc
+        except Exception as exc:  # gRPC's own; it has no public name.
+            raise _CallerLeftError from exc
+        self.record.send.note(started_at_ns, time.monotonic_ns())
+        self.record.sent_bytes += len(message)
+
+
 class Gate:
     """What all calls of a server pass through."""
 
-    def __init__(self, *, max_call_count: int, max_request_bytes: int, stall_timeout_s: float) -> None:
+    def __init__(
+        self, *, max_call_count: int, max_request_bytes: int, stall_timeout_s: float, journal: Journal
+    ) -> None:
         """Takes what bounds all calls together.
 
         Args:
             max_call_count: How many may be under way at once.
             max_request_bytes: Bytes of their requests, streams aside.
             stall_timeout_s: How long an answer may stay unread, in seconds.
+            journal: Keeps their records.
         """
         self._max_request_bytes = max_request_bytes
         self._request_bytes = 0
         self._max_call_count = max_call_count
         self._stall_timeout_s = stall_timeout_s
+        self._journal = journal
         self._call_count = 0
 
-    def answered(self, method: Callable[[Any, Context], Awaitable[T]]) -> Callable[[Any, Context], Awaitable[T]]:
-        """Counts a call, and turns its errors into a status."""
+    def answered(
+        self, name: str, method: Callable[[Any, Caller], Awaitable[T]]
+    ) -> Callable[[Any, Context], Awaitable[T]]:
+        """Counts and records the calls of an RPC, and turns their errors into a status."""
 
         async def call(request: Any, context: Context) -> T:
+            metadata = dict(context.invocation_metadata() or ())
+            record = self._journal.open(name, client=guard.client_of(context), metadata=metadata)
+            # Trailing: metadata sent ahead of an answer would cost small calls a quarter more.
+            request_id = (REQUEST_ID, record.request_id)
+            context.set_trailing_metadata((request_id,))
             byte_count = len(request) if isinstance(request, bytes) else 0
             self._call_count += 1
             self._request_bytes += byte_count
@@ -64,38 +134,37 @@ class Gate:
                         "try again later",
                         retry_after_s=0.5,
                     )
-                return await method(request, context)
+                caller = Caller(context, record, stall_timeout_s=self._stall_timeout_s)
+                answer = await method(request, caller)
+                if isinstance(answer, bytes):
+                    record.sent_bytes += len(answer)
+                return answer
             except LayertapError as exc:
                 error = exc
-            except _CallerLeftError as exc:
+                record.fail(error)
+            except (_CallerLeftError, asyncio.CancelledError) as exc:
+                record.fail(_left(context))
                 raise asyncio.CancelledError from exc  # There is nobody to tell.
             except Exception:
-                log.exception("%s failed", method.__name__)
+                log.exception("%s failed", name, extra={"fields": {"request_id": record.request_id}})
                 error = InternalError("the server failed; its log has the reason")
+                record.fail(error)
             finally:
                 self._call_count -= 1
                 self._request_bytes -= byte_count
+                self._journal.close(record)
             # gRPC's own word for "retry in so many milliseconds"; -1 means never.
             wait_ms = -1 if error.retry_after_s is None else int(error.retry_after_s * 1000)
-            await context.abort(_STATUS[int(error.code)], error.details, (("grpc-retry-pushback-ms", str(wait_ms)),))
+            pushback = ("grpc-retry-pushback-ms", str(wait_ms))
+            await context.abort(_STATUS[int(error.code)], error.details, (pushback, request_id))
 
         return call
 
-    async def write(self, context: Context, message: bytes) -> None:
-        """Sends one message; waits while the caller does not read, but not for ever."""
-        try:
-            async with asyncio.timeout(self._stall_timeout_s):
-                await context.write(message)
-        except TimeoutError as exc:
-            raise DeadlineExceededError(
-                f"the answer was not read for {self._stall_timeout_s} s; read faster, or ask for less"
-            ) from exc
-        except Exception as exc:  # gRPC's own; it has no public name.
-            raise _CallerLeftError from exc
 
-
-def expires_at(context: Context) -> float | None:
-    """Returns when nobody waits for a call any more, by time.monotonic; None: it has no deadline."""
+def _left(context: Context) -> LayertapError:
+    """Returns why a caller no longer waits."""
     remaining = context.time_remaining()
     # grpc-stubs does not know that a call without a deadline has None.
-    return None if remaining is None else time.monotonic() + remaining  # type: ignore[redundant-expr]
+    if remaining is not None and remaining < _NEAR_S:  # type: ignore[redundant-expr]
+        return DeadlineExceededError("the caller's deadline has passed")
+    return CancelledError("the caller has left")

@@ -8,8 +8,6 @@ from collections import deque
 from collections.abc import Callable
 from typing import Generic, TypeVar
 
-from layertap_server.call import RunDone
-
 EventT = TypeVar("EventT")
 
 
@@ -64,20 +62,3 @@ class Inbox(Generic[EventT]):
         while self._events:
             events.append(self._events.popleft())
         return events
-
-
-class Clock:
-    """Adds up the times of one request, in nanoseconds."""
-
-    def __init__(self, tokenize_time_ns: int) -> None:
-        self.tokenize_time_ns = tokenize_time_ns
-        self.queue_time_ns = 0
-        self.compute_time_ns = 0
-        self._started = False
-
-    def note(self, run: RunDone) -> int:
-        """Takes note of a run; returns how many texts it had."""
-        if not self._started:
-            self.queue_time_ns, self._started = run.queue_time_ns, True
-        self.compute_time_ns += run.compute_time_ns
-        return len(run.texts)

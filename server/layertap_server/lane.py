@@ -112,6 +112,7 @@ class Lane:
                 RunDone(
                     first_text=taken.first_text,
                     texts=taken.texts,
+                    started_at_ns=started_at_ns,
                     queue_time_ns=started_at_ns - taken.admitted_at_ns,
                     compute_time_ns=compute_time_ns,
                     reserved_bytes=taken.reserved_bytes,

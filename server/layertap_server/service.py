@@ -25,12 +25,13 @@ from layertap.errors import (
     LayertapError,
 )
 from layertap.v1 import embedding_pb2 as pb
-from layertap_server import delivery, gate, guard
+from layertap_server import delivery
 from layertap_server.batcher import Batcher
 from layertap_server.call import Call, CallFailed, Event, RowsReady, RunDone
-from layertap_server.gate import Context, Gate
-from layertap_server.inbox import Clock, Doorbell, Inbox
+from layertap_server.gate import Caller, Gate
+from layertap_server.inbox import Doorbell, Inbox
 from layertap_server.intake import Intake
+from layertap_server.record import Record
 from layertap_server.sharing import Sharing, placed
 from layertap_server.shm import Lending
 from layertap_server.stream import Stream
@@ -92,14 +93,16 @@ class EmbeddingService:
 
     def handler(self) -> grpc.GenericRpcHandler[bytes, bytes]:
         """Returns what a gRPC server is given."""
+        answered = self._gate.answered
+        unary, answer_stream = grpc.unary_unary_rpc_method_handler, grpc.unary_stream_rpc_method_handler
         handlers = {
-            "GetModelInfo": grpc.unary_unary_rpc_method_handler(self._gate.answered(self._get_model_info)),
-            "Tokenize": grpc.unary_unary_rpc_method_handler(self._gate.answered(self._tokenize)),
-            "Decode": grpc.unary_unary_rpc_method_handler(self._gate.answered(self._decode)),
-            "Embed": grpc.unary_unary_rpc_method_handler(self._gate.answered(self._embed)),
-            "EmbedLayers": grpc.unary_stream_rpc_method_handler(self._gate.answered(self._embed_layers)),
-            "EmbedStream": grpc.stream_stream_rpc_method_handler(self._gate.answered(self._embed_stream)),
-            "ShareMemory": grpc.unary_stream_rpc_method_handler(self._gate.answered(self._share_memory)),
+            "GetModelInfo": unary(answered("GetModelInfo", self._get_model_info)),
+            "Tokenize": unary(answered("Tokenize", self._tokenize)),
+            "Decode": unary(answered("Decode", self._decode)),
+            "Embed": unary(answered("Embed", self._embed)),
+            "EmbedLayers": answer_stream(answered("EmbedLayers", self._embed_layers)),
+            "EmbedStream": grpc.stream_stream_rpc_method_handler(answered("EmbedStream", self._embed_stream)),
+            "ShareMemory": answer_stream(answered("ShareMemory", self._share_memory)),
         }
         return grpc.method_handlers_generic_handler(SERVICE_NAME, handlers)
 
@@ -108,11 +111,11 @@ class EmbeddingService:
         """What wakes the loop that this service answers in, which runs only once the service is made."""
         return Doorbell()
 
-    async def _get_model_info(self, raw: bytes, context: Context) -> bytes:
+    async def _get_model_info(self, raw: bytes, caller: Caller) -> bytes:
         await _parse(pb.GetModelInfoRequest, raw)
         return self._info.SerializeToString()
 
-    async def _tokenize(self, raw: bytes, context: Context) -> bytes:
+    async def _tokenize(self, raw: bytes, caller: Caller) -> bytes:
         request = await _parse(pb.TokenizeRequest, raw)
         self._intake.check_text_count(len(request.inputs))
         longest = self._intake.limits.character_count
@@ -126,6 +129,7 @@ class EmbeddingService:
         for label, item in zip(labels, items, strict=True):
             if isinstance(item, Text):
                 raise InvalidArgumentError(f"{label} is token ids already; send text, or ask Decode for its string")
+        started_at_ns = time.monotonic_ns()
         results = await self._encode(
             items,
             labels=labels,
@@ -133,7 +137,9 @@ class EmbeddingService:
             truncation=self._intake.truncation(request.truncation),
             add_special_tokens=not request.omit_special_tokens,
         )
+        caller.record.tokenize.note(started_at_ns, time.monotonic_ns())
         texts = _all_good(results)
+        caller.record.take([one.text for one in texts])
         # 40 bytes hold a token with all its numbers, whatever the vocabulary; the answer itself is checked again.
         large = sum(max(one.text.token_count, request.pad_to) for one in texts) * 40 > _LARGE_BYTES
 
@@ -149,9 +155,11 @@ class EmbeddingService:
             )
         return serialized
 
-    async def _decode(self, raw: bytes, context: Context) -> bytes:
+    async def _decode(self, raw: bytes, caller: Caller) -> bytes:
         request = await _parse(pb.DecodeRequest, raw)
         ids = self._intake.decodable(request.texts)
+        caller.record.text_count += len(ids)
+        caller.record.token_count += sum(map(len, ids))
 
         def answer() -> bytes:
             texts = self._tokenizer.decode(ids, skip_special_tokens=request.skip_special_tokens)
@@ -159,9 +167,9 @@ class EmbeddingService:
 
         return await _run(answer, in_thread=len(raw) > 1024)
 
-    async def _embed(self, raw: bytes, context: Context) -> bytes:
+    async def _embed(self, raw: bytes, caller: Caller) -> bytes:
         request = await _parse(pb.EmbedRequest, raw)
-        plan, tokenized, tokenize_time_ns = await self._prepare(request.inputs, request.options)
+        plan, tokenized = await self._prepare(request.inputs, request.options, caller.record)
         token_bytes, text_bytes = plan.byte_counts()
         token_count = sum(one.text.token_count for one in tokenized)
         size = token_bytes * token_count + (text_bytes + 64) * len(tokenized) + 48 * token_count * plan.return_tokens
@@ -171,9 +179,8 @@ class EmbeddingService:
                 "send fewer texts at once, or use embed_stream (the RPC EmbedStream) or the RPC EmbedLayers"
             )
         parts: list[RowsReady] = []
-        clock = Clock(tokenize_time_ns)
         inbox: Inbox[Event] = Inbox(self._doorbell)
-        with self._call(plan, tokenized, inbox, context) as call:
+        with self._call(plan, tokenized, inbox, caller) as call:
             left = len(tokenized)
             while left:
                 for event in await inbox.take():
@@ -181,7 +188,7 @@ class EmbeddingService:
                         parts.append(_good(event))
                     else:
                         done = _done(event)
-                        left -= clock.note(done)
+                        left -= caller.record.run(done)
                         if left:  # What is computed is kept until all is; max_response_bytes bounds it.
                             call.release(done.reserved_bytes, run_done=True)
 
@@ -189,51 +196,53 @@ class EmbeddingService:
             message = pb.EmbedResponse(
                 header=delivery.header(self._identity, plan, tokenized),
                 tensors=delivery.tensors(parts, plan),
-                timings=delivery.timings(clock),
+                timings=delivery.timings(caller.record),
             )
             if plan.return_tokens:
                 message.tokens.extend(delivery.tokens(one, self._tokenizer) for one in tokenized)
             return message.SerializeToString()
 
-        return await _run(answer, in_thread=size > _LARGE_BYTES)
+        started_at_ns = time.monotonic_ns()
+        serialized = await _run(answer, in_thread=size > _LARGE_BYTES)
+        caller.record.send.note(started_at_ns, time.monotonic_ns())
+        return serialized
 
-    async def _embed_layers(self, raw: bytes, context: Context) -> None:
+    async def _embed_layers(self, raw: bytes, caller: Caller) -> None:
         request = await _parse(pb.EmbedLayersRequest, raw)
-        plan, tokenized, tokenize_time_ns = await self._prepare(request.inputs, request.options)
-        clock = Clock(tokenize_time_ns)
+        plan, tokenized = await self._prepare(request.inputs, request.options, caller.record)
         with self._sharing.lend(request.options) as lending:
             plan = placed(plan, lending, [one.text.token_count for one in tokenized])
-            frame_count = await self._send_layers(plan, tokenized, clock, context, lending)
-        summary = pb.EmbedSummary(frame_count=frame_count, timings=delivery.timings(clock))
-        await self._gate.write(context, pb.EmbedLayersResponse(summary=summary).SerializeToString())
+            frame_count = await self._send_layers(plan, tokenized, caller, lending)
+        summary = pb.EmbedSummary(frame_count=frame_count, timings=delivery.timings(caller.record))
+        await caller.write(pb.EmbedLayersResponse(summary=summary).SerializeToString())
 
     async def _send_layers(
-        self, plan: Plan, tokenized: Sequence[Tokenized], clock: Clock, context: Context, lending: Lending | None
+        self, plan: Plan, tokenized: Sequence[Tokenized], caller: Caller, lending: Lending | None
     ) -> int:
         """Sends all of an EmbedLayers answer but its summary; returns how many frames that were."""
         inbox: Inbox[Event] = Inbox(self._doorbell)
         frame_count = 0
-        with self._call(plan, tokenized, inbox, context) as call:
+        with self._call(plan, tokenized, inbox, caller) as call:
             header = pb.EmbedLayersResponse(header=delivery.header(self._identity, plan, tokenized))
-            await self._gate.write(context, header.SerializeToString())
+            await caller.write(header.SerializeToString())
             if plan.return_tokens:
                 groups = delivery.token_groups(tokenized, self._tokenizer, self._bounds.max_frame_bytes)
                 for group in await asyncio.to_thread(list, groups):
-                    await self._gate.write(context, group.SerializeToString())
+                    await caller.write(group.SerializeToString())
             left = len(tokenized)
             while left:
                 for event in await inbox.take():
                     if isinstance(event, RowsReady):
                         for frame in delivery.frames(_good(event), plan, self._bounds.max_frame_bytes, lending):
-                            await self._gate.write(context, frame)
+                            await caller.write(frame)
                             frame_count += 1
                         call.release(len(event.rows.data))
                     else:
-                        left -= clock.note(_done(event))
+                        left -= caller.record.run(_done(event))
                         call.release(0, run_done=True)
         return frame_count
 
-    async def _embed_stream(self, requests: AsyncIterator[bytes], context: Context) -> None:
+    async def _embed_stream(self, requests: AsyncIterator[bytes], caller: Caller) -> None:
         async def parse(raw: bytes) -> pb.EmbedStreamRequest:
             return await _parse(pb.EmbedStreamRequest, raw)
 
@@ -247,23 +256,26 @@ class EmbeddingService:
                 tokenizer=self._tokenizer,
                 encode=self._encode,
                 parse=parse,
-                write=lambda message: self._gate.write(context, message),
+                write=caller.write,
+                record=caller.record,
                 inbox=Inbox(self._doorbell),
                 max_frame_bytes=self._bounds.max_frame_bytes,
                 lookahead_tokens=self._bounds.lookahead_tokens,
                 lending=lending,
             )
-            with self._call(stream.plan, (), stream.inbox, context) as call:
+            with self._call(stream.plan, (), stream.inbox, caller) as call:
                 header = pb.EmbedStreamResponse(header=delivery.header(self._identity, stream.plan))
-                await self._gate.write(context, header.SerializeToString())
+                await caller.write(header.SerializeToString())
                 await stream.run(requests, call)
 
-    async def _share_memory(self, raw: bytes, context: Context) -> None:
+    async def _share_memory(self, raw: bytes, caller: Caller) -> None:
         await _parse(pb.ShareMemoryRequest, raw)
-        await self._sharing.lease(lambda message: self._gate.write(context, message))
+        await self._sharing.lease(caller.write)
 
-    async def _prepare(self, inputs: Sequence[pb.Input], options: pb.EmbedOptions) -> tuple[Plan, list[Tokenized], int]:
-        """Returns what is asked, the texts as tokens, and how long tokenizing took."""
+    async def _prepare(
+        self, inputs: Sequence[pb.Input], options: pb.EmbedOptions, record: Record
+    ) -> tuple[Plan, list[Tokenized]]:
+        """Returns what is asked, and the texts as tokens."""
         plan = self._intake.plan(options)
         self._intake.check_text_count(len(inputs))
         labels = [f"inputs[{n}]" for n in range(len(inputs))]
@@ -276,24 +288,27 @@ class EmbeddingService:
             truncation=self._intake.truncation(options.truncation),
         )
         checked = [self._intake.checked(plan, one, label) for one, label in zip(results, labels, strict=True)]
-        return plan, _all_good(checked), time.monotonic_ns() - started_at_ns
+        record.tokenize.note(started_at_ns, time.monotonic_ns())
+        return plan, _all_good(checked)
 
     async def _encode(self, items: Sequence[Item], **options: Any) -> list[Tokenized | LayertapError]:
         size = sum(_characters(item) for item in items)
         return await _run(lambda: self._tokenizer.encode(items, **options), in_thread=size > _LARGE_CHARACTERS)
 
     @contextlib.contextmanager
-    def _call(self, plan: Plan, tokenized: Sequence[Tokenized], inbox: Inbox[Any], context: Context) -> Iterator[Call]:
+    def _call(self, plan: Plan, tokenized: Sequence[Tokenized], inbox: Inbox[Any], caller: Caller) -> Iterator[Call]:
         """Queues the texts of a call, and gives up what is left of it at the end, however that comes."""
         call = self._batcher.open(
             plan,
-            client=guard.client_of(context),
-            connection=guard.connection_of(context, inbox),
+            client=caller.client,
+            connection=caller.connection,
             deliver=inbox.put,
-            expires_at=gate.expires_at(context),
+            expires_at=caller.expires_at,
         )
+        texts = [one.text for one in tokenized]
         try:
-            call.add([one.text for one in tokenized])
+            call.add(texts)
+            caller.record.take(texts)
             yield call
         finally:
             call.close()

@@ -20,6 +20,7 @@ from layertap.v1 import embedding_pb2 as pb
 from layertap_server.call import Call, CallFailed, Event, RowsReady, RunDone
 from layertap_server.inbox import Inbox
 from layertap_server.intake import Intake
+from layertap_server.record import Record
 from layertap_server.results import Result, failures_of, split_run
 from layertap_server.results import messages as messages_of
 from layertap_server.sharing import placed
@@ -78,6 +79,7 @@ class Stream:
         encode: Encode,
         parse: Parse,
         write: Write,
+        record: Record,
         inbox: Inbox[StreamEvent],
         max_frame_bytes: int,
         lookahead_tokens: int,
@@ -99,7 +101,7 @@ class Stream:
         self._max_length = intake.max_length(options.options.max_length, at_most=intake.model.max_length)
         self._truncation = intake.truncation(options.options.truncation)
         self._intake, self._tokenizer, self._encode = intake, tokenizer, encode
-        self._parse, self._write = parse, write
+        self._parse, self._write, self._record = parse, write, record
         self._max_frame_bytes, self._lookahead_tokens = max_frame_bytes, lookahead_tokens
         self._entries: dict[int, _Entry] = {}
         self._queued: dict[int, int] = {}
@@ -161,7 +163,8 @@ class Stream:
         results = await self._encode(
             [item for _, item in good], labels=labels, max_length=self._max_length, truncation=self._truncation
         )
-        tokenize_time_ns = time.monotonic_ns() - started_at_ns
+        ended_at_ns = time.monotonic_ns()
+        self._record.tokenize.note(started_at_ns, ended_at_ns)
         texts = []
         for (number, _), label, result in zip(good, labels, results, strict=True):
             checked = self._intake.checked(self.plan, result, label)
@@ -169,11 +172,12 @@ class Stream:
                 self.inbox.put(_Refused(number, checked))
                 continue
             entry = self._entries[number]
-            entry.tokenized, entry.tokenize_time_ns = checked, tokenize_time_ns
+            entry.tokenized, entry.tokenize_time_ns = checked, ended_at_ns - started_at_ns
             self._queued[self._queued_count] = number
             self._queued_count += 1
             texts.append(checked.text)
         call.add(texts, admitted=True)
+        self._record.take(texts)
 
     def _note(self, event: StreamEvent) -> None:
         if isinstance(event, CallFailed):
@@ -188,6 +192,7 @@ class Stream:
             self._note_run(event)
 
     def _note_run(self, done: RunDone) -> None:
+        self._record.run(done)
         parts = self._parts.pop(done.first_text)
         failures = failures_of(parts)
         run = _Run(len(done.texts))
@@ -209,6 +214,7 @@ class Stream:
             self._finish(number, result)
 
     def _finish(self, number: int, result: Result) -> None:
+        self._record.failed_text_count += result.error is not None
         self._entries[number].result = result
         self._finished.append(number)
 
