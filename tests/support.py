@@ -62,11 +62,11 @@ def poll(condition: Callable[[], bool], *, timeout_s: float = 30.0) -> None:
 
 
 class Server:
-    """A layertap-server in a process of its own, on a free loopback port."""
+    """A layertap-server, or a script that makes one, in a process of its own, on a free loopback port."""
 
-    def __init__(self, *flags: str, environment: dict[str, str] | None = None) -> None:
+    def __init__(self, *flags: str, environment: dict[str, str] | None = None, script: Path | None = None) -> None:
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "layertap_server.cli", "--port", "0", *flags],
+            [sys.executable, *([script] if script else ["-m", "layertap_server.cli"]), "--port", "0", *flags],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             env={**os.environ, **(environment or {})},
@@ -117,9 +117,9 @@ class Server:
 
 
 @contextlib.contextmanager
-def running(*flags: str, environment: dict[str, str] | None = None) -> Iterator[Server]:
+def running(*flags: str, environment: dict[str, str] | None = None, script: Path | None = None) -> Iterator[Server]:
     """Runs a server and checks that it ends well."""
-    server = Server(*flags, environment=environment)
+    server = Server(*flags, environment=environment, script=script)
     try:
         yield server
     except BaseException:

@@ -6,7 +6,6 @@ import asyncio
 import logging
 import os
 import queue
-import signal
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final, TypeVar
@@ -17,7 +16,7 @@ import layertap
 from layertap import wire
 from layertap.errors import LayertapError
 from layertap.v1 import embedding_pb2 as pb
-from layertap_server import checkpoint, delivery, encoder, lanes, listen
+from layertap_server import checkpoint, delivery, drain, encoder, lanes, listen
 from layertap_server.batcher import Batcher
 from layertap_server.call import CallFailed, Event, RunDone
 from layertap_server.config import Config, ConfigError
@@ -37,6 +36,10 @@ T = TypeVar("T")
 _CPU_BATCH_TOKENS: Final = 1024
 _CUDA_BATCH_TOKENS: Final = 32_768
 _WARM_TIMEOUT_S: Final = 300.0
+
+
+class EngineLostError(Exception):
+    """The engine has failed for good; threads of its may never end."""
 
 
 class App:
@@ -115,6 +118,12 @@ class App:
                 pin=encoder.pin if encoders[0].device.type == "cuda" else None,
             )
         )
+        self._gate = Gate(
+            max_call_count=config.max_concurrent_call_count,
+            max_request_bytes=config.max_queue_bytes,
+            stall_timeout_s=config.stall_timeout_s,
+            journal=Journal(),
+        )
         self._service = EmbeddingService(
             intake=Intake(
                 model=self.model,
@@ -134,24 +143,23 @@ class App:
                 max_frame_bytes=config.max_frame_bytes,
                 lookahead_tokens=batch_tokens * (self.batcher.lane_count + 1),
             ),
-            gate=Gate(
-                max_call_count=config.max_concurrent_call_count,
-                max_request_bytes=config.max_queue_bytes,
-                stall_timeout_s=config.stall_timeout_s,
-                journal=Journal(),
-            ),
+            gate=self._gate,
         )
         _timed("warmed the engine", self._warm)
 
-    async def serve(self, *, standard_services: bool = True, ready: Callable[[str], None] = print) -> None:
-        """Serves until SIGTERM or SIGINT, then finishes the running calls.
+    async def serve(self, *, standard_services: bool = True, ready: Callable[[str], None] = print) -> bool:
+        """Serves until SIGTERM or SIGINT, or until no lane is left, then finishes the running calls.
 
         Args:
             standard_services: Whether health and reflection are served too.
             ready: Is told the address once the server answers.
 
+        Returns:
+            Whether all threads have ended; the process must not wait for one that has not.
+
         Raises:
             ConfigError: The address cannot be listened on.
+            EngineLostError: No lane is left.
         """
         config = self._config
         server = listen.make_server(config)
@@ -162,20 +170,20 @@ class App:
         if set_serving:
             await set_serving(True)
         ready(address)
-        stopped = asyncio.Event()
-        loop = asyncio.get_running_loop()
-        for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, stopped.set)
-        await stopped.wait()
-        for number in (signal.SIGTERM, signal.SIGINT):
-            loop.remove_signal_handler(number)  # A second signal ends the process at once.
+        signalled = asyncio.create_task(drain.until_signalled())
+        lost = asyncio.create_task(drain.until_lost(self.batcher, timeout_s=config.lane_timeout_s))
+        await asyncio.wait({signalled, lost}, return_when=asyncio.FIRST_COMPLETED)
+        for task in (signalled, lost):
+            task.cancel()
         log.info("stopping: running calls have %.0f s to finish", config.grace_s)
         if set_serving:
             await set_serving(False)
         self._sharing.stop()
-        await server.stop(config.grace_s)
-        await asyncio.to_thread(self.batcher.stop, 10)
+        ended = await drain.drain(self._gate, self.batcher, stop=server.stop, grace_s=config.grace_s)
+        if not self.batcher.live_lane_count:
+            raise EngineLostError("the engine has failed, the log says how; start the server again")
         log.info("stopped")
+        return ended
 
     def _warm(self) -> None:
         """Runs every lane once, so that the first caller does not pay for what the libraries set up."""

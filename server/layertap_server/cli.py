@@ -8,10 +8,13 @@ import dataclasses
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final, NoReturn
 
 from layertap_server import logs
 from layertap_server.config import Config, ConfigError, flag, variable
+
+if TYPE_CHECKING:
+    from layertap_server.app import App
 
 _EXTRA_MISSING = "the server's packages are missing ({name}): pip install 'layertap[server]'"
 
@@ -26,19 +29,35 @@ def main(argv: Sequence[str] | None = None) -> int:
     # gRPC's C core would add lines of its own to ours; what it has to say comes back as errors.
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     try:
-        from layertap import wire
-        from layertap_server import app
-        from layertap_server.checkpoint import CheckpointError
+        from layertap_server.app import App
     except ModuleNotFoundError as exc:
         return _fail(_EXTRA_MISSING.format(name=exc.name))
+    return run(config, App)
+
+
+def run(config: Config, make_app: Callable[[Config], App]) -> int:
+    """Serves until told to end; returns the exit code: 0, 1 if the engine has failed, 2 if it cannot start.
+
+    Args:
+        config: Every knob.
+        make_app: What makes a server of them.
+    """
+    from layertap import wire
+    from layertap_server.app import EngineLostError
+    from layertap_server.checkpoint import CheckpointError
+
     wire.keep_pages()
     try:
-        server = app.App(config)
-        asyncio.run(server.serve(ready=_announce))
+        ended = asyncio.run(make_app(config).serve(ready=_announce))
     except (ConfigError, CheckpointError) as exc:
         return _fail(str(exc))
+    except EngineLostError as exc:
+        _fail(str(exc))
+        _leave(1)
     except KeyboardInterrupt:
         return 130
+    if not ended:
+        _leave(0)
     return 0
 
 
@@ -105,6 +124,13 @@ def _announce(address: str) -> None:
 def _fail(message: str) -> int:
     print(f"layertap-server: {message}", file=sys.stderr)
     return 2
+
+
+def _leave(code: int) -> NoReturn:
+    """Ends the process at once, for a thread hangs: what Python and the device's libraries do last may wait for it."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 if __name__ == "__main__":

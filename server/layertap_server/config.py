@@ -130,6 +130,12 @@ class Config:
         unit="seconds",
         least=0,
     )
+    lane_timeout_s: float = _knob(
+        300.0,
+        "How long a lane may make no progress with a batch before it is given up; without any the server ends.",
+        unit="seconds",
+        least=0.1,
+    )
     log_level: str = _knob("info", "What is logged.", choices=("debug", "info", "warning", "error"))
     log_format: str = _knob(
         "text", "text is for people; json is one object a line, for programs.", choices=("text", "json")

@@ -1,11 +1,14 @@
-"""Where calls come in and go out: how many at once, what an error becomes, how long an answer may stay unread.
+"""Where calls come in and go out.
 
-With `service` the only file that knows a gRPC context. What happens to a call is noted in its record; see `journal`.
+How many at once, what an error becomes, how long an answer may stay unread, and how calls end when the server does.
+With `service` the only file that knows a gRPC context. What happens to a
+call is noted in its record; see `journal`.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
 from collections.abc import Awaitable, Callable
@@ -20,6 +23,7 @@ from layertap.errors import (
     InternalError,
     LayertapError,
     ResourceExhaustedError,
+    UnavailableError,
 )
 from layertap_server import guard
 from layertap_server.journal import REQUEST_ID, Journal
@@ -88,7 +92,11 @@ class Caller:
 
 
 class Gate:
-    """What all calls of a server pass through."""
+    """What all calls of a server pass through.
+
+    Attributes:
+        closed: Whether no more calls are let in; long ones wait for it and end early.
+    """
 
     def __init__(
         self, *, max_call_count: int, max_request_bytes: int, stall_timeout_s: float, journal: Journal
@@ -106,7 +114,34 @@ class Gate:
         self._max_call_count = max_call_count
         self._stall_timeout_s = stall_timeout_s
         self._journal = journal
-        self._call_count = 0
+        self._calls: set[asyncio.Task[Any]] = set()
+        self.closed = asyncio.Event()
+        self._left = asyncio.Event()
+        self._cutting = False
+
+    @property
+    def call_count(self) -> int:
+        """Calls under way, until the last byte of their answers is handed to gRPC."""
+        return len(self._calls)
+
+    def close(self) -> None:
+        """Lets no more calls in."""
+        self.closed.set()
+
+    async def emptied(self, timeout_s: float) -> bool:
+        """Waits until no call is under way, but no longer than that; returns whether it is so."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(timeout_s):
+                while self._calls:
+                    self._left.clear()
+                    await self._left.wait()
+        return not self._calls
+
+    def cut(self) -> None:
+        """Ends the calls that are under way with UNAVAILABLE."""
+        self._cutting = True
+        for task in self._calls:
+            task.cancel()
 
     def answered(
         self, name: str, method: Callable[[Any, Caller], Awaitable[T]]
@@ -120,10 +155,15 @@ class Gate:
             request_id = (REQUEST_ID, record.request_id)
             context.set_trailing_metadata((request_id,))
             byte_count = len(request) if isinstance(request, bytes) else 0
-            self._call_count += 1
             self._request_bytes += byte_count
+            task = asyncio.current_task()
+            assert task is not None
+            self._calls.add(task)
+            task.add_done_callback(self._leave)
             try:
-                if self._call_count > self._max_call_count:
+                if self.closed.is_set():
+                    raise UnavailableError("the server is stopping; try another, or again later", retry_after_s=1.0)
+                if len(self._calls) > self._max_call_count:
                     raise ResourceExhaustedError(
                         f"the server is full: {self._max_call_count} calls are under way; try again later",
                         retry_after_s=0.5,
@@ -143,14 +183,17 @@ class Gate:
                 error = exc
                 record.fail(error)
             except (_CallerLeftError, asyncio.CancelledError) as exc:
-                record.fail(_left(context))
-                raise asyncio.CancelledError from exc  # There is nobody to tell.
+                if not self._cutting or isinstance(exc, _CallerLeftError):
+                    record.fail(_left(context))
+                    raise asyncio.CancelledError from exc  # There is nobody to tell.
+                task.uncancel()
+                error = UnavailableError("the server could not finish in time; try another", retry_after_s=1.0)
+                record.fail(error)
             except Exception:
                 log.exception("%s failed", name, extra={"fields": {"request_id": record.request_id}})
                 error = InternalError("the server failed; its log has the reason")
                 record.fail(error)
             finally:
-                self._call_count -= 1
                 self._request_bytes -= byte_count
                 self._journal.close(record)
             # gRPC's own word for "retry in so many milliseconds"; -1 means never.
@@ -159,6 +202,10 @@ class Gate:
             await context.abort(_STATUS[int(error.code)], error.details, (pushback, request_id))
 
         return call
+
+    def _leave(self, task: asyncio.Task[Any]) -> None:
+        self._calls.discard(task)
+        self._left.set()
 
 
 def _left(context: Context) -> LayertapError:

@@ -259,6 +259,7 @@ class EmbeddingService:
                 write=caller.write,
                 record=caller.record,
                 inbox=Inbox(self._doorbell),
+                stopping=self._gate.closed,
                 max_frame_bytes=self._bounds.max_frame_bytes,
                 lookahead_tokens=self._bounds.lookahead_tokens,
                 lending=lending,
@@ -342,7 +343,7 @@ def _good(event: RowsReady) -> RowsReady:
     if event.rows.failures:
         position = min(event.rows.failures)
         error = event.rows.failures[position]
-        raise type(error)(f"inputs[{event.first_text + position}]: {error.details}")
+        raise type(error)(f"inputs[{event.first_text + position}]: {error.details}", retry_after_s=error.retry_after_s)
     return event
 
 

@@ -3,6 +3,9 @@
 Reading stops while enough texts of this call wait in the queue to keep the lanes full; HTTP/2 then holds the caller
 back. Results are held until they may be sent, in the order of the texts if the caller wants that, and their bytes are
 given back as they are sent: a caller who does not read is soon not computed for any more.
+
+When the server stops, reading stops too: what has been read is answered, and the call ends with UNAVAILABLE, so that
+the caller sends the rest elsewhere.
 """
 
 from __future__ import annotations
@@ -12,10 +15,10 @@ import dataclasses
 import logging
 import time
 from collections import defaultdict
-from collections.abc import AsyncIterator, Awaitable, Callable
-from typing import TypeAlias
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from typing import Final, TypeAlias
 
-from layertap.errors import InternalError, InvalidArgumentError, LayertapError
+from layertap.errors import InternalError, InvalidArgumentError, LayertapError, UnavailableError
 from layertap.v1 import embedding_pb2 as pb
 from layertap_server.call import Call, CallFailed, Event, RowsReady, RunDone
 from layertap_server.inbox import Inbox
@@ -34,6 +37,13 @@ Encode = Callable[..., Awaitable[list[Tokenized | LayertapError]]]
 Write = Callable[[bytes], Awaitable[None]]
 
 
+_MAX_ENTRY_COUNT: Final = 16384
+"""Texts that are not yet answered, bad ones too, above which reading stops."""
+
+_ADMITTED_AT_ONCE: Final = 256
+"""So many texts of a message are tokenized and queued before it is looked again whether there is room for more."""
+
+
 @dataclasses.dataclass(frozen=True, slots=True)
 class _Refused:
     """A text that never reached the queue."""
@@ -44,7 +54,9 @@ class _Refused:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class _AllRead:
-    """The caller has sent its last text."""
+    """No more is read: the caller has sent its last text, or the server is stopping."""
+
+    stopping: bool
 
 
 StreamEvent: TypeAlias = Event | _Refused | _AllRead
@@ -81,6 +93,7 @@ class Stream:
         write: Write,
         record: Record,
         inbox: Inbox[StreamEvent],
+        stopping: asyncio.Event,
         max_frame_bytes: int,
         lookahead_tokens: int,
         lending: Lending | None,
@@ -101,14 +114,14 @@ class Stream:
         self._max_length = intake.max_length(options.options.max_length, at_most=intake.model.max_length)
         self._truncation = intake.truncation(options.options.truncation)
         self._intake, self._tokenizer, self._encode = intake, tokenizer, encode
-        self._parse, self._write, self._record = parse, write, record
+        self._parse, self._write, self._record, self._stopping = parse, write, record, stopping
         self._max_frame_bytes, self._lookahead_tokens = max_frame_bytes, lookahead_tokens
         self._entries: dict[int, _Entry] = {}
         self._queued: dict[int, int] = {}
         self._queued_count = 0
         self._parts: defaultdict[int, list[RowsReady]] = defaultdict(list)
         self._finished: list[int] = []
-        self._all_read = False
+        self._all_read: _AllRead | None = None
         self._taken = asyncio.Event()
 
     async def run(self, requests: AsyncIterator[bytes], call: Call) -> None:
@@ -116,6 +129,7 @@ class Stream:
 
         Raises:
             LayertapError: The call as a whole is at fault, or nobody reads its answers.
+            UnavailableError: The server is stopping, and has answered what it had read.
         """
         reader = asyncio.create_task(self._read(requests, call))
         try:
@@ -124,31 +138,51 @@ class Stream:
                     self._note(event)
                 self._taken.set()
                 await self._send(call)
+                self._taken.set()
         finally:
             reader.cancel()
             await asyncio.gather(reader, return_exceptions=True)
+        if self._all_read.stopping:
+            raise UnavailableError("the server is stopping; send what is unanswered to another", retry_after_s=0.0)
 
     async def _read(self, requests: AsyncIterator[bytes], call: Call) -> None:
         try:
-            async for raw in requests:
+            while (raw := await self._next(requests)) is not None:
                 request = await self._parse(raw)
                 if request.WhichOneof("kind") != "inputs":
                     raise InvalidArgumentError("only the first message carries options; send inputs in each later one")
-                while call.waiting_token_count > self._lookahead_tokens:
-                    self._taken.clear()
-                    await self._taken.wait()
-                await self._admit(request.inputs, call)
-            self.inbox.put(_AllRead())
+                for first in range(0, len(request.inputs.inputs), _ADMITTED_AT_ONCE):
+                    while call.waiting_token_count > self._lookahead_tokens or len(self._entries) > _MAX_ENTRY_COUNT:
+                        self._taken.clear()
+                        await self._taken.wait()
+                    if self._stopping.is_set():
+                        break
+                    await self._admit(request.inputs.inputs[first : first + _ADMITTED_AT_ONCE], call)
+            self.inbox.put(_AllRead(stopping=self._stopping.is_set()))
         except LayertapError as exc:
             self.inbox.put(CallFailed(exc))
         except Exception:
             log.exception("reading a stream failed")
             self.inbox.put(CallFailed(InternalError("the server failed to read the stream; its log has the reason")))
 
-    async def _admit(self, message: pb.StreamInputs, call: Call) -> None:
-        """Checks, tokenizes and queues the texts of one message; a bad one is answered for itself."""
+    async def _next(self, requests: AsyncIterator[bytes]) -> bytes | None:
+        """Waits for the next message; None: there is none, or the server is stopping."""
+
+        async def read() -> bytes | None:
+            return await anext(requests, None)
+
+        reading, stopping = asyncio.create_task(read()), asyncio.create_task(self._stopping.wait())
+        try:
+            await asyncio.wait({reading, stopping}, return_when=asyncio.FIRST_COMPLETED)
+            return reading.result() if reading.done() else None
+        finally:
+            reading.cancel()
+            stopping.cancel()
+
+    async def _admit(self, inputs: Sequence[pb.StreamInput], call: Call) -> None:
+        """Checks, tokenizes and queues texts; a bad one is answered for itself."""
         good: list[tuple[int, Item]] = []
-        for one in message.inputs:
+        for one in inputs:
             if one.id in self._entries:
                 raise InvalidArgumentError(
                     f"id {one.id} is in use by a text that is not yet answered; number texts anew"
@@ -183,7 +217,7 @@ class Stream:
         if isinstance(event, CallFailed):
             raise event.error
         if isinstance(event, _AllRead):
-            self._all_read = True
+            self._all_read = event
         elif isinstance(event, _Refused):
             self._finish(event.id, Result(id=event.id, error=event.error))
         elif isinstance(event, RowsReady):
