@@ -48,7 +48,7 @@ class StandIn(Encoder):
 
     def _rows(self, run: Run, output_index: int, layer: int) -> memoryview:
         output = run.plan.outputs[output_index]
-        row_count = sum(text.token_count for text in run.texts) if output.per_token else len(run.texts)
+        row_count = sum(output.row_counts(run.texts))
         byte_count = row_count * run.plan.row_bytes(output)
         data = run.allocate(output_index, layer, byte_count)
         if data is None:

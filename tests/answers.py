@@ -16,7 +16,20 @@ from layertap.v1 import embedding_pb2 as pb
 from layertap_server import delivery
 from layertap_server.call import RowsReady
 from layertap_server.tokenizer import Tokenized
-from layertap_server.work import Output, OutputKind, Plan, Pool, Rows, Strategy, Text
+from layertap_server.work import (
+    Mix,
+    Mixing,
+    Output,
+    OutputKind,
+    Plan,
+    Pool,
+    Rows,
+    Strategy,
+    Text,
+    Unit,
+    WordPooling,
+    Words,
+)
 
 LAYER_COUNT = 4
 IDENTITY = delivery.Identity(model_id="made-up", fingerprint="f" * 64, layer_count=LAYER_COUNT, pad_token_id=0)
@@ -49,20 +62,19 @@ class Answer:
 
     @property
     def options(self) -> pb.EmbedOptions:
-        asked = {
-            OutputKind.HIDDEN_STATES: lambda output: pb.Output(hidden_states=pb.HiddenStates(layers=output.layers)),
-            OutputKind.POOLER_OUTPUT: lambda output: pb.Output(pooler_output=pb.PoolerOutput()),
-            OutputKind.POOLED_VECTORS: lambda output: pb.Output(pooled_vectors=pb.PooledVectors()),
-        }
         return pb.EmbedOptions(
-            outputs=[asked[output.kind](output) for output in self.plan.outputs],
+            outputs=[_asked(output) for output in self.plan.outputs],
             dtype=wire.DTYPES[self.plan.dtype],
             return_tokens=self.plan.return_tokens,
         )
 
+    @property
+    def word_counts(self) -> list[int]:
+        return [text.word_count for text in self.texts]
+
     def row_starts(self, output: Output) -> np.ndarray:
         """Returns the first row of each text, and the row past the last."""
-        return np.cumsum([0, *(self.counts if output.per_token else [1] * len(self.texts))])
+        return np.cumsum([0, *output.row_counts(self.texts)])
 
     def ready(self, first: int, last: int) -> Iterator[RowsReady]:
         """Yields what the batcher delivers for the texts from first up to last."""
@@ -82,13 +94,26 @@ class Answer:
         assert found.attention_mask.shape == (last - first, max(counts))
         assert found.attention_mask.sum(1).tolist() == counts
         assert found.model.model_id == "made-up" and found.model.fingerprint == "f" * 64
+        if self.plan.has_words:
+            assert found.words.word_counts.tolist() == self.word_counts[first:last]
+            for text, pieces, offsets in zip(
+                self.texts[first:last], found.words.piece_counts, found.words.offsets, strict=True
+            ):
+                same(pieces, text.words.piece_counts)
+                same(offsets, text.words.offsets)
         pools = iter(found.pools)
         layers: tuple[int, ...] = ()
         for output_index, output in enumerate(self.plan.outputs):
             starts = self.row_starts(output)
             for layer in output.layers:
                 wanted = self.wanted[output_index, layer][starts[first] : starts[last]]
-                if output.kind is OutputKind.HIDDEN_STATES:
+                if output.mix is not None and output.unit is not Unit.TEXT:
+                    rows = found.mixed if output.unit is Unit.TOKEN else found.words.mixed
+                    assert rows.layers == output.mix.layers
+                    same(np.concatenate(rows.ragged()), wanted)
+                elif output.unit is Unit.WORD:
+                    same(np.concatenate(found.words.ragged(layer)), wanted)
+                elif output.unit is Unit.TOKEN:
                     layers = output.layers
                     same(np.concatenate(found.ragged(layer)), wanted)
                     padded = found.hidden_states[layer]
@@ -119,7 +144,12 @@ def make(
 ) -> Answer:
     """Returns an answer full of random numbers."""
     random = np.random.default_rng(seed)
-    texts = [Text(random.integers(0, 1000, count).astype(np.int32)) for count in counts]
+    texts = [
+        Text(random.integers(0, 1000, count).astype(np.int32), words=words(random, count))
+        if any(output.unit is Unit.WORD for output in outputs)
+        else Text(random.integers(0, 1000, count).astype(np.int32))
+        for count in counts
+    ]
     answer = Answer(
         plan=Plan(outputs=tuple(outputs), dtype=dtype, return_tokens=return_tokens), texts=texts, wanted={}, data={}
     )
@@ -138,6 +168,40 @@ def make(
                 data = values.astype("<f4").tobytes()
             answer.wanted[output_index, layer], answer.data[output_index, layer] = values, data
     return answer
+
+
+def words(random: np.random.Generator, token_count: int) -> Words:
+    """Returns some words of a text, or none, with any numbers."""
+    count = int(random.integers(0, 2 * token_count))
+    return Words(
+        starts=np.zeros(count, np.int64),
+        piece_counts=random.integers(0, 3, count),
+        offsets=random.integers(0, 100_000, (count, 2)),
+        first_word_count=int(random.integers(0, count + 1)),
+    )
+
+
+def _asked(output: Output) -> pb.Output:
+    layers: dict[str, Any] = {"layers": output.layers}
+    if output.mix is not None:
+        layers = {"mix": pb.LayerMix(layers=output.mix.layers)}
+    if output.kind is OutputKind.HIDDEN_STATES:
+        return pb.Output(hidden_states=pb.HiddenStates(**layers))
+    if output.kind is OutputKind.WORD_VECTORS:
+        return pb.Output(word_vectors=pb.WordVectors(**layers))
+    if output.kind is OutputKind.POOLER_OUTPUT:
+        return pb.Output(pooler_output=pb.PoolerOutput())
+    return pb.Output(pooled_vectors=pb.PooledVectors(**({} if output.mix is None else layers)))
+
+
+def word_vectors(layers: Sequence[int], row_size: int) -> Output:
+    return Output(kind=OutputKind.WORD_VECTORS, layers=tuple(layers), row_size=row_size, word_pooling=WordPooling.FIRST)
+
+
+def as_mix(output: Output, layers: Sequence[int]) -> Output:
+    """Returns an output of a mix instead of its own layers."""
+    mix = Mix(mixing=Mixing.CONCAT, layers=tuple(layers))
+    return dataclasses.replace(output, layers=(mix.top,), mix=mix)
 
 
 def hidden_states(layers: Sequence[int], row_size: int) -> Output:
@@ -169,6 +233,11 @@ def answers(draw: st.DrawFn, *, only_layers: bool = False, max_count: int = 6, m
         least = 0 if outputs else 1
         vectors = draw(st.lists(st.tuples(st.integers(0, LAYER_COUNT), row_sizes), min_size=least, max_size=2))
         outputs.extend(pooled_vectors(layer, row_size) for layer, row_size in vectors)
+        if draw(st.booleans()):
+            outputs.append(word_vectors(draw(layer_sets), draw(row_sizes)))
+        for make_output in draw(st.sets(st.sampled_from([hidden_states, word_vectors, pooled_vectors]))):
+            layers: Any = 0 if make_output is pooled_vectors else [0]
+            outputs.append(as_mix(make_output(layers, draw(row_sizes)), draw(st.permutations(draw(layer_sets)))))
         outputs = draw(st.permutations(outputs))
     return make(counts, outputs, draw(dtypes), seed=draw(st.integers(0, 1000)))
 

@@ -26,7 +26,7 @@ from layertap_server.record import Phase, Record
 from layertap_server.results import Result, split_run
 from layertap_server.results import messages as messages_of
 from layertap_server.tokenizer import Tokenized, Tokenizer
-from layertap_server.work import Text
+from layertap_server.work import Text, Unit
 
 MODEST = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 TIMINGS = pb.Timings(queue_time_ns=1, tokenize_time_ns=2, compute_time_ns=3)
@@ -41,8 +41,10 @@ def opened(answer: Answer, frames: Iterable[Message]) -> list[Message]:
     """Returns the whole answer as messages: header, frames, summary."""
     parts = [(pb.EmbedLayersResponse(frame=frame), data) for frame, data in frames]
     summary = pb.EmbedSummary(frame_count=len(parts), timings=TIMINGS)
+    words = delivery.word_groups(answer.tokenized, 1 << 20) if answer.plan.has_words else ()
     return [
         (pb.EmbedLayersResponse(header=answer.header), b""),
+        *((group, b"") for group in words),
         *parts,
         (pb.EmbedLayersResponse(summary=summary), b""),
     ]
@@ -193,7 +195,7 @@ def test_frames_at_random_places_never_give_wrong_arrays(data: st.DataObject, an
         expected, starts = np.full_like(wanted, np.nan), answer.row_starts(output)
         for frame, payload in frames:
             if (frame.output_index, frame.layer) == (output_index, layer):
-                start = int(starts[frame.first_text]) + (frame.first_row if output.per_token else 0)
+                start = int(starts[frame.first_text]) + (0 if output.unit is Unit.TEXT else frame.first_row)
                 place = expected[start : start + frame.row_count]
                 wire.read_into(place, payload, wire.DTYPES[answer.plan.dtype])
         by_place.wanted[output_index, layer] = expected
@@ -296,7 +298,7 @@ def broken_headers() -> Iterator[Any]:
     yield changed("truncated of one text only", lambda header: header.truncated.pop())
     yield changed("a layer that was not asked for", lambda header: header.outputs[0].layers.append(3))
     yield changed("a layer missing", lambda header: header.outputs[0].layers.pop())
-    yield changed("rows of texts instead of tokens", lambda header: header.outputs[0].ClearField("per_token"))
+    yield changed("rows of texts instead of tokens", lambda header: header.outputs[0].ClearField("unit"))
 
 
 UNREAD_BY_LAYERS = {
@@ -331,6 +333,65 @@ def test_a_pooler_of_two_layers_is_a_data_loss() -> None:
     _, *rest = opened(answer, frames)
     with pytest.raises(DataLossError):
         assemble(answer, [(pb.EmbedLayersResponse(header=header), b""), *rest])
+
+
+# Words.
+
+WORDED = answers.make(
+    [5, 9, 3], [answers.word_vectors([1, 2], 3), answers.as_mix(answers.word_vectors([0], 2), [2, 0])], "float32"
+)
+
+
+def test_words_come_in_groups_below_the_frame_size() -> None:
+    answer = answers.make([40, 90, 1, 30, 2] * 4, [answers.word_vectors([1], 1)], "float32")
+    groups = list(delivery.word_groups(answer.tokenized, 2000))
+    assert len(groups) > 2 and all(group.ByteSize() <= 2000 for group in groups)
+    messages = opened(answer, whole_frames(answer))
+    messages[1:1] = [(group, b"") for group in groups]
+    assembler = EmbedAssembler(answer.messages, answer.options)
+    for part, data in messages:
+        if part.WhichOneof("part") != "words" or part in groups:
+            assembler.feed(part, memoryview(data))
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda header: header.word_counts.pop(),
+        lambda header: header.word_counts.append(1),
+        lambda header: header.word_counts.__setitem__(0, -1),
+        lambda header: header.word_counts.__setitem__(0, header.word_counts[0] + 1),
+        lambda header: header.ClearField("word_counts"),
+        lambda header: setattr(header.outputs[0], "unit", pb.ROW_UNIT_TOKEN),
+        lambda header: header.outputs[0].mixed_layers.append(1),
+        lambda header: header.outputs[1].ClearField("mixed_layers"),
+        lambda header: header.outputs[1].layers.append(3),
+    ],
+)
+def test_a_header_whose_words_or_mixes_are_not_those_of_the_request(spoil: Callable[[pb.EmbedHeader], Any]) -> None:
+    (header, _), *rest = opened(WORDED, whole_frames(WORDED))
+    spoil(header.header)
+    with pytest.raises(DataLossError):
+        assemble(WORDED, [(header, b""), *rest])
+
+
+def test_words_that_are_missing_or_of_other_lengths_are_a_data_loss() -> None:
+    header, (words, _), *rest = opened(WORDED, whole_frames(WORDED))
+    WORDED.check(assemble(WORDED, [header, (words, b""), *rest]))
+    for wrong in ([], [(words, b""), (words, b"")]):
+        with pytest.raises(DataLossError):
+            assemble(WORDED, [header, *wrong, *rest])
+    for spoil in (
+        lambda text: text.piece_counts.append(1),
+        lambda text: text.offsets.append(1),
+        lambda text: setattr(text, "first_word_count", -1),
+        lambda text: setattr(text, "first_word_count", 1000),
+    ):
+        other = pb.EmbedLayersResponse()
+        other.CopyFrom(words)
+        spoil(other.words.texts[1])
+        with pytest.raises(DataLossError):
+            assemble(WORDED, [header, (other, b""), *rest])
 
 
 # Tokens.
@@ -400,7 +461,7 @@ def test_what_the_server_cuts_the_client_puts_together(data: st.DataObject, answ
     raws = [raw for part in ready for raw in delivery.frames(part, answer.plan, most)]
     frames = [(part.frame, bytes(payload)) for part, payload in split_all(raws, pb.EmbedLayersResponse, most)]
     answer.check(assemble(answer, opened(answer, frames)))
-    if len(answer.plan.outputs) == 1 and answer.plan.outputs[0].per_token:
+    if len(answer.plan.outputs) == 1 and answer.plan.outputs[0].unit is Unit.TOKEN:
         came = list(gather(answer, opened(answer, frames)))
         check_layers(answer, came)
         assert sum(len(part.texts) for part in came) == text_count * len(answer.data)
@@ -415,6 +476,8 @@ def test_a_unary_answer_becomes_the_right_arrays(data: st.DataObject, answer: An
     tensors = list(delivery.tensors(data.draw(st.permutations(ready)), answer.plan))
     record = Record(method="Embed", request_id="1", client="me", tokenize=Phase(time_ns=5))
     message = pb.EmbedResponse(header=answer.header, tensors=tensors, timings=delivery.timings(record))
+    if answer.plan.has_words:
+        message.words.extend(map(delivery.words, answer.tokenized))
     raw = message.SerializeToString()
     found = EmbedAssembler(answer.messages, answer.options).whole(pb.EmbedResponse.FromString(raw))
     answer.check(found)
@@ -423,7 +486,7 @@ def test_a_unary_answer_becomes_the_right_arrays(data: st.DataObject, answer: An
         lambda wrong: wrong.tensors.pop(),
         lambda wrong: setattr(wrong.tensors[0], "layer", 77),
         lambda wrong: wrong.tensors[0].tensor.shape.__setitem__(0, wrong.tensors[0].tensor.shape[0] + 1),
-        lambda wrong: setattr(wrong.tensors[0].tensor, "data", wrong.tensors[0].tensor.data[:-1]),
+        lambda wrong: setattr(wrong.tensors[0].tensor, "data", wrong.tensors[0].tensor.data[:-1] or b"?"),
         lambda wrong: wrong.tensors.append(wrong.tensors[0]),
         lambda wrong: wrong.ClearField("header"),
     ):
@@ -457,6 +520,7 @@ def stream_header(answer: Answer) -> pb.EmbedStreamResponse:
 def test_what_the_server_packs_or_spreads_the_ledger_unpacks(
     tokenizer: Tokenizer, data: st.DataObject, answer: Answer, most: int
 ) -> None:
+    most += 1024 * answer.plan.has_words  # A list of words is not cut.
     results = stream_results(answer)
     bad = data.draw(st.sets(st.integers(0, len(results) - 1)), label="failed texts")
     for n in bad:

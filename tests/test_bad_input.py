@@ -26,7 +26,7 @@ import safetensors.torch
 import torch
 from support import Server, open_client, running
 
-from layertap import AsyncClient, Client, Pooling, TokenIds
+from layertap import AsyncClient, Client, LayerMix, Pooling, TokenIds
 from layertap.errors import (
     DeadlineExceededError,
     FailedPreconditionError,
@@ -436,6 +436,109 @@ def test_names_that_nobody_knows(client: Any) -> None:
     for wrong in (5, [5], [None], [["mean"]], {"mean": 1}.items()):
         _refused(InvalidArgumentError, lambda wrong=wrong: client.embed(SECRET, pooling=wrong), "pooling")
     _refused(InvalidArgumentError, lambda: list(client.embed_stream([SECRET], on_error="ignore")), "on_error", "raise")
+
+
+# --- words and mixes --------------------------------------------------------------------------------
+
+
+def test_token_ids_have_no_words(client: Any) -> None:
+    for ids in ([101, 102], TokenIds([101, 102])):
+        named = ("inputs[1]", "token ids", "no words", "hidden_states")
+        _refused(InvalidArgumentError, lambda ids=ids: client.embed([GOOD, ids], words="mean"), *named)
+        good, bad, last = client.embed_stream([GOOD, ids, [SECRET]], words="mean")
+        assert good.error is None and last.error is None and type(bad.error) is InvalidArgumentError
+        _check_message(bad.error.details, "item 1", "no words")
+    tokens = client.tokenize([GOOD])
+    _refused(InvalidArgumentError, lambda: client.embed(tokens, words="first"), "inputs[0]", "token ids")
+
+
+@pytest.mark.parametrize("words", ["middle", "", "MEAN", True, 1, ["mean"]], ids=repr)
+def test_words_that_nobody_knows(client: Any, words: Any) -> None:
+    _refused(InvalidArgumentError, lambda: client.embed(SECRET, words=words), "words", "first_last")
+    _refused(InvalidArgumentError, lambda: list(client.embed_stream([SECRET], words=words)), "words", "first_last")
+
+
+BAD_MIXES: dict[str, tuple[Any, tuple[str, ...]]] = {
+    "a name": ("mean", ("mix", "LayerMix")),
+    "a list": ([-1, -2], ("mix", "LayerMix")),
+    "an unknown strategy": (LayerMix("median", layers=[1]), ("strategy", "concat")),
+    "no layers": (LayerMix("mean", layers=[]), ("layers", "at least one")),
+    "layers that are a number": (LayerMix("mean", layers=3), ("layers", "list")),
+    "an unknown name of layers": (LayerMix("mean", layers="most"), ("layers", "all")),
+    "a layer out of range": (LayerMix("mean", layers=[0, 4]), ("mix.layers has 4", "0 to 3")),
+    "a layer twice": (LayerMix("mean", layers=[1, 1]), ("mix.layers", "twice")),
+    "a layer by both its names": (LayerMix("concat", layers=[3, 0, -1]), ("mix.layers", "twice")),
+    "no weights": (LayerMix("weighted", layers=[1, 2]), ("weights", "0 entries", "2 layers")),
+    "too few weights": (LayerMix("weighted", layers="all", weights=[1.0]), ("weights", "1 entries", "4 layers")),
+    "weights of a mean": (LayerMix("mean", layers=[1], weights=[1.0]), ("weights", "weighted")),
+    "nan": (LayerMix("weighted", layers=[1], weights=[float("nan")]), ("weights", "1000000")),
+    "infinity": (LayerMix("weighted", layers=[1], weights=[float("inf")]), ("weights", "1000000")),
+    "a huge weight": (LayerMix("weighted", layers=[1], weights=[1e300]), ("weights", "1000000")),
+    "weights that are words": (LayerMix("weighted", layers=[1], weights=[SECRET]), ("weights", "numbers")),
+    "weights that are not flat": (LayerMix("weighted", layers=[1], weights=[[1.0], []]), ("weights", "flat")),
+    "weights that are lists": (LayerMix("weighted", layers=[1], weights=[[1.0]]), ("weights", "numbers")),
+    "a weight that is no list": (LayerMix("weighted", layers=[1], weights=2.0), ("weights", "numbers")),
+}
+
+
+@pytest.mark.parametrize(("mix", "named"), BAD_MIXES.values(), ids=BAD_MIXES.keys())
+def test_a_mix_that_is_none(client: Any, mix: Any, named: tuple[str, ...]) -> None:
+    _refused(InvalidArgumentError, lambda: client.embed(SECRET, mix=mix), *named)
+    _refused(InvalidArgumentError, lambda: list(client.embed_stream([SECRET], mix=mix, words="mean")), *named)
+    if isinstance(mix, LayerMix):
+        pooling = ["mean", Pooling("mean", layer=mix)]
+        _refused(
+            InvalidArgumentError, lambda: client.embed(SECRET, pooling=pooling), *(n.split(".")[-1] for n in named)
+        )
+
+
+def test_dimensions_of_a_mix_know_its_width(client: Any) -> None:
+    wide = LayerMix("concat", layers=[0, 1, 2])
+    assert client.embed(SECRET, pooling=Pooling("mean_max", layer=wide, dimensions=192)).pooled.shape == (1, 192)
+    pooling = Pooling("mean_max", layer=wide, dimensions=193)
+    _refused(InvalidArgumentError, lambda: client.embed(SECRET, pooling=pooling), "dimensions is 193", "1 to 192")
+
+
+def test_outputs_that_contradict_themselves(stub: Stub) -> None:
+    mix = pb.LayerMix(layers=[1])
+    both = "both"
+    for output, named in (
+        (pb.Output(hidden_states=pb.HiddenStates(mix=mix, layers=[1])), (both, "mix")),
+        (pb.Output(hidden_states=pb.HiddenStates(mix=mix, all_layers=True)), (both, "mix")),
+        (pb.Output(word_vectors=pb.WordVectors(mix=mix, layers=[1])), (both, "mix")),
+        (pb.Output(word_vectors=pb.WordVectors(all_layers=True, layers=[1])), (both, "all_layers")),
+        (pb.Output(word_vectors=pb.WordVectors(pooling=9)), ("pooling", "9")),
+        (pb.Output(pooled_vectors=pb.PooledVectors(mix=mix, layer=1)), (both, "mix")),
+        (pb.Output(hidden_states=pb.HiddenStates(mix=pb.LayerMix())), ("mix", "layers", "all_layers")),
+        (pb.Output(hidden_states=pb.HiddenStates(mix=pb.LayerMix(layers=[1], all_layers=True))), ("all_layers",)),
+        (pb.Output(hidden_states=pb.HiddenStates(mix=pb.LayerMix(layers=[1], strategy=9))), ("strategy", "9")),
+    ):
+        request = pb.EmbedRequest(inputs=[pb.Input(text=SECRET)], options=pb.EmbedOptions(outputs=[output]))
+        call = lambda request=request: stub.Embed(request)  # noqa: E731
+        _raw_refused(grpc.StatusCode.INVALID_ARGUMENT, call, "options.outputs[0]", *named)
+
+
+def test_rows_of_words_count_against_the_limits(stub: Stub, client: Any) -> None:
+    # Two tokens, and a row for each of 20000 words: what must be held is told before anything is computed.
+    nothing = [""] * 20_000
+    options = pb.EmbedOptions(outputs=[pb.Output(word_vectors=pb.WordVectors(all_layers=True))])
+    request = pb.EmbedRequest(inputs=[pb.Input(words=pb.Words(words=nothing))], options=options)
+    _raw_refused(grpc.StatusCode.INVALID_ARGUMENT, lambda: stub.Embed(request), "Embed", "EmbedLayers")
+    concat = LayerMix("concat", layers="all")
+    call = lambda: client.embed([GOOD, [""] * 90_000], words="first_last", layers="all", mix=concat)  # noqa: E731
+    _refused(InvalidArgumentError, call, "inputs[1]", "bytes", str(128 << 20), "fewer layers")
+    assert not client.embed([nothing], words="mean").words[-1].any()
+
+
+def test_words_and_mixes_of_a_text_whose_numbers_are_wrong(flawed: Any) -> None:
+    mix = LayerMix("sum", layers=[0, 3])
+    for options in ({"words": "first"}, {"words": "mean", "mix": mix}, {"mix": mix}):
+        call = lambda options=options: flawed.embed([GOOD, f"{SECRET} {NAN}"], **options)  # noqa: E731
+        _refused(InternalError, call, "inputs[1]", "layer 3", "NaN")
+        good, bad = flawed.embed_stream([GOOD, f"{SECRET} {NAN}"], **options)
+        assert good.error is None and type(bad.error) is InternalError
+    call = lambda: flawed.embed([OVERFLOWING], layers=[0], words="first", dtype="float16")  # noqa: E731
+    _refused(OutOfRangeError, call, "inputs[0]", "float16")
 
 
 @pytest.mark.parametrize("dimensions", [33, 65, 0, -1, 2**31, 2.5, "8"], ids=repr)

@@ -24,7 +24,7 @@ from layertap import (
 )
 from layertap_server.batcher import Batcher
 from layertap_server.call import Call, CallFailed, Event, RowsReady, RunDone
-from layertap_server.work import Output, OutputKind, Plan, Pool, Rows, Run, Strategy, Text
+from layertap_server.work import Output, OutputKind, Plan, Pool, Rows, Run, Strategy, Text, Unit
 
 WAIT_S = 20.0
 
@@ -41,7 +41,7 @@ def text(first: int, length: int = 1) -> Text:
 
 
 def wanted(output: Output, one: Text, layer: int) -> list[float]:
-    ids = one.input_ids if output.per_token else one.input_ids[:1]
+    ids = one.input_ids if output.unit is Unit.TOKEN else one.input_ids[:1]
     return [float(number + 1000 * layer) for number in ids]
 
 
@@ -676,6 +676,6 @@ def _note(event: RowsReady, plan: Plan, answered: dict[tuple[int, int, int], lis
     for position, one in enumerate(event.texts):
         key = event.first_text + position, event.rows.output_index, event.rows.layer
         assert key not in answered, "a text was answered twice"
-        count = one.token_count if output.per_token else 1
+        (count,) = output.row_counts([one])
         answered[key], values = values[:count], values[count:]
     assert not values

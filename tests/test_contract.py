@@ -279,6 +279,7 @@ def test_fields_are_of_types_that_every_language_has(field: FieldDescriptor) -> 
     assert field.type in (
         *INTEGERS,
         FieldDescriptor.TYPE_BOOL,
+        FieldDescriptor.TYPE_FLOAT,
         FieldDescriptor.TYPE_STRING,
         FieldDescriptor.TYPE_BYTES,
         FieldDescriptor.TYPE_ENUM,

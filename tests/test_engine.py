@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import queue
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,7 +18,18 @@ from layertap_server import checkpoint, lanes
 from layertap_server.batcher import Batcher
 from layertap_server.call import Call, Event, RowsReady, RunDone
 from layertap_server.encoder import Encoder
-from layertap_server.work import Output, OutputKind, Plan, Pool, Strategy, Text
+from layertap_server.work import (
+    Mix,
+    Mixing,
+    Output,
+    OutputKind,
+    Plan,
+    Pool,
+    Strategy,
+    Text,
+    WordPooling,
+    Words,
+)
 
 LAYER_COUNT, HIDDEN_SIZE = 3, 32
 WAIT_S = 60.0
@@ -65,9 +77,35 @@ pooled_vectors = st.builds(
     st.sampled_from(Strategy),
     st.booleans(),
 )
-plans = st.lists(hidden_states | pooler_output | pooled_vectors, min_size=1, max_size=3).map(
-    lambda outputs: Plan(outputs=tuple(outputs), dtype="float32")
+word_vectors = st.builds(
+    lambda layers, pooling: Output(
+        kind=OutputKind.WORD_VECTORS,
+        layers=tuple(sorted(layers)),
+        row_size=HIDDEN_SIZE * (2 if pooling is WordPooling.FIRST_LAST else 1),
+        word_pooling=pooling,
+    ),
+    st.sets(layers, min_size=1),
+    st.sampled_from(WordPooling),
 )
+
+
+def _mixed(output: Output, mixing: Mixing, chosen: list[int], weights: list[float]) -> Output:
+    """Returns an output of a mix instead of its own layers."""
+    own = tuple(weights[: len(chosen)]) if mixing is Mixing.WEIGHTED else ()
+    mix = Mix(mixing=mixing, layers=tuple(chosen), weights=own)
+    row_size = output.row_size * (len(chosen) if mixing is Mixing.CONCAT else 1)
+    return dataclasses.replace(output, layers=(mix.top,), row_size=row_size, mix=mix)
+
+
+mixed = st.builds(
+    _mixed,
+    hidden_states | pooled_vectors | word_vectors,
+    st.sampled_from(Mixing),
+    st.lists(layers, min_size=1, unique=True),
+    st.lists(st.floats(0.25, 2, width=16), min_size=LAYER_COUNT + 1, max_size=LAYER_COUNT + 1),
+)
+outputs = hidden_states | pooler_output | pooled_vectors | word_vectors | mixed
+plans = st.lists(outputs, min_size=1, max_size=3).map(lambda outputs: Plan(outputs=tuple(outputs), dtype="float32"))
 
 
 @st.composite
@@ -83,6 +121,27 @@ def texts(draw: st.DrawFn) -> Text:
         random.integers(5, 30_000, length).astype(np.int32),
         attention_mask=None if mask is None or mask.all() else mask,
         token_type_ids=None if types is None or not types.any() else types,
+        words=_words(random, length),
+    )
+
+
+def _words(random: np.random.Generator, token_count: int) -> Words:
+    """Returns words of no, one or several tokens, with gaps between them; sometimes none at all."""
+    starts, counts, position = [], [], 0
+    for _ in range(int(random.integers(0, 12))):
+        position += int(random.integers(0, 2))
+        count = min(int(random.integers(0, 4)), token_count - position)
+        if count < 0:
+            break
+        starts.append(position if count else 0)
+        counts.append(count)
+        position += count
+    offsets = np.zeros((len(starts), 2), np.int64)
+    return Words(
+        starts=np.array(starts, np.int64),
+        piece_counts=np.array(counts, np.int64),
+        offsets=offsets,
+        first_word_count=len(starts),
     )
 
 
@@ -125,19 +184,44 @@ def _check(
         rows = np.frombuffer(event.rows.data, np.float32).reshape(-1, output.row_size)
         for n, text in enumerate(event.texts):
             came.add((event.first_text + n, event.rows.output_index, event.rows.layer))
-            count = text.token_count if output.per_token else 1
+            (count,) = output.row_counts([text])
             found, rows = rows[:count], rows[count:]
-            assert np.abs(found - _wanted(oracle, output, event.rows.layer, text)).max() <= bound
+            wanted = _wanted(oracle, output, event.rows.layer, text)
+            room = 1 if output.mix is None else 2 * (LAYER_COUNT + 1)
+            assert found.shape == wanted.shape and np.abs(found - wanted).max(initial=0.0) <= bound * room
     places = {(n, k, layer) for n in range(len(own)) for k, one in enumerate(plan.outputs) for layer in one.layers}
     assert came == places
 
 
 def _wanted(oracle: Oracle, output: Output, layer: int, text: Text) -> np.ndarray:
     states, pooler = oracle.run(text.input_ids, text.attention_mask, text.token_type_ids)
+    if output.kind is OutputKind.POOLER_OUTPUT:
+        return pooler[None]
+    rows = states[layer] if output.mix is None else _mix(output.mix, states)
+    if output.word_pooling is not None:
+        return _word_rows(output, rows, text.words)
     if output.pool is None:
-        return states[layer] if output.per_token else pooler[None]
-    rows = states[layer]
+        return rows
     if output.pool.strategy is not Strategy.CLS and text.attention_mask is not None:
         rows = rows[text.attention_mask == 1]
     vector = POOLINGS[output.pool.strategy.name.lower()](rows)
     return (vector / np.linalg.norm(vector) if output.pool.normalize else vector)[None]
+
+
+def _mix(mix: Mix, states: list[np.ndarray]) -> np.ndarray:
+    chosen = [states[layer] for layer in mix.layers]
+    if mix.mixing is Mixing.CONCAT:
+        return np.concatenate(chosen, axis=1)
+    if mix.mixing is Mixing.WEIGHTED:
+        return sum(weight * layer for weight, layer in zip(mix.weights, chosen, strict=True))
+    return np.sum(chosen, axis=0) if mix.mixing is Mixing.SUM else np.mean(chosen, axis=0)
+
+
+def _word_rows(output: Output, rows: np.ndarray, words: Words) -> np.ndarray:
+    made = np.zeros((len(words.starts), output.row_size), np.float32)
+    for n, (start, count) in enumerate(zip(words.starts, words.piece_counts, strict=True)):
+        if own := list(rows[start : start + count]):
+            both = np.concatenate([own[0], own[-1]])
+            ways = {"FIRST": own[0], "LAST": own[-1], "MEAN": np.mean(own, axis=0), "FIRST_LAST": both}
+            made[n] = ways[output.word_pooling.name]
+    return made

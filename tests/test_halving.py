@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from layertap import ResourceExhaustedError
 from layertap_server.halving import in_halves
-from layertap_server.work import OutOfMemoryError, Output, OutputKind, Plan, Pool, Rows, Run, Strategy, Text
+from layertap_server.work import OutOfMemoryError, Output, OutputKind, Plan, Pool, Rows, Run, Strategy, Text, Unit
 
 LAYERS = Output(kind=OutputKind.HIDDEN_STATES, layers=(0, 2), row_size=1)
 VECTOR = Output(kind=OutputKind.POOLED_VECTORS, layers=(1,), row_size=1, pool=Pool(strategy=Strategy.CLS))
@@ -47,7 +47,7 @@ def rows_of(run: Run, run_index: int, output_index: int, layer: int) -> Rows:
 
 
 def wanted(output: Output, text: Text, layer: int) -> list[float]:
-    return [float(n + 1000 * layer) for n in (text.input_ids if output.per_token else text.input_ids[:1])]
+    return [float(n + 1000 * layer) for n in (text.input_ids if output.unit is Unit.TOKEN else text.input_ids[:1])]
 
 
 @settings(max_examples=150, deadline=None)

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from layertap_server.encoder.layout import Layout
-from layertap_server.work import Output, OutputKind, Plan, Pool, Run, Strategy, Text
+from layertap_server.work import Mix, Mixing, Output, OutputKind, Plan, Pool, Run, Strategy, Text, WordPooling
 
 MODEST = settings(max_examples=200, deadline=None)
 
@@ -155,4 +155,10 @@ def test_the_depth_of_a_plan_is_its_highest_layer(layers: tuple[int, ...]) -> No
     pool = Output(kind=OutputKind.POOLED_VECTORS, layers=(1,), row_size=2, pool=Pool(strategy=Strategy.MAX))
     plan = Plan(outputs=(pool, output), dtype="float16")
     assert plan.depth == max(1, *layers)
-    assert plan.byte_counts() == (len(layers) * 2 * 2, 2 * 2)
+    words = Output(kind=OutputKind.WORD_VECTORS, layers=layers, row_size=3, word_pooling=WordPooling.FIRST)
+    mix = Mix(mixing=Mixing.CONCAT, layers=(3, 0, 1))
+    mixed = Output(kind=OutputKind.HIDDEN_STATES, layers=(mix.top,), row_size=6, mix=mix)
+    plan = Plan(outputs=(pool, output, words, mixed), dtype="float16")
+    sizes = plan.byte_counts()
+    assert (sizes.token, sizes.word, sizes.text) == (len(layers) * 2 * 2 + 6 * 2, len(layers) * 3 * 2, 2 * 2)
+    assert plan.depth == 3

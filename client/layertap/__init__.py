@@ -24,8 +24,10 @@ from layertap.errors import (
     UnknownError,
 )
 from layertap.hidden_states import HiddenStates
-from layertap.types import Limits, ModelInfo, ModelRef, Pooling, Timings, TokenIds, Tokens
+from layertap.mixed_rows import MixedRows
+from layertap.types import LayerMix, Limits, ModelInfo, ModelRef, Pooling, Timings, TokenIds, Tokens
 from layertap.wire import keep_pages
+from layertap.words import Words
 
 __all__ = [
     "AbortedError",
@@ -40,9 +42,11 @@ __all__ = [
     "HiddenStates",
     "InternalError",
     "InvalidArgumentError",
+    "LayerMix",
     "LayerRows",
     "LayertapError",
     "Limits",
+    "MixedRows",
     "ModelInfo",
     "ModelRef",
     "NotFoundError",
@@ -60,6 +64,7 @@ __all__ = [
     "UnavailableError",
     "UnimplementedError",
     "UnknownError",
+    "Words",
     "__version__",
     "keep_pages",
 ]

@@ -13,8 +13,10 @@ from layertap import inputs, wire
 from layertap.embedding import Embedding
 from layertap.errors import DataLossError
 from layertap.hidden_states import HiddenStates
+from layertap.mixed_rows import MixedRows
 from layertap.types import BoolArray, FloatArray, IntArray, ModelRef, Timings, Tokens
 from layertap.v1 import embedding_pb2 as pb
+from layertap.words import Words
 
 _PER_TOKEN_FIELDS = (
     "tokens",
@@ -23,6 +25,28 @@ _PER_TOKEN_FIELDS = (
     "special_tokens_mask",
     "word_ids",
 )
+
+
+_UNITS = {
+    "hidden_states": pb.ROW_UNIT_TOKEN,
+    "word_vectors": pb.ROW_UNIT_WORD,
+    "pooler_output": pb.ROW_UNIT_TEXT,
+    "pooled_vectors": pb.ROW_UNIT_TEXT,
+}
+
+
+def has_words(options: pb.EmbedOptions) -> bool:
+    """Returns whether an output with a row for each word is asked for."""
+    return any(output.HasField("word_vectors") for output in options.outputs)
+
+
+def row_counts(
+    unit: pb.RowUnit.ValueType, token_counts: Sequence[int] | IntArray, word_counts: Sequence[int] | IntArray
+) -> Sequence[int] | IntArray:
+    """Returns how many rows each text has in an output. Shape: [text_count]."""
+    if unit == pb.ROW_UNIT_TOKEN:
+        return token_counts
+    return word_counts if unit == pb.ROW_UNIT_WORD else [1] * len(token_counts)
 
 
 def check_header(header: pb.EmbedHeader, options: pb.EmbedOptions, text_count: int) -> None:
@@ -40,10 +64,15 @@ def check_header(header: pb.EmbedHeader, options: pb.EmbedOptions, text_count: i
     fits = len(header.outputs) == len(options.outputs) > 0
     fits &= len(header.token_counts) == len(header.truncated) == text_count
     fits &= all(count > 0 for count in header.token_counts)
+    fits &= len(header.word_counts) == (text_count if has_words(options) else 0)
+    fits &= all(count >= 0 for count in header.word_counts)
     for asked, output in zip(options.outputs, header.outputs, strict=False):
+        kind = asked.WhichOneof("kind")
+        assert kind is not None
+        mixed = kind != "pooler_output" and getattr(asked, kind).HasField("mix")
         fits &= output.row_size > 0 and len(set(output.layers)) == len(output.layers) > 0
-        fits &= output.per_token == asked.HasField("hidden_states")
-        fits &= output.per_token or len(output.layers) == 1
+        fits &= output.unit == _UNITS[kind] and mixed == bool(output.mixed_layers)
+        fits &= len(output.layers) == 1 or (output.unit != pb.ROW_UNIT_TEXT and not mixed)
     if not fits:
         raise DataLossError("the header is not that of this request; ask again")
 
@@ -58,28 +87,42 @@ def build_embedding(
     truncated: BoolArray,
     timings: pb.Timings,
     tokens: Sequence[pb.TokenizedText],
+    word_counts: IntArray,
+    words: Sequence[pb.SplitText],
 ) -> Embedding:
     """Returns whole arrays, by output index and layer, under the names that users know.
 
     Raises:
-        DataLossError: The tokens that were asked for are not those of the texts.
+        DataLossError: The tokens or words that were asked for are not those of the texts.
     """
     if options.return_tokens and [len(text.input_ids) for text in tokens] != token_counts.tolist():
         raise DataLossError("the tokens of the answer are not those of its texts; ask again")
-    ragged: dict[int, FloatArray] = {}
+    counts = {pb.ROW_UNIT_TOKEN: token_counts, pb.ROW_UNIT_WORD: word_counts}
+    ragged: dict[pb.RowUnit.ValueType, dict[int, FloatArray]] = {unit: {} for unit in counts}
+    mixed: dict[pb.RowUnit.ValueType, MixedRows] = {}
     pools: list[FloatArray] = []
     pooler_output: FloatArray | None = None
+
+    def states(unit: pb.RowUnit.ValueType, found: dict[int, FloatArray]) -> HiddenStates:
+        return HiddenStates(ragged=found, token_counts=counts[unit], layer_count=header.layer_count)
+
     for output_index, (asked, output) in enumerate(zip(options.outputs, header.outputs, strict=True)):
         found = {layer: arrays[output_index, layer] for layer in output.layers}
-        kind = asked.WhichOneof("kind")
-        if kind == "hidden_states":
-            ragged.update(found)
-        elif kind == "pooler_output":
-            (pooler_output,) = found.values()
+        if output.unit == pb.ROW_UNIT_TEXT:
+            if asked.HasField("pooler_output"):
+                (pooler_output,) = found.values()
+            else:
+                pools.extend(found.values())
+        elif output.mixed_layers:
+            mixed[output.unit] = MixedRows(layers=tuple(output.mixed_layers), _states=states(output.unit, found))
         else:
-            pools.extend(found.values())
+            ragged[output.unit].update(found)
+    split = None
+    if has_words(options):
+        vectors = states(pb.ROW_UNIT_WORD, ragged[pb.ROW_UNIT_WORD])
+        split = _build_words(words, vectors, mixed.get(pb.ROW_UNIT_WORD))
     return Embedding(
-        hidden_states=HiddenStates(ragged=ragged, token_counts=token_counts, layer_count=header.layer_count),
+        hidden_states=states(pb.ROW_UNIT_TOKEN, ragged[pb.ROW_UNIT_TOKEN]),
         pools=tuple(pools),
         token_counts=token_counts,
         truncated=truncated,
@@ -91,7 +134,29 @@ def build_embedding(
             compute_time_ns=timings.compute_time_ns,
         ),
         _pooler_output=pooler_output,
+        _mixed=mixed.get(pb.ROW_UNIT_TOKEN),
+        _words=split,
         _tokens=build_tokens(tokens, header.pad_token_id) if options.return_tokens else None,
+    )
+
+
+def _build_words(texts: Sequence[pb.SplitText], vectors: HiddenStates, mixed: MixedRows | None) -> Words:
+    counts = [len(text.piece_counts) for text in texts]
+    fits = counts == vectors.token_counts.tolist()
+    fits &= all(len(text.offsets) == 2 * count for text, count in zip(texts, counts, strict=True))
+    fits &= all(0 <= text.first_word_count <= count for text, count in zip(texts, counts, strict=True))
+    if not fits:
+        raise DataLossError("the words of the answer are not those of its texts; ask again")
+    return Words(
+        word_counts=vectors.token_counts,
+        piece_counts=tuple(np.array(text.piece_counts, np.int64) for text in texts),
+        offsets=tuple(np.array(text.offsets, np.int64).reshape(-1, 2) for text in texts),
+        sequence_ids=tuple(
+            (np.arange(count) >= text.first_word_count).astype(np.int64)
+            for text, count in zip(texts, counts, strict=True)
+        ),
+        _states=vectors,
+        _mixed=mixed,
     )
 
 

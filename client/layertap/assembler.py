@@ -11,10 +11,10 @@ import numpy as np
 import numpy.typing as npt
 
 from layertap import wire
-from layertap.answer import build_embedding, check_header
+from layertap.answer import build_embedding, check_header, row_counts
 from layertap.embedding import Embedding, LayerRows
 from layertap.errors import DataLossError
-from layertap.types import FloatArray
+from layertap.types import FloatArray, IntArray
 from layertap.v1 import embedding_pb2 as pb
 
 
@@ -27,7 +27,9 @@ class EmbedAssembler:
         self._options = options
         self._header: pb.EmbedHeader | None = None
         self._tensors: dict[tuple[int, int], _Rows] = {}
+        self._starts: dict[pb.RowUnit.ValueType, IntArray] = {}
         self._tokens: list[pb.TokenizedText] = []
+        self._words: list[pb.SplitText] = []
         self._frame_count = 0
         self._summary: pb.EmbedSummary | None = None
 
@@ -48,6 +50,10 @@ class EmbedAssembler:
             if part.tokens.first_text != len(self._tokens):
                 raise DataLossError(f"the tokens of text {len(self._tokens)} are missing; ask again")
             self._tokens.extend(part.tokens.texts)
+        elif kind == "words":
+            if part.words.first_text != len(self._words):
+                raise DataLossError(f"the words of text {len(self._words)} are missing; ask again")
+            self._words.extend(part.words.texts)
         elif kind == "frame":
             self._frame_count += 1
             rows, start = self._locate(part.frame)
@@ -81,6 +87,7 @@ class EmbedAssembler:
         """
         self._open(answer.header)
         self._tokens.extend(answer.tokens)
+        self._words.extend(answer.words)
         arrays: dict[tuple[int, int], FloatArray] = {}
         for tensor in answer.tensors:
             arrays[tensor.output_index, tensor.layer] = wire.tensor_to_array(tensor.tensor)
@@ -92,22 +99,22 @@ class EmbedAssembler:
     def _open(self, header: pb.EmbedHeader) -> None:
         check_header(header, self._options, len(self._messages))
         self._header = header
-        dtype = header.dtype
-        row_total = sum(header.token_counts)
-        self._starts = np.concatenate([[0], np.cumsum(header.token_counts)])
         for output_index, output in enumerate(header.outputs):
-            count = row_total if output.per_token else len(header.token_counts)
+            if output.unit not in self._starts:
+                counts = row_counts(output.unit, header.token_counts, header.word_counts)
+                self._starts[output.unit] = np.cumsum([0, *counts], dtype=np.int64)
+            row_total = int(self._starts[output.unit][-1])
             for layer in output.layers:
-                self._tensors[output_index, layer] = _Rows(count, output.row_size, dtype)
+                self._tensors[output_index, layer] = _Rows(row_total, output.row_size, header.dtype)
 
     def _locate(self, frame: pb.Frame) -> tuple[_Rows, int]:
         assert self._header is not None
         rows = self._tensors.get((frame.output_index, frame.layer))
         if rows is None or not 0 <= frame.first_text < len(self._header.token_counts):
             raise DataLossError(f"a frame names output {frame.output_index}, layer {frame.layer}; ask again")
-        if not self._header.outputs[frame.output_index].per_token:
-            return rows, frame.first_text
-        return rows, int(self._starts[frame.first_text]) + frame.first_row
+        unit = self._header.outputs[frame.output_index].unit
+        first_row = 0 if unit == pb.ROW_UNIT_TEXT else frame.first_row
+        return rows, int(self._starts[unit][frame.first_text]) + first_row
 
     def _build(
         self, header: pb.EmbedHeader, arrays: dict[tuple[int, int], FloatArray], timings: pb.Timings
@@ -122,6 +129,8 @@ class EmbedAssembler:
             truncated=np.array(header.truncated, np.bool_),
             timings=timings,
             tokens=self._tokens,
+            word_counts=np.array(header.word_counts, np.int64),
+            words=self._words,
         )
 
 

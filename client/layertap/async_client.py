@@ -26,7 +26,7 @@ from layertap.inputs import Inputs, to_messages
 from layertap.lease import AsyncLease
 from layertap.ledger import StreamLedger
 from layertap.shm import SharedMemory, take
-from layertap.types import ModelInfo, TokenIds, Tokens
+from layertap.types import LayerMix, ModelInfo, TokenIds, Tokens
 from layertap.v1 import embedding_pb2 as pb
 
 
@@ -81,6 +81,8 @@ class AsyncClient:
         layers: Layers = None,
         pooler_output: bool = False,
         pooling: Poolings = None,
+        words: str | None = None,
+        mix: LayerMix | None = None,
         dtype: str = "float32",
         truncation: str = "error",
         max_length: int | None = None,
@@ -92,6 +94,8 @@ class AsyncClient:
             layers=layers,
             pooler_output=pooler_output,
             pooling=pooling,
+            words=words,
+            mix=mix,
             dtype=dtype,
             truncation=truncation,
             max_length=max_length,
@@ -141,6 +145,8 @@ class AsyncClient:
         layers: Layers = None,
         pooler_output: bool = False,
         pooling: Poolings = None,
+        words: str | None = None,
+        mix: LayerMix | None = None,
         dtype: str = "float32",
         truncation: str = "error",
         max_length: int | None = None,
@@ -155,6 +161,8 @@ class AsyncClient:
             layers=layers,
             pooler_output=pooler_output,
             pooling=pooling,
+            words=words,
+            mix=mix,
             dtype=dtype,
             truncation=truncation,
             max_length=max_length,

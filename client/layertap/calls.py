@@ -9,7 +9,7 @@ import dataclasses
 import functools
 import operator
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Final, Generic, TypeAlias, TypeVar
+from typing import Any, Final, Generic, TypeAlias, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -18,7 +18,7 @@ from google.protobuf.message import Message
 from layertap import answer, assembler, wire
 from layertap.errors import DataLossError, InvalidArgumentError
 from layertap.inputs import Inputs, to_messages
-from layertap.types import Limits, ModelInfo, Pooling, TokenIds, Tokens
+from layertap.types import LayerMix, Limits, ModelInfo, Pooling, TokenIds, Tokens
 from layertap.v1 import embedding_pb2 as pb
 
 SERVICE: Final = "/layertap.v1.EmbeddingService/"
@@ -123,7 +123,8 @@ class Embed:
     @property
     def unary(self) -> Unary[pb.EmbedResponse] | None:
         """The request as unary Embed if it asks only for one row a text, else None."""
-        if self.options.return_tokens or any(output.HasField("hidden_states") for output in self.options.outputs):
+        one_a_text = ("pooler_output", "pooled_vectors")
+        if self.options.return_tokens or any(one.WhichOneof("kind") not in one_a_text for one in self.options.outputs):
             return None
         return Unary("Embed", pb.EmbedRequest(inputs=self.messages, options=self.options), pb.EmbedResponse)
 
@@ -142,6 +143,8 @@ def embed_options(
     layers: Layers,
     pooler_output: bool,
     pooling: Poolings,
+    words: str | None = None,
+    mix: LayerMix | None = None,
     dtype: str,
     truncation: str,
     max_length: int | None,
@@ -157,8 +160,10 @@ def embed_options(
             f"pooling is of type {type(pooling).__name__}; pass a name, a Pooling, or several"
         ) from exc
     outputs: list[pb.Output] = []
-    if layers is not None or not (pooler_output or poolings):
-        outputs.append(pb.Output(hidden_states=_hidden_states(layers)))
+    if layers is not None or (mix is None and (words is not None or not (pooler_output or poolings))):
+        outputs.append(_rows(words, **_layers("layers", [-1] if layers is None else layers)))
+    if mix is not None:
+        outputs.append(_rows(words, mix=_mix("mix", mix)))
     if pooler_output:
         outputs.append(pb.Output(pooler_output=pb.PoolerOutput()))
     outputs.extend(pb.Output(pooled_vectors=_pooled_vectors(pooling)) for pooling in poolings)
@@ -186,32 +191,65 @@ def read_whole(raw: bytes, kind: type[ResponseT]) -> ResponseT:
         raise DataLossError(f"the answer is no {kind.DESCRIPTOR.name}; is this a layertap server?") from exc
 
 
-def _hidden_states(layers: Layers) -> pb.HiddenStates:
-    if layers is None:
-        return pb.HiddenStates(layers=[-1])
+def _rows(words: str | None, **layers: Any) -> pb.Output:
+    """Asks for rows of some layers: one a token, or one a word."""
+    if words is None:
+        return pb.Output(hidden_states=pb.HiddenStates(**layers))
+    return pb.Output(word_vectors=pb.WordVectors(pooling=_named("words", words, wire.WORD_POOLINGS), **layers))
+
+
+def _layers(field: str, layers: str | Iterable[int]) -> dict[str, Any]:
+    """Returns chosen layers as the two fields that every message has for them."""
     if isinstance(layers, str):
         if layers != "all":
-            raise InvalidArgumentError(f'layers is {layers!r}; pass "all" or a list of layer numbers')
-        return pb.HiddenStates(all_layers=True)
+            raise InvalidArgumentError(f'{field} is {layers!r}; pass "all" or a list of layer numbers')
+        return {"all_layers": True}
     try:
-        numbers = [_integer("layers", layer) for layer in layers]
+        numbers = [_integer(field, layer) for layer in layers]
     except TypeError as exc:
-        raise InvalidArgumentError('layers is no list; pass "all" or a list of layer numbers') from exc
+        raise InvalidArgumentError(f'{field} is no list; pass "all" or a list of layer numbers') from exc
     if not numbers:
-        raise InvalidArgumentError("layers is empty; name at least one, or leave it out for the last layer")
-    return pb.HiddenStates(layers=numbers)
+        raise InvalidArgumentError(f"{field} is empty; name at least one layer")
+    return {"layers": numbers}
+
+
+def _mix(field: str, mix: LayerMix) -> pb.LayerMix:
+    if not isinstance(mix, LayerMix):
+        raise InvalidArgumentError(f"{field} is of type {type(mix).__name__}; pass a LayerMix")
+    return pb.LayerMix(
+        strategy=_named(f"{field}.strategy", mix.strategy, wire.MIX_STRATEGIES),
+        weights=[] if mix.weights is None else _numbers(f"{field}.weights", mix.weights),
+        **_layers(f"{field}.layers", mix.layers),
+    )
+
+
+def _numbers(field: str, values: npt.ArrayLike) -> list[float]:
+    try:
+        array = np.asarray(values)
+    except ValueError as exc:
+        raise InvalidArgumentError(f"{field} is not flat; pass one number for each layer") from exc
+    if array.ndim != 1 or array.dtype.kind not in "iuf":
+        raise InvalidArgumentError(f"{field} has something else than numbers; pass one for each layer")
+    numbers: list[float] = array.tolist()
+    return numbers
 
 
 def _pooled_vectors(pooling: str | Pooling) -> pb.PooledVectors:
     pooling = Pooling(pooling) if isinstance(pooling, str) else pooling
     if not isinstance(pooling, Pooling):
         raise InvalidArgumentError(f"pooling is of type {type(pooling).__name__}; pass a name or a Pooling")
+    layer = pooling.layer
+    source: dict[str, Any] = (
+        {"mix": _mix("pooling.layer", layer)}
+        if isinstance(layer, LayerMix)
+        else {"layer": _integer("pooling.layer", layer)}
+    )
     return pb.PooledVectors(
         strategy=_named("pooling.strategy", pooling.strategy, wire.POOLING_STRATEGIES),
-        layer=_integer("pooling.layer", pooling.layer),
         exclude_special_tokens=not pooling.include_special_tokens,
         normalize=pooling.normalize,
         dimensions=_count("pooling.dimensions", pooling.dimensions),
+        **source,
     )
 
 

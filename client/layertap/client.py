@@ -27,7 +27,7 @@ from layertap.inputs import InputItem, Inputs, to_messages
 from layertap.lease import Lease
 from layertap.ledger import StreamLedger
 from layertap.shm import SharedCall, SharedMemory, take
-from layertap.types import ModelInfo, TokenIds, Tokens
+from layertap.types import LayerMix, ModelInfo, TokenIds, Tokens
 from layertap.v1 import embedding_pb2 as pb
 
 
@@ -114,6 +114,8 @@ class Client:
         layers: Layers = None,
         pooler_output: bool = False,
         pooling: Poolings = None,
+        words: str | None = None,
+        mix: LayerMix | None = None,
         dtype: str = "float32",
         truncation: str = "error",
         max_length: int | None = None,
@@ -126,9 +128,12 @@ class Client:
             inputs: One str, or an iterable of texts: str, (str, str) pairs, lists of words, token ids, `TokenIds`;
                 or a `TokenIds` batch or `Tokens`.
             layers: "all", or layer numbers (negative ones count from the last). None: the last layer if nothing
-                else is asked, no token rows otherwise.
+                else is asked, or words without a mix; no layer otherwise.
             pooler_output: Whether to return the model's pooler.
             pooling: A strategy ("mean", "cls", "max", "last", "mean_sqrt_len", "mean_max"), a `Pooling`, or several.
+            words: "first", "last", "mean" or "first_last" ([first; last], twice as wide): the rows of `layers` and
+                `mix` then come one a word, pooled so from the rows of its tokens, instead of one a token.
+            mix: Several layers as one; beside `layers`, if both are given.
             dtype: The number format on the wire: "float32", "float16", or "bfloat16" (returned as float32).
             truncation: What happens above max_length: "error", "right" or "left". Token ids are never cut.
             max_length: The most tokens of one text; None: the model's.
@@ -147,6 +152,8 @@ class Client:
             layers=layers,
             pooler_output=pooler_output,
             pooling=pooling,
+            words=words,
+            mix=mix,
             dtype=dtype,
             truncation=truncation,
             max_length=max_length,
@@ -197,6 +204,8 @@ class Client:
         layers: Layers = None,
         pooler_output: bool = False,
         pooling: Poolings = None,
+        words: str | None = None,
+        mix: LayerMix | None = None,
         dtype: str = "float32",
         truncation: str = "error",
         max_length: int | None = None,
@@ -213,6 +222,8 @@ class Client:
             layers: As in `embed`.
             pooler_output: As in `embed`.
             pooling: As in `embed`.
+            words: As in `embed`.
+            mix: As in `embed`.
             dtype: As in `embed`.
             truncation: As in `embed`.
             max_length: As in `embed`.
@@ -235,6 +246,8 @@ class Client:
             layers=layers,
             pooler_output=pooler_output,
             pooling=pooling,
+            words=words,
+            mix=mix,
             dtype=dtype,
             truncation=truncation,
             max_length=max_length,

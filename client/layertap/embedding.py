@@ -1,4 +1,4 @@
-"""What comes out: hidden states, pools, streamed rows, with their shapes; and what they are to other libraries."""
+"""What comes out: hidden states, words, mixes, pools, streamed rows, with their shapes; and what they are elsewhere."""
 
 from __future__ import annotations
 
@@ -11,7 +11,9 @@ import numpy.typing as npt
 from layertap import display, interop
 from layertap.errors import LayertapError
 from layertap.hidden_states import HiddenStates
+from layertap.mixed_rows import MixedRows
 from layertap.types import BoolArray, FloatArray, IntArray, ModelRef, Timings, Tokens
+from layertap.words import Words
 
 if TYPE_CHECKING:
     import pandas
@@ -42,6 +44,8 @@ class Embedding:
     timings: Timings
     _pooler_output: FloatArray | None
     _tokens: Tokens | None
+    _mixed: MixedRows | None = None
+    _words: Words | None = None
 
     @property
     def layers(self) -> tuple[int, ...]:
@@ -79,6 +83,30 @@ class Embedding:
             hint = "read them from .pools" if self.pools else 'pass pooling="mean" or another strategy'
             raise LookupError(f"{len(self.pools)} poolings were asked for; {hint}")
         return self.pools[0]
+
+    @property
+    def mixed(self) -> MixedRows:
+        """The mix of layers, one row a token.
+
+        Raises:
+            LookupError: It was not asked for, or comes one row a word.
+        """
+        if self._mixed is None:
+            if self._words is not None:
+                raise LookupError("no mix was asked for one row a token; that of words is .words.mixed")
+            raise LookupError('no mix was asked for; pass mix=LayerMix("mean", layers=[-4, -3, -2, -1]) or another')
+        return self._mixed
+
+    @property
+    def words(self) -> Words:
+        """The words of the texts, with a vector each.
+
+        Raises:
+            LookupError: They were not asked for.
+        """
+        if self._words is None:
+            raise LookupError('words were not asked for; pass words="mean" or another way to pool their pieces')
+        return self._words
 
     @property
     def tokens(self) -> Tokens:
@@ -148,7 +176,9 @@ class Embedding:
         return self.to_arrow().__arrow_c_stream__(requested_schema)
 
     def to_torch(self) -> TorchEmbedding:
-        """Returns all arrays as torch tensors that share their memory. The tensor of a read-only array is a copy.
+        """Returns the arrays as torch tensors that share their memory. The tensor of a read-only array is a copy.
+
+        Those of words and mixes are not among them; `torch.from_numpy` takes each.
 
         Raises:
             ModuleNotFoundError: torch is missing; `layertap[torch]` brings it.
@@ -165,9 +195,9 @@ class Embedding:
     def to_arrow(self) -> pyarrow.Table:
         """Returns an Arrow table with one row a text, whose numbers share the memory of the arrays.
 
-        Columns: token_counts, truncated, layer_K for each held layer (a List of FixedSizeList), pool_N and
-        pooler_output (FixedSizeList), and tokens (a List of strings), as far as they were asked for. The schema's
-        metadata has model_id and fingerprint.
+        Columns: token_counts, truncated, layer_K for each held layer and mixed (a List of FixedSizeList), word_counts,
+        word_offsets, words_layer_K and words_mixed (likewise), pool_N and pooler_output (FixedSizeList), and tokens (a
+        List of strings), as far as they were asked for. The schema's metadata has model_id and fingerprint.
 
         Raises:
             ModuleNotFoundError: pyarrow is missing; `layertap[arrow]` brings it.
@@ -193,18 +223,27 @@ class Embedding:
             interop.Column(name="token_counts", values=self.token_counts),
             interop.Column(name="truncated", values=self.truncated),
             *self.hidden_states._columns(),
+            *([] if self._mixed is None else self._mixed._columns()),
+            *([] if self._words is None else self._words._columns()),
             *(interop.Column(name=name, values=values) for name, values in self._vectors()),
             *([] if self._tokens is None else [interop.Column(name="tokens", values=self._tokens.tokens)]),
         ]
 
     def _summary(self) -> list[tuple[str, str]]:
         vectors = [(name, display.array(values.shape, values.dtype)) for name, values in self._vectors()]
-        return [("text_count", str(len(self))), *self.hidden_states._summary(), *vectors]
+        rows = [(name, ", ".join(shown for _, shown in own._summary())) for name, own in self._rows()]
+        return [("text_count", str(len(self))), *self.hidden_states._summary(), *rows, *vectors]
+
+    def _rows(self) -> list[tuple[str, MixedRows | Words]]:
+        return [(name, own) for name, own in (("mixed", self._mixed), ("words", self._words)) if own is not None]
 
     def _only(self) -> FloatArray:
         vectors = [values for _, values in self._vectors()]
-        if len(vectors) + len(self.layers) != 1:
-            names = [*(f"layer {layer}" for layer in self.layers), *(name for name, _ in self._vectors())]
+        if self._rows() or len(vectors) + len(self.layers) != 1:
+            names = [
+                *(f"layer {layer}" for layer in self.layers),
+                *(name for name, _ in (*self._rows(), *self._vectors())),
+            ]
             raise TypeError(f"this embedding holds {', '.join(names) or 'no array'}; take the one array that is meant")
         return vectors[0] if vectors else next(iter(self.hidden_states))
 

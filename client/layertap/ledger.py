@@ -13,7 +13,7 @@ from typing import Final
 import numpy as np
 
 from layertap import wire
-from layertap.answer import build_embedding, check_header
+from layertap.answer import build_embedding, check_header, has_words, row_counts
 from layertap.embedding import StreamResult
 from layertap.errors import (
     DataLossError,
@@ -47,6 +47,7 @@ class _Item:
     rows: dict[tuple[int, int], FloatArray] | None = None
     row_count: int = 0
     token_count: int = 0
+    word_count: int = 0
 
 
 class StreamLedger:
@@ -185,12 +186,18 @@ class StreamLedger:
         lengths = {len(counts), len(results.truncated), len(results.timings)}
         if self._options.return_tokens:
             lengths.add(len(results.tokens))
+        if has_words(self._options):
+            lengths.add(len(results.words))
         if lengths != {len(results.ids)} or (counts < 1).any():
             raise DataLossError("the lists of the answer differ in length; ask again")
-        ends = np.cumsum(counts)
+        word_counts = [len(words.piece_counts) for words in results.words]
+        starts = [
+            np.cumsum([0, *row_counts(output.unit, results.token_counts, word_counts)]).tolist()
+            for output in header.outputs
+        ]
         arrays: dict[tuple[int, int], FloatArray] = {}
         for output_index, output in enumerate(header.outputs):
-            row_count = int(counts.sum()) if output.per_token else len(counts)
+            row_count = starts[output_index][-1]
             for layer in output.layers:
                 shape = row_count, output.row_size
                 size = row_count * output.row_size * wire.item_bytes(header.dtype)
@@ -204,14 +211,15 @@ class StreamLedger:
         if data or len(offsets) not in (0, len(arrays)):
             raise DataLossError("the answer has more data than results; ask again")
         for position, index in enumerate(results.ids):
-            rows = slice(int(ends[position] - counts[position]), int(ends[position]))
-            own = {
-                key: array[rows] if header.outputs[key[0]].per_token else array[position : position + 1]
-                for key, array in arrays.items()
-            }
-            tokens = [results.tokens[position]] if results.tokens else []
+            own = {key: array[starts[key[0]][position] : starts[key[0]][position + 1]] for key, array in arrays.items()}
             self._embed(
-                index, own, int(counts[position]), results.truncated[position], results.timings[position], tokens
+                index,
+                own,
+                int(counts[position]),
+                results.truncated[position],
+                results.timings[position],
+                tokens=[results.tokens[position]] if results.tokens else [],
+                words=[results.words[position]] if results.words else [],
             )
         for failure in results.failures:
             error = from_status(failure.code, failure.message)
@@ -223,24 +231,33 @@ class StreamLedger:
         if item is None:
             raise DataLossError(f"the answer has item {frame.id}, which is not waiting; ask again")
         if item.rows is None:
-            if frame.token_count < 1:
+            if frame.token_count < 1 or frame.word_count < 0:
                 raise DataLossError(f"item {frame.id} has {frame.token_count} tokens; ask again")
-            item.rows, item.row_count, item.token_count = {}, 0, frame.token_count
+            item.rows, item.row_count = {}, 0
+            item.token_count, item.word_count = frame.token_count, frame.word_count
             for output_index, output in enumerate(self._header.outputs):
+                (row_count,) = row_counts(output.unit, [frame.token_count], [frame.word_count])
                 for layer in output.layers:
-                    shape = frame.token_count if output.per_token else 1, output.row_size
+                    shape = row_count, output.row_size
                     item.rows[output_index, layer] = np.empty(shape, wire.array_dtype(self._header.dtype))
         rows = item.rows.get((frame.output_index, frame.layer))
-        expected = item.token_count, item.row_count
-        if rows is None or expected != (frame.token_count, self._rows_before(item.rows, frame)):
+        expected = item.token_count, item.word_count, item.row_count
+        if rows is None or expected != (frame.token_count, frame.word_count, self._rows_before(item.rows, frame)):
             raise DataLossError(f"the frames of item {frame.id} are out of order; ask again")
         wire.read_into(rows[frame.first_row : frame.first_row + frame.row_count], data, self._header.dtype)
         item.row_count += frame.row_count
         if frame.done:
             if item.row_count != sum(map(len, item.rows.values())):
                 raise DataLossError(f"the frames of item {frame.id} are incomplete; ask again")
-            tokens = [frame.tokens] if frame.HasField("tokens") else []
-            self._embed(frame.id, item.rows, frame.token_count, frame.truncated, frame.timings, tokens)
+            self._embed(
+                frame.id,
+                item.rows,
+                frame.token_count,
+                frame.truncated,
+                frame.timings,
+                tokens=[frame.tokens] if frame.HasField("tokens") else [],
+                words=[frame.words] if frame.HasField("words") else [],
+            )
 
     @staticmethod
     def _rows_before(rows: dict[tuple[int, int], FloatArray], frame: pb.StreamFrame) -> int:
@@ -255,7 +272,9 @@ class StreamLedger:
         token_count: int,
         truncated: bool,
         timings: pb.Timings,
+        *,
         tokens: list[pb.TokenizedText],
+        words: list[pb.SplitText],
     ) -> None:
         assert self._header is not None
         item = self._unanswered.get(index)
@@ -270,6 +289,8 @@ class StreamLedger:
             truncated=np.array([truncated], np.bool_),
             timings=timings,
             tokens=tokens,
+            word_counts=np.array([len(one.piece_counts) for one in words], np.int64),
+            words=words,
         )
         self._answer(index, StreamResult(index=index, error=None, _embedding=embedding))
 

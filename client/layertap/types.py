@@ -7,6 +7,7 @@ libraries is in `interop`, what they look like in `display`.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -25,20 +26,36 @@ FloatArray = npt.NDArray[np.float32] | npt.NDArray[np.float16]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
+class LayerMix:
+    """Several layers as one: whatever is then made of its rows is made of the mix.
+
+    Attributes:
+        strategy: "mean", "sum", "concat" (one after the other, as many times as wide) or "weighted" (the sum of each
+            layer times its weight).
+        layers: "all", or layer numbers, each layer once. Their order is that of "concat" and of the weights.
+        weights: For "weighted" one for each layer, used as they are, whatever their sum.
+    """
+
+    strategy: str
+    layers: str | Sequence[int]
+    weights: npt.ArrayLike | None = None
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
 class Pooling:
     """How the token rows of a text become one vector.
 
     Attributes:
         strategy: "mean", "cls" (row 0), "max", "last" (the last pooled row), "mean_sqrt_len"
             (sum / sqrt(count)) or "mean_max" ([mean; max], twice as wide).
-        layer: The layer that is pooled, -L-1 to L.
+        layer: The layer that is pooled, -L-1 to L, or a `LayerMix`.
         include_special_tokens: Whether [CLS], [SEP] and the like take part.
         normalize: Divides the vector by its Euclidean length, after `dimensions`.
         dimensions: Keeps the first values only; None keeps all.
     """
 
     strategy: str
-    layer: int = -1
+    layer: int | LayerMix = -1
     include_special_tokens: bool = True
     normalize: bool = False
     dimensions: int | None = None

@@ -49,6 +49,22 @@ POOLING_STRATEGIES: dict[str, pb.PoolingStrategy.ValueType] = {
 }
 """Pooling strategies by the names users give them."""
 
+MIX_STRATEGIES: dict[str, pb.MixStrategy.ValueType] = {
+    "mean": pb.MIX_STRATEGY_MEAN,
+    "sum": pb.MIX_STRATEGY_SUM,
+    "concat": pb.MIX_STRATEGY_CONCAT,
+    "weighted": pb.MIX_STRATEGY_WEIGHTED,
+}
+"""Ways to mix layers by the names users give them."""
+
+WORD_POOLINGS: dict[str, pb.WordPooling.ValueType] = {
+    "first": pb.WORD_POOLING_FIRST,
+    "last": pb.WORD_POOLING_LAST,
+    "mean": pb.WORD_POOLING_MEAN,
+    "first_last": pb.WORD_POOLING_FIRST_LAST,
+}
+"""Ways to pool the pieces of a word by the names users give them."""
+
 TRUNCATIONS: dict[str, pb.Truncation.ValueType] = {
     "error": pb.TRUNCATION_ERROR,
     "right": pb.TRUNCATION_RIGHT,

@@ -21,8 +21,9 @@ from layertap_server.batcher import Batcher
 from layertap_server.call import CallFailed, Event, RunDone
 from layertap_server.config import Config, ConfigError
 from layertap_server.gate import Gate
-from layertap_server.intake import Intake, Limits, Model
+from layertap_server.intake import Intake, Limits
 from layertap_server.journal import Journal
+from layertap_server.outputs import Model
 from layertap_server.service import SERVICE_NAME, Bounds, EmbeddingService
 from layertap_server.sharing import Sharing
 from layertap_server.shm import Segments

@@ -82,7 +82,7 @@ class Call:
         self.held_bytes = 0
         self.held_run_count = 0
         self.closed = False
-        self.token_bytes, self.text_bytes = plan.byte_counts()
+        self._byte_counts = plan.byte_counts()
         self._queue = queue
 
     def add(self, texts: Sequence[Text], *, admitted: bool = False) -> None:
@@ -108,7 +108,7 @@ class Call:
 
     def bytes_of(self, text: Text) -> int:
         """Returns the output bytes of one text."""
-        return self.token_bytes * text.token_count + self.text_bytes
+        return self._byte_counts.of(text)
 
 
 @dataclasses.dataclass(slots=True)

@@ -7,7 +7,8 @@ frame size come out, each payload written once, behind its head.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TypeVar
 
 import numpy as np
 
@@ -17,7 +18,14 @@ from layertap_server.call import RowsReady
 from layertap_server.record import Record
 from layertap_server.shm import Lending
 from layertap_server.tokenizer import Tokenized, Tokenizer
-from layertap_server.work import Plan
+from layertap_server.work import Plan, Unit
+
+MessageT = TypeVar("MessageT", pb.TokenizedText, pb.SplitText)
+
+_UNITS = {Unit.TOKEN: pb.ROW_UNIT_TOKEN, Unit.WORD: pb.ROW_UNIT_WORD, Unit.TEXT: pb.ROW_UNIT_TEXT}
+
+WORD_BYTES = 12
+"""Room for what is told of one word."""
 
 HEAD_BYTES = 256
 """Room in a message for all but its payload; larger lists are counted by themselves."""
@@ -49,11 +57,17 @@ def header(identity: Identity, plan: Plan, tokenized: Sequence[Tokenized] = ()) 
         pad_token_id=identity.pad_token_id,
         dtype=wire.DTYPES[plan.dtype],
         outputs=[
-            pb.OutputHeader(layers=output.layers, row_size=output.row_size, per_token=output.per_token)
+            pb.OutputHeader(
+                layers=output.layers,
+                row_size=output.row_size,
+                unit=_UNITS[output.unit],
+                mixed_layers=output.mix.layers if output.mix is not None else (),
+            )
             for output in plan.outputs
         ],
         token_counts=[one.text.token_count for one in tokenized],
         truncated=[one.truncated for one in tokenized],
+        word_counts=[one.text.word_count for one in tokenized] if plan.has_words else (),
     )
 
 
@@ -98,16 +112,39 @@ def token_groups(
     tokenized: Sequence[Tokenized], tokenizer: Tokenizer, max_frame_bytes: int
 ) -> Iterator[pb.EmbedLayersResponse]:
     """Yields the tokens of all texts in messages below the frame size."""
-    group = pb.TokenizedTexts(first_text=0)
-    size = 0
-    for position, one in enumerate(tokenized):
-        text = tokens(one, tokenizer)
-        size += text.ByteSize() + 8
-        if group.texts and size > max_frame_bytes - HEAD_BYTES:
-            yield pb.EmbedLayersResponse(tokens=group)
-            group, size = pb.TokenizedTexts(first_text=position), text.ByteSize() + 8
-        group.texts.append(text)
-    yield pb.EmbedLayersResponse(tokens=group)
+    for first, texts in _groups((tokens(one, tokenizer) for one in tokenized), max_frame_bytes):
+        yield pb.EmbedLayersResponse(tokens=pb.TokenizedTexts(first_text=first, texts=texts))
+
+
+def words(one: Tokenized) -> pb.SplitText:
+    """Returns one text as words."""
+    found = one.text.words
+    assert found is not None
+    return pb.SplitText(
+        piece_counts=found.piece_counts.tolist(),
+        offsets=found.offsets.ravel().tolist(),
+        first_word_count=found.first_word_count,
+    )
+
+
+def word_groups(tokenized: Sequence[Tokenized], max_frame_bytes: int) -> Iterator[pb.EmbedLayersResponse]:
+    """Yields the words of all texts in messages below the frame size."""
+    for first, texts in _groups(map(words, tokenized), max_frame_bytes):
+        yield pb.EmbedLayersResponse(words=pb.SplitTexts(first_text=first, texts=texts))
+
+
+def _groups(texts: Iterable[MessageT], max_frame_bytes: int) -> Iterator[tuple[int, list[MessageT]]]:
+    """Yields texts in groups below the frame size, each with the position of its first."""
+    group: list[MessageT] = []
+    first = size = 0
+    for text in texts:
+        own = text.ByteSize() + 8
+        if group and size + own > max_frame_bytes - HEAD_BYTES:
+            yield first, group
+            first, group, size = first + len(group), [], 0
+        group.append(text)
+        size += own
+    yield first, group
 
 
 def frames(ready: RowsReady, plan: Plan, max_frame_bytes: int, lending: Lending | None = None) -> Iterator[bytes]:
@@ -117,8 +154,7 @@ def frames(ready: RowsReady, plan: Plan, max_frame_bytes: int, lending: Lending 
     """
     output = plan.outputs[ready.rows.output_index]
     row_bytes = plan.row_bytes(output)
-    counts = [text.token_count for text in ready.texts] if output.per_token else [1] * len(ready.texts)
-    starts = np.cumsum([0, *counts])
+    starts = np.cumsum([0, *output.row_counts(ready.texts)])
     if shared := shared_rows([ready.rows.data], lending):
         frame = pb.Frame(
             output_index=ready.rows.output_index,

@@ -90,7 +90,7 @@ def _refused(run: Run) -> Iterator[Rows]:
         "or try again later"
     )
     for output_index, output in enumerate(run.plan.outputs):
-        row_count = text.token_count if output.per_token else 1
+        (row_count,) = output.row_counts([text])
         for layer in output.layers:
             data = memoryview(bytes(row_count * run.plan.row_bytes(output)))
             yield Rows(run_index=0, output_index=output_index, layer=layer, data=data, failures={0: error})

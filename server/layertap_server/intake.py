@@ -7,48 +7,20 @@ the text itself. Beside `delivery` and `service` the only file that reads protob
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
-from typing import Final, TypeVar
+from collections.abc import Sequence
+from typing import Final
 
 import numpy as np
 
 from layertap import wire
-from layertap.errors import FailedPreconditionError, InvalidArgumentError, LayertapError
+from layertap.errors import InvalidArgumentError, LayertapError
 from layertap.v1 import embedding_pb2 as pb
+from layertap_server import outputs
+from layertap_server.outputs import Model
 from layertap_server.tokenizer import Item, Tokenized
-from layertap_server.work import Ids, Output, OutputKind, Plan, Pool, Strategy, Text
+from layertap_server.work import Ids, Plan, Text
 
-KeyT = TypeVar("KeyT")
-ValueT = TypeVar("ValueT")
-
-MAX_OUTPUT_COUNT: Final = 64
-"""Outputs of one request."""
-
-_STRATEGIES: Final = {number: Strategy[name.upper()] for name, number in wire.POOLING_STRATEGIES.items()}
 _TRUNCATIONS: Final = {number: name for name, number in wire.TRUNCATIONS.items()}
-
-
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Model:
-    """What the checks need to know of the model.
-
-    Attributes:
-        layer_count: L.
-        hidden_size: Values a token row has.
-        vocab_size: Ids are below this.
-        type_vocab_size: Token types are below this.
-        max_length: The most tokens of one text.
-        has_pooler_output: Whether there are pooler weights.
-        special_token_ids: What pools without special tokens leave out.
-    """
-
-    layer_count: int
-    hidden_size: int
-    vocab_size: int
-    type_vocab_size: int
-    max_length: int
-    has_pooler_output: bool
-    special_token_ids: tuple[int, ...]
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,16 +52,7 @@ class Intake:
             InvalidArgumentError: An option is at fault.
             FailedPreconditionError: The model has no pooler.
         """
-        if not options.outputs:
-            raise InvalidArgumentError("options.outputs is empty; ask for at least one output")
-        if len(options.outputs) > MAX_OUTPUT_COUNT:
-            raise InvalidArgumentError(
-                f"options.outputs has {len(options.outputs)} entries, the most is {MAX_OUTPUT_COUNT}; "
-                "ask in several requests"
-            )
-        outputs = tuple(self._output(output, f"options.outputs[{n}]") for n, output in enumerate(options.outputs))
-        dtype = _known("options.dtype", options.dtype or pb.DTYPE_FLOAT32, wire.DTYPE_NAMES)
-        return Plan(outputs=outputs, dtype=dtype, return_tokens=options.return_tokens)
+        return outputs.plan(options, self.model)
 
     def truncation(self, value: pb.Truncation.ValueType) -> str:
         """Returns the name of a truncation.
@@ -97,7 +60,7 @@ class Intake:
         Raises:
             InvalidArgumentError: Nobody knows it.
         """
-        return _known("truncation", value or pb.TRUNCATION_ERROR, _TRUNCATIONS)
+        return outputs.known("truncation", value or pb.TRUNCATION_ERROR, _TRUNCATIONS)
 
     def max_length(self, value: int, *, at_most: int) -> int:
         """Returns the most tokens a text may have.
@@ -153,11 +116,16 @@ class Intake:
         """Returns the result of tokenizing, or why the model cannot do with its text what the plan asks."""
         if isinstance(result, LayertapError):
             return result
-        token_bytes, text_bytes = plan.byte_counts()
-        if (size := token_bytes * result.text.token_count + text_bytes) > self.limits.output_bytes:
+        if plan.has_words:
+            if result.encoding is None:
+                return InvalidArgumentError(
+                    f"{label} is token ids, which have no words; send text or words, or ask for hidden_states"
+                )
+            result = result.split()
+        if (size := plan.byte_counts().of(result.text)) > self.limits.output_bytes:
             return InvalidArgumentError(
                 f"the outputs of {label} take {size} bytes, the most is {self.limits.output_bytes}; ask for fewer "
-                "layers at once"
+                "layers at once, or shorten it"
             )
         types = result.text.token_type_ids
         if types is not None and types.max() >= self.model.type_vocab_size:
@@ -188,55 +156,6 @@ class Intake:
         for n, text in enumerate(texts):
             self._check_ids(text, f"texts[{n}]")
         return [list(text.input_ids) for text in texts]
-
-    def _output(self, output: pb.Output, label: str) -> Output:
-        kind = output.WhichOneof("kind")
-        if kind == "hidden_states":
-            asked = output.hidden_states
-            if asked.all_layers and asked.layers:
-                raise InvalidArgumentError(f"{label} has both layers and all_layers; set one of them")
-            everything = range(self.model.layer_count + 1)
-            layers = (
-                everything if asked.all_layers else {self._layer(k, f"{label}.layers") for k in asked.layers or (-1,)}
-            )
-            return Output(kind=OutputKind.HIDDEN_STATES, layers=tuple(sorted(layers)), row_size=self.model.hidden_size)
-        if kind == "pooler_output":
-            if not self.model.has_pooler_output:
-                raise FailedPreconditionError("this model has no pooler weights; ask for a pooling such as cls instead")
-            return Output(
-                kind=OutputKind.POOLER_OUTPUT, layers=(self.model.layer_count,), row_size=self.model.hidden_size
-            )
-        if kind == "pooled_vectors":
-            return self._pooled_vectors(output.pooled_vectors, label)
-        raise InvalidArgumentError(f"{label} has no kind; set hidden_states, pooler_output or pooled_vectors")
-
-    def _pooled_vectors(self, asked: pb.PooledVectors, label: str) -> Output:
-        strategy = _known(f"{label}.strategy", asked.strategy or pb.POOLING_STRATEGY_MEAN, _STRATEGIES)
-        if strategy is Strategy.CLS and asked.exclude_special_tokens:
-            raise InvalidArgumentError(
-                f"{label} pools [CLS] and excludes special tokens; include them, or pool otherwise"
-            )
-        widest = self.model.hidden_size * (2 if strategy is Strategy.MEAN_MAX else 1)
-        if not 0 <= asked.dimensions <= widest:
-            raise InvalidArgumentError(
-                f"{label}.dimensions is {asked.dimensions}; it runs from 1 to {widest}, 0 means all"
-            )
-        layer = self._layer(asked.layer, f"{label}.layer") if asked.HasField("layer") else self.model.layer_count
-        excluded = self.model.special_token_ids if asked.exclude_special_tokens else ()
-        return Output(
-            kind=OutputKind.POOLED_VECTORS,
-            layers=(layer,),
-            row_size=asked.dimensions or widest,
-            pool=Pool(strategy=strategy, excluded_ids=excluded, normalize=asked.normalize),
-        )
-
-    def _layer(self, layer: int, label: str) -> int:
-        count = self.model.layer_count
-        if not -count - 1 <= layer <= count:
-            raise InvalidArgumentError(
-                f"{label} has {layer}; this model's layers run from 0 to {count}, or -{count + 1} to -1"
-            )
-        return layer if layer >= 0 else layer + count + 1
 
     def _token_ids(self, message: pb.TokenIds, label: str) -> Text:
         ids = self._check_ids(message, label)
@@ -276,9 +195,3 @@ def _beside(values: Sequence[int], name: str, end: int, length: int, label: str)
     if not (array.min() >= 0 and array.max() < end):
         raise InvalidArgumentError(f"{label}.{name} has an entry that is not from 0 to {end - 1}; mend it")
     return array
-
-
-def _known(field: str, value: KeyT, known: Mapping[KeyT, ValueT]) -> ValueT:
-    if value not in known:
-        raise InvalidArgumentError(f"{field} has the unknown value {value}; use one that the contract names")
-    return known[value]

@@ -91,15 +91,15 @@ def _lent(
 ) -> Iterator[tuple[bytes, Sequence[Result]]]:
     """Yields results of consecutive texts of one run, which lie in shared memory, some of their outputs perhaps not."""
     room = max_frame_bytes - delivery.HEAD_BYTES
-    local = [n for n, (_, _, rows) in enumerate(batch[0].parts) if lending.offset_of(rows) is None]
+    local = [n for n, rows in enumerate(_first_rows(batch)) if lending.offset_of(rows) is None]
     packed: list[Result] = []
     size = 0
     for result in (*batch, None):
         own = 0
         if result is not None:
-            own = 64 + sum(len(result.parts[n][2]) for n in local) + _token_bytes(result, plan)
+            own = 64 + sum(len(result.parts[n][2]) for n in local) + _list_bytes(result, plan)
         if packed and (result is None or size + own > room):
-            shared = delivery.shared_rows([rows for _, _, rows in packed[0].parts], lending) if size <= room else None
+            shared = delivery.shared_rows(_first_rows(packed), lending) if size <= room else None
             if shared is None:
                 yield from _sent(packed, plan, tokenizer, max_frame_bytes)
             else:
@@ -110,6 +110,12 @@ def _lent(
             size += own
 
 
+def _first_rows(batch: Sequence[Result]) -> list[memoryview]:
+    """Returns, by output and layer, the first rows that there are in consecutive results; texts may have no words."""
+    columns = zip(*(result.parts for result in batch), strict=True)
+    return [next((rows for _, _, rows in column if len(rows)), column[0][2]) for column in columns]
+
+
 def _sent(
     batch: Sequence[Result], plan: Plan, tokenizer: Tokenizer, max_frame_bytes: int
 ) -> Iterator[tuple[bytes, Sequence[Result]]]:
@@ -118,7 +124,7 @@ def _sent(
     packed: list[Result] = []
     size = 0
     for result in batch:
-        own = result.byte_count + _token_bytes(result, plan) + 64
+        own = result.byte_count + _list_bytes(result, plan) + 64
         own += len(result.error.details.encode()) if result.error else 0
         if packed and size + own > room:
             yield _pack(packed, plan, tokenizer), packed
@@ -141,8 +147,8 @@ def split_run(ready: Sequence[RowsReady], plan: Plan) -> list[list[tuple[int, in
     for part in order:
         output = plan.outputs[part.rows.output_index]
         row_bytes, start = plan.row_bytes(output), 0
-        for own, text in zip(texts, part.texts, strict=True):
-            end = start + row_bytes * (text.token_count if output.per_token else 1)
+        for own, row_count in zip(texts, output.row_counts(part.texts), strict=True):
+            end = start + row_bytes * row_count
             own.append((part.rows.output_index, part.rows.layer, part.rows.data[start:end]))
             start = end
     return texts
@@ -157,9 +163,12 @@ def failures_of(ready: Sequence[RowsReady]) -> Mapping[int, LayertapError]:
     return failures
 
 
-def _token_bytes(result: Result, plan: Plan) -> int:
-    """Returns room for the tokens of a result, if they were asked for."""
-    return 48 * result.tokenized.text.token_count if plan.return_tokens and result.tokenized is not None else 0
+def _list_bytes(result: Result, plan: Plan) -> int:
+    """Returns room for the tokens and the words of a result, as far as they were asked for."""
+    if result.tokenized is None:
+        return 0
+    text = result.tokenized.text
+    return 48 * text.token_count * plan.return_tokens + delivery.WORD_BYTES * text.word_count
 
 
 def _pack(batch: Sequence[Result], plan: Plan, tokenizer: Tokenizer, shared: pb.SharedRows | None = None) -> bytes:
@@ -172,6 +181,7 @@ def _pack(batch: Sequence[Result], plan: Plan, tokenizer: Tokenizer, shared: pb.
             if result.error is not None
         ],
     )
+    has_words = plan.has_words
     for result in good:
         assert result.tokenized is not None and result.timings is not None
         message.timings.append(result.timings)
@@ -179,6 +189,8 @@ def _pack(batch: Sequence[Result], plan: Plan, tokenizer: Tokenizer, shared: pb.
         message.truncated.append(result.tokenized.truncated)
         if plan.return_tokens:
             message.tokens.append(delivery.tokens(result.tokenized, tokenizer))
+        if has_words:
+            message.words.append(delivery.words(result.tokenized))
     tensors = list(zip(*(result.parts for result in good), strict=True))
     if shared is not None:
         tensors = [parts for parts, offset in zip(tensors, shared.offsets, strict=True) if offset == -1]
@@ -189,14 +201,15 @@ def _pack(batch: Sequence[Result], plan: Plan, tokenizer: Tokenizer, shared: pb.
 def _spread(result: Result, plan: Plan, tokenizer: Tokenizer, max_frame_bytes: int) -> Iterator[Callable[[], bytes]]:
     """Yields what makes the frames of one large result, each made only when its turn comes."""
     assert result.tokenized is not None
-    count = result.tokenized.text.token_count
-    last = result.parts[-1]
+    text = result.tokenized.text
+    last = next(part for part in reversed(result.parts) if len(part[2]))
     own_tokens = delivery.tokens(result.tokenized, tokenizer) if plan.return_tokens else None
-    max_data_bytes = max_frame_bytes - (own_tokens.ByteSize() if own_tokens else 0)
+    own_words = delivery.words(result.tokenized) if plan.has_words else None
+    max_data_bytes = max_frame_bytes - sum(own.ByteSize() for own in (own_tokens, own_words) if own is not None)
     for part in result.parts:
         output_index, layer, rows = part
         output = plan.outputs[output_index]
-        row_count = count if output.per_token else 1
+        (row_count,) = output.row_counts([text])
         row_bytes = plan.row_bytes(output)
         for first, taken in delivery.cuts(row_count, row_bytes, max_data_bytes):
             frame = pb.StreamFrame(
@@ -205,7 +218,8 @@ def _spread(result: Result, plan: Plan, tokenizer: Tokenizer, max_frame_bytes: i
                 layer=layer,
                 first_row=first,
                 row_count=taken,
-                token_count=count,
+                token_count=text.token_count,
+                word_count=text.word_count,
                 truncated=result.tokenized.truncated,
                 done=part is last and first + taken == row_count,
             )
@@ -213,5 +227,7 @@ def _spread(result: Result, plan: Plan, tokenizer: Tokenizer, max_frame_bytes: i
                 frame.timings.CopyFrom(result.timings or pb.Timings())
                 if own_tokens is not None:
                     frame.tokens.CopyFrom(own_tokens)
+                if own_words is not None:
+                    frame.words.CopyFrom(own_words)
             data = rows[first * row_bytes : (first + taken) * row_bytes]
             yield partial(wire.join, pb.EmbedStreamResponse(frame=frame), data)

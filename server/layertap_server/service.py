@@ -170,9 +170,10 @@ class EmbeddingService:
     async def _embed(self, raw: bytes, caller: Caller) -> bytes:
         request = await _parse(pb.EmbedRequest, raw)
         plan, tokenized = await self._prepare(request.inputs, request.options, caller.record)
-        token_bytes, text_bytes = plan.byte_counts()
-        token_count = sum(one.text.token_count for one in tokenized)
-        size = token_bytes * token_count + (text_bytes + 64) * len(tokenized) + 48 * token_count * plan.return_tokens
+        texts = [one.text for one in tokenized]
+        size = sum(map(plan.byte_counts().of, texts)) + 64 * len(texts)
+        size += 48 * plan.return_tokens * sum(text.token_count for text in texts)
+        size += delivery.WORD_BYTES * sum(text.word_count for text in texts)
         if size > self._bounds.max_response_bytes:
             raise InvalidArgumentError(
                 f"the answer would have about {size} bytes, the most of Embed is {self._bounds.max_response_bytes}; "
@@ -200,6 +201,8 @@ class EmbeddingService:
             )
             if plan.return_tokens:
                 message.tokens.extend(delivery.tokens(one, self._tokenizer) for one in tokenized)
+            if plan.has_words:
+                message.words.extend(map(delivery.words, tokenized))
             return message.SerializeToString()
 
         started_at_ns = time.monotonic_ns()
@@ -211,7 +214,7 @@ class EmbeddingService:
         request = await _parse(pb.EmbedLayersRequest, raw)
         plan, tokenized = await self._prepare(request.inputs, request.options, caller.record)
         with self._sharing.lend(request.options) as lending:
-            plan = placed(plan, lending, [one.text.token_count for one in tokenized])
+            plan = placed(plan, lending, [one.text for one in tokenized])
             frame_count = await self._send_layers(plan, tokenized, caller, lending)
         summary = pb.EmbedSummary(frame_count=frame_count, timings=delivery.timings(caller.record))
         await caller.write(pb.EmbedLayersResponse(summary=summary).SerializeToString())
@@ -227,6 +230,10 @@ class EmbeddingService:
             await caller.write(header.SerializeToString())
             if plan.return_tokens:
                 groups = delivery.token_groups(tokenized, self._tokenizer, self._bounds.max_frame_bytes)
+                for group in await asyncio.to_thread(list, groups):
+                    await caller.write(group.SerializeToString())
+            if plan.has_words:
+                groups = delivery.word_groups(tokenized, self._bounds.max_frame_bytes)
                 for group in await asyncio.to_thread(list, groups):
                     await caller.write(group.SerializeToString())
             left = len(tokenized)

@@ -16,7 +16,7 @@ from collections.abc import Awaitable, Callable, Iterator, Sequence
 
 from layertap.v1 import embedding_pb2 as pb
 from layertap_server.shm import Lending, Segment, Segments
-from layertap_server.work import Plan
+from layertap_server.work import Plan, Text
 
 
 class Sharing:
@@ -84,28 +84,29 @@ class Sharing:
             self._segments.close(opening.result())
 
 
-def placed(plan: Plan, lending: Lending | None, token_counts: Sequence[int] = ()) -> Plan:
+def placed(plan: Plan, lending: Lending | None, texts: Sequence[Text] = ()) -> Plan:
     """Returns a plan whose rows go into shared memory where there is room.
 
     Args:
         plan: What is asked.
         lending: What the call may use; None: nothing.
-        token_counts: Rows of each text of the call if it has all its texts: then each tensor gets one place for all of
-            them, whichever batches they are computed in, and the caller need not put them together.
+        texts: All texts of the call, if they are known: then each tensor gets one place for all of them, whichever
+            batches they are computed in, and the caller need not put them together.
     """
     if lending is None:
         return plan
-    return dataclasses.replace(plan, allocate=_Placement(plan, lending, token_counts))
+    return dataclasses.replace(plan, allocate=_Placement(plan, lending, texts))
 
 
 class _Placement:
     """Where the tensors of one call go. To be called from any lane."""
 
-    def __init__(self, plan: Plan, lending: Lending, token_counts: Sequence[int]) -> None:
+    def __init__(self, plan: Plan, lending: Lending, texts: Sequence[Text]) -> None:
         self._plan, self._lending = plan, lending
-        self._starts = list(itertools.accumulate(token_counts, initial=0))
-        token_bytes, text_bytes = plan.byte_counts()
-        size = self._starts[-1] * token_bytes + len(token_counts) * text_bytes
+        self._starts = {
+            output.unit: list(itertools.accumulate(output.row_counts(texts), initial=0)) for output in plan.outputs
+        }
+        size = sum(map(plan.byte_counts().of, texts))
         # A larger call would keep room that its own first layers could soon give back.
         self._whole = 0 < size <= lending.segment.byte_count // 2
         self._lock = threading.Lock()
@@ -113,7 +114,7 @@ class _Placement:
     def __call__(self, first_text: int, output_index: int, layer: int, byte_count: int) -> memoryview | None:
         if self._whole:
             kept, output = self._lending.kept, self._plan.outputs[output_index]
-            starts = self._starts if output.per_token else range(len(self._starts))
+            starts = self._starts[output.unit]
             row_bytes = self._plan.row_bytes(output)
             with self._lock:
                 if (output_index, layer) not in kept:

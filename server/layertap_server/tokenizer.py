@@ -19,7 +19,7 @@ import transformers
 
 from layertap.errors import InvalidArgumentError, LayertapError
 from layertap_server.checkpoint import CheckpointError
-from layertap_server.work import Text
+from layertap_server.work import Indices, Text, Words
 
 Item: TypeAlias = "str | tuple[str, str] | list[str] | Text"
 """A string, a pair, words, or token ids that need no tokenizing."""
@@ -36,11 +36,34 @@ class Tokenized:
         text: What the model sees.
         truncated: Whether tokens were cut.
         encoding: The tokenizer's own result; None for token ids.
+        given_word_count: How many words it came as; None: it did not come as words.
     """
 
     text: Text
     truncated: bool = False
     encoding: tokenizers.Encoding | None = None
+    given_word_count: int | None = None
+
+    def split(self) -> Tokenized:
+        """Returns it with the words of its text, which must not be token ids."""
+        assert self.encoding is not None
+        word_ids = np.array([-1 if word is None else word for word in self.encoding.word_ids], np.int64)
+        string_ids = np.array([-1 if string is None else string for string in self.encoding.sequence_ids], np.int64)
+        spans = np.array(self.encoding.offsets, np.int64).reshape(-1, 2)
+        inside = np.flatnonzero(word_ids >= 0)
+        # A word begins where its number or its string is not that of the token before.
+        names = np.stack([word_ids[inside], string_ids[inside]])
+        begins = np.flatnonzero((np.diff(names, axis=1, prepend=-1) != 0).any(axis=0))
+        starts, piece_counts = inside[begins], np.diff(begins, append=len(inside))
+        offsets = np.stack([spans[starts, 0], spans[starts + piece_counts - 1, 1]], axis=1)
+        first_word_count = int((string_ids[starts] == 0).sum())
+        if self.given_word_count is not None:
+            numbers, first_word_count = word_ids[starts], self.given_word_count
+            starts = _spread(starts, numbers, first_word_count)
+            piece_counts = _spread(piece_counts, numbers, first_word_count)
+            offsets = _spread(offsets, numbers, first_word_count)
+        words = Words(starts=starts, piece_counts=piece_counts, offsets=offsets, first_word_count=first_word_count)
+        return dataclasses.replace(self, text=dataclasses.replace(self.text, words=words))
 
 
 class Tokenizer:
@@ -102,7 +125,7 @@ class Tokenizer:
             for n, encoding in zip(chosen, encodings, strict=True):
                 count = len(encoding)
                 if count <= max_length:
-                    results[n] = _tokenized(encoding, False)
+                    results[n] = _tokenized(encoding, items[n], False)
                 elif truncation == "error":
                     results[n] = InvalidArgumentError(
                         f"{labels[n]} has {count} tokens, max_length is {max_length}; shorten it, or cut it with "
@@ -136,7 +159,7 @@ class Tokenizer:
             (encoding,) = self._cutter.encode_batch(
                 [item], is_pretokenized=isinstance(item, list), add_special_tokens=add_special_tokens
             )
-        return _tokenized(encoding, True)
+        return _tokenized(encoding, item, True)
 
     def decode(self, texts: Sequence[Sequence[int]], *, skip_special_tokens: bool) -> list[str]:
         """Turns token ids back into strings, as transformers' batch_decode does."""
@@ -148,7 +171,15 @@ class Tokenizer:
         return [self._tokenizer.id_to_token(int(token_id)) or "" for token_id in text.input_ids]
 
 
-def _tokenized(encoding: tokenizers.Encoding, truncated: bool) -> Tokenized:
+def _tokenized(encoding: tokenizers.Encoding, item: Item, truncated: bool) -> Tokenized:
     types = encoding.type_ids
     text = Text(np.array(encoding.ids, np.int32), token_type_ids=np.array(types, np.int32) if any(types) else None)
-    return Tokenized(text=text, truncated=truncated, encoding=encoding)
+    given_word_count = len(item) if isinstance(item, list) else None
+    return Tokenized(text=text, truncated=truncated, encoding=encoding, given_word_count=given_word_count)
+
+
+def _spread(values: Indices, places: Indices, count: int) -> Indices:
+    """Returns so many entries: values at their places, zeros elsewhere."""
+    spread = np.zeros((count, *values.shape[1:]), np.int64)
+    spread[places] = values
+    return spread

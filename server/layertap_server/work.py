@@ -18,6 +18,24 @@ import numpy.typing as npt
 from layertap.errors import LayertapError
 
 Ids = npt.NDArray[np.int32]
+Indices = npt.NDArray[np.int64]
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Words:
+    """Which tokens of a text make which words. The tokens of a word lie one after the other.
+
+    Attributes:
+        starts: Shape: [word_count]; the first token of each word.
+        piece_counts: Shape: [word_count]; how many tokens each word has, perhaps none.
+        offsets: Shape: [word_count, 2]; start and end in the text, in Unicode code points.
+        first_word_count: How many words belong to the first string of a pair; else all.
+    """
+
+    starts: Indices
+    piece_counts: Indices
+    offsets: Indices
+    first_word_count: int
 
 
 class OutOfMemoryError(Exception):
@@ -36,16 +54,23 @@ class Text:
         input_ids: Shape: [token_count].
         attention_mask: Shape: [token_count], with at least one 0. None: all 1.
         token_type_ids: Shape: [token_count], with at least one not 0. None: all 0.
+        words: Its words. None: nobody asks for them, or it has none.
     """
 
     input_ids: Ids
     attention_mask: Ids | None = None
     token_type_ids: Ids | None = None
+    words: Words | None = None
 
     @property
     def token_count(self) -> int:
         """How many rows each layer has for this text."""
         return len(self.input_ids)
+
+    @property
+    def word_count(self) -> int:
+        """How many words it has, as far as they are asked for."""
+        return 0 if self.words is None else len(self.words.piece_counts)
 
 
 class OutputKind(enum.Enum):
@@ -54,6 +79,33 @@ class OutputKind(enum.Enum):
     HIDDEN_STATES = enum.auto()
     POOLER_OUTPUT = enum.auto()
     POOLED_VECTORS = enum.auto()
+    WORD_VECTORS = enum.auto()
+
+
+class Unit(enum.Enum):
+    """What one row of an output stands for; the contract's RowUnit."""
+
+    TOKEN = enum.auto()
+    WORD = enum.auto()
+    TEXT = enum.auto()
+
+
+class Mixing(enum.Enum):
+    """How several layers become one; the contract's MixStrategy."""
+
+    MEAN = enum.auto()
+    SUM = enum.auto()
+    CONCAT = enum.auto()
+    WEIGHTED = enum.auto()
+
+
+class WordPooling(enum.Enum):
+    """How the rows of a word's tokens become one; the contract's WordPooling."""
+
+    FIRST = enum.auto()
+    LAST = enum.auto()
+    MEAN = enum.auto()
+    FIRST_LAST = enum.auto()
 
 
 class Strategy(enum.Enum):
@@ -103,28 +155,74 @@ class Pool:
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Mix:
+    """Several layers as one.
+
+    Attributes:
+        mixing: How.
+        layers: The absolute layers, each once, in the order of the concatenation and of the weights.
+        weights: One for each layer, if they are weighted.
+    """
+
+    mixing: Mixing
+    layers: tuple[int, ...]
+    weights: tuple[float, ...] = ()
+
+    @property
+    def top(self) -> int:
+        """The highest layer, after which the mix is whole."""
+        return max(self.layers)
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Output:
     """One asked-for output, resolved.
 
     Attributes:
         kind: What it is.
-        layers: The absolute layers it is made from, ascending, without doubles.
+        layers: The absolute layers after which its rows leave, ascending, without doubles; of a mix its highest.
         row_size: Values a row.
         pool: The pooling, for pooled vectors.
+        word_pooling: The pooling of each word, for word vectors.
+        mix: What its rows are made of instead of one layer each. None: of each layer by itself.
     """
 
     kind: OutputKind
     layers: tuple[int, ...]
     row_size: int
     pool: Pool | None = None
+    word_pooling: WordPooling | None = None
+    mix: Mix | None = None
 
     @property
-    def per_token(self) -> bool:
-        """Whether there is one row a token, or one a text."""
-        return self.kind is OutputKind.HIDDEN_STATES
+    def unit(self) -> Unit:
+        """What one row stands for."""
+        if self.kind is OutputKind.HIDDEN_STATES:
+            return Unit.TOKEN
+        return Unit.WORD if self.kind is OutputKind.WORD_VECTORS else Unit.TEXT
+
+    def row_counts(self, texts: Sequence[Text]) -> list[int]:
+        """Returns how many rows of each layer each text has."""
+        unit = self.unit
+        if unit is Unit.TOKEN:
+            return [text.token_count for text in texts]
+        return [text.word_count for text in texts] if unit is Unit.WORD else [1] * len(texts)
 
 
 ITEM_BYTES: Mapping[str, int] = {"float32": 4, "float16": 2, "bfloat16": 2}
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class ByteCounts:
+    """The bytes of an answer, all outputs and layers together, by what there is a row of."""
+
+    token: int
+    word: int
+    text: int
+
+    def of(self, text: Text) -> int:
+        """Returns the bytes of one text."""
+        return self.token * text.token_count + self.word * text.word_count + self.text
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -152,15 +250,23 @@ class Plan:
         """Returns the bytes of one row of an output."""
         return output.row_size * ITEM_BYTES[self.dtype]
 
-    def byte_counts(self) -> tuple[int, int]:
-        """Returns the answer's bytes for each token, and for each text."""
-        token_bytes = text_bytes = 0
+    @property
+    def has_words(self) -> bool:
+        """Whether an output has a row for each word."""
+        return any(output.unit is Unit.WORD for output in self.outputs)
+
+    def byte_counts(self) -> ByteCounts:
+        """Returns the answer's bytes for each token, each word and each text."""
+        token = word = text = 0
         for output in self.outputs:
-            if output.per_token:
-                token_bytes += self.row_bytes(output) * len(output.layers)
+            byte_count, unit = self.row_bytes(output) * len(output.layers), output.unit
+            if unit is Unit.TOKEN:
+                token += byte_count
+            elif unit is Unit.WORD:
+                word += byte_count
             else:
-                text_bytes += self.row_bytes(output)
-        return token_bytes, text_bytes
+                text += byte_count
+        return ByteCounts(token=token, word=word, text=text)
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True, eq=False)

@@ -11,6 +11,7 @@ const loader = require('@grpc/proto-loader');
 
 const PROTO = path.join(__dirname, '../../protos/layertap/v1/embedding.proto');
 const FLOAT32 = 1;
+const TOKEN = 1;
 
 const { layertap } = grpc.loadPackageDefinition(
   loader.loadSync(PROTO, { defaults: true, enums: Number, longs: Number, oneofs: true }),
@@ -30,7 +31,7 @@ async function readLayers(client, inputs) {
       header = message.header;
       assert.equal(header.dtype, FLOAT32);
       assert.equal(header.outputs.length, 1);
-      assert(header.outputs[0].perToken);
+      assert.equal(header.outputs[0].unit, TOKEN);
       assert.deepEqual(header.outputs[0].layers, Array.from({ length: header.layerCount + 1 }, (_, k) => k));
       assert.equal(header.tokenCounts.length, inputs.length);
       assert.deepEqual(header.truncated, inputs.map(() => false));

@@ -8,8 +8,12 @@ Words used throughout:
   layer   0 is the embedding output, k the output of encoder block k, L
           (layer_count) the last one: hidden_states[k] of transformers. A
           request may count from the end (-1 is L); an answer never does.
-  ragged  the rows of real tokens only, texts one after the other, divided by
-          token_counts. No answer carries padding rows that were not asked for.
+  word    what the tokenizer divides a text into before it makes pieces of it: at
+          spaces and punctuation, a Chinese character by itself. Of a text that
+          comes as words: those words.
+  ragged  the rows of real tokens (or words) only, texts one after the other,
+          divided by token_counts (or word_counts). No answer carries padding rows
+          that were not asked for.
 
 Status codes every RPC may end with:
   INVALID_ARGUMENT    the request is at fault; the message names field or item.
@@ -142,6 +146,100 @@ POOLING_STRATEGY_MEAN_SQRT_LEN: PoolingStrategy.ValueType  # 5
 POOLING_STRATEGY_MEAN_MAX: PoolingStrategy.ValueType  # 6
 """[mean; max]: twice as wide."""
 Global___PoolingStrategy: _TypeAlias = PoolingStrategy  # noqa: Y015
+
+class _WordPooling:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _WordPoolingEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_WordPooling.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    WORD_POOLING_UNSPECIFIED: _WordPooling.ValueType  # 0
+    """Not said: treated as WORD_POOLING_MEAN."""
+    WORD_POOLING_FIRST: _WordPooling.ValueType  # 1
+    """The row of the first piece."""
+    WORD_POOLING_LAST: _WordPooling.ValueType  # 2
+    """The row of the last piece."""
+    WORD_POOLING_MEAN: _WordPooling.ValueType  # 3
+    """The arithmetic mean."""
+    WORD_POOLING_FIRST_LAST: _WordPooling.ValueType  # 4
+    """[first; last]: twice as wide."""
+
+class WordPooling(_WordPooling, metaclass=_WordPoolingEnumTypeWrapper):
+    """WordPooling says how the token rows of one word become one row. They are the rows
+    that truncation has left of it.
+    """
+
+WORD_POOLING_UNSPECIFIED: WordPooling.ValueType  # 0
+"""Not said: treated as WORD_POOLING_MEAN."""
+WORD_POOLING_FIRST: WordPooling.ValueType  # 1
+"""The row of the first piece."""
+WORD_POOLING_LAST: WordPooling.ValueType  # 2
+"""The row of the last piece."""
+WORD_POOLING_MEAN: WordPooling.ValueType  # 3
+"""The arithmetic mean."""
+WORD_POOLING_FIRST_LAST: WordPooling.ValueType  # 4
+"""[first; last]: twice as wide."""
+Global___WordPooling: _TypeAlias = WordPooling  # noqa: Y015
+
+class _MixStrategy:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _MixStrategyEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_MixStrategy.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    MIX_STRATEGY_UNSPECIFIED: _MixStrategy.ValueType  # 0
+    """Not said: treated as MIX_STRATEGY_MEAN."""
+    MIX_STRATEGY_MEAN: _MixStrategy.ValueType  # 1
+    """The arithmetic mean."""
+    MIX_STRATEGY_SUM: _MixStrategy.ValueType  # 2
+    """The sum."""
+    MIX_STRATEGY_CONCAT: _MixStrategy.ValueType  # 3
+    """One after the other, in the order of LayerMix.layers: as many times as wide."""
+    MIX_STRATEGY_WEIGHTED: _MixStrategy.ValueType  # 4
+    """The sum of each layer times its weight."""
+
+class MixStrategy(_MixStrategy, metaclass=_MixStrategyEnumTypeWrapper):
+    """MixStrategy says how several layers become one."""
+
+MIX_STRATEGY_UNSPECIFIED: MixStrategy.ValueType  # 0
+"""Not said: treated as MIX_STRATEGY_MEAN."""
+MIX_STRATEGY_MEAN: MixStrategy.ValueType  # 1
+"""The arithmetic mean."""
+MIX_STRATEGY_SUM: MixStrategy.ValueType  # 2
+"""The sum."""
+MIX_STRATEGY_CONCAT: MixStrategy.ValueType  # 3
+"""One after the other, in the order of LayerMix.layers: as many times as wide."""
+MIX_STRATEGY_WEIGHTED: MixStrategy.ValueType  # 4
+"""The sum of each layer times its weight."""
+Global___MixStrategy: _TypeAlias = MixStrategy  # noqa: Y015
+
+class _RowUnit:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _RowUnitEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_RowUnit.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    ROW_UNIT_UNSPECIFIED: _RowUnit.ValueType  # 0
+    """Never sent."""
+    ROW_UNIT_TOKEN: _RowUnit.ValueType  # 1
+    """A token: each text has as many rows as token_counts says."""
+    ROW_UNIT_WORD: _RowUnit.ValueType  # 2
+    """A word: each text has as many rows as word_counts says."""
+    ROW_UNIT_TEXT: _RowUnit.ValueType  # 3
+    """A text: each has one row."""
+
+class RowUnit(_RowUnit, metaclass=_RowUnitEnumTypeWrapper):
+    """RowUnit says what one row of an output stands for."""
+
+ROW_UNIT_UNSPECIFIED: RowUnit.ValueType  # 0
+"""Never sent."""
+ROW_UNIT_TOKEN: RowUnit.ValueType  # 1
+"""A token: each text has as many rows as token_counts says."""
+ROW_UNIT_WORD: RowUnit.ValueType  # 2
+"""A word: each text has as many rows as word_counts says."""
+ROW_UNIT_TEXT: RowUnit.ValueType  # 3
+"""A text: each has one row."""
+Global___RowUnit: _TypeAlias = RowUnit  # noqa: Y015
 
 class _ResultOrder:
     ValueType = _typing.NewType("ValueType", _builtins.int)
@@ -302,36 +400,134 @@ class Input(_message.Message):
 Global___Input: _TypeAlias = Input  # noqa: Y015
 
 @_typing.final
+class LayerMix(_message.Message):
+    """LayerMix makes one layer of several, in float32: whatever is then made of its rows
+    is made of the mix. Its rows leave once, after the highest of its layers. Row size:
+    hidden_size; MIX_STRATEGY_CONCAT: that times the number of layers.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    STRATEGY_FIELD_NUMBER: _builtins.int
+    LAYERS_FIELD_NUMBER: _builtins.int
+    ALL_LAYERS_FIELD_NUMBER: _builtins.int
+    WEIGHTS_FIELD_NUMBER: _builtins.int
+    strategy: Global___MixStrategy.ValueType
+    """How they become one."""
+    all_layers: _builtins.bool
+    """All layers, 0 to L, ascending. With it, layers must be empty."""
+    @_builtins.property
+    def layers(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Layer numbers, -L-1 to L, in any order, each layer once. At least one, unless
+        all_layers is set.
+        """
+
+    @_builtins.property
+    def weights(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
+        """With MIX_STRATEGY_WEIGHTED, and only then: one for each layer, in their order.
+        Range: -1000000 to 1000000; used as they are, whatever their sum.
+        """
+
+    def __init__(
+        self,
+        *,
+        strategy: Global___MixStrategy.ValueType = ...,
+        layers: _abc.Iterable[_builtins.int] | None = ...,
+        all_layers: _builtins.bool = ...,
+        weights: _abc.Iterable[_builtins.float] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["all_layers", b"all_layers", "layers", b"layers", "strategy", b"strategy", "weights", b"weights"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___LayerMix: _TypeAlias = LayerMix  # noqa: Y015
+
+@_typing.final
 class HiddenStates(_message.Message):
-    """HiddenStates asks for the token rows of one or several layers.
-    Rows: ragged, one a token. Row size: hidden_size.
+    """HiddenStates asks for the token rows of one or several layers, or of a mix.
+    Rows: ragged, one a token. Row size: hidden_size, or the mix's.
     """
 
     DESCRIPTOR: _descriptor.Descriptor
 
     LAYERS_FIELD_NUMBER: _builtins.int
     ALL_LAYERS_FIELD_NUMBER: _builtins.int
+    MIX_FIELD_NUMBER: _builtins.int
     all_layers: _builtins.bool
     """All layers, 0 to L. With it, layers must be empty."""
     @_builtins.property
     def layers(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Layer numbers, -L-1 to L, in any order, doubles allowed; answered ascending
-        and without doubles. Empty, without all_layers: the last layer.
+        and without doubles. Empty, without all_layers and mix: the last layer.
         """
+
+    @_builtins.property
+    def mix(self) -> Global___LayerMix:
+        """One mix of layers. With it, layers and all_layers must be empty."""
 
     def __init__(
         self,
         *,
         layers: _abc.Iterable[_builtins.int] | None = ...,
         all_layers: _builtins.bool = ...,
+        mix: Global___LayerMix | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["mix", b"mix"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["all_layers", b"all_layers", "layers", b"layers"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["all_layers", b"all_layers", "layers", b"layers", "mix", b"mix"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___HiddenStates: _TypeAlias = HiddenStates  # noqa: Y015
+
+@_typing.final
+class WordVectors(_message.Message):
+    """WordVectors asks for one vector a word, of one or several layers, or of a mix.
+    Rows: ragged, one a word; of a pair those of the first string, then those of the
+    second. Row size: hidden_size, or the mix's; WORD_POOLING_FIRST_LAST: twice that.
+
+    A text that comes as words has exactly one row for each of them, also for a word
+    of several pieces, and for one of none (the empty string, a control character, or
+    a word that truncation has cut away): its row is zeros, and its piece_count 0. A
+    string has the words that are left of it after truncation. Special tokens belong
+    to no word. Token ids have no words and are refused with INVALID_ARGUMENT.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    POOLING_FIELD_NUMBER: _builtins.int
+    LAYERS_FIELD_NUMBER: _builtins.int
+    ALL_LAYERS_FIELD_NUMBER: _builtins.int
+    MIX_FIELD_NUMBER: _builtins.int
+    pooling: Global___WordPooling.ValueType
+    """How the rows of its pieces become the row of a word."""
+    all_layers: _builtins.bool
+    """All layers, 0 to L. With it, layers must be empty."""
+    @_builtins.property
+    def layers(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Layer numbers, as in HiddenStates."""
+
+    @_builtins.property
+    def mix(self) -> Global___LayerMix:
+        """One mix of layers. With it, layers and all_layers must be empty."""
+
+    def __init__(
+        self,
+        *,
+        pooling: Global___WordPooling.ValueType = ...,
+        layers: _abc.Iterable[_builtins.int] | None = ...,
+        all_layers: _builtins.bool = ...,
+        mix: Global___LayerMix | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["mix", b"mix"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["all_layers", b"all_layers", "layers", b"layers", "mix", b"mix", "pooling", b"pooling"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___WordVectors: _TypeAlias = WordVectors  # noqa: Y015
 
 @_typing.final
 class PoolerOutput(_message.Message):
@@ -356,7 +552,8 @@ Global___PoolerOutput: _TypeAlias = PoolerOutput  # noqa: Y015
 @_typing.final
 class PooledVectors(_message.Message):
     """PooledVectors asks for one vector a text. Rows: one a text. Row size:
-    hidden_size (POOLING_STRATEGY_MEAN_MAX: twice that), or dimensions if given.
+    hidden_size, or the mix's (POOLING_STRATEGY_MEAN_MAX: twice that), or dimensions if
+    given.
     Pooled, cut to dimensions, then normalized, all in float32; the wire dtype last.
     A text with nothing to pool over is refused with INVALID_ARGUMENT.
     """
@@ -368,16 +565,21 @@ class PooledVectors(_message.Message):
     EXCLUDE_SPECIAL_TOKENS_FIELD_NUMBER: _builtins.int
     NORMALIZE_FIELD_NUMBER: _builtins.int
     DIMENSIONS_FIELD_NUMBER: _builtins.int
+    MIX_FIELD_NUMBER: _builtins.int
     strategy: Global___PoolingStrategy.ValueType
     """How rows become one vector."""
     layer: _builtins.int
-    """The layer that is pooled, -L-1 to L. Absent: the last one."""
+    """The layer that is pooled, -L-1 to L. Absent, without mix: the last one."""
     exclude_special_tokens: _builtins.bool
     """Leaves out every token whose id is among the tokenizer's special ids."""
     normalize: _builtins.bool
     """Divides each vector by its Euclidean length."""
     dimensions: _builtins.int
     """Keeps the first values only. 0: all; at most the row size."""
+    @_builtins.property
+    def mix(self) -> Global___LayerMix:
+        """The mix of layers that is pooled. With it, layer must be absent."""
+
     def __init__(
         self,
         *,
@@ -386,10 +588,11 @@ class PooledVectors(_message.Message):
         exclude_special_tokens: _builtins.bool = ...,
         normalize: _builtins.bool = ...,
         dimensions: _builtins.int = ...,
+        mix: Global___LayerMix | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_layer", b"_layer", "layer", b"layer"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_layer", b"_layer", "layer", b"layer", "mix", b"mix"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_layer", b"_layer", "dimensions", b"dimensions", "exclude_special_tokens", b"exclude_special_tokens", "layer", b"layer", "normalize", b"normalize", "strategy", b"strategy"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_layer", b"_layer", "dimensions", b"dimensions", "exclude_special_tokens", b"exclude_special_tokens", "layer", b"layer", "mix", b"mix", "normalize", b"normalize", "strategy", b"strategy"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__layer: _TypeAlias = _typing.Literal["layer"]  # noqa: Y015
     _WhichOneofArgType__layer: _TypeAlias = _typing.Literal["_layer", b"_layer"]  # noqa: Y015
@@ -406,6 +609,7 @@ class Output(_message.Message):
     HIDDEN_STATES_FIELD_NUMBER: _builtins.int
     POOLER_OUTPUT_FIELD_NUMBER: _builtins.int
     POOLED_VECTORS_FIELD_NUMBER: _builtins.int
+    WORD_VECTORS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def hidden_states(self) -> Global___HiddenStates:
         """Token rows of chosen layers."""
@@ -418,18 +622,23 @@ class Output(_message.Message):
     def pooled_vectors(self) -> Global___PooledVectors:
         """One vector a text."""
 
+    @_builtins.property
+    def word_vectors(self) -> Global___WordVectors:
+        """One vector a word."""
+
     def __init__(
         self,
         *,
         hidden_states: Global___HiddenStates | None = ...,
         pooler_output: Global___PoolerOutput | None = ...,
         pooled_vectors: Global___PooledVectors | None = ...,
+        word_vectors: Global___WordVectors | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["hidden_states", b"hidden_states", "kind", b"kind", "pooled_vectors", b"pooled_vectors", "pooler_output", b"pooler_output"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["hidden_states", b"hidden_states", "kind", b"kind", "pooled_vectors", b"pooled_vectors", "pooler_output", b"pooler_output", "word_vectors", b"word_vectors"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["hidden_states", b"hidden_states", "kind", b"kind", "pooled_vectors", b"pooled_vectors", "pooler_output", b"pooler_output"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["hidden_states", b"hidden_states", "kind", b"kind", "pooled_vectors", b"pooled_vectors", "pooler_output", b"pooler_output", "word_vectors", b"word_vectors"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_kind: _TypeAlias = _typing.Literal["hidden_states", "pooler_output", "pooled_vectors"]  # noqa: Y015
+    _WhichOneofReturnType_kind: _TypeAlias = _typing.Literal["hidden_states", "pooler_output", "pooled_vectors", "word_vectors"]  # noqa: Y015
     _WhichOneofArgType_kind: _TypeAlias = _typing.Literal["kind", b"kind"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_kind) -> _WhichOneofReturnType_kind | None: ...
 
@@ -555,25 +764,33 @@ class OutputHeader(_message.Message):
 
     LAYERS_FIELD_NUMBER: _builtins.int
     ROW_SIZE_FIELD_NUMBER: _builtins.int
-    PER_TOKEN_FIELD_NUMBER: _builtins.int
+    UNIT_FIELD_NUMBER: _builtins.int
+    MIXED_LAYERS_FIELD_NUMBER: _builtins.int
     row_size: _builtins.int
     """Values a row."""
-    per_token: _builtins.bool
-    """True: one row a token, ragged. False: one row a text."""
+    unit: Global___RowUnit.ValueType
+    """What a row stands for; never unspecified."""
     @_builtins.property
     def layers(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """The absolute layers it comes from, ascending, without doubles."""
+        """The absolute layers of its tensors, ascending, without doubles. Of a mix: the
+        highest of its layers, for its only tensor.
+        """
+
+    @_builtins.property
+    def mixed_layers(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """The absolute layers of the mix, in its order. Empty: it is of no mix."""
 
     def __init__(
         self,
         *,
         layers: _abc.Iterable[_builtins.int] | None = ...,
         row_size: _builtins.int = ...,
-        per_token: _builtins.bool = ...,
+        unit: Global___RowUnit.ValueType = ...,
+        mixed_layers: _abc.Iterable[_builtins.int] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["layers", b"layers", "per_token", b"per_token", "row_size", b"row_size"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["layers", b"layers", "mixed_layers", b"mixed_layers", "row_size", b"row_size", "unit", b"unit"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -593,6 +810,7 @@ class EmbedHeader(_message.Message):
     TRUNCATED_FIELD_NUMBER: _builtins.int
     LAYER_COUNT_FIELD_NUMBER: _builtins.int
     PAD_TOKEN_ID_FIELD_NUMBER: _builtins.int
+    WORD_COUNTS_FIELD_NUMBER: _builtins.int
     model_id: _builtins.str
     """The name of the model; never a path."""
     fingerprint: _builtins.str
@@ -611,13 +829,19 @@ class EmbedHeader(_message.Message):
 
     @_builtins.property
     def token_counts(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """Shape: [text_count]. Rows each text has in per-token outputs. Empty in
+        """Shape: [text_count]. Rows each text has in outputs of ROW_UNIT_TOKEN. Empty in
         EmbedStream, where each result carries its own.
         """
 
     @_builtins.property
     def truncated(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bool]:
         """Shape: [text_count]. Whether tokens were cut. Empty in EmbedStream."""
+
+    @_builtins.property
+    def word_counts(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Shape: [text_count]. Rows each text has in outputs of ROW_UNIT_WORD; may be 0.
+        Empty where there is no such output, and in EmbedStream.
+        """
 
     def __init__(
         self,
@@ -630,10 +854,11 @@ class EmbedHeader(_message.Message):
         truncated: _abc.Iterable[_builtins.bool] | None = ...,
         layer_count: _builtins.int = ...,
         pad_token_id: _builtins.int = ...,
+        word_counts: _abc.Iterable[_builtins.int] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["dtype", b"dtype", "fingerprint", b"fingerprint", "layer_count", b"layer_count", "model_id", b"model_id", "outputs", b"outputs", "pad_token_id", b"pad_token_id", "token_counts", b"token_counts", "truncated", b"truncated"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["dtype", b"dtype", "fingerprint", b"fingerprint", "layer_count", b"layer_count", "model_id", b"model_id", "outputs", b"outputs", "pad_token_id", b"pad_token_id", "token_counts", b"token_counts", "truncated", b"truncated", "word_counts", b"word_counts"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -718,7 +943,9 @@ class LayerTensor(_message.Message):
     """The absolute layer."""
     @_builtins.property
     def tensor(self) -> Global___Tensor:
-        """Shape: [sum of token_counts, row_size] if per_token, else [text_count, row_size]."""
+        """Shape: [row_count, row_size]; row_count is the sum of token_counts, the sum of
+        word_counts or the text_count, as the output's unit says.
+        """
 
     def __init__(
         self,
@@ -900,6 +1127,75 @@ class TokenizedTexts(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___TokenizedTexts: _TypeAlias = TokenizedTexts  # noqa: Y015
+
+@_typing.final
+class SplitText(_message.Message):
+    """SplitText is the words of one text, where an output has a row for each. Both
+    lists go word by word.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PIECE_COUNTS_FIELD_NUMBER: _builtins.int
+    OFFSETS_FIELD_NUMBER: _builtins.int
+    FIRST_WORD_COUNT_FIELD_NUMBER: _builtins.int
+    first_word_count: _builtins.int
+    """How many of them belong to the first string of a pair; of other texts all."""
+    @_builtins.property
+    def piece_counts(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Shape: [word_count]. How many tokens make each word. 0: it has none, and a row of
+        zeros.
+        """
+
+    @_builtins.property
+    def offsets(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Two entries a word: start and end in its text (of words: in its word) of what its
+        tokens stand for, in Unicode code points, the end not included; 0 0 for a word of
+        no tokens.
+        """
+
+    def __init__(
+        self,
+        *,
+        piece_counts: _abc.Iterable[_builtins.int] | None = ...,
+        offsets: _abc.Iterable[_builtins.int] | None = ...,
+        first_word_count: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["first_word_count", b"first_word_count", "offsets", b"offsets", "piece_counts", b"piece_counts"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SplitText: _TypeAlias = SplitText  # noqa: Y015
+
+@_typing.final
+class SplitTexts(_message.Message):
+    """SplitTexts is the words of a run of texts."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    FIRST_TEXT_FIELD_NUMBER: _builtins.int
+    TEXTS_FIELD_NUMBER: _builtins.int
+    first_text: _builtins.int
+    """The position of the first text in the request, from 0."""
+    @_builtins.property
+    def texts(self) -> _containers.RepeatedCompositeFieldContainer[Global___SplitText]:
+        """The texts, contiguous in request order."""
+
+    def __init__(
+        self,
+        *,
+        first_text: _builtins.int = ...,
+        texts: _abc.Iterable[Global___SplitText] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["first_text", b"first_text", "texts", b"texts"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SplitTexts: _TypeAlias = SplitTexts  # noqa: Y015
 
 @_typing.final
 class GetModelInfoRequest(_message.Message):
@@ -1254,6 +1550,7 @@ class EmbedResponse(_message.Message):
     TENSORS_FIELD_NUMBER: _builtins.int
     TOKENS_FIELD_NUMBER: _builtins.int
     TIMINGS_FIELD_NUMBER: _builtins.int
+    WORDS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def header(self) -> Global___EmbedHeader:
         """What was computed."""
@@ -1270,6 +1567,10 @@ class EmbedResponse(_message.Message):
     def timings(self) -> Global___Timings:
         """Where the time went."""
 
+    @_builtins.property
+    def words(self) -> _containers.RepeatedCompositeFieldContainer[Global___SplitText]:
+        """The words of all texts, in request order, if an output has a row for each."""
+
     def __init__(
         self,
         *,
@@ -1277,10 +1578,11 @@ class EmbedResponse(_message.Message):
         tensors: _abc.Iterable[Global___LayerTensor] | None = ...,
         tokens: _abc.Iterable[Global___TokenizedText] | None = ...,
         timings: Global___Timings | None = ...,
+        words: _abc.Iterable[Global___SplitText] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["header", b"header", "timings", b"timings"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["header", b"header", "tensors", b"tensors", "timings", b"timings", "tokens", b"tokens"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["header", b"header", "tensors", b"tensors", "timings", b"timings", "tokens", b"tokens", "words", b"words"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1326,6 +1628,7 @@ class EmbedLayersResponse(_message.Message):
     TOKENS_FIELD_NUMBER: _builtins.int
     FRAME_FIELD_NUMBER: _builtins.int
     SUMMARY_FIELD_NUMBER: _builtins.int
+    WORDS_FIELD_NUMBER: _builtins.int
     SHARED_ROWS_FIELD_NUMBER: _builtins.int
     DATA_FIELD_NUMBER: _builtins.int
     data: _builtins.bytes
@@ -1350,6 +1653,10 @@ class EmbedLayersResponse(_message.Message):
         """The last message."""
 
     @_builtins.property
+    def words(self) -> Global___SplitTexts:
+        """Words, if an output has a row for each: after the header, before the frames."""
+
+    @_builtins.property
     def shared_rows(self) -> Global___SharedRows:
         """With a frame whose rows lie in the segment that the call named: where."""
 
@@ -1360,14 +1667,15 @@ class EmbedLayersResponse(_message.Message):
         tokens: Global___TokenizedTexts | None = ...,
         frame: Global___Frame | None = ...,
         summary: Global___EmbedSummary | None = ...,
+        words: Global___SplitTexts | None = ...,
         shared_rows: Global___SharedRows | None = ...,
         data: _builtins.bytes = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["frame", b"frame", "header", b"header", "part", b"part", "shared_rows", b"shared_rows", "summary", b"summary", "tokens", b"tokens"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["frame", b"frame", "header", b"header", "part", b"part", "shared_rows", b"shared_rows", "summary", b"summary", "tokens", b"tokens", "words", b"words"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["data", b"data", "frame", b"frame", "header", b"header", "part", b"part", "shared_rows", b"shared_rows", "summary", b"summary", "tokens", b"tokens"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["data", b"data", "frame", b"frame", "header", b"header", "part", b"part", "shared_rows", b"shared_rows", "summary", b"summary", "tokens", b"tokens", "words", b"words"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_part: _TypeAlias = _typing.Literal["header", "tokens", "frame", "summary"]  # noqa: Y015
+    _WhichOneofReturnType_part: _TypeAlias = _typing.Literal["header", "tokens", "frame", "summary", "words"]  # noqa: Y015
     _WhichOneofArgType_part: _TypeAlias = _typing.Literal["part", b"part"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_part) -> _WhichOneofReturnType_part | None: ...
 
@@ -1530,6 +1838,7 @@ class StreamResults(_message.Message):
     TIMINGS_FIELD_NUMBER: _builtins.int
     TOKENS_FIELD_NUMBER: _builtins.int
     FAILURES_FIELD_NUMBER: _builtins.int
+    WORDS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """The caller's ids."""
@@ -1554,6 +1863,10 @@ class StreamResults(_message.Message):
     def failures(self) -> _containers.RepeatedCompositeFieldContainer[Global___StreamFailure]:
         """Texts that could not be embedded; they have nothing in data."""
 
+    @_builtins.property
+    def words(self) -> _containers.RepeatedCompositeFieldContainer[Global___SplitText]:
+        """The words of each text if an output has a row for each. Shape: as ids."""
+
     def __init__(
         self,
         *,
@@ -1563,10 +1876,11 @@ class StreamResults(_message.Message):
         timings: _abc.Iterable[Global___Timings] | None = ...,
         tokens: _abc.Iterable[Global___TokenizedText] | None = ...,
         failures: _abc.Iterable[Global___StreamFailure] | None = ...,
+        words: _abc.Iterable[Global___SplitText] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["failures", b"failures", "ids", b"ids", "timings", b"timings", "token_counts", b"token_counts", "tokens", b"tokens", "truncated", b"truncated"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["failures", b"failures", "ids", b"ids", "timings", b"timings", "token_counts", b"token_counts", "tokens", b"tokens", "truncated", b"truncated", "words", b"words"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1590,6 +1904,8 @@ class StreamFrame(_message.Message):
     DONE_FIELD_NUMBER: _builtins.int
     TIMINGS_FIELD_NUMBER: _builtins.int
     TOKENS_FIELD_NUMBER: _builtins.int
+    WORD_COUNT_FIELD_NUMBER: _builtins.int
+    WORDS_FIELD_NUMBER: _builtins.int
     id: _builtins.int
     """The caller's id."""
     output_index: _builtins.int
@@ -1606,6 +1922,8 @@ class StreamFrame(_message.Message):
     """Whether tokens were cut."""
     done: _builtins.bool
     """The last frame of this id."""
+    word_count: _builtins.int
+    """Words of the text; 0 where no output has a row for each."""
     @_builtins.property
     def timings(self) -> Global___Timings:
         """Where the time went; with done."""
@@ -1613,6 +1931,10 @@ class StreamFrame(_message.Message):
     @_builtins.property
     def tokens(self) -> Global___TokenizedText:
         """The tokens of the text if return_tokens was set; with done."""
+
+    @_builtins.property
+    def words(self) -> Global___SplitText:
+        """The words of the text if an output has a row for each; with done."""
 
     def __init__(
         self,
@@ -1627,10 +1949,12 @@ class StreamFrame(_message.Message):
         done: _builtins.bool = ...,
         timings: Global___Timings | None = ...,
         tokens: Global___TokenizedText | None = ...,
+        word_count: _builtins.int = ...,
+        words: Global___SplitText | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["timings", b"timings", "tokens", b"tokens"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["timings", b"timings", "tokens", b"tokens", "words", b"words"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["done", b"done", "first_row", b"first_row", "id", b"id", "layer", b"layer", "output_index", b"output_index", "row_count", b"row_count", "timings", b"timings", "token_count", b"token_count", "tokens", b"tokens", "truncated", b"truncated"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["done", b"done", "first_row", b"first_row", "id", b"id", "layer", b"layer", "output_index", b"output_index", "row_count", b"row_count", "timings", b"timings", "token_count", b"token_count", "tokens", b"tokens", "truncated", b"truncated", "word_count", b"word_count", "words", b"words"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

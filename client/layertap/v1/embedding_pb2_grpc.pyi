@@ -8,8 +8,12 @@ Words used throughout:
   layer   0 is the embedding output, k the output of encoder block k, L
           (layer_count) the last one: hidden_states[k] of transformers. A
           request may count from the end (-1 is L); an answer never does.
-  ragged  the rows of real tokens only, texts one after the other, divided by
-          token_counts. No answer carries padding rows that were not asked for.
+  word    what the tokenizer divides a text into before it makes pieces of it: at
+          spaces and punctuation, a Chinese character by itself. Of a text that
+          comes as words: those words.
+  ragged  the rows of real tokens (or words) only, texts one after the other,
+          divided by token_counts (or word_counts). No answer carries padding rows
+          that were not asked for.
 
 Status codes every RPC may end with:
   INVALID_ARGUMENT    the request is at fault; the message names field or item.

@@ -1,8 +1,8 @@
 """The encoder: weights on a device, batches in, layers out. The only room with torch in it.
 
-`bert` is the model, over rows that `layout` packs and sorts; `attention` and `linear` are its fast parts; `pooling`
-makes vectors of rows; `handover` brings numbers to the host; `faults` names torch's errors. `Encoder` runs one batch
-through all of them.
+`bert` is the model, over rows that `layout` packs and sorts; `attention` and `linear` are its fast parts; `mixing`
+makes one layer of several, `pooling` vectors of rows; `handover` brings numbers to the host; `faults` names torch's
+errors. `Encoder` runs one batch through all of them.
 """
 
 from __future__ import annotations
@@ -19,8 +19,9 @@ from layertap_server.encoder import faults
 from layertap_server.encoder.bert import Bert, Weights, dummy_weights
 from layertap_server.encoder.handover import Handover
 from layertap_server.encoder.layout import Layout
-from layertap_server.encoder.pooling import pool_rows
-from layertap_server.work import OutputKind, Rows, Run
+from layertap_server.encoder.mixing import Mixes
+from layertap_server.encoder.pooling import pool_rows, pool_words
+from layertap_server.work import Output, OutputKind, Rows, Run
 
 log = logging.getLogger(__name__)
 
@@ -75,27 +76,36 @@ class Encoder:
     def _encode(self, batch: Sequence[Run]) -> Iterator[Rows]:
         layout = Layout(batch)
         handover = Handover(self.device, self._allocate)
+        mixes = Mixes(batch, layout)
         try:
             for layer, rows in enumerate(self._bert.layers(layout)):
+                mixes.add(layer, rows)
                 for run_index, run in enumerate(batch):
                     for output_index, output in enumerate(run.plan.outputs):
                         if layer not in output.layers:
                             continue
+                        values = rows if output.mix is None else mixes.whole(output.mix)
                         if output.kind is OutputKind.HIDDEN_STATES:
                             taken, counts = layout.rows(run_index), layout.token_counts(run_index)
-                            handover.take(rows, taken, counts, run, run_index, output_index, layer)
-                            continue
-                        if output.kind is OutputKind.POOLER_OUTPUT:
-                            first = torch.from_numpy(layout.first_rows(run_index)).to(self.device)
-                            vectors = self._bert.pooler(rows.index_select(0, first))
+                            handover.take(values, taken, counts, run, run_index, output_index, layer)
                         else:
-                            assert output.pool is not None
-                            vectors = pool_rows(rows, layout.bags(run_index, output.pool), output.pool, output.row_size)
-                        handover.take(vectors, None, None, run, run_index, output_index, layer)
+                            own = layout.word_counts(run_index) if output.kind is OutputKind.WORD_VECTORS else None
+                            vectors = self._vectors(values, layout, run_index, output)
+                            handover.take(vectors, None, own, run, run_index, output_index, layer)
                 yield from handover.done()
             yield from handover.rest()
         finally:
             handover.settle()
+
+    def _vectors(self, values: torch.Tensor, layout: Layout, run_index: int, output: Output) -> torch.Tensor:
+        """Makes of token rows what an output has a row for. Shape: [word_count or text_count of the run, row_size]."""
+        if output.kind is OutputKind.POOLER_OUTPUT:
+            first = torch.from_numpy(layout.first_rows(run_index)).to(self.device)
+            return self._bert.pooler(values.index_select(0, first))
+        if output.word_pooling is not None:
+            return pool_words(values, layout.words(run_index), output.word_pooling)
+        assert output.pool is not None
+        return pool_rows(values, layout.bags(run_index, output.pool), output.pool, output.row_size)
 
     @staticmethod
     def use_threads(count: int) -> None:

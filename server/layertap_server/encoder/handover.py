@@ -69,8 +69,12 @@ class Handover:
             layer: The layer they come from.
         """
         dtype = _DTYPES[run.plan.dtype]
-        peaks = self._row_peaks(values)
         row_count = len(values) if taken is None else len(taken)
+        if not row_count:  # Texts without words; there is nothing that a buffer could hold.
+            nothing = memoryview(b""), torch.empty(0), None
+            self._pending.append(_Pending(run, run_index, output_index, layer, counts, *nothing))
+            return
+        peaks = self._row_peaks(values)
         byte_count = row_count * values.shape[1] * dtype.itemsize
         data = run.allocate(output_index, layer, byte_count)
         if data is None:

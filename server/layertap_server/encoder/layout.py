@@ -49,8 +49,8 @@ class Bags:
     """Which rows make which vector.
 
     Attributes:
-        rows: The pooled rows, texts one after the other.
-        counts: Shape: [text_count]; how many of them each text has.
+        rows: The pooled rows, those of each vector one after the other.
+        counts: Shape: [vector_count]; how many rows each vector is made of. Words may have none.
     """
 
     rows: Indices
@@ -110,6 +110,18 @@ class Layout:
         rows = np.concatenate(taken) + np.repeat(self.first_rows(run_index), counts)
         return Bags(rows=rows, counts=counts)
 
+    def words(self, run_index: int) -> Bags:
+        """Returns the rows of each word of a run, texts in request order."""
+        words = [text.words for text in self._runs[run_index].texts if text.words is not None]
+        counts = np.concatenate([one.piece_counts for one in words])
+        starts = np.concatenate([one.starts for one in words])
+        starts += np.repeat(self.first_rows(run_index), [len(one.piece_counts) for one in words])
+        return Bags(rows=_ranges(starts, counts), counts=counts)
+
+    def word_counts(self, run_index: int) -> Indices:
+        """Returns the words of each text of a run, in request order. Shape: [text_count]."""
+        return np.array([text.word_count for text in self._runs[run_index].texts], np.int64)
+
     def _texts(self, run_index: int) -> slice:
         end = int(self._run_ends[run_index])
         return slice(end - len(self._runs[run_index].texts), end)
@@ -118,7 +130,7 @@ class Layout:
 def _ranges(starts: Indices, lengths: Indices) -> Indices:
     """Returns start, start + 1, … for each start, one after the other."""
     ends = np.cumsum(lengths)
-    ranges: Indices = np.arange(int(ends[-1])) + np.repeat(starts - (ends - lengths), lengths)
+    ranges: Indices = np.arange(int(lengths.sum())) + np.repeat(starts - (ends - lengths), lengths)
     return ranges
 
 
