@@ -7,6 +7,7 @@ between steps as soon as the process has more of them than cores, and waking the
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 from collections.abc import Iterator, Sequence
@@ -36,8 +37,23 @@ def make(encoders: Sequence[Encoder], *, lane_count: int, thread_count: int) -> 
     thread_count = thread_count or max(1, cores // lane_count)
     log.info("%d lanes with %d threads each", lane_count, thread_count)
 
-    def encode(batch: Sequence[Run]) -> Iterator[Rows]:
-        encoder.use_threads(thread_count)
-        return encoder.encode(batch)
+    import sys
 
-    return [encode] * lane_count
+    sys.setswitchinterval(float(os.environ.get("SWI", "0.005")))
+    cores_and_lanes = _Shares(encoder, lane_threads=thread_count, all_threads=cores)
+    return [functools.partial(cores_and_lanes.encode, lane) for lane in range(lane_count)]
+
+
+class _Shares:
+    def __init__(self, encoder: Encoder, *, lane_threads: int, all_threads: int) -> None:
+        self._encoder, self._lane_threads, self._all_threads = encoder, lane_threads, all_threads
+        self._busy_count = 0
+
+    def encode(self, lane: int, batch: Sequence[Run]) -> Iterator[Rows]:
+        alone = lane == 0 and not self._busy_count
+        self._busy_count += 1
+        try:
+            self._encoder.use_threads(self._all_threads if alone else self._lane_threads)
+            yield from self._encoder.encode(batch)
+        finally:
+            self._busy_count -= 1

@@ -47,6 +47,8 @@ class Encoder:
             CheckpointError: The weights do not fit the configuration.
         """
         self.device = torch.device(device)
+        if self.device.type == "cpu":
+            torch.set_num_threads(1)
         self._allocate = allocate
         weights = (
             dummy_weights(checkpoint.settings, checkpoint.seed) if not checkpoint.weight_files else _load(checkpoint)

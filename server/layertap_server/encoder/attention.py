@@ -8,9 +8,10 @@ variable-length flash attention.
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, List, Optional, Tuple  # noqa: UP035  # the spellings that torch compiles
 
 import numpy as np
 import torch
@@ -21,46 +22,99 @@ from layertap_server.encoder.layout import Group
 log = logging.getLogger(__name__)
 
 
+def attend(
+    qkv: torch.Tensor,
+    shapes: List[Tuple[int, int, int]],  # noqa: UP006
+    masks: List[Optional[torch.Tensor]],  # noqa: UP006, UP045
+    head_count: int,
+) -> torch.Tensor:
+    """Attends within each text, group by group; written so that torch can compile it.
+
+    Args:
+        qkv: Query, key and value of each row. Shape: [row_count, 3 · hidden_size]. Rows may be fewer than the groups
+            have: texts that are done are a tail, and whole groups.
+        shapes: First row, text count and length of each group.
+        masks: For each group what is added to its scores, or None. Shape: [text_count, 1, 1, length].
+        head_count: Attention heads.
+
+    Returns:
+        Shape: [row_count, hidden_size]. Rows of no group hold nothing.
+    """
+    row_count, hidden_size = qkv.size(0), qkv.size(1) // 3
+    context = torch.empty([row_count, hidden_size], dtype=qkv.dtype, device=qkv.device)
+    for (start, text_count, length), mask in zip(shapes, masks):  # noqa: B905  # torch knows no `strict`
+        end = start + text_count * length
+        if end <= row_count:
+            split = qkv[start:end].view(text_count, length, 3, head_count, hidden_size // head_count)
+            query, key, value = split.permute(2, 0, 3, 1, 4).unbind(0)
+            found = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+            found = found.transpose(1, 2).reshape(end - start, hidden_size)
+            if end - start == row_count:
+                return found
+            context[start:end] = found
+    return context
+
+
+@dataclasses.dataclass(slots=True)
+class _Varied:
+    """Texts of many lengths that attend in one launch: their rows, and the highest layer they are needed for."""
+
+    start: int
+    end: int
+    depth: int
+    lengths: list[int]
+    bounds: torch.Tensor
+
+
 class Attention:
-    """The attention of all blocks of one model on one device."""
+    """The attention of all blocks of one model on one device.
+
+    Attributes:
+        head_count: Attention heads.
+        varies: Whether texts of many lengths attend in one launch; else groups are all there is.
+    """
 
     def __init__(self, *, device: torch.device, dtype: torch.dtype, head_count: int, hidden_size: int) -> None:
         """Probes for variable-length attention where it may exist."""
         self._device = device
         self._dtype = dtype
-        self._head_count = head_count
+        self.head_count = head_count
         self._head_size = hidden_size // head_count
         self._varlen = self._find_varlen()
+        self.varies = self._varlen is not None
 
     def prepare(self, groups: Sequence[Group]) -> Prepared:
         """Brings what the groups need to the device, once for all layers."""
-        steps: list[_Step] = []
+        varied: list[_Varied] = []
+        alike: list[Group] = []
         for group in groups:
-            if group.attention_mask is None and self._varlen is not None:
-                lengths = [group.length] * group.text_count
-                if steps and steps[-1].lengths is not None and steps[-1].depth == group.depth:
-                    steps[-1].extend(group.end, lengths)
-                else:
-                    steps.append(_Step(group.start, group.end, depth=group.depth, lengths=lengths))
+            if group.attention_mask is not None or not self.varies:
+                alike.append(group)
+                continue
+            lengths = [group.length] * group.text_count
+            if varied and varied[-1].end == group.start and varied[-1].depth == group.depth:
+                varied[-1].end = group.end
+                varied[-1].lengths.extend(lengths)
             else:
-                shape = group.text_count, group.length
-                steps.append(_Step(group.start, group.end, depth=group.depth, shape=shape, mask=self._mask(group)))
-        for step in steps:
-            step.finish(self._device)
-        return Prepared(self, steps)
+                varied.append(_Varied(group.start, group.end, group.depth, lengths, torch.empty(0)))
+        for one in varied:
+            one.bounds = self._bounds(one.lengths)
+        return Prepared(
+            self,
+            shapes=[(group.start, group.text_count, group.length) for group in alike],
+            masks=[self._mask(group) for group in alike],
+            varied=varied,
+        )
 
-    def run(self, step: _Step, qkv: torch.Tensor) -> torch.Tensor:
-        """Attends within one step. Shape: [row_count, 3 · hidden_size] to [row_count, hidden_size]."""
-        if step.bounds is not None:
-            assert self._varlen is not None
-            query, key, value = qkv.view(-1, 3, self._head_count, self._head_size).unbind(1)
-            out: torch.Tensor = self._varlen(query, key, value, step.bounds, step.bounds, step.longest, step.longest)
-            return out.reshape(len(qkv), -1)
-        text_count, length = step.shape
-        split = qkv.view(text_count, length, 3, self._head_count, self._head_size)
-        query, key, value = (part.transpose(1, 2) for part in split.unbind(2))
-        context = F.scaled_dot_product_attention(query, key, value, attn_mask=step.mask)
-        return context.transpose(1, 2).reshape(len(qkv), -1)
+    def run_varied(self, qkv: torch.Tensor, bounds: torch.Tensor, longest: int) -> torch.Tensor:
+        """Attends within texts of many lengths. Shape: [row_count, 3 · hidden_size] to [row_count, hidden_size]."""
+        assert self._varlen is not None
+        query, key, value = qkv.view(-1, 3, self.head_count, self._head_size).unbind(1)
+        out: torch.Tensor = self._varlen(query, key, value, bounds, bounds, longest, longest)
+        return out.reshape(len(qkv), -1)
+
+    def _bounds(self, lengths: list[int]) -> torch.Tensor:
+        return torch.from_numpy(np.cumsum([0, *lengths], dtype=np.int32)).to(self._device)
 
     def _mask(self, group: Group) -> torch.Tensor | None:
         if group.attention_mask is None:
@@ -79,13 +133,11 @@ class Attention:
             from torch.nn.attention.varlen import varlen_attn
 
             generator = torch.Generator(device=self._device).manual_seed(0)
-            shape = 12, 3 * self._head_count * self._head_size
+            shape = 12, 3 * self.head_count * self._head_size
             qkv = torch.randn(shape, generator=generator, device=self._device).to(self._dtype)
-            step = _Step(0, 12, lengths=[4, 4, 4])
-            step.finish(self._device)
             self._varlen = varlen_attn
-            found = self.run(step, qkv)
-            wanted = self.run(_Step(0, 12, shape=(3, 4)), qkv)
+            found = self.run_varied(qkv, self._bounds([4, 4, 4]), 4)
+            wanted = attend(qkv, [(0, 3, 4)], [None], self.head_count)
             agrees = torch.allclose(found.float(), wanted.float(), atol=2e-2)
         except Exception as exc:  # It is young: it may be missing, or refuse this device or head size.
             log.info("variable-length attention is not available (%s); groups of equal length run instead", exc)
@@ -94,54 +146,34 @@ class Attention:
         return varlen_attn if agrees else None
 
 
-class _Step:
-    """Rows that attend in one launch: either one shape with an optional mask, or lengths of their own."""
+class Prepared:
+    """The attention of one batch.
 
-    __slots__ = ("bounds", "depth", "end", "lengths", "longest", "mask", "shape", "start")
+    Attributes:
+        shapes: First row, text count and length of each group that attends by itself.
+        masks: What is added to the scores of each, or None.
+    """
 
     def __init__(
         self,
-        start: int,
-        end: int,
+        attention: Attention,
         *,
-        depth: int = 0,
-        shape: tuple[int, int] = (0, 0),
-        mask: torch.Tensor | None = None,
-        lengths: list[int] | None = None,
+        shapes: list[tuple[int, int, int]],
+        masks: list[torch.Tensor | None],
+        varied: list[_Varied],
     ) -> None:
-        self.start, self.end, self.depth = start, end, depth
-        self.shape, self.mask, self.lengths = shape, mask, lengths
-        self.bounds: torch.Tensor | None = None
-        self.longest = 0
-
-    def extend(self, end: int, lengths: list[int]) -> None:
-        """Takes the texts that follow, if they are done at the same layer."""
-        assert self.lengths is not None
-        self.end = end
-        self.lengths.extend(lengths)
-
-    def finish(self, device: torch.device) -> None:
-        if self.lengths is not None:
-            self.longest = max(self.lengths)
-            self.bounds = torch.from_numpy(np.cumsum([0, *self.lengths], dtype=np.int32)).to(device)
-
-
-class Prepared:
-    """The attention of one batch."""
-
-    def __init__(self, attention: Attention, steps: list[_Step]) -> None:
+        self.shapes, self.masks = shapes, masks
         self._attention = attention
-        self._steps = steps
+        self._varied = varied
 
     def __call__(self, qkv: torch.Tensor) -> torch.Tensor:
-        """Attends within each text. Shape: [row_count, 3 · hidden_size] to [row_count, hidden_size].
-
-        Rows may be fewer than the batch has: texts that are done are a tail, and whole groups.
-        """
-        steps = [step for step in self._steps if step.start < len(qkv)]
-        if len(steps) == 1:
-            return self._attention.run(steps[0], qkv)
-        context = qkv.new_empty(len(qkv), qkv.shape[1] // 3)
-        for step in steps:
-            context[step.start : step.end] = self._attention.run(step, qkv[step.start : step.end])
+        """Attends within each text; see `attend`."""
+        row_count = len(qkv)
+        varied = [one for one in self._varied if one.end <= row_count]
+        if len(varied) == 1 and varied[0].end - varied[0].start == row_count:
+            return self._attention.run_varied(qkv, varied[0].bounds, max(varied[0].lengths))
+        context = attend(qkv, self.shapes, self.masks, self._attention.head_count)
+        for one in varied:
+            rows = slice(one.start, one.end)
+            context[rows] = self._attention.run_varied(qkv[rows], one.bounds, max(one.lengths))
         return context

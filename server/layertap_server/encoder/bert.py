@@ -8,17 +8,20 @@ error of doing all in bfloat16. Parameter names are those of transformers' BertM
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, Final
+from typing import Any, Final, TypeAlias
 
 import torch
 from torch.nn import functional as F
 from transformers.activations import ACT2FN
 
 from layertap_server.checkpoint import CheckpointError
-from layertap_server.encoder.attention import Attention
+from layertap_server.encoder.attention import Attention, Prepared
+from layertap_server.encoder.block import Norm, block, compiled, narrow, project, settle, widen
+from layertap_server.encoder.block import Weights as BlockWeights
 from layertap_server.encoder.layout import Layout
-from layertap_server.encoder.linear import Activation, Linear, Linears
+from layertap_server.encoder.linear import Dense, Linears, dense
 
+Activation: TypeAlias = Callable[[torch.Tensor], torch.Tensor]
 Weights = dict[str, torch.Tensor]
 
 _OLD_NAMES: Final = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}
@@ -45,8 +48,11 @@ class Bert:
             device=device, dtype=dtype, head_count=settings["num_attention_heads"], hidden_size=self.hidden_size
         )
         intermediate_size: int = settings["intermediate_size"]
-        activation = _activation(settings.get("hidden_act", "gelu"))
+        self._activation = _activation(settings.get("hidden_act", "gelu"))
         linears = Linears(device=device, dtype=dtype, hidden_size=self.hidden_size, intermediate_size=intermediate_size)
+        self._packed = linears.packed
+        # On cuda it is the device that steps are queued for; there compiling has nothing to save.
+        self._block = compiled(block) if device.type == "cpu" and self._activation is F.gelu else None
 
         def take(name: str, *shape: int) -> torch.Tensor:
             try:
@@ -62,39 +68,35 @@ class Bert:
         def kept(name: str, *shape: int) -> torch.Tensor:
             return take(name, *shape).to(device, torch.float32)
 
-        def norm(prefix: str) -> tuple[torch.Tensor, torch.Tensor]:
-            return kept(f"{prefix}.LayerNorm.weight", hidden), kept(f"{prefix}.LayerNorm.bias", hidden)
+        def norm(prefix: str) -> Norm:
+            return Norm(kept(f"{prefix}.LayerNorm.weight", hidden), kept(f"{prefix}.LayerNorm.bias", hidden))
 
-        def linear(name: str, out_size: int, in_size: int, activation: Activation | None = None) -> Linear:
-            return linears.make(take(f"{name}.weight", out_size, in_size), take(f"{name}.bias", out_size), activation)
+        def linear(name: str, out_size: int, in_size: int) -> Dense:
+            return linears.make(take(f"{name}.weight", out_size, in_size), take(f"{name}.bias", out_size))
 
         hidden = self.hidden_size
         self._words = kept("embeddings.word_embeddings.weight", settings["vocab_size"], hidden)
         self._positions = kept("embeddings.position_embeddings.weight", settings["max_position_embeddings"], hidden)
         self._types = kept("embeddings.token_type_embeddings.weight", settings.get("type_vocab_size", 2), hidden)
         self._norm = norm("embeddings")
-        self._blocks: list[Callable[[torch.Tensor, Callable[[torch.Tensor], torch.Tensor]], torch.Tensor]] = []
+        self._blocks: list[BlockWeights] = []
         for index in range(self.layer_count):
             prefix = f"encoder.layer.{index}"
             names = [f"{prefix}.attention.self.{part}" for part in ("query", "key", "value")]
             self._blocks.append(
-                _Block(
+                BlockWeights(
                     qkv=linears.make(
                         torch.cat([take(f"{name}.weight", hidden, hidden) for name in names]),
                         torch.cat([take(f"{name}.bias", hidden) for name in names]),
                     ),
                     attended=linear(f"{prefix}.attention.output.dense", hidden, hidden),
                     attended_norm=norm(f"{prefix}.attention.output"),
-                    intermediate=linear(f"{prefix}.intermediate.dense", intermediate_size, hidden, activation),
+                    intermediate=linear(f"{prefix}.intermediate.dense", intermediate_size, hidden),
                     output=linear(f"{prefix}.output.dense", hidden, intermediate_size),
                     output_norm=norm(f"{prefix}.output"),
-                    dtype=dtype,
-                    epsilon=self._epsilon,
                 )
             )
-        self._pooler: Linear | None = None
-        if "pooler.dense.weight" in weights:
-            self._pooler = linear("pooler.dense", hidden, hidden, torch.tanh)
+        self._pooler = linear("pooler.dense", hidden, hidden) if "pooler.dense.weight" in weights else None
 
     @property
     def has_pooler(self) -> bool:
@@ -107,16 +109,27 @@ class Bert:
         Shape of each: [layout.row_count(layer), hidden_size], float32.
         """
         rows = self._embed(layout)
-        attend = self._attention.prepare(layout.groups)
+        attention = self._attention.prepare(layout.groups)
         yield rows
         for layer in range(1, layout.depth + 1):
-            rows = self._blocks[layer - 1](rows[: layout.row_count(layer)], attend)
+            rows = self._run(self._blocks[layer - 1], rows[: layout.row_count(layer)], attention)
             yield rows
 
     def pooler(self, first_rows: torch.Tensor) -> torch.Tensor:
         """Applies the pooler to row 0 of texts. Shape: [text_count, hidden_size], float32 in and out."""
         assert self._pooler is not None
-        return self._pooler(first_rows.to(self._dtype)).float()
+        return torch.tanh(dense(first_rows.to(self._dtype), self._pooler, self._packed, False)).float()
+
+    def _run(self, weights: BlockWeights, rows: torch.Tensor, attention: Prepared) -> torch.Tensor:
+        """Runs one block. Shape: [row_count, hidden_size], float32, in and out."""
+        packed, epsilon = self._packed, self._epsilon
+        if self._block is not None:
+            heads = self._attention.head_count
+            return self._block(rows, weights, attention.shapes, attention.masks, heads, packed, epsilon)
+        rows = settle(attention(project(rows, weights, packed)), rows, weights, packed, epsilon)
+        fused = self._activation is F.gelu
+        wide = widen(rows, weights, packed, fused)
+        return narrow(wide if fused else self._activation(wide), rows, weights, packed, epsilon)
 
     def _embed(self, layout: Layout) -> torch.Tensor:
         def on_device(array: Any) -> torch.Tensor:
@@ -129,32 +142,6 @@ class Bert:
             rows += F.embedding(on_device(layout.token_type_ids), self._types)
         rows += F.embedding(on_device(layout.position_ids), self._positions)
         return F.layer_norm(rows, rows.shape[-1:], *self._norm, self._epsilon)
-
-
-class _Block:
-    """One encoder block. Shape: [row_count, hidden_size], float32 in and out."""
-
-    def __init__(
-        self,
-        *,
-        qkv: Linear,
-        attended: Linear,
-        attended_norm: tuple[torch.Tensor, torch.Tensor],
-        intermediate: Linear,
-        output: Linear,
-        output_norm: tuple[torch.Tensor, torch.Tensor],
-        dtype: torch.dtype,
-        epsilon: float,
-    ) -> None:
-        self._qkv, self._attended, self._attended_norm = qkv, attended, attended_norm
-        self._intermediate, self._output, self._output_norm = intermediate, output, output_norm
-        self._dtype, self._epsilon = dtype, epsilon
-
-    def __call__(self, rows: torch.Tensor, attend: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
-        attended = self._attended(attend(self._qkv(rows.to(self._dtype))))
-        rows = F.layer_norm(attended.float().add_(rows), rows.shape[-1:], *self._attended_norm, self._epsilon)
-        output = self._output(self._intermediate(rows.to(self._dtype)))
-        return F.layer_norm(output.float().add_(rows), rows.shape[-1:], *self._output_norm, self._epsilon)
 
 
 def dummy_weights(settings: Mapping[str, Any], seed: int) -> Weights:
