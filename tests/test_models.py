@@ -49,7 +49,7 @@ SMALL = {
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "Paris", "paris", "I", "i", "love", "É", "é", "e", "##s", "##S"]
 VOCABULARY = WORDS + [f"[unused{n}]" for n in range(60 - len(WORDS))]
 
-NOWHERE = "256.256.256.256"
+NOWHERE = ("--host", "256.256.256.256", "--insecure-listen")
 """An address that nobody can listen on: what is not refused ends there, and not in a server that serves."""
 
 Weights = dict[str, torch.Tensor]
@@ -421,7 +421,7 @@ def _line(error: str, *named: str) -> None:
 
 def _fails(capsys: pytest.CaptureFixture[str], argv: list[str], *named: str) -> None:
     """Checks that the server's command line ends with code 2 and one line."""
-    assert cli.main(["--host", NOWHERE, *argv]) == 2
+    assert cli.main([*NOWHERE, *argv]) == 2
     out, err = capsys.readouterr()
     assert not out and err.startswith("layertap-server: ")
     _line(err, *named)
@@ -621,7 +621,7 @@ BAD_VALUES: dict[str, tuple[str, ...]] = {
 def test_bad_values_of_flags_and_variables(capsys: pytest.CaptureFixture[str], name: str, value: str) -> None:
     flag = "--" + name.replace("_", "-")
     try:
-        code = cli.main(["--host", NOWHERE, f"{flag}={value}"])
+        code = cli.main([*NOWHERE, f"{flag}={value}"])
     except SystemExit as exc:
         code = exc.code
     out, err = capsys.readouterr()

@@ -16,6 +16,10 @@ from layertap_server.config import Config, ConfigError, flag, variable
 if TYPE_CHECKING:
     from layertap_server.app import App
 
+_SWITCH_INTERVAL_S: Final = 0.0005
+"""How long one thread may keep the interpreter that another waits for. Lanes need it often and for a moment; with the
+5 ms that are Python's own, a loop with many callers would starve them."""
+
 _EXTRA_MISSING = "the server's packages are missing ({name}): pip install 'layertap[server]'"
 
 
@@ -47,6 +51,7 @@ def run(config: Config, make_app: Callable[[Config], App]) -> int:
     from layertap_server.checkpoint import CheckpointError
 
     wire.keep_pages()
+    sys.setswitchinterval(_SWITCH_INTERVAL_S)
     try:
         ended = asyncio.run(make_app(config).serve(ready=_announce))
     except (ConfigError, CheckpointError) as exc:

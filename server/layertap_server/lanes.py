@@ -1,8 +1,9 @@
 """Which engine threads there are, and how many CPU threads each of them computes with.
 
 On cuda one lane for each device. On the CPU several lanes with one thread each, which share the weights: that is faster
-than one lane with several threads. A lone text does not get more threads than its lane has: OpenMP lets threads sleep
-between steps as soon as the process has more of them than cores, and waking them costs more than they bring.
+than one lane with several threads. A small batch that comes while nobody else computes gets all cores, if it falls to
+the first lane: OpenMP's threads wait for each other awake, which a short text needs, only as long as the process has
+no more of them than cores, so only one lane may have a team. The batcher wakes the first lane first.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ from layertap_server.work import Encode, Rows, Run
 log = logging.getLogger(__name__)
 
 _MAX_CPU_LANES: Final = 4
+_LONE_TOKENS: Final = 256
+"""Up to here a batch that is alone gets all cores; of more, other lanes take their share."""
 
 
 def make(encoders: Sequence[Encoder], *, lane_count: int, thread_count: int) -> list[Encode]:
@@ -36,24 +39,25 @@ def make(encoders: Sequence[Encoder], *, lane_count: int, thread_count: int) -> 
     lane_count = lane_count or min(cores, _MAX_CPU_LANES)
     thread_count = thread_count or max(1, cores // lane_count)
     log.info("%d lanes with %d threads each", lane_count, thread_count)
-
-    import sys
-
-    sys.setswitchinterval(float(os.environ.get("SWI", "0.005")))
-    cores_and_lanes = _Shares(encoder, lane_threads=thread_count, all_threads=cores)
-    return [functools.partial(cores_and_lanes.encode, lane) for lane in range(lane_count)]
+    crew = _Crew(encoder, thread_count=thread_count, lone_thread_count=cores if thread_count == 1 else thread_count)
+    return [functools.partial(crew.encode, lane) for lane in range(lane_count)]
 
 
-class _Shares:
-    def __init__(self, encoder: Encoder, *, lane_threads: int, all_threads: int) -> None:
-        self._encoder, self._lane_threads, self._all_threads = encoder, lane_threads, all_threads
+class _Crew:
+    """The lanes of a CPU, which know of each other whether they work."""
+
+    def __init__(self, encoder: Encoder, *, thread_count: int, lone_thread_count: int) -> None:
+        self._encoder = encoder
+        self._thread_count = thread_count
+        self._lone_thread_count = lone_thread_count
         self._busy_count = 0
 
     def encode(self, lane: int, batch: Sequence[Run]) -> Iterator[Rows]:
-        alone = lane == 0 and not self._busy_count
+        token_count = sum(text.token_count for run in batch for text in run.texts)
+        lone = lane == 0 and not self._busy_count and token_count <= _LONE_TOKENS
         self._busy_count += 1
         try:
-            self._encoder.use_threads(self._all_threads if alone else self._lane_threads)
+            self._encoder.use_threads(self._lone_thread_count if lone else self._thread_count)
             yield from self._encoder.encode(batch)
         finally:
             self._busy_count -= 1

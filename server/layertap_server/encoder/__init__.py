@@ -48,7 +48,7 @@ class Encoder:
         """
         self.device = torch.device(device)
         if self.device.type == "cpu":
-            torch.set_num_threads(1)
+            self.use_threads(1)  # The loading thread may have no team; see `lanes`.
         self._allocate = allocate
         weights = (
             dummy_weights(checkpoint.settings, checkpoint.seed) if not checkpoint.weight_files else _load(checkpoint)
