@@ -25,11 +25,12 @@ import torch
 import transformers
 
 from layertap import AsyncClient, Client
+from layertap_server.parity import BOUNDS
 
 START_TIMEOUT_S = 90.0
 STOP_TIMEOUT_S = 60.0
 
-BOUND = 2e-5
+BOUND = BOUNDS["float32"]
 """How far any number may be from the oracle's, in float32."""
 
 BASE_SETTINGS = {

@@ -11,13 +11,14 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from support import BOUND, Oracle
+from support import Oracle
 from test_fidelity import POOLINGS
 
 from layertap_server import checkpoint, lanes
 from layertap_server.batcher import Batcher
 from layertap_server.call import Call, Event, RowsReady, RunDone
 from layertap_server.encoder import Encoder
+from layertap_server.parity import BOUNDS
 from layertap_server.work import (
     Mix,
     Mixing,
@@ -33,11 +34,9 @@ from layertap_server.work import (
 
 LAYER_COUNT, HIDDEN_SIZE = 3, 32
 WAIT_S = 60.0
-BOUNDS = {"float32": BOUND, "bfloat16": 0.1}
-"""How far a number may be from the oracle's, by the dtype that matrices are multiplied in."""
 
 
-@pytest.fixture(scope="module", params=list(BOUNDS))
+@pytest.fixture(scope="module", params=["float32", "bfloat16"])
 def dtype(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 

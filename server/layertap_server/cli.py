@@ -1,4 +1,7 @@
-"""`layertap-server`: flags made from the fields of `Config`, logging, and one line for whatever goes wrong at start."""
+"""`layertap-server`: flags made from the fields of `Config`, logging, and one line for whatever goes wrong at start.
+
+`layertap-server parity` is a command of its own; see `parity`. Without it the server serves.
+"""
 
 from __future__ import annotations
 
@@ -24,9 +27,12 @@ _EXTRA_MISSING = "the server's packages are missing ({name}): pip install 'layer
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the server; returns its exit code."""
+    """Runs the server, or `parity`; returns the exit code."""
+    argv = sys.argv[1:] if argv is None else argv
+    if argv[:1] == ["parity"]:
+        return _parity(argv[1:])
     try:
-        config = parse(sys.argv[1:] if argv is None else argv, os.environ)
+        config = parse(argv, os.environ)
     except ConfigError as exc:
         return _fail(str(exc))
     logs.set_up(level=config.log_level, form=config.log_format)
@@ -66,6 +72,15 @@ def run(config: Config, make_app: Callable[[Config], App]) -> int:
     return 0
 
 
+def _parity(argv: Sequence[str]) -> int:
+    try:
+        from layertap_server import parity
+
+        return parity.main(argv)
+    except ModuleNotFoundError as exc:
+        return _fail(_EXTRA_MISSING.format(name=exc.name))
+
+
 def parse(argv: Sequence[str], environment: Mapping[str, str]) -> Config:
     """Returns the settings: flags first, then LAYERTAP_… variables, then defaults.
 
@@ -90,7 +105,8 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="layertap-server",
         description="Serves tokens and every layer of a BERT over gRPC.",
-        epilog="Each flag is also an environment variable: --max-batch-tokens is LAYERTAP_MAX_BATCH_TOKENS.",
+        epilog="Each flag is also an environment variable: --max-batch-tokens is LAYERTAP_MAX_BATCH_TOKENS. "
+        "`layertap-server parity --help` tells how to compare a running server with transformers.",
         argument_default=argparse.SUPPRESS,
     )
     for field in dataclasses.fields(Config):
