@@ -16,6 +16,7 @@ SAMPLE = Path(__file__).parent / "typing" / "sample.py"
 CLASSES = [
     *(layertap.Client, layertap.AsyncClient, layertap.LayertapError, layertap.ModelInfo, layertap.Tokens),
     *(layertap.Embedding, layertap.HiddenStates, layertap.LayerRows, layertap.StreamResult, layertap.TorchEmbedding),
+    *(layertap.Words, layertap.MixedRows),
 ]
 OF_NO_NEED = {
     "ModelInfo": {field.name for field in dataclasses.fields(layertap.ModelInfo)},  # Plain facts, all alike.

@@ -20,9 +20,11 @@ from layertap import (
     Embedding,
     HiddenStates,
     InvalidArgumentError,
+    LayerMix,
     LayerRows,
     LayertapError,
     Limits,
+    MixedRows,
     ModelInfo,
     ModelRef,
     Pooling,
@@ -33,6 +35,7 @@ from layertap import (
     TokenIds,
     Tokens,
     TorchEmbedding,
+    Words,
 )
 
 Floats = npt.NDArray[np.float32] | npt.NDArray[np.float16]
@@ -104,6 +107,23 @@ def look_at_results(embedding: Embedding) -> None:
     assert timings.queue_time_ns + timings.tokenize_time_ns + timings.compute_time_ns > 0 and model.fingerprint
 
 
+def look_at_words(embedding: Embedding) -> None:
+    words = embedding.words
+    assert_type(words, Words)
+    assert_type(words[-1], Floats)
+    assert_type(words.ragged(words.layers[0]), list[Floats])
+    assert_type(words.mixed, MixedRows)
+    assert_type(words.mixed.padded, Floats)
+    for array in (words.word_counts, *words.piece_counts, *words.offsets, *words.sequence_ids):
+        assert_type(array, npt.NDArray[np.int64])
+    assert words.word_counts.sum() == sum(map(len, words.offsets))
+
+
+def look_at_a_mix(embedding: Embedding) -> None:
+    assert_type(embedding.mixed.layers, tuple[int, ...])
+    assert [len(rows) for rows in embedding.mixed.ragged()] == embedding.token_counts.tolist()
+
+
 def look_at_interop(embedding: Embedding) -> None:
     tensors = embedding.to_torch()
     assert_type(tensors, TorchEmbedding)
@@ -162,6 +182,9 @@ def use(target: str, extras: bool) -> None:
         if extras:
             look_at_interop(embedding)
         look_at_one_array(client.embed(TokenIds(ids, ids > 0), pooling=best))
+        mix = LayerMix("weighted", layers=[-1, -2], weights=[0.75, 0.25])
+        look_at_words(client.embed(corpus(), words="mean", layers=[-1], mix=mix))
+        look_at_a_mix(client.embed("I love Paris", mix=mix))
         for part in client.embed_layers(["I love Paris"], layers=[0, -1]):
             assert_type(part, LayerRows)
             for text, rows in zip(part.texts, part.rows, strict=True):
