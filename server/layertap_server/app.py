@@ -23,8 +23,10 @@ from layertap_server.config import Config, ConfigError
 from layertap_server.gate import Gate
 from layertap_server.intake import Intake, Limits
 from layertap_server.journal import Journal
+from layertap_server.metrics import Endpoint, Metrics, Server, State
+from layertap_server.observer import Nobody
 from layertap_server.outputs import Model
-from layertap_server.service import SERVICE_NAME, Bounds, EmbeddingService
+from layertap_server.service import METHODS, SERVICE_NAME, Bounds, EmbeddingService
 from layertap_server.sharing import Sharing
 from layertap_server.shm import Segments
 from layertap_server.tokenizer import Tokenizer
@@ -50,6 +52,7 @@ class App:
         model: The shape of the model.
         tokenizer: Its tokenizer.
         batcher: The queue and its lanes.
+        metrics_url: Where the metrics are, once it serves; empty: nowhere.
     """
 
     def __init__(self, config: Config, *, make_encoder: Callable[..., encoder.Encoder] = encoder.Encoder) -> None:
@@ -64,6 +67,7 @@ class App:
             ConfigError: A knob does not suit the model or the machine.
         """
         self._config = config
+        self.metrics_url = ""
         found = _timed(
             "found the model",
             lambda: checkpoint.find(
@@ -94,6 +98,21 @@ class App:
             )
         config.check_output_bytes((self.model.layer_count + 1) * self.model.max_length * self.model.hidden_size * 4)
         batch_tokens = config.max_batch_tokens or (_CPU_BATCH_TOKENS if devices == ["cpu"] else _CUDA_BATCH_TOKENS)
+        self._serving = False
+        self._metrics: Metrics | None = None
+        if config.metrics_port >= 0:
+            self._metrics = Metrics(
+                Server(
+                    version=layertap.__version__,
+                    model_id=found.name,
+                    fingerprint=fingerprint,
+                    methods=METHODS,
+                    max_batch_tokens=batch_tokens,
+                    max_output_bytes=config.max_output_bytes,
+                )
+            )
+        observer = self._metrics or Nobody()
+        self._encoders = encoders
         self.batcher = Batcher(
             lanes.make(encoders, lane_count=config.lanes, thread_count=config.lane_threads),
             max_batch_tokens=batch_tokens,
@@ -103,6 +122,7 @@ class App:
             max_queue_tokens=config.max_queue_token_count,
             max_output_bytes=config.max_output_bytes,
             max_call_output_bytes=config.max_call_output_bytes,
+            observer=observer,
         )
         identity = delivery.Identity(
             model_id=found.name,
@@ -123,7 +143,8 @@ class App:
             max_call_count=config.max_concurrent_call_count,
             max_request_bytes=config.max_queue_bytes,
             stall_timeout_s=config.stall_timeout_s,
-            journal=Journal(),
+            journal=Journal([self._metrics] if self._metrics else []),
+            observer=observer,
         )
         self._service = EmbeddingService(
             intake=Intake(
@@ -163,13 +184,19 @@ class App:
             EngineLostError: No lane is left.
         """
         config = self._config
-        server = listen.make_server(config)
+        endpoint = self._show_metrics()
+        server = listen.make_server(config, self._metrics or Nobody())
         server.add_generic_rpc_handlers((self._service.handler(),))
-        set_serving = listen.add_standard_services(server, SERVICE_NAME) if standard_services else None
+        set_health = listen.add_standard_services(server, SERVICE_NAME) if standard_services else None
+
+        async def set_serving(serving: bool) -> None:
+            self._serving = serving
+            if set_health:
+                await set_health(serving)
+
         address = listen.bind(server, config)
         await server.start()
-        if set_serving:
-            await set_serving(True)
+        await set_serving(True)
         ready(address)
         signalled = asyncio.create_task(drain.until_signalled())
         lost = asyncio.create_task(drain.until_lost(self.batcher, timeout_s=config.lane_timeout_s))
@@ -177,14 +204,45 @@ class App:
         for task in (signalled, lost):
             task.cancel()
         log.info("stopping: running calls have %.0f s to finish", config.grace_s)
-        if set_serving:
-            await set_serving(False)
+        await set_serving(False)
         self._sharing.stop()
         ended = await drain.drain(self._gate, self.batcher, stop=server.stop, grace_s=config.grace_s)
+        if endpoint:
+            endpoint.close()
         if not self.batcher.live_lane_count:
             raise EngineLostError("the engine has failed, the log says how; start the server again")
         log.info("stopped")
         return ended
+
+    def _show_metrics(self) -> Endpoint | None:
+        if self._metrics is None:
+            return None
+        config = self._config
+        self._metrics.follow(self._state)
+        try:
+            endpoint = self._metrics.serve(config.metrics_host, config.metrics_port)
+        except OSError as exc:
+            raise ConfigError(
+                f"cannot show metrics on {config.metrics_host}:{config.metrics_port}: {exc.strerror or exc}; "
+                "is the port taken? try --metrics-port 0"
+            ) from exc
+        self.metrics_url = endpoint.url
+        return endpoint
+
+    def _state(self) -> State:
+        batcher = self.batcher
+        return State(
+            serving=self._serving,
+            queue_texts=batcher.waiting_text_count,
+            queue_tokens=batcher.waiting_token_count,
+            output_bytes=batcher.held_bytes,
+            lanes=batcher.lane_count,
+            live_lanes=batcher.live_lane_count,
+            busy_lanes=batcher.live_lane_count - batcher.idle_lane_count,
+            device_memory={
+                (str(one.device), kind): value for one in self._encoders for kind, value in one.memory().items()
+            },
+        )
 
     def _warm(self) -> None:
         """Runs every lane once, so that the first caller does not pay for what the libraries set up."""

@@ -26,6 +26,7 @@ from layertap_server.bells import Bells
 from layertap_server.call import Call, CallFailed, Event, Taken
 from layertap_server.halving import in_halves
 from layertap_server.lane import RETRY_AFTER_S, Lane
+from layertap_server.observer import Nobody, Observer
 from layertap_server.turns import Turns
 from layertap_server.work import Encode, Plan, Text
 
@@ -53,6 +54,7 @@ class Batcher:
         max_queue_tokens: int,
         max_output_bytes: int,
         max_call_output_bytes: int,
+        observer: Observer | None = None,
     ) -> None:
         """Starts one lane, a thread, for each `encode`.
 
@@ -65,6 +67,7 @@ class Batcher:
             max_queue_tokens: Tokens that may wait.
             max_output_bytes: Bytes computed or being computed and not yet sent, all calls together.
             max_call_output_bytes: Likewise for one call, but always one text.
+            observer: Is told of batches and refusals.
         """
         self._max_batch_tokens = max_batch_tokens
         self._max_batch_bytes = max_batch_bytes
@@ -73,6 +76,7 @@ class Batcher:
         self._max_queue_tokens = max_queue_tokens
         self._max_output_bytes = max_output_bytes
         self._max_call_output_bytes = max_call_output_bytes
+        self._observer = observer or Nobody()
         self._lock = threading.Lock()
         self._bells = Bells(self._lock, len(encodes))
         self._turns = Turns()
@@ -87,6 +91,7 @@ class Batcher:
                 in_halves(encode),
                 next_batch=functools.partial(self._next_batch, n),
                 on_lost=self._lane_lost,
+                observer=self._observer,
             )
             for n, encode in enumerate(encodes)
         ]
@@ -105,6 +110,11 @@ class Batcher:
     def waiting_text_count(self) -> int:
         """Texts in the queue."""
         return self._waiting_texts
+
+    @property
+    def waiting_token_count(self) -> int:
+        """Their tokens."""
+        return self._waiting_tokens
 
     @property
     def held_bytes(self) -> int:
@@ -177,15 +187,20 @@ class Batcher:
 
     def _check_alive(self) -> None:
         if self._stopping or not self._live_lane_count:
+            self._observer.refused("stopping" if self._stopping else "no_lanes")
             raise UnavailableError(_STOPPING if self._stopping else _LOST, retry_after_s=RETRY_AFTER_S)
 
     def _check_room(self, text_count: int, token_count: int) -> None:
         if self._waiting_texts + text_count > self._max_queue_texts:
-            full = f"{self._waiting_texts} texts wait, the queue holds {self._max_queue_texts}"
+            reason, full = "queue_texts", f"{self._waiting_texts} texts wait, the queue holds {self._max_queue_texts}"
         elif self._waiting_tokens + token_count > self._max_queue_tokens and self._waiting_texts:
-            full = f"{self._waiting_tokens} tokens wait, the queue holds {self._max_queue_tokens}"
+            reason, full = (
+                "queue_tokens",
+                f"{self._waiting_tokens} tokens wait, the queue holds {self._max_queue_tokens}",
+            )
         else:
             return
+        self._observer.refused(reason)
         raise ResourceExhaustedError(f"the server is full: {full}; try again later", retry_after_s=0.5)
 
     def add(self, call: Call, texts: Sequence[Text], admitted: bool) -> None:

@@ -59,7 +59,8 @@ def run(config: Config, make_app: Callable[[Config], App]) -> int:
     wire.keep_pages()
     sys.setswitchinterval(_SWITCH_INTERVAL_S)
     try:
-        ended = asyncio.run(make_app(config).serve(ready=_announce))
+        server = make_app(config)
+        ended = asyncio.run(server.serve(ready=lambda address: _announce(address, server.metrics_url)))
     except (ConfigError, CheckpointError) as exc:
         return _fail(str(exc))
     except EngineLostError as exc:
@@ -138,8 +139,10 @@ _READERS: Final[dict[type[Any], Callable[[str], Any]]] = {bool: _bool}
 """How a knob is read from text where its type does not do that itself."""
 
 
-def _announce(address: str) -> None:
+def _announce(address: str, metrics_url: str) -> None:
     print(f"layertap-server listens on {address}", flush=True)
+    if metrics_url:
+        print(f"its metrics are at {metrics_url}", flush=True)
 
 
 def _fail(message: str) -> int:

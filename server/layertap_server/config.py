@@ -136,6 +136,14 @@ class Config:
         unit="seconds",
         least=0.1,
     )
+    metrics_port: int = _knob(
+        -1,
+        "The port that Prometheus reads metrics from, over HTTP. 0: any free one, which is printed; -1: none.",
+        least=-1,
+    )
+    metrics_host: str = _knob(
+        "127.0.0.1", "The address of that port. Metrics tell no texts, but who reads them is not asked for a token."
+    )
     log_level: str = _knob("info", "What is logged.", choices=("debug", "info", "warning", "error"))
     log_format: str = _knob(
         "text", "text is for people; json is one object a line, for programs.", choices=("text", "json")
@@ -153,8 +161,9 @@ class Config:
                 raise ConfigError(f"{flag(field.name)} is {value!r}; choose one of {', '.join(choices)}")
             if least is not None and not least <= value < float("inf"):
                 raise ConfigError(f"{flag(field.name)} is {value}; the least is {least}")
-        if self.port > 65535:
-            raise ConfigError(f"--port is {self.port}; the most is 65535")
+        for name in ("port", "metrics_port"):
+            if getattr(self, name) > 65535:
+                raise ConfigError(f"{flag(name)} is {getattr(self, name)}; the most is 65535")
         self._check_doors()
         if self.max_queue_bytes < self.max_request_bytes:
             raise ConfigError(

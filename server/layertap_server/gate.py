@@ -27,6 +27,7 @@ from layertap.errors import (
 )
 from layertap_server import guard
 from layertap_server.journal import REQUEST_ID, Journal
+from layertap_server.observer import Observer
 from layertap_server.record import Record
 
 log = logging.getLogger(__name__)
@@ -99,7 +100,13 @@ class Gate:
     """
 
     def __init__(
-        self, *, max_call_count: int, max_request_bytes: int, stall_timeout_s: float, journal: Journal
+        self,
+        *,
+        max_call_count: int,
+        max_request_bytes: int,
+        stall_timeout_s: float,
+        journal: Journal,
+        observer: Observer,
     ) -> None:
         """Takes what bounds all calls together.
 
@@ -108,12 +115,14 @@ class Gate:
             max_request_bytes: Bytes of their requests, streams aside.
             stall_timeout_s: How long an answer may stay unread, in seconds.
             journal: Keeps their records.
+            observer: Is told of refusals.
         """
         self._max_request_bytes = max_request_bytes
         self._request_bytes = 0
         self._max_call_count = max_call_count
         self._stall_timeout_s = stall_timeout_s
         self._journal = journal
+        self._observer = observer
         self._calls: set[asyncio.Task[Any]] = set()
         self.closed = asyncio.Event()
         self._left = asyncio.Event()
@@ -162,13 +171,16 @@ class Gate:
             task.add_done_callback(self._leave)
             try:
                 if self.closed.is_set():
+                    self._observer.refused("stopping")
                     raise UnavailableError("the server is stopping; try another, or again later", retry_after_s=1.0)
                 if len(self._calls) > self._max_call_count:
+                    self._observer.refused("calls")
                     raise ResourceExhaustedError(
                         f"the server is full: {self._max_call_count} calls are under way; try again later",
                         retry_after_s=0.5,
                     )
                 if self._request_bytes > self._max_request_bytes:
+                    self._observer.refused("request_bytes")
                     raise ResourceExhaustedError(
                         f"the server is full: the requests under way have more than {self._max_request_bytes} bytes; "
                         "try again later",

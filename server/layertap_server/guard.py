@@ -14,6 +14,7 @@ from typing import Any, Final
 import grpc
 import grpc.aio
 
+from layertap_server.observer import Observer
 from layertap_server.tokens import Tokens
 from layertap_server.watched import Watched
 
@@ -27,9 +28,10 @@ _token_name: contextvars.ContextVar[str | None] = contextvars.ContextVar("token_
 class Guard(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # generic in grpc-stubs alone
     """Lets in who has a token."""
 
-    def __init__(self, tokens: Watched[Tokens]) -> None:
-        """Takes the tokens."""
+    def __init__(self, tokens: Watched[Tokens], observer: Observer) -> None:
+        """Takes the tokens, and who is told of each call that is not let in."""
         self._tokens = tokens
+        self._observer = observer
 
     async def intercept_service(
         self, continuation: Callable[[Any], Awaitable[Any]], handler_call_details: grpc.HandlerCallDetails
@@ -39,22 +41,22 @@ class Guard(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # generic in
             return await continuation(handler_call_details)
         given = dict(handler_call_details.invocation_metadata).get("authorization")
         if given is None:
-            return _refusal("this server asks for a token and none was sent; send authorization: Bearer <token>")
+            return self._refusal("this server asks for a token and none was sent; send authorization: Bearer <token>")
         if not isinstance(given, str) or not given.lower().startswith(_SCHEME):
-            return _refusal("the authorization is no bearer token; send authorization: Bearer <token>")
+            return self._refusal("the authorization is no bearer token; send authorization: Bearer <token>")
         name = self._tokens.get().name_of(given[len(_SCHEME) :].strip())
         if name is None:
-            return _refusal("the token is none of this server's, or no longer; ask its operator for one")
+            return self._refusal("the token is none of this server's, or no longer; ask its operator for one")
         _token_name.set(name)
         return await continuation(handler_call_details)
 
+    def _refusal(self, details: str) -> Any:
+        async def refuse(_: Any, context: grpc.aio.ServicerContext[Any, Any]) -> None:
+            self._observer.refused("unauthenticated")
+            await context.abort(grpc.StatusCode.UNAUTHENTICATED, details, _NEVER)
 
-def _refusal(details: str) -> Any:
-    async def refuse(_: Any, context: grpc.aio.ServicerContext[Any, Any]) -> None:
-        await context.abort(grpc.StatusCode.UNAUTHENTICATED, details, _NEVER)
-
-    # Whatever the method is: as a stream, nothing of the request is read.
-    return grpc.stream_stream_rpc_method_handler(refuse)
+        # Whatever the method is: as a stream, nothing of the request is read.
+        return grpc.stream_stream_rpc_method_handler(refuse)
 
 
 def client_of(context: grpc.aio.ServicerContext[Any, Any]) -> str:

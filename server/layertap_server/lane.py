@@ -14,6 +14,7 @@ from collections.abc import Callable
 
 from layertap.errors import InternalError, LayertapError, UnavailableError
 from layertap_server.call import CallFailed, RowsReady, RunDone, Taken
+from layertap_server.observer import Observer
 from layertap_server.work import DeviceLostError, Encode, Run
 
 log = logging.getLogger(__name__)
@@ -31,7 +32,13 @@ class Lane:
     """
 
     def __init__(
-        self, name: str, encode: Encode, *, next_batch: Callable[[], list[Taken] | None], on_lost: Callable[[], None]
+        self,
+        name: str,
+        encode: Encode,
+        *,
+        next_batch: Callable[[], list[Taken] | None],
+        on_lost: Callable[[], None],
+        observer: Observer,
     ) -> None:
         """Starts the thread.
 
@@ -40,12 +47,14 @@ class Lane:
             encode: What runs a batch.
             next_batch: Waits for a batch; None: there will be no more.
             on_lost: Is told when the lane is given up, in whichever thread finds out.
+            observer: Is told of each batch that has run.
         """
         self.name = name
         self.lost = False
         self._encode = encode
         self._next_batch = next_batch
         self._on_lost = on_lost
+        self._observer = observer
         self._lock = threading.Lock()
         self._batch: list[Taken] = []
         self._moved_at: float | None = None
@@ -105,6 +114,7 @@ class Lane:
             self._fail(batch, InternalError("the encoder failed; the server's log has the reason"))
             return
         compute_time_ns = time.monotonic_ns() - started_at_ns
+        self._observer.ran(batch, started_at_ns=started_at_ns, compute_time_ns=compute_time_ns)
         for taken in batch:
             if taken.call.closed:
                 continue

@@ -17,13 +17,18 @@ import grpc.aio
 from layertap_server import certificates, tokens
 from layertap_server.config import Config, ConfigError
 from layertap_server.guard import Guard
+from layertap_server.observer import Observer
 from layertap_server.watched import Watched
 
 log = logging.getLogger(__name__)
 
 
-def make_server(config: Config) -> grpc.aio.Server:
+def make_server(config: Config, observer: Observer) -> grpc.aio.Server:
     """Returns a server that listens nowhere yet, and lets in only who has a token if there are tokens.
+
+    Args:
+        config: The knobs.
+        observer: Is told of who is not let in.
 
     Raises:
         ConfigError: The file of tokens cannot be used.
@@ -36,7 +41,7 @@ def make_server(config: Config) -> grpc.aio.Server:
         found = Watched("the token file", [config.token_file], lambda: tokens.read(config.token_file))
     except (OSError, ValueError) as exc:
         raise ConfigError(f"--token-file {config.token_file} cannot be used: {_why(exc)}") from exc
-    return grpc.aio.server(options=_options(config), interceptors=[Guard(found)])
+    return grpc.aio.server(options=_options(config), interceptors=[Guard(found, observer)])
 
 
 def bind(server: grpc.aio.Server, config: Config) -> str:

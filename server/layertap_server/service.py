@@ -44,6 +44,7 @@ MessageT = TypeVar("MessageT", bound=Message)
 T = TypeVar("T")
 
 SERVICE_NAME: Final = "layertap.v1.EmbeddingService"
+METHODS: Final = ("GetModelInfo", "Tokenize", "Decode", "Embed", "EmbedLayers", "EmbedStream", "ShareMemory")
 
 _LARGE_BYTES: Final = 64 << 10
 """From here on parsing and packing leave the loop; below, a thread would cost more than the work."""

@@ -109,6 +109,18 @@ class Encoder:
         assert output.pool is not None
         return pool_rows(values, layout.bags(run_index, output.pool), output.pool, output.row_size)
 
+    def memory(self) -> dict[str, int]:
+        """Returns the bytes of the device's memory: allocated, reserved, free and total; nothing for the CPU."""
+        if self.device.type == "cpu":
+            return {}
+        free, total = torch.cuda.mem_get_info(self.device)
+        return {
+            "allocated": torch.cuda.memory_allocated(self.device),
+            "reserved": torch.cuda.memory_reserved(self.device),
+            "free": free,
+            "total": total,
+        }
+
     @staticmethod
     def use_threads(count: int) -> None:
         """Sets how many threads the calling thread computes with on the CPU."""
