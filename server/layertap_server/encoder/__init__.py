@@ -21,7 +21,8 @@ from layertap_server.encoder.handover import Handover
 from layertap_server.encoder.layout import Layout
 from layertap_server.encoder.mixing import Mixes
 from layertap_server.encoder.pooling import pool_rows, pool_words
-from layertap_server.work import Output, OutputKind, Rows, Run
+from layertap_server.encoder.portions import Order, orders
+from layertap_server.work import OutputKind, Rows, Run
 
 log = logging.getLogger(__name__)
 
@@ -79,35 +80,33 @@ class Encoder:
         layout = Layout(batch)
         handover = Handover(self.device, self._allocate)
         mixes = Mixes(batch, layout)
+        asked = orders(batch)
         try:
             for layer, rows in enumerate(self._bert.layers(layout)):
                 mixes.add(layer, rows)
-                for run_index, run in enumerate(batch):
-                    for output_index, output in enumerate(run.plan.outputs):
-                        if layer not in output.layers:
-                            continue
-                        values = rows if output.mix is None else mixes.whole(output.mix)
-                        if output.kind is OutputKind.HIDDEN_STATES:
-                            taken, counts = layout.rows(run_index), layout.token_counts(run_index)
-                            handover.take(values, taken, counts, run, run_index, output_index, layer)
-                        else:
-                            own = layout.word_counts(run_index) if output.kind is OutputKind.WORD_VECTORS else None
-                            vectors = self._vectors(values, layout, run_index, output)
-                            handover.take(vectors, None, own, run, run_index, output_index, layer)
+                for order in asked:
+                    if layer not in order.output.layers:
+                        continue
+                    values = rows if order.output.mix is None else mixes.whole(order.output.mix)
+                    if order.output.kind is OutputKind.HIDDEN_STATES:
+                        handover.take(values, order, layer, index=layout.rows(order.run_indices))
+                    else:
+                        handover.take(self._vectors(values, layout, order), order, layer)
                 yield from handover.done()
             yield from handover.rest()
         finally:
             handover.settle()
 
-    def _vectors(self, values: torch.Tensor, layout: Layout, run_index: int, output: Output) -> torch.Tensor:
-        """Makes of token rows what an output has a row for. Shape: [word_count or text_count of the run, row_size]."""
+    def _vectors(self, values: torch.Tensor, layout: Layout, order: Order) -> torch.Tensor:
+        """Makes of token rows what an output has a row for. Shape: [word_count or text_count of the runs, row_size]."""
+        output, runs = order.output, order.run_indices
         if output.kind is OutputKind.POOLER_OUTPUT:
-            first = torch.from_numpy(layout.first_rows(run_index)).to(self.device)
+            first = torch.from_numpy(layout.first_rows(runs)).to(self.device)
             return self._bert.pooler(values.index_select(0, first))
         if output.word_pooling is not None:
-            return pool_words(values, layout.words(run_index), output.word_pooling)
+            return pool_words(values, layout.words(runs), output.word_pooling)
         assert output.pool is not None
-        return pool_rows(values, layout.bags(run_index, output.pool), output.pool, output.row_size)
+        return pool_rows(values, layout.bags(runs, output.pool), output.pool, output.row_size)
 
     def memory(self) -> dict[str, int]:
         """Returns the bytes of the device's memory: allocated, reserved, free and total; nothing for the CPU."""

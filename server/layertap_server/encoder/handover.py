@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Final
 
 import numpy as np
@@ -17,7 +17,8 @@ import numpy.typing as npt
 import torch
 
 from layertap.errors import InternalError, LayertapError, OutOfRangeError
-from layertap_server.work import Rows, Run
+from layertap_server.encoder.portions import Order
+from layertap_server.work import Rows
 
 _DTYPES: Final = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 _LIMITS: Final = {"float32": float("inf"), "float16": 65520.0, "bfloat16": 3.3953138e38}
@@ -26,11 +27,8 @@ _LIMITS: Final = {"float32": float("inf"), "float16": 65520.0, "bfloat16": 3.395
 
 @dataclasses.dataclass(slots=True)
 class _Pending:
-    run: Run
-    run_index: int
-    output_index: int
+    order: Order
     layer: int
-    counts: npt.NDArray[np.int64] | None
     data: memoryview
     peaks: torch.Tensor
     arrived: Any
@@ -48,72 +46,65 @@ class Handover:
         self._peaks: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def take(
-        self,
-        values: torch.Tensor,
-        taken: npt.NDArray[np.int64] | None,
-        counts: npt.NDArray[np.int64] | None,
-        run: Run,
-        run_index: int,
-        output_index: int,
-        layer: int,
+        self, values: torch.Tensor, order: Order, layer: int, *, index: npt.NDArray[np.int64] | None = None
     ) -> None:
         """Starts to bring values to the host.
 
         Args:
             values: Shape: [row_count, row_size], float32.
-            taken: The rows to bring, in order; None: all.
-            counts: Rows of each text, where they are not one each. Shape: [text_count].
-            run: Whose they are.
-            run_index: Which run of the batch that is.
-            output_index: Which output of its plan.
+            order: Whose they are.
             layer: The layer they come from.
+            index: The rows to bring, in order; None: all.
         """
-        dtype = _DTYPES[run.plan.dtype]
-        row_count = len(values) if taken is None else len(taken)
+        dtype = _DTYPES[order.dtype]
+        row_count = len(values) if index is None else len(index)
         if not row_count:  # Texts without words; there is nothing that a buffer could hold.
-            nothing = memoryview(b""), torch.empty(0), None
-            self._pending.append(_Pending(run, run_index, output_index, layer, counts, *nothing))
+            self._pending.append(_Pending(order, layer, memoryview(b""), torch.empty(0), None))
             return
         peaks = self._row_peaks(values)
         byte_count = row_count * values.shape[1] * dtype.itemsize
-        data = run.allocate(output_index, layer, byte_count)
+        data = None
+        if len(order.portions) == 1:
+            (portion,) = order.portions
+            data = portion.run.allocate(portion.output_index, layer, byte_count)
         if data is None:
             data = self._allocate(byte_count)
         host = torch.frombuffer(data, dtype=dtype).view(row_count, values.shape[1])
-        whole = taken is None or (row_count == len(values) and bool((taken == np.arange(row_count)).all()))
-        index = None if whole else torch.from_numpy(taken).to(values.device, non_blocking=True)
-        if index is not None:
-            peaks = peaks.index_select(0, index)
+        if index is not None and row_count == len(values) and bool((index == np.arange(row_count)).all()):
+            index = None
+        chosen = None if index is None else torch.from_numpy(index).to(values.device, non_blocking=True)
+        if chosen is not None:
+            peaks = peaks.index_select(0, chosen)
         arrived = None
         if self._stream is None:
-            if index is not None and dtype is torch.float32:
-                torch.index_select(values, 0, index, out=host)
+            if chosen is not None and dtype is torch.float32:
+                torch.index_select(values, 0, chosen, out=host)
             else:
-                host.copy_(values if index is None else values.index_select(0, index))
+                host.copy_(values if chosen is None else values.index_select(0, chosen))
         else:
-            chosen = (values if index is None else values.index_select(0, index)).to(dtype)
+            sent = (values if chosen is None else values.index_select(0, chosen)).to(dtype)
             self._stream.wait_stream(torch.cuda.current_stream(values.device))
             with torch.cuda.stream(self._stream):
-                host.copy_(chosen, non_blocking=True)
+                host.copy_(sent, non_blocking=True)
                 host_peaks = torch.empty(peaks.shape, dtype=peaks.dtype, pin_memory=True)
                 host_peaks.copy_(peaks, non_blocking=True)
-                chosen.record_stream(self._stream)
+                sent.record_stream(self._stream)
                 peaks.record_stream(self._stream)
                 arrived, peaks = torch.cuda.Event(), host_peaks  # type: ignore[no-untyped-call]
                 arrived.record(self._stream)
-        self._pending.append(_Pending(run, run_index, output_index, layer, counts, data, peaks, arrived))
+        self._pending.append(_Pending(order, layer, data, peaks, arrived))
 
     def done(self) -> Iterator[Rows]:
         """Yields what has arrived, without waiting."""
         while self._pending and (self._pending[0].arrived is None or self._pending[0].arrived.query()):
-            yield _rows(self._pending.popleft())
+            yield from _rows(self._pending.popleft())
 
     def rest(self) -> Iterator[Rows]:
         """Yields all that is left, waiting for each."""
         while self._pending:
             if self._pending[0].arrived is not None:
                 self._pending[0].arrived.synchronize()
-            yield _rows(self._pending.popleft())
+            yield from _rows(self._pending.popleft())
 
     def settle(self) -> None:
         """Waits until nothing is being written any more; buffers that are let go of may be lent anew at once."""
@@ -129,24 +120,38 @@ class Handover:
         return self._peaks[1]
 
 
-def _rows(pending: _Pending) -> Rows:
-    failures: dict[int, LayertapError] = {}
-    peaks = pending.peaks.numpy()
-    bad = ~(peaks < _LIMITS[pending.run.plan.dtype])
-    if bad.any():
-        text_of_row = (
-            np.arange(len(bad)) if pending.counts is None else np.repeat(np.arange(len(pending.counts)), pending.counts)
+def _rows(pending: _Pending) -> Iterator[Rows]:
+    """Yields what has arrived, portion by portion."""
+    order = pending.order
+    bad = ~(pending.peaks.numpy() < _LIMITS[order.dtype])
+    none_bad = not bad.any()
+    shared = len(order.portions) > 1
+    row = 0
+    for portion in order.portions:
+        counts = order.output.row_counts(portion.run.texts)
+        end = row + sum(counts)
+        row_bytes = portion.run.plan.row_bytes(order.output)
+        # Of a buffer that several share each gets a copy: nobody holds what another has read long ago.
+        data = memoryview(bytes(pending.data[row * row_bytes : end * row_bytes])) if shared else pending.data
+        yield Rows(
+            run_index=portion.run_index,
+            output_index=portion.output_index,
+            layer=pending.layer,
+            data=data,
+            failures={} if none_bad else _failures(pending, slice(row, end), counts),
         )
-        for text in np.unique(text_of_row[bad]).tolist():
-            finite = bool(np.isfinite(peaks[text_of_row == text]).all())
-            failures[text] = _failure(finite, pending.layer, pending.run.plan.dtype)
-    return Rows(
-        run_index=pending.run_index,
-        output_index=pending.output_index,
-        layer=pending.layer,
-        data=pending.data,
-        failures=failures,
-    )
+        row = end
+
+
+def _failures(pending: _Pending, rows: slice, counts: Sequence[int]) -> dict[int, LayertapError]:
+    """Returns which texts of a portion cannot be sent, and why."""
+    peaks, dtype = pending.peaks.numpy()[rows], pending.order.dtype
+    bad = ~(peaks < _LIMITS[dtype])
+    text_of_row = np.repeat(np.arange(len(counts)), counts)
+    return {
+        text: _failure(bool(np.isfinite(peaks[text_of_row == text]).all()), pending.layer, dtype)
+        for text in np.unique(text_of_row[bad]).tolist()
+    }
 
 
 def _failure(finite: bool, layer: int, dtype: str) -> LayertapError:

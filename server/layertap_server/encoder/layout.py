@@ -90,41 +90,35 @@ class Layout:
         text_count = int(np.searchsorted(-self._depths_sorted, -layer, side="right"))
         return int(self._row_ends[text_count - 1]) if text_count else 0
 
-    def first_rows(self, run_index: int) -> Indices:
-        """Returns where the texts of a run start, in request order. Shape: [text_count]."""
-        return self._starts[self._texts(run_index)]
+    def first_rows(self, runs: Sequence[int]) -> Indices:
+        """Returns where the texts of some runs start, run by run in request order. Shape: [text_count]."""
+        return self._starts[self._texts(runs)]
 
-    def rows(self, run_index: int) -> Indices:
-        """Returns the rows of a run in request order. Shape: [token_count of the run]."""
-        chosen = self._texts(run_index)
+    def rows(self, runs: Sequence[int]) -> Indices:
+        """Returns the rows of some runs, run by run in request order. Shape: [token_count of the runs]."""
+        chosen = self._texts(runs)
         return _ranges(self._starts[chosen], self._lengths[chosen])
 
-    def token_counts(self, run_index: int) -> Indices:
-        """Returns the rows of each text of a run, in request order. Shape: [text_count]."""
-        return self._lengths[self._texts(run_index)]
-
-    def bags(self, run_index: int, pool: Pool) -> Bags:
-        """Returns what a pooling takes of each text of a run, in request order."""
-        taken = [pool.positions(text) for text in self._runs[run_index].texts]
+    def bags(self, runs: Sequence[int], pool: Pool) -> Bags:
+        """Returns what a pooling takes of each text of some runs, run by run in request order."""
+        taken = [pool.positions(text) for run in runs for text in self._runs[run].texts]
         counts = np.array([len(positions) for positions in taken], np.int64)
-        rows = np.concatenate(taken) + np.repeat(self.first_rows(run_index), counts)
+        rows = np.concatenate(taken) + np.repeat(self.first_rows(runs), counts)
         return Bags(rows=rows, counts=counts)
 
-    def words(self, run_index: int) -> Bags:
-        """Returns the rows of each word of a run, texts in request order."""
-        words = [text.words for text in self._runs[run_index].texts if text.words is not None]
+    def words(self, runs: Sequence[int]) -> Bags:
+        """Returns the rows of each word of some runs, run by run, texts in request order."""
+        words = [text.words for run in runs for text in self._runs[run].texts if text.words is not None]
         counts = np.concatenate([one.piece_counts for one in words])
         starts = np.concatenate([one.starts for one in words])
-        starts += np.repeat(self.first_rows(run_index), [len(one.piece_counts) for one in words])
+        starts += np.repeat(self.first_rows(runs), [len(one.piece_counts) for one in words])
         return Bags(rows=_ranges(starts, counts), counts=counts)
 
-    def word_counts(self, run_index: int) -> Indices:
-        """Returns the words of each text of a run, in request order. Shape: [text_count]."""
-        return np.array([text.word_count for text in self._runs[run_index].texts], np.int64)
-
-    def _texts(self, run_index: int) -> slice:
-        end = int(self._run_ends[run_index])
-        return slice(end - len(self._runs[run_index].texts), end)
+    def _texts(self, runs: Sequence[int]) -> Indices:
+        """Returns which texts of the batch those of some runs are."""
+        return np.concatenate(
+            [np.arange(self._run_ends[run] - len(self._runs[run].texts), self._run_ends[run]) for run in runs]
+        )
 
 
 def _ranges(starts: Indices, lengths: Indices) -> Indices:
