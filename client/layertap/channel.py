@@ -38,7 +38,9 @@ def translate(exc: Exception, target: str, timeout_s: float | None, *, resumable
     # grpc-stubs describes metadata as objects; they are pairs.
     trailing: dict[str, str | bytes] = dict(exc.trailing_metadata() or ())  # type: ignore[arg-type]
     pushback = trailing.get("grpc-retry-pushback-ms")
-    if resumable and pushback is None and code in (StatusCode.INTERNAL, StatusCode.UNKNOWN):
+    broken = pushback is None and code in (StatusCode.INTERNAL, StatusCode.UNKNOWN)
+    # It has no deadline of its own: this one is a server's that would not wait for its answers to be read.
+    if resumable and (broken or code is StatusCode.DEADLINE_EXCEEDED):
         code = StatusCode.UNAVAILABLE
     if code is StatusCode.UNAVAILABLE and pushback is None:
         details = f"no server answers at {target} (start one with layertap-server, or check the target): {details}"

@@ -2,7 +2,8 @@
 
 Pure. Items come in by `offer`, leave by `take` in messages, and their answers come back by `feed`. After a lost
 connection `lost` puts everything unanswered up for sending again, so that each item is answered exactly once. An item
-that was in flight at too many lost connections is answered UNAVAILABLE: it may be what brings the server down.
+that was in flight at too many lost connections, on none of which anything was answered, is answered UNAVAILABLE: it may
+be what brings the server down. A connection that got on and was then lost says nothing of its items.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ MAX_MESSAGE_BYTES: Final = 256 << 10
 """How much one message carries."""
 
 MAX_LOST_COUNT: Final = 3
-"""Lost connections after which an item that was in flight at each of them is given up."""
+"""Lost connections without any answer after which an item that was in flight at each of them is given up."""
 
 
 @dataclasses.dataclass(slots=True)
@@ -59,6 +60,7 @@ class StreamLedger:
         self._ordered = ordered
         self._header: pb.EmbedHeader | None = None
         self._header_due = True
+        self._got_on = False
         self._offered_count = 0
         self._unanswered: dict[int, _Item] = {}
         self._unanswered_bytes = 0
@@ -124,10 +126,10 @@ class StreamLedger:
 
     def lost(self, reason: LayertapError) -> None:
         """Takes note that the connection is gone: what is unanswered is to be sent again."""
-        reached, self._header_due = not self._header_due, True
+        blamed, self._header_due = not (self._header_due or self._got_on), True
         for index, item in list(self._unanswered.items()):
             item.rows = None
-            if index in self._unsent or not reached:
+            if index in self._unsent or not blamed:
                 continue  # What no server has seen is not what brought it down.
             item.lost_count += 1
             if item.lost_count == MAX_LOST_COUNT:
@@ -177,7 +179,7 @@ class StreamLedger:
             )
         check_header(header, self._options, 0)
         self._header = header
-        self._header_due = False
+        self._header_due = self._got_on = False
 
     def _results(self, results: pb.StreamResults, data: memoryview, offsets: list[int], view: wire.View | None) -> None:
         assert self._header is not None
@@ -298,5 +300,6 @@ class StreamLedger:
         item = self._unanswered.pop(index, None)
         if item is None:
             raise DataLossError(f"the answer has item {index}, which is not waiting; ask again")
+        self._got_on = True
         self._unanswered_bytes -= item.size
         self._ready[index] = result
