@@ -130,6 +130,12 @@ class Config:
         unit="seconds",
         least=0,
     )
+    keepalive_time_s: float = _knob(
+        30.0, "How long a connection may be silent before it is asked whether it still lives.", unit="seconds", least=1
+    )
+    keepalive_timeout_s: float = _knob(
+        10.0, "How long it may take to answer that, before it is given up with all its calls.", unit="seconds", least=1
+    )
     lane_timeout_s: float = _knob(
         300.0,
         "How long a lane may make no progress with a batch before it is given up; without any the server ends.",
