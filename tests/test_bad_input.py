@@ -137,7 +137,7 @@ def _refused(kind: type[LayertapError], call: Callable[[], Any], *named: str) ->
     error = caught.value
     assert type(error) is kind
     _check_message(error.details, *named)
-    assert str(error) == error.details
+    assert str(error) == error.details + (f" (request {error.request_id})" if error.request_id else "")
     cause = error.__cause__
     while cause is not None:
         assert SECRET not in str(cause).lower()
