@@ -394,6 +394,29 @@ def test_words_that_are_missing_or_of_other_lengths_are_a_data_loss() -> None:
             assemble(WORDED, [header, (other, b""), *rest])
 
 
+def test_words_of_a_stream_that_do_not_fit_are_a_data_loss(tokenizer: Tokenizer) -> None:
+    spoils: list[Callable[[Any], Any]] = [
+        lambda words: words.ClearField("piece_counts"),
+        lambda words: words.piece_counts.append(1),
+        lambda words: words.offsets.append(1),
+        lambda words: setattr(words, "first_word_count", -1),
+    ]
+    for most, spoil in itertools.product((1 << 14, 400), [*spoils, None]):
+        ledger = sent_ledger(WORDED)
+        ledger.feed(stream_header(WORDED), memoryview(b""))
+        with pytest.raises(DataLossError):
+            for raw, _ in messages_of(stream_results(WORDED), WORDED.plan, tokenizer, most):
+                part, payload = wire.split(pb.EmbedStreamResponse, raw)
+                holder = part.results if part.WhichOneof("part") == "results" else part.frame
+                if spoil is None:
+                    holder.ClearField("words")
+                elif part.WhichOneof("part") == "results":
+                    list(map(spoil, holder.words))
+                elif holder.done:
+                    spoil(holder.words)
+                ledger.feed(part, payload)
+
+
 # Tokens.
 
 

@@ -158,6 +158,6 @@ def test_the_depth_of_a_plan_is_its_highest_layer(layers: tuple[int, ...]) -> No
     mix = Mix(mixing=Mixing.CONCAT, layers=(3, 0, 1))
     mixed = Output(kind=OutputKind.HIDDEN_STATES, layers=(mix.top,), row_size=6, mix=mix)
     plan = Plan(outputs=(pool, output, words, mixed), dtype="float16")
-    sizes = plan.byte_counts()
+    sizes = plan.byte_counts
     assert (sizes.token, sizes.word, sizes.text) == (len(layers) * 2 * 2 + 6 * 2, len(layers) * 3 * 2, 2 * 2)
     assert plan.depth == 3

@@ -87,7 +87,6 @@ def build_embedding(
     truncated: BoolArray,
     timings: pb.Timings,
     tokens: Sequence[pb.TokenizedText],
-    word_counts: IntArray,
     words: Sequence[pb.SplitText],
 ) -> Embedding:
     """Returns whole arrays, by output index and layer, under the names that users know.
@@ -97,15 +96,10 @@ def build_embedding(
     """
     if options.return_tokens and [len(text.input_ids) for text in tokens] != token_counts.tolist():
         raise DataLossError("the tokens of the answer are not those of its texts; ask again")
-    counts = {pb.ROW_UNIT_TOKEN: token_counts, pb.ROW_UNIT_WORD: word_counts}
-    ragged: dict[pb.RowUnit.ValueType, dict[int, FloatArray]] = {unit: {} for unit in counts}
-    mixed: dict[pb.RowUnit.ValueType, MixedRows] = {}
+    ragged: dict[pb.RowUnit.ValueType, dict[int, FloatArray]] = {pb.ROW_UNIT_TOKEN: {}}
+    mixes: dict[pb.RowUnit.ValueType, tuple[tuple[int, ...], dict[int, FloatArray]]] = {}
     pools: list[FloatArray] = []
     pooler_output: FloatArray | None = None
-
-    def states(unit: pb.RowUnit.ValueType, found: dict[int, FloatArray]) -> HiddenStates:
-        return HiddenStates(ragged=found, token_counts=counts[unit], layer_count=header.layer_count)
-
     for output_index, (asked, output) in enumerate(zip(options.outputs, header.outputs, strict=True)):
         found = {layer: arrays[output_index, layer] for layer in output.layers}
         if output.unit == pb.ROW_UNIT_TEXT:
@@ -114,15 +108,28 @@ def build_embedding(
             else:
                 pools.extend(found.values())
         elif output.mixed_layers:
-            mixed[output.unit] = MixedRows(layers=tuple(output.mixed_layers), _states=states(output.unit, found))
+            ragged.setdefault(output.unit, {})
+            mixes[output.unit] = tuple(output.mixed_layers), found
         else:
-            ragged[output.unit].update(found)
+            ragged.setdefault(output.unit, {}).update(found)
+
+    def rows(unit: pb.RowUnit.ValueType, counts: IntArray) -> tuple[HiddenStates, MixedRows | None]:
+        states = HiddenStates(ragged=ragged[unit], token_counts=counts, layer_count=header.layer_count)
+        if unit not in mixes:
+            return states, None
+        layers, own = mixes[unit]
+        mixed = HiddenStates(ragged=own, token_counts=counts, layer_count=header.layer_count)
+        return states, MixedRows(layers=layers, _states=mixed)
+
+    hidden_states, mixed = rows(pb.ROW_UNIT_TOKEN, token_counts)
     split = None
-    if has_words(options):
-        vectors = states(pb.ROW_UNIT_WORD, ragged[pb.ROW_UNIT_WORD])
-        split = _build_words(words, vectors, mixed.get(pb.ROW_UNIT_WORD))
+    if pb.ROW_UNIT_WORD in ragged:
+        if len(words) != len(token_counts):
+            raise DataLossError("the words of the answer are not those of its texts; ask again")
+        word_counts = np.array([len(text.piece_counts) for text in words], np.int64)
+        split = _build_words(words, *rows(pb.ROW_UNIT_WORD, word_counts))
     return Embedding(
-        hidden_states=states(pb.ROW_UNIT_TOKEN, ragged[pb.ROW_UNIT_TOKEN]),
+        hidden_states=hidden_states,
         pools=tuple(pools),
         token_counts=token_counts,
         truncated=truncated,
@@ -134,16 +141,15 @@ def build_embedding(
             compute_time_ns=timings.compute_time_ns,
         ),
         _pooler_output=pooler_output,
-        _mixed=mixed.get(pb.ROW_UNIT_TOKEN),
+        _mixed=mixed,
         _words=split,
         _tokens=build_tokens(tokens, header.pad_token_id) if options.return_tokens else None,
     )
 
 
 def _build_words(texts: Sequence[pb.SplitText], vectors: HiddenStates, mixed: MixedRows | None) -> Words:
-    counts = [len(text.piece_counts) for text in texts]
-    fits = counts == vectors.token_counts.tolist()
-    fits &= all(len(text.offsets) == 2 * count for text, count in zip(texts, counts, strict=True))
+    counts = vectors.token_counts.tolist()
+    fits = all(len(text.offsets) == 2 * count for text, count in zip(texts, counts, strict=True))
     fits &= all(0 <= text.first_word_count <= count for text, count in zip(texts, counts, strict=True))
     if not fits:
         raise DataLossError("the words of the answer are not those of its texts; ask again")

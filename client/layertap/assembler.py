@@ -120,6 +120,8 @@ class EmbedAssembler:
         self, header: pb.EmbedHeader, arrays: dict[tuple[int, int], FloatArray], timings: pb.Timings
     ) -> Embedding:
         token_counts = np.array(header.token_counts, np.int64)
+        if [len(text.piece_counts) for text in self._words] != list(header.word_counts):
+            raise DataLossError("the words of the answer are not those of its header; ask again")
         return build_embedding(
             header=header,
             options=self._options,
@@ -129,7 +131,6 @@ class EmbedAssembler:
             truncated=np.array(header.truncated, np.bool_),
             timings=timings,
             tokens=self._tokens,
-            word_counts=np.array(header.word_counts, np.int64),
             words=self._words,
         )
 

@@ -251,6 +251,8 @@ class StreamLedger:
         if frame.done:
             if item.row_count != sum(map(len, item.rows.values())):
                 raise DataLossError(f"the frames of item {frame.id} are incomplete; ask again")
+            if len(frame.words.piece_counts) != frame.word_count:
+                raise DataLossError(f"the words of item {frame.id} are not those of its frames; ask again")
             self._embed(
                 frame.id,
                 item.rows,
@@ -291,7 +293,6 @@ class StreamLedger:
             truncated=np.array([truncated], np.bool_),
             timings=timings,
             tokens=tokens,
-            word_counts=np.array([len(one.piece_counts) for one in words], np.int64),
             words=words,
         )
         self._answer(index, StreamResult(index=index, error=None, _embedding=embedding))

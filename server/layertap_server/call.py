@@ -82,7 +82,7 @@ class Call:
         self.held_bytes = 0
         self.held_run_count = 0
         self.closed = False
-        self._byte_counts = plan.byte_counts()
+        self._byte_counts = plan.byte_counts
         self._queue = queue
 
     def add(self, texts: Sequence[Text], *, admitted: bool = False) -> None:

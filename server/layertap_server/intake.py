@@ -122,7 +122,7 @@ class Intake:
                     f"{label} is token ids, which have no words; send text or words, or ask for hidden_states"
                 )
             result = result.split()
-        if (size := plan.byte_counts().of(result.text)) > self.limits.output_bytes:
+        if (size := plan.byte_counts.of(result.text)) > self.limits.output_bytes:
             return InvalidArgumentError(
                 f"the outputs of {label} take {size} bytes, the most is {self.limits.output_bytes}; ask for fewer "
                 "layers at once, or shorten it"

@@ -172,7 +172,7 @@ class EmbeddingService:
         request = await _parse(pb.EmbedRequest, raw)
         plan, tokenized = await self._prepare(request.inputs, request.options, caller.record)
         texts = [one.text for one in tokenized]
-        size = sum(map(plan.byte_counts().of, texts)) + 64 * len(texts)
+        size = sum(map(plan.byte_counts.of, texts)) + 64 * len(texts)
         size += 48 * plan.return_tokens * sum(text.token_count for text in texts)
         size += delivery.WORD_BYTES * sum(text.word_count for text in texts)
         if size > self._bounds.max_response_bytes:

@@ -106,7 +106,7 @@ class _Placement:
         self._starts = {
             output.unit: list(itertools.accumulate(output.row_counts(texts), initial=0)) for output in plan.outputs
         }
-        size = sum(map(plan.byte_counts().of, texts))
+        size = sum(map(plan.byte_counts.of, texts))
         # A larger call would keep room that its own first layers could soon give back.
         self._whole = 0 < size <= lending.segment.byte_count // 2
         self._lock = threading.Lock()

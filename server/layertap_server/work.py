@@ -234,12 +234,25 @@ class Plan:
         dtype: The number format of the answer.
         return_tokens: Whether the tokens are answered too.
         allocate: Where the caller would like its rows; see `Run.allocate`. None: anywhere.
+        byte_counts: The answer's bytes for each token, each word and each text.
+        has_words: Whether an output has a row for each word.
     """
 
     outputs: tuple[Output, ...]
     dtype: str
     return_tokens: bool = False
     allocate: Callable[[int, int, int, int], memoryview | None] | None = None
+    byte_counts: ByteCounts = dataclasses.field(init=False)
+    has_words: bool = dataclasses.field(init=False)
+
+    def __post_init__(self) -> None:
+        """Adds up the outputs, once for all texts."""
+        sizes = dict.fromkeys(Unit, 0)
+        for output in self.outputs:
+            sizes[output.unit] += self.row_bytes(output) * len(output.layers)
+        byte_counts = ByteCounts(token=sizes[Unit.TOKEN], word=sizes[Unit.WORD], text=sizes[Unit.TEXT])
+        object.__setattr__(self, "byte_counts", byte_counts)
+        object.__setattr__(self, "has_words", any(output.unit is Unit.WORD for output in self.outputs))
 
     @property
     def depth(self) -> int:
@@ -249,24 +262,6 @@ class Plan:
     def row_bytes(self, output: Output) -> int:
         """Returns the bytes of one row of an output."""
         return output.row_size * ITEM_BYTES[self.dtype]
-
-    @property
-    def has_words(self) -> bool:
-        """Whether an output has a row for each word."""
-        return any(output.unit is Unit.WORD for output in self.outputs)
-
-    def byte_counts(self) -> ByteCounts:
-        """Returns the answer's bytes for each token, each word and each text."""
-        token = word = text = 0
-        for output in self.outputs:
-            byte_count, unit = self.row_bytes(output) * len(output.layers), output.unit
-            if unit is Unit.TOKEN:
-                token += byte_count
-            elif unit is Unit.WORD:
-                word += byte_count
-            else:
-                text += byte_count
-        return ByteCounts(token=token, word=word, text=text)
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True, eq=False)
