@@ -7,6 +7,8 @@ reaches past its tensor or never comes is an error: there is no way to get a wro
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import numpy.typing as npt
 
@@ -14,7 +16,7 @@ from layertap import wire
 from layertap.answer import build_embedding, check_header, row_counts
 from layertap.embedding import Embedding, LayerRows
 from layertap.errors import DataLossError
-from layertap.types import FloatArray, IntArray
+from layertap.types import FloatArray
 from layertap.v1 import embedding_pb2 as pb
 
 
@@ -27,7 +29,7 @@ class EmbedAssembler:
         self._options = options
         self._header: pb.EmbedHeader | None = None
         self._tensors: dict[tuple[int, int], _Rows] = {}
-        self._starts: dict[pb.RowUnit.ValueType, IntArray] = {}
+        self._starts: dict[pb.RowUnit.ValueType, list[int]] = {}
         self._tokens: list[pb.TokenizedText] = []
         self._words: list[pb.SplitText] = []
         self._frame_count = 0
@@ -102,8 +104,8 @@ class EmbedAssembler:
         for output_index, output in enumerate(header.outputs):
             if output.unit not in self._starts:
                 counts = row_counts(output.unit, header.token_counts, header.word_counts)
-                self._starts[output.unit] = np.cumsum([0, *counts], dtype=np.int64)
-            row_total = int(self._starts[output.unit][-1])
+                self._starts[output.unit] = [0, *itertools.accumulate(counts)]
+            row_total = self._starts[output.unit][-1]
             for layer in output.layers:
                 self._tensors[output_index, layer] = _Rows(row_total, output.row_size, header.dtype)
 
@@ -114,7 +116,7 @@ class EmbedAssembler:
             raise DataLossError(f"a frame names output {frame.output_index}, layer {frame.layer}; ask again")
         unit = self._header.outputs[frame.output_index].unit
         first_row = 0 if unit == pb.ROW_UNIT_TEXT else frame.first_row
-        return rows, int(self._starts[unit][frame.first_text]) + first_row
+        return rows, self._starts[unit][frame.first_text] + first_row
 
     def _build(
         self, header: pb.EmbedHeader, arrays: dict[tuple[int, int], FloatArray], timings: pb.Timings
