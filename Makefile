@@ -119,7 +119,7 @@ $(VENV_STAMP):
 	@touch $@
 
 $(INSTALL_STAMP): pyproject.toml constraints.txt $(VENV_STAMP)
-	$(PIP) install -q -c constraints.txt -e '.[server,dev]'
+	$(PIP) install -q -c constraints.txt -e '.[server,otel,dev]'
 	@touch $@
 
 # The package is checked while it lies aside and is moved into place only when it is right.

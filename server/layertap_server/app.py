@@ -8,7 +8,7 @@ import os
 import queue
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Final, TypeVar
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 import numpy as np
 
@@ -31,6 +31,9 @@ from layertap_server.sharing import Sharing
 from layertap_server.shm import Segments
 from layertap_server.tokenizer import Tokenizer
 from layertap_server.work import Output, OutputKind, Plan, Text
+
+if TYPE_CHECKING:
+    from layertap_server.tracing import Tracing
 
 log = logging.getLogger(__name__)
 
@@ -112,6 +115,7 @@ class App:
                 )
             )
         observer = self._metrics or Nobody()
+        self._tracing = _tracing() if config.traces == "otlp" else None
         self._encoders = encoders
         self.batcher = Batcher(
             lanes.make(encoders, lane_count=config.lanes, thread_count=config.lane_threads),
@@ -143,7 +147,7 @@ class App:
             max_call_count=config.max_concurrent_call_count,
             max_request_bytes=config.max_queue_bytes,
             stall_timeout_s=config.stall_timeout_s,
-            journal=Journal([self._metrics] if self._metrics else []),
+            journal=Journal([reader for reader in (self._metrics, self._tracing) if reader is not None]),
             observer=observer,
         )
         self._service = EmbeddingService(
@@ -209,6 +213,8 @@ class App:
         ended = await drain.drain(self._gate, self.batcher, stop=server.stop, grace_s=config.grace_s)
         if endpoint:
             endpoint.close()
+        if self._tracing:
+            await asyncio.to_thread(self._tracing.close)
         if not self.batcher.live_lane_count:
             raise EngineLostError("the engine has failed, the log says how; start the server again")
         log.info("stopped")
@@ -264,6 +270,14 @@ class App:
             raise ConfigError(f"the engine does not run on --device {self._config.device}; the log says why") from exc
         finally:
             call.close()
+
+
+def _tracing() -> Tracing:
+    try:
+        from layertap_server.tracing import Tracing, otlp_provider
+    except ModuleNotFoundError as exc:
+        raise ConfigError(f"--traces otlp needs packages ({exc.name}): pip install 'layertap[server,otel]'") from exc
+    return Tracing(otlp_provider(layertap.__version__))
 
 
 def _model(settings: Mapping[str, Any], has_pooler: bool, special_token_ids: tuple[int, ...]) -> Model:

@@ -150,6 +150,11 @@ class Config:
     metrics_host: str = _knob(
         "127.0.0.1", "The address of that port. Metrics tell no texts, but who reads them is not asked for a token."
     )
+    traces: str = _knob(
+        "off",
+        "otlp sends OpenTelemetry spans to where the OTEL_EXPORTER_OTLP_… variables say; it needs layertap[otel].",
+        choices=("off", "otlp"),
+    )
     log_level: str = _knob("info", "What is logged.", choices=("debug", "info", "warning", "error"))
     log_format: str = _knob(
         "text", "text is for people; json is one object a line, for programs.", choices=("text", "json")
