@@ -343,7 +343,9 @@ def test_a_model_is_never_called_by_its_path(small: Path, monkeypatch: pytest.Mo
 
 def _fingerprint(folder: Path, dtype: str = "float32", **options: Any) -> str:
     found = _find(folder, **options)
-    return found.fingerprint(tokenizer=Tokenizer(found.tokenizer_folder).description, dtype=dtype)
+    tokenizer = Tokenizer(found.tokenizer_folder)
+    config = tokenizer.sentence_config(found)
+    return found.fingerprint(tokenizer=tokenizer.description, sentences=config.description, dtype=dtype)
 
 
 def test_the_fingerprint_tells_models_apart(small: Path, tmp_path: Path, weights: Weights) -> None:

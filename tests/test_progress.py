@@ -67,9 +67,14 @@ def test_without_a_total_count_and_rate_are_left(monkeypatch: pytest.MonkeyPatch
 
 
 def test_without_tqdm_only_a_bar_that_is_asked_for_is_missed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "tqdm.auto", None)
+    for name in [name for name in sys.modules if name.partition(".")[0] == "tqdm"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setattr(sys, "path", [])
     assert drawn(monkeypatch, Screen(True)) == ""
-    with pytest.raises(ImportError, match=r"layertap\[progress\]"), progress.bar(total=1, unit="text", shown=True):
+    with (
+        pytest.raises(ModuleNotFoundError, match=r"layertap\[progress\]"),
+        progress.bar(total=1, unit="text", shown=True),
+    ):
         pass
 
 

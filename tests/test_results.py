@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from results import FULL, MODEL, NASTY, SIZE, embedding, numbers, tokens
 
-from layertap import Embedding, LayerRows, Limits, ModelInfo, StreamResult, TokenIds, Tokens
+from layertap import Embedding, LayerRows, Limits, ModelInfo, SentenceConfig, StreamResult, TokenIds, Tokens
 from layertap.errors import DataLossError
 
 # One array.
@@ -83,6 +83,18 @@ INFO = ModelInfo(
     pad_token_id=0,
     limits=Limits(**{field.name: 1 for field in dataclasses.fields(Limits)}),
     server_version="1",
+    sentence_config=SentenceConfig(
+        poolings=("mean",),
+        normalize=True,
+        truncate_dim=None,
+        max_length=256,
+        truncation="right",
+        lower_case=False,
+        prompts={"query": NASTY},
+        default_prompt_name=None,
+        include_prompt=True,
+        unsupported=None,
+    ),
 )
 ERROR = DataLossError(NASTY)
 LOOKS: dict[str, tuple[Any, str]] = {

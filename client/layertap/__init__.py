@@ -25,7 +25,8 @@ from layertap.errors import (
 )
 from layertap.hidden_states import HiddenStates
 from layertap.mixed_rows import MixedRows
-from layertap.types import LayerMix, Limits, ModelInfo, ModelRef, Pooling, Timings, TokenIds, Tokens
+from layertap.quantization import quantize_embeddings
+from layertap.types import LayerMix, Limits, ModelInfo, ModelRef, Pooling, SentenceConfig, Timings, TokenIds, Tokens
 from layertap.wire import keep_pages
 from layertap.words import Words
 
@@ -54,6 +55,7 @@ __all__ = [
     "PermissionDeniedError",
     "Pooling",
     "ResourceExhaustedError",
+    "SentenceConfig",
     "StatusCode",
     "StreamResult",
     "Timings",
@@ -67,6 +69,7 @@ __all__ = [
     "Words",
     "__version__",
     "keep_pages",
+    "quantize_embeddings",
 ]
 
 __version__ = "0.1.0"

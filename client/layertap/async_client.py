@@ -10,21 +10,22 @@ import contextlib
 import os
 from collections.abc import AsyncGenerator, AsyncIterator, Iterable
 from types import TracebackType
-from typing import Self
+from typing import Any, Literal, Self, Unpack, overload
 
 import grpc
 import grpc.aio
 import numpy.typing as npt
 
-from layertap import calls, stream, wire
+from layertap import calls, progress, stream, wire
 from layertap.assembler import LayerAssembler
 from layertap.calls import DEFAULT_TIMEOUT_S, Layers, Poolings, ResponseT
 from layertap.channel import CHANNEL_OPTIONS, CLOSED_DURING_CALL, DEFAULT_TARGET, translate
 from layertap.embedding import Embedding, LayerRows, StreamResult
-from layertap.errors import CancelledError, FailedPreconditionError
+from layertap.errors import CancelledError, FailedPreconditionError, LayertapError
 from layertap.inputs import Inputs, to_messages
 from layertap.lease import AsyncLease
 from layertap.ledger import StreamLedger
+from layertap.sentences import EncodeOptions, Encoding
 from layertap.shm import SharedMemory, take
 from layertap.types import LayerMix, ModelInfo, TokenIds, Tokens
 from layertap.v1 import embedding_pb2 as pb
@@ -46,6 +47,7 @@ class AsyncClient:
         self._lease: AsyncLease | None = None
         self._owner: tuple[int, asyncio.AbstractEventLoop] | None = None
         self._closed = False
+        self._model: ModelInfo | None = None
 
     async def tokenize(
         self,
@@ -87,6 +89,8 @@ class AsyncClient:
         truncation: str = "error",
         max_length: int | None = None,
         return_tokens: bool = False,
+        prompt: str | None = None,
+        prompt_name: str | None = None,
         timeout_s: float = DEFAULT_TIMEOUT_S,
     ) -> Embedding:
         """See `Client.embed`."""
@@ -100,15 +104,10 @@ class AsyncClient:
             truncation=truncation,
             max_length=max_length,
             return_tokens=return_tokens,
+            prompt=prompt,
+            prompt_name=prompt_name,
         )
-        call = calls.Embed(to_messages(inputs), options)
-        assembler = call.assembler()
-        if call.unary is not None:
-            return assembler.whole(await self._unary(call.unary, timeout_s))
-        async with contextlib.aclosing(self._layers(call.stream, timeout_s)) as parts:
-            async for message in parts:
-                assembler.feed(*message)
-        return assembler.finish()
+        return await self._embed(calls.Embed(to_messages(inputs), options), timeout_s)
 
     async def embed_layers(
         self,
@@ -118,6 +117,8 @@ class AsyncClient:
         dtype: str = "float32",
         truncation: str = "error",
         max_length: int | None = None,
+        prompt: str | None = None,
+        prompt_name: str | None = None,
         timeout_s: float = DEFAULT_TIMEOUT_S,
     ) -> AsyncIterator[LayerRows]:
         """See `Client.embed_layers`."""
@@ -129,6 +130,8 @@ class AsyncClient:
             truncation=truncation,
             max_length=max_length,
             return_tokens=False,
+            prompt=prompt,
+            prompt_name=prompt_name,
         )
         call = calls.Embed(to_messages(inputs), options)
         assembler = LayerAssembler(call.messages, call.options)
@@ -151,6 +154,8 @@ class AsyncClient:
         truncation: str = "error",
         max_length: int | None = None,
         return_tokens: bool = False,
+        prompt: str | None = None,
+        prompt_name: str | None = None,
         ordered: bool = True,
         on_error: str = "return",
         item_timeout_s: float = DEFAULT_TIMEOUT_S,
@@ -167,20 +172,67 @@ class AsyncClient:
             truncation=truncation,
             max_length=max_length,
             return_tokens=return_tokens,
+            prompt=prompt,
+            prompt_name=prompt_name,
         )
-        raising = calls.raises(on_error)
         ledger = StreamLedger(options, ordered=ordered)
-        channel = self._connect()
-        assert self._lease is not None
-        running = stream.run(
-            self.target, channel, self._lease.begin, ledger, inputs, item_timeout_s, reconnect_timeout_s
-        )
-        async with contextlib.aclosing(running) as groups:
-            async for group in groups:
-                for result in group:
-                    if raising and result.error is not None:
-                        raise result.error
-                    yield result
+        running = self._results(ledger, inputs, calls.raises(on_error), item_timeout_s, reconnect_timeout_s)
+        async with contextlib.aclosing(running) as results:
+            async for result in results:
+                yield result
+
+    @overload
+    async def encode(
+        self,
+        sentences: str | Iterable[str],
+        *,
+        output_value: Literal["sentence_embedding"] = ...,
+        **options: Unpack[EncodeOptions],
+    ) -> npt.NDArray[Any]: ...
+    @overload
+    async def encode(
+        self, sentences: str | Iterable[str], *, output_value: str, **options: Unpack[EncodeOptions]
+    ) -> npt.NDArray[Any] | list[npt.NDArray[Any]]: ...
+    async def encode(
+        self,
+        sentences: str | Iterable[str],
+        *,
+        prompt_name: str | None = None,
+        prompt: str | None = None,
+        batch_size: int | None = None,
+        show_progress_bar: bool | None = None,
+        output_value: str = "sentence_embedding",
+        precision: str = "float32",
+        normalize_embeddings: bool | None = None,
+        truncate_dim: int | None = None,
+        timeout_s: float = DEFAULT_TIMEOUT_S,
+    ) -> npt.NDArray[Any] | list[npt.NDArray[Any]]:
+        """See `Client.encode`."""
+        try:
+            self._model = self._model or await self.model_info(timeout_s=timeout_s)
+            encoding = Encoding(
+                sentences,
+                self._model,
+                prompt_name=prompt_name,
+                prompt=prompt,
+                batch_size=batch_size,
+                output_value=output_value,
+                precision=precision,
+                normalize_embeddings=normalize_embeddings,
+                truncate_dim=truncate_dim,
+            )
+            with progress.bar(total=len(encoding.texts), unit="text", shown=show_progress_bar) as advance:
+                if (request := encoding.request()) is not None:
+                    advance(encoding.note(0, await self._embed(request, timeout_s)))
+                elif encoding.texts:
+                    running = self._results(encoding.ledger(), encoding.texts, True, timeout_s, timeout_s)
+                    async with contextlib.aclosing(running) as results:
+                        async for result in results:
+                            advance(encoding.note(result.index, result.embedding))
+        except LayertapError:
+            self._model = None
+            raise
+        return await asyncio.to_thread(encoding.answer)
 
     async def model_info(self, *, timeout_s: float = DEFAULT_TIMEOUT_S) -> ModelInfo:
         """See `Client.model_info`."""
@@ -217,6 +269,35 @@ class AsyncClient:
             self._lease = AsyncLease(self._channel, self.shared_memory, self.target)
             self._owner = owner
         return self._channel
+
+    async def _embed(self, call: calls.Embed, timeout_s: float) -> Embedding:
+        assembler = call.assembler()
+        if call.unary is not None:
+            return assembler.whole(await self._unary(call.unary, timeout_s))
+        async with contextlib.aclosing(self._layers(call.stream, timeout_s)) as parts:
+            async for message in parts:
+                assembler.feed(*message)
+        return assembler.finish()
+
+    async def _results(
+        self,
+        ledger: StreamLedger,
+        inputs: stream.Items,
+        raising: bool,
+        item_timeout_s: float,
+        reconnect_timeout_s: float,
+    ) -> AsyncGenerator[StreamResult, None]:
+        channel = self._connect()
+        assert self._lease is not None
+        running = stream.run(
+            self.target, channel, self._lease.begin, ledger, inputs, item_timeout_s, reconnect_timeout_s
+        )
+        async with contextlib.aclosing(running) as groups:
+            async for group in groups:
+                for result in group:
+                    if raising and result.error is not None:
+                        raise result.error
+                    yield result
 
     async def _unary(self, call: calls.Unary[ResponseT], timeout_s: float) -> ResponseT:
         method = self._connect().unary_unary(calls.SERVICE + call.rpc, None, None)

@@ -18,7 +18,7 @@ from google.protobuf.message import Message
 from layertap import answer, assembler, wire
 from layertap.errors import DataLossError, InvalidArgumentError
 from layertap.inputs import Inputs, to_messages
-from layertap.types import LayerMix, Limits, ModelInfo, Pooling, TokenIds, Tokens
+from layertap.types import LayerMix, Limits, ModelInfo, Pooling, SentenceConfig, TokenIds, Tokens
 from layertap.v1 import embedding_pb2 as pb
 
 SERVICE: Final = "/layertap.v1.EmbeddingService/"
@@ -30,6 +30,8 @@ Layers: TypeAlias = "str | Iterable[int] | None"
 
 Poolings: TypeAlias = "str | Pooling | Sequence[str | Pooling] | None"
 """One pooling, several, or None."""
+
+_STRATEGY_NAMES: Final = {number: name for name, number in wire.POOLING_STRATEGIES.items()}
 
 NameT = TypeVar("NameT", bound=int)
 ResponseT = TypeVar("ResponseT", bound=Message)
@@ -56,7 +58,7 @@ def model_info() -> Unary[pb.GetModelInfoResponse]:
 def read_model_info(message: pb.GetModelInfoResponse) -> ModelInfo:
     """Reads what `model_info` asked for."""
     limits = {field.name: getattr(message.limits, field.name) for field in dataclasses.fields(Limits)}
-    special = ("limits", "devices", "special_token_ids", "compute_dtype")
+    special = ("limits", "devices", "special_token_ids", "compute_dtype", "sentence_config")
     same = {f.name: getattr(message, f.name) for f in dataclasses.fields(ModelInfo) if f.name not in special}
     return ModelInfo(
         **same,
@@ -64,6 +66,7 @@ def read_model_info(message: pb.GetModelInfoResponse) -> ModelInfo:
         devices=tuple(message.devices),
         special_token_ids=tuple(message.special_token_ids),
         compute_dtype=wire.DTYPE_NAMES.get(message.compute_dtype, "unknown"),
+        sentence_config=_sentence_config(message),
     )
 
 
@@ -76,8 +79,8 @@ def tokenize(
         pb.TokenizeRequest,
         omit_special_tokens=not add_special_tokens,
         truncation=_named("truncation", truncation, wire.TRUNCATIONS),
-        max_length=_count("max_length", max_length),
-        pad_to=_count("pad_to", pad_to),
+        max_length=count("max_length", max_length),
+        pad_to=count("pad_to", pad_to),
     )
     first = characters = 0
     for end, message in enumerate(messages):
@@ -149,6 +152,9 @@ def embed_options(
     truncation: str,
     max_length: int | None,
     return_tokens: bool,
+    prompt: str | None = None,
+    prompt_name: str | None = None,
+    lower_case: bool = False,
 ) -> pb.EmbedOptions:
     """Returns the options that all three embed RPCs share."""
     if pooling is None:
@@ -170,10 +176,22 @@ def embed_options(
     return pb.EmbedOptions(
         outputs=outputs,
         truncation=_named("truncation", truncation, wire.TRUNCATIONS),
-        max_length=_count("max_length", max_length),
+        max_length=count("max_length", max_length),
         dtype=_named("dtype", dtype, wire.DTYPES),
         return_tokens=return_tokens,
+        prompt=_string("prompt", prompt),
+        prompt_name=_string("prompt_name", prompt_name),
+        lower_case=lower_case,
     )
+
+
+def count(field: str, value: int | None) -> int:
+    """Returns a number that starts at 1, and 0 for None."""
+    if value is None:
+        return 0
+    if _integer(field, value) < 1:
+        raise InvalidArgumentError(f"{field} is {value}; it starts at 1, None means the default")
+    return value
 
 
 def raises(on_error: str) -> bool:
@@ -248,23 +266,45 @@ def _pooled_vectors(pooling: str | Pooling) -> pb.PooledVectors:
         strategy=_named("pooling.strategy", pooling.strategy, wire.POOLING_STRATEGIES),
         exclude_special_tokens=not pooling.include_special_tokens,
         normalize=pooling.normalize,
-        dimensions=_count("pooling.dimensions", pooling.dimensions),
+        dimensions=count("pooling.dimensions", pooling.dimensions),
         **source,
     )
+
+
+def _sentence_config(message: pb.GetModelInfoResponse) -> SentenceConfig:
+    config = message.sentence_config
+    poolings = [_STRATEGY_NAMES.get(strategy) for strategy in config.strategies]
+    unsupported: str | None = config.unsupported
+    if not poolings or None in poolings:
+        unsupported = unsupported or "the server does not tell, or not in words that this client knows"
+    return SentenceConfig(
+        poolings=tuple(pooling for pooling in poolings if pooling),
+        normalize=config.normalize,
+        truncate_dim=config.dimensions or None,
+        max_length=config.max_length,
+        truncation="left" if config.truncation == pb.TRUNCATION_LEFT else "right",
+        lower_case=config.lower_case,
+        prompts=dict(config.prompts),
+        default_prompt_name=config.default_prompt_name or None,
+        include_prompt=config.include_prompt,
+        unsupported=unsupported or None,
+    )
+
+
+def _string(field: str, value: str | None) -> str:
+    if not isinstance(value, str | None):
+        raise InvalidArgumentError(f"{field} is of type {type(value).__name__}; pass a str")
+    try:
+        (value or "").encode()
+    except UnicodeEncodeError as exc:
+        raise InvalidArgumentError(f"{field} has a lone surrogate, which UTF-8 cannot carry; replace it") from exc
+    return value or ""
 
 
 def _named(field: str, name: str, known: Mapping[str, NameT]) -> NameT:
     if name not in list(known):  # A list, because a name that is no str may have no hash.
         raise InvalidArgumentError(f"{field} is {name!r}; pass one of {', '.join(known)}")
     return known[name]
-
-
-def _count(field: str, value: int | None) -> int:
-    if value is None:
-        return 0
-    if _integer(field, value) < 1:
-        raise InvalidArgumentError(f"{field} is {value}; it starts at 1, None means the default")
-    return value
 
 
 def _integer(field: str, value: int) -> int:

@@ -12,20 +12,21 @@ import os
 import threading
 from collections.abc import Iterable, Iterator
 from types import TracebackType
-from typing import Self
+from typing import Any, Literal, Self, Unpack, overload
 
 import grpc
 import numpy.typing as npt
 
-from layertap import calls, stream, wire
+from layertap import calls, progress, stream, wire
 from layertap.assembler import LayerAssembler
 from layertap.calls import DEFAULT_TIMEOUT_S, Layers, Poolings, ResponseT
 from layertap.channel import CHANNEL_OPTIONS, DEFAULT_TARGET, translate
 from layertap.embedding import Embedding, LayerRows, StreamResult
-from layertap.errors import FailedPreconditionError
+from layertap.errors import FailedPreconditionError, LayertapError
 from layertap.inputs import InputItem, Inputs, to_messages
 from layertap.lease import Lease
 from layertap.ledger import StreamLedger
+from layertap.sentences import EncodeOptions, Encoding
 from layertap.shm import SharedCall, SharedMemory, take
 from layertap.types import LayerMix, ModelInfo, TokenIds, Tokens
 from layertap.v1 import embedding_pb2 as pb
@@ -58,6 +59,7 @@ class Client:
         self._lease: Lease | None = None
         self._pid = 0
         self._closed = False
+        self._model: ModelInfo | None = None
 
     def tokenize(
         self,
@@ -120,6 +122,8 @@ class Client:
         truncation: str = "error",
         max_length: int | None = None,
         return_tokens: bool = False,
+        prompt: str | None = None,
+        prompt_name: str | None = None,
         timeout_s: float = DEFAULT_TIMEOUT_S,
     ) -> Embedding:
         """Embeds texts and returns everything that was asked for, from one forward pass.
@@ -138,6 +142,9 @@ class Client:
             truncation: What happens above max_length: "error", "right" or "left". Token ids are never cut.
             max_length: The most tokens of one text; None: the model's.
             return_tokens: Whether to return the tokens too.
+            prompt: Put before each text as it stands, with its space; only plain strings take one. Tokens and their
+                offsets are those of both together; pools leave it out if `model_info().sentence_config` says so.
+            prompt_name: The same by its name in `model_info().sentence_config.prompts`.
             timeout_s: The deadline, in seconds.
 
         Raises:
@@ -158,14 +165,10 @@ class Client:
             truncation=truncation,
             max_length=max_length,
             return_tokens=return_tokens,
+            prompt=prompt,
+            prompt_name=prompt_name,
         )
-        call = calls.Embed(to_messages(inputs), options)
-        assembler = call.assembler()
-        if call.unary is not None:
-            return assembler.whole(self._unary(call.unary, timeout_s))
-        for message in self._layers(call.stream, timeout_s):
-            assembler.feed(*message)
-        return assembler.finish()
+        return self._embed(calls.Embed(to_messages(inputs), options), timeout_s)
 
     def embed_layers(
         self,
@@ -175,6 +178,8 @@ class Client:
         dtype: str = "float32",
         truncation: str = "error",
         max_length: int | None = None,
+        prompt: str | None = None,
+        prompt_name: str | None = None,
         timeout_s: float = DEFAULT_TIMEOUT_S,
     ) -> Iterator[LayerRows]:
         """Embeds texts and yields the rows of each layer as they arrive, while later layers still compute.
@@ -190,6 +195,8 @@ class Client:
             truncation=truncation,
             max_length=max_length,
             return_tokens=False,
+            prompt=prompt,
+            prompt_name=prompt_name,
         )
         call = calls.Embed(to_messages(inputs), options)
         assembler = LayerAssembler(call.messages, call.options)
@@ -210,6 +217,8 @@ class Client:
         truncation: str = "error",
         max_length: int | None = None,
         return_tokens: bool = False,
+        prompt: str | None = None,
+        prompt_name: str | None = None,
         ordered: bool = True,
         on_error: str = "return",
         item_timeout_s: float = DEFAULT_TIMEOUT_S,
@@ -228,6 +237,8 @@ class Client:
             truncation: As in `embed`.
             max_length: As in `embed`.
             return_tokens: As in `embed`.
+            prompt: As in `embed`.
+            prompt_name: As in `embed`.
             ordered: Whether results come in the order of the inputs, or as they finish.
             on_error: "return" yields a bad item's error as its result; "raise" raises it.
             item_timeout_s: How long nothing may move while items wait, in seconds. There is no total deadline.
@@ -252,27 +263,91 @@ class Client:
             truncation=truncation,
             max_length=max_length,
             return_tokens=return_tokens,
+            prompt=prompt,
+            prompt_name=prompt_name,
         )
-        raising = calls.raises(on_error)
         ledger = StreamLedger(options, ordered=ordered)
+        yield from self._results(ledger, inputs, calls.raises(on_error), item_timeout_s, reconnect_timeout_s)
 
-        self._connect()
-        lease = self._lease
+    @overload
+    def encode(
+        self,
+        sentences: str | Iterable[str],
+        *,
+        output_value: Literal["sentence_embedding"] = ...,
+        **options: Unpack[EncodeOptions],
+    ) -> npt.NDArray[Any]: ...
+    @overload
+    def encode(
+        self, sentences: str | Iterable[str], *, output_value: str, **options: Unpack[EncodeOptions]
+    ) -> npt.NDArray[Any] | list[npt.NDArray[Any]]: ...
+    def encode(
+        self,
+        sentences: str | Iterable[str],
+        *,
+        prompt_name: str | None = None,
+        prompt: str | None = None,
+        batch_size: int | None = None,
+        show_progress_bar: bool | None = None,
+        output_value: str = "sentence_embedding",
+        precision: str = "float32",
+        normalize_embeddings: bool | None = None,
+        truncate_dim: int | None = None,
+        timeout_s: float = DEFAULT_TIMEOUT_S,
+    ) -> npt.NDArray[Any] | list[npt.NDArray[Any]]:
+        """Makes one vector of each text, as `SentenceTransformer.encode` does with the same model.
 
-        async def begin(timeout_s: float) -> SharedCall | None:
-            if lease is None or not self.shared_memory.wanted:
-                return None
-            return await asyncio.to_thread(lease.begin, timeout_s)
+        What the model's folder says is done: its poolings, Normalize, max_seq_length (longer texts are cut), lower
+        case, prompts. Many texts go over one stream, so that neither side holds more of them than it works on.
 
-        def start() -> stream.Groups:
-            return stream.run(self.target, None, begin, ledger, inputs, item_timeout_s, reconnect_timeout_s)
+        Args:
+            sentences: One str, or an iterable of str.
+            prompt_name: The prompt to put before each text, by its name in the model's folder. None: the folder's
+                default, if it has one.
+            prompt: The prompt itself; "" for none in spite of a default.
+            batch_size: How many texts are sent at once at most. It bounds messages, not memory or speed: the server
+                makes batches of its own, by tokens. None: as many as suit the connection.
+            show_progress_bar: Whether to show one, with tqdm (the extra `progress`). None: on a terminal, for what
+                takes longer than a moment.
+            output_value: "sentence_embedding", or "token_embeddings": the last layer's rows of each text.
+            precision: "float32", or fewer bits: "int8", "uint8", "binary", "ubinary"; see `quantize_embeddings`.
+            normalize_embeddings: Divides each vector by its length. Off, what the model's own Normalize does remains.
+            truncate_dim: Keeps the first values of each vector. None: what the folder says, or all.
+            timeout_s: How long an answer may take in seconds; of many texts, how long nothing may come.
 
-        with contextlib.closing(stream.iterate(start)) as groups:
-            for group in groups:
-                for result in group:
-                    if raising and result.error is not None:
-                        raise result.error
-                    yield result
+        Returns:
+            Vectors. Shape: [text_count, dim], or [dim] for one str. With "token_embeddings" a list with one array for
+            each text, or one for one str. Shape: [token_count, hidden_size].
+
+        Raises:
+            InvalidArgumentError: An argument or a text is at fault; the message names it.
+            FailedPreconditionError: The model's folder asks for something that layertap cannot do, or the server now
+                serves another model than at the last call.
+            ModuleNotFoundError: A progress bar is wanted and tqdm is not installed.
+        """
+        try:
+            self._model = self._model or self.model_info(timeout_s=timeout_s)
+            encoding = Encoding(
+                sentences,
+                self._model,
+                prompt_name=prompt_name,
+                prompt=prompt,
+                batch_size=batch_size,
+                output_value=output_value,
+                precision=precision,
+                normalize_embeddings=normalize_embeddings,
+                truncate_dim=truncate_dim,
+            )
+            with progress.bar(total=len(encoding.texts), unit="text", shown=show_progress_bar) as advance:
+                if (request := encoding.request()) is not None:
+                    advance(encoding.note(0, self._embed(request, timeout_s)))
+                elif encoding.texts:
+                    for result in self._results(encoding.ledger(), encoding.texts, True, timeout_s, timeout_s):
+                        advance(encoding.note(result.index, result.embedding))
+        except LayertapError:
+            self._model = None
+            raise
+        return encoding.answer()
 
     def model_info(self, *, timeout_s: float = DEFAULT_TIMEOUT_S) -> ModelInfo:
         """Returns which model is served, its shapes, and the limits in force."""
@@ -316,6 +391,40 @@ class Client:
                 self._lease = Lease(self._channel, self.shared_memory, self.target)
                 self._pid = os.getpid()
             return self._channel
+
+    def _embed(self, call: calls.Embed, timeout_s: float) -> Embedding:
+        assembler = call.assembler()
+        if call.unary is not None:
+            return assembler.whole(self._unary(call.unary, timeout_s))
+        for message in self._layers(call.stream, timeout_s):
+            assembler.feed(*message)
+        return assembler.finish()
+
+    def _results(
+        self,
+        ledger: StreamLedger,
+        inputs: Iterable[InputItem],
+        raising: bool,
+        item_timeout_s: float,
+        reconnect_timeout_s: float,
+    ) -> Iterator[StreamResult]:
+        self._connect()
+        lease = self._lease
+
+        async def begin(timeout_s: float) -> SharedCall | None:
+            if lease is None or not self.shared_memory.wanted:
+                return None
+            return await asyncio.to_thread(lease.begin, timeout_s)
+
+        def start() -> stream.Groups:
+            return stream.run(self.target, None, begin, ledger, inputs, item_timeout_s, reconnect_timeout_s)
+
+        with contextlib.closing(stream.iterate(start)) as groups:
+            for group in groups:
+                for result in group:
+                    if raising and result.error is not None:
+                        raise result.error
+                    yield result
 
     def _unary(self, call: calls.Unary[ResponseT], timeout_s: float) -> ResponseT:
         method = self._connect().unary_unary(calls.SERVICE + call.rpc, None, None)

@@ -54,10 +54,17 @@ class _Item:
 class StreamLedger:
     """The items of one `embed_stream`, from offered to answered."""
 
-    def __init__(self, options: pb.EmbedOptions, *, ordered: bool) -> None:
-        """Takes what to do with each item, and whether answers leave in the order of the items."""
+    def __init__(self, options: pb.EmbedOptions, *, ordered: bool, message_count: int = MAX_MESSAGE_COUNT) -> None:
+        """Takes what to do with each item.
+
+        Args:
+            options: What is asked of each.
+            ordered: Whether answers leave in the order of the items.
+            message_count: How many items one message carries at most.
+        """
         self._options = options
         self._ordered = ordered
+        self._message_count = min(message_count, MAX_MESSAGE_COUNT)
         self._header: pb.EmbedHeader | None = None
         self._header_due = True
         self._got_on = False
@@ -117,7 +124,7 @@ class StreamLedger:
         """Returns the next message to send."""
         request = pb.EmbedStreamRequest()
         size = 0
-        while self._unsent and size < MAX_MESSAGE_BYTES and len(request.inputs.inputs) < MAX_MESSAGE_COUNT:
+        while self._unsent and size < MAX_MESSAGE_BYTES and len(request.inputs.inputs) < self._message_count:
             index = next(iter(self._unsent))
             item = self._unsent.pop(index)
             request.inputs.inputs.append(pb.StreamInput(id=index, input=item.message))

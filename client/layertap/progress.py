@@ -11,6 +11,8 @@ import sys
 from collections.abc import Callable, Iterator
 from typing import Final, TypeAlias
 
+from layertap import extras
+
 Advance: TypeAlias = Callable[[int], object]
 """Takes how many more are done."""
 
@@ -35,7 +37,7 @@ def bar(
         What is told how many more are done.
 
     Raises:
-        ImportError: `shown` is True and tqdm is not installed.
+        ModuleNotFoundError: `shown` is True and tqdm is not installed.
     """
     if shown is None and not _on_terminal():
         shown = False
@@ -43,14 +45,14 @@ def bar(
         yield _ignore
         return
     try:
-        from tqdm.auto import tqdm
-    except ImportError as exc:
+        tqdm = extras.load("tqdm.auto", extra="progress", purpose="a progress bar")
+    except ModuleNotFoundError:
         if shown:
-            raise ImportError("a progress bar needs tqdm; install it with: pip install 'layertap[progress]'") from exc
+            raise
         yield _ignore
         return
     delay_s = 0.0 if shown else _UNASKED_DELAY_S
-    with tqdm(total=total, initial=done, unit=f" {unit}s", desc=label, delay=delay_s, file=sys.stderr) as drawn:
+    with tqdm.tqdm(total=total, initial=done, unit=f" {unit}s", desc=label, delay=delay_s, file=sys.stderr) as drawn:
         yield drawn.update
 
 

@@ -7,7 +7,7 @@ libraries is in `interop`, what they look like in `display`.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -226,6 +226,35 @@ class Limits:
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class SentenceConfig:
+    """What the model's folder says about sentences: what `encode` does, as sentence-transformers does it.
+
+    Attributes:
+        poolings: The strategies that pool the last layer; several are joined in this order.
+        normalize: Whether the vector is then divided by its Euclidean length.
+        truncate_dim: How many values are then kept; None: all.
+        max_length: The most tokens of one text; longer ones are cut.
+        truncation: The side that is cut, "right" or "left".
+        lower_case: Whether texts are turned to lower case before tokenizing.
+        prompts: What may stand before a text, by the name that `prompt_name` takes.
+        default_prompt_name: The prompt of an `encode` that names none; None: none.
+        include_prompt: Whether the tokens of a prompt are pooled.
+        unsupported: What layertap cannot do of what the model asks for, so that `encode` refuses; None: nothing.
+    """
+
+    poolings: tuple[str, ...]
+    normalize: bool
+    truncate_dim: int | None
+    max_length: int
+    truncation: str
+    lower_case: bool
+    prompts: Mapping[str, str]
+    default_prompt_name: str | None
+    include_prompt: bool
+    unsupported: str | None
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class ModelInfo:
     """The served model.
 
@@ -246,6 +275,7 @@ class ModelInfo:
         pad_token_id: The id that padding uses.
         limits: The bounds in force.
         server_version: The version of the server.
+        sentence_config: What the model's folder says about sentences.
     """
 
     model_id: str
@@ -264,8 +294,10 @@ class ModelInfo:
     pad_token_id: int
     limits: Limits
     server_version: str
+    sentence_config: SentenceConfig
 
     def _repr_html_(self) -> str:
         facts = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         facts |= dataclasses.asdict(facts.pop("limits"))
+        facts |= {f"sentences.{k}": value for k, value in dataclasses.asdict(facts.pop("sentence_config")).items()}
         return display.table(f"ModelInfo: {self.model_id}", ((name, str(value)) for name, value in facts.items()))

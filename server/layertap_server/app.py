@@ -26,6 +26,7 @@ from layertap_server.journal import Journal
 from layertap_server.metrics import Endpoint, Metrics, Server, State
 from layertap_server.observer import Nobody
 from layertap_server.outputs import Model
+from layertap_server.sentences import SentenceConfig
 from layertap_server.service import METHODS, SERVICE_NAME, Bounds, EmbeddingService
 from layertap_server.sharing import Sharing
 from layertap_server.shm import Segments
@@ -89,9 +90,14 @@ class App:
             f"loaded the weights on {', '.join(devices)}",
             lambda: [make_encoder(found, device=device, dtype=config.dtype) for device in devices],
         )
+        sentence_config = self.tokenizer.sentence_config(found)
+        if sentence_config.unsupported:
+            log.warning("no sentence vectors with this model: %s", sentence_config.unsupported)
         fingerprint = _timed(
             "took the fingerprint",
-            lambda: found.fingerprint(tokenizer=self.tokenizer.description, dtype=config.dtype),
+            lambda: found.fingerprint(
+                tokenizer=self.tokenizer.description, sentences=sentence_config.description, dtype=config.dtype
+            ),
         )
         self.model = _model(found.settings, encoders[0].has_pooler, self.tokenizer.special_token_ids)
         if self.tokenizer.vocab_size > self.model.vocab_size:
@@ -158,12 +164,14 @@ class App:
                     character_count=config.max_character_count,
                     output_bytes=config.max_call_output_bytes,
                 ),
+                sentences=sentence_config,
+                tokenizer=self.tokenizer,
             ),
             tokenizer=self.tokenizer,
             batcher=self.batcher,
             identity=identity,
             sharing=self._sharing,
-            info=_info(config, self.model, identity, devices, found.settings),
+            info=_info(config, self.model, identity, devices, found.settings, sentence_config),
             bounds=Bounds(
                 max_response_bytes=config.max_response_bytes,
                 max_frame_bytes=config.max_frame_bytes,
@@ -293,7 +301,12 @@ def _model(settings: Mapping[str, Any], has_pooler: bool, special_token_ids: tup
 
 
 def _info(
-    config: Config, model: Model, identity: delivery.Identity, devices: Sequence[str], settings: Mapping[str, Any]
+    config: Config,
+    model: Model,
+    identity: delivery.Identity,
+    devices: Sequence[str],
+    settings: Mapping[str, Any],
+    sentence_config: SentenceConfig,
 ) -> pb.GetModelInfoResponse:
     return pb.GetModelInfoResponse(
         model_id=identity.model_id,
@@ -327,6 +340,22 @@ def _info(
             max_connection_age_ns=int(config.max_connection_age_s * 1e9),
         ),
         server_version=layertap.__version__,
+        sentence_config=_sentence_config(sentence_config),
+    )
+
+
+def _sentence_config(config: SentenceConfig) -> pb.SentenceConfig:
+    return pb.SentenceConfig(
+        unsupported=config.unsupported,
+        strategies=[wire.POOLING_STRATEGIES[strategy.name.lower()] for strategy in config.strategies],
+        normalize=config.normalize,
+        dimensions=config.dimensions,
+        max_length=config.max_length,
+        truncation=wire.TRUNCATIONS[config.truncation],
+        lower_case=config.lower_case,
+        prompts=config.prompts,
+        default_prompt_name=config.default_prompt_name,
+        include_prompt=config.include_prompt,
     )
 
 

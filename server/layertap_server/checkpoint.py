@@ -54,10 +54,14 @@ class Checkpoint:
     weight_files: tuple[Path, ...]
     seed: int = 0
 
-    def fingerprint(self, *, tokenizer: str, dtype: str) -> str:
-        """Returns sha256 over weights, tokenizer, configuration and compute dtype, in hex."""
+    def fingerprint(self, *, tokenizer: str, sentences: str, dtype: str) -> str:
+        """Returns sha256 over weights, tokenizer, configuration and compute dtype, in hex.
+
+        What the folder says about sentences is part of the configuration: prompts change what a request with a prompt's
+        name is answered, and all of it changes what `encode` of a client asks for and makes of the answer.
+        """
         digest = hashlib.sha256()
-        for part in (json.dumps(self.settings, sort_keys=True), tokenizer, dtype, f"seed {self.seed}"):
+        for part in (json.dumps(self.settings, sort_keys=True), tokenizer, sentences, dtype, f"seed {self.seed}"):
             digest.update(hashlib.sha256(part.encode()).digest())
         for path in self.weight_files:
             with path.open("rb") as file:

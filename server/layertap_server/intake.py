@@ -17,9 +17,14 @@ from layertap.errors import InvalidArgumentError, LayertapError
 from layertap.v1 import embedding_pb2 as pb
 from layertap_server import outputs
 from layertap_server.outputs import Model
-from layertap_server.tokenizer import Item, Tokenized
+from layertap_server.sentences import SentenceConfig
+from layertap_server.tokenizer import Item, Tokenized, Tokenizer
 from layertap_server.work import Ids, Plan, Text
 
+MAX_PROMPT_CHARACTERS: Final = 10_000
+"""Characters of a prompt, which may have to be tokenized for itself before any text is read."""
+
+_WITHOUT_PROMPT: Final = {"pair": "a pair", "words": "words", "token_ids": "token ids"}
 _TRUNCATIONS: Final = {number: name for name, number in wire.TRUNCATIONS.items()}
 
 
@@ -40,10 +45,19 @@ class Limits:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Intake:
-    """Reads requests for one model under some limits."""
+    """Reads requests for one model under some limits.
+
+    Attributes:
+        model: What it can do.
+        limits: What it may be asked.
+        sentences: What its folder says about prompts.
+        tokenizer: What knows how long a prompt is.
+    """
 
     model: Model
     limits: Limits
+    sentences: SentenceConfig
+    tokenizer: Tokenizer
 
     def plan(self, options: pb.EmbedOptions) -> Plan:
         """Returns what is asked of each text.
@@ -52,7 +66,36 @@ class Intake:
             InvalidArgumentError: An option is at fault.
             FailedPreconditionError: The model has no pooler.
         """
-        return outputs.plan(options, self.model)
+        plan = outputs.plan(options, self.model)
+        prompt = self.prompt(options)
+        if not prompt or self.sentences.include_prompt:
+            return plan
+        max_length = self.max_length(options.max_length, at_most=self.model.max_length)
+        return plan.pooling_from(
+            self.tokenizer.prompt_token_count(prompt, max_length=max_length, lower_case=options.lower_case)
+        )
+
+    def prompt(self, options: pb.EmbedOptions) -> str:
+        """Returns what is put before each text.
+
+        Raises:
+            InvalidArgumentError: It is asked for twice, too long, or not known by that name.
+        """
+        if not options.prompt_name:
+            if len(options.prompt) > MAX_PROMPT_CHARACTERS:
+                raise InvalidArgumentError(
+                    f"options.prompt has {len(options.prompt)} characters, the most is {MAX_PROMPT_CHARACTERS}; "
+                    "shorten it, or make it part of each text"
+                )
+            return options.prompt
+        if options.prompt:
+            raise InvalidArgumentError("options has both prompt and prompt_name; set one of them")
+        if options.prompt_name not in self.sentences.prompts:
+            raise InvalidArgumentError(
+                "options.prompt_name is none of this model's prompts; it has "
+                f"{', '.join(sorted(self.sentences.prompts))}; or send the prompt itself"
+            )
+        return self.sentences.prompts[options.prompt_name]
 
     def truncation(self, value: pb.Truncation.ValueType) -> str:
         """Returns the name of a truncation.
@@ -86,18 +129,24 @@ class Intake:
                 "use embed_stream (the RPC EmbedStream) for any number of texts"
             )
 
-    def item(self, message: pb.Input, label: str) -> Item:
-        """Returns one text, ready for the tokenizer.
+    def item(self, message: pb.Input, label: str, *, prompt: str = "") -> Item:
+        """Returns one text, ready for the tokenizer, with what is put before it.
 
         Raises:
             InvalidArgumentError: It is at fault; the error calls it by its label.
         """
         kind = message.WhichOneof("kind")
+        if prompt and kind in _WITHOUT_PROMPT:
+            raise InvalidArgumentError(
+                f"{label} is {_WITHOUT_PROMPT[kind]}, before which no prompt can be put; send a plain string, or leave "
+                "the prompt out"
+            )
         if kind == "token_ids":
             return self._token_ids(message.token_ids, label)
         item: Item
         if kind == "text":
-            item, size = message.text, len(message.text)
+            item = prompt + message.text
+            size = len(item)
         elif kind == "pair":
             item = message.pair.first, message.pair.second
             size = len(message.pair.first) + len(message.pair.second)
@@ -136,8 +185,8 @@ class Intake:
         for output in plan.outputs:
             if output.pool is not None and output.pool.is_empty(result.text):
                 return InvalidArgumentError(
-                    f"{label} has nothing to pool over: every token is masked or special; unmask some, "
-                    "or include special tokens"
+                    f"{label} has nothing to pool over: every token is masked, special or a prompt's; unmask some, "
+                    "include special tokens, or leave the prompt out"
                 )
         return result
 

@@ -214,7 +214,12 @@ def _texts(args: argparse.Namespace) -> Sequence[Item]:
 def _check_same(info: ModelInfo, found: Checkpoint) -> None:
     from layertap_server.tokenizer import Tokenizer
 
-    own = found.fingerprint(tokenizer=Tokenizer(found.tokenizer_folder).description, dtype=info.compute_dtype)
+    tokenizer = Tokenizer(found.tokenizer_folder)
+    own = found.fingerprint(
+        tokenizer=tokenizer.description,
+        sentences=tokenizer.sentence_config(found).description,
+        dtype=info.compute_dtype,
+    )
     if own != info.fingerprint:
         raise NothingToCompareError(
             f"the server serves {info.model_id!r} with fingerprint {info.fingerprint[:12]}…, {found.name!r} here has "

@@ -288,13 +288,15 @@ class EmbeddingService:
         plan = self._intake.plan(options)
         self._intake.check_text_count(len(inputs))
         labels = [f"inputs[{n}]" for n in range(len(inputs))]
-        items = [self._intake.item(one, label) for one, label in zip(inputs, labels, strict=True)]
+        prompt = self._intake.prompt(options)
+        items = [self._intake.item(one, label, prompt=prompt) for one, label in zip(inputs, labels, strict=True)]
         started_at_ns = time.monotonic_ns()
         results = await self._encode(
             items,
             labels=labels,
             max_length=self._intake.max_length(options.max_length, at_most=self._intake.model.max_length),
             truncation=self._intake.truncation(options.truncation),
+            lower_case=options.lower_case,
         )
         checked = [self._intake.checked(plan, one, label) for one, label in zip(results, labels, strict=True)]
         record.tokenize.note(started_at_ns, time.monotonic_ns())

@@ -113,6 +113,8 @@ class Stream:
         self._in_order = options.order != pb.RESULT_ORDER_AS_FINISHED
         self._max_length = intake.max_length(options.options.max_length, at_most=intake.model.max_length)
         self._truncation = intake.truncation(options.options.truncation)
+        self._prompt = intake.prompt(options.options)
+        self._lower_case = options.options.lower_case
         self._intake, self._tokenizer, self._encode = intake, tokenizer, encode
         self._parse, self._write, self._record, self._stopping = parse, write, record, stopping
         self._max_frame_bytes, self._lookahead_tokens = max_frame_bytes, lookahead_tokens
@@ -189,13 +191,17 @@ class Stream:
                 )
             self._entries[one.id] = _Entry()
             try:
-                good.append((one.id, self._intake.item(one.input, f"item {one.id}")))
+                good.append((one.id, self._intake.item(one.input, f"item {one.id}", prompt=self._prompt)))
             except LayertapError as exc:
                 self.inbox.put(_Refused(one.id, exc))
         started_at_ns = time.monotonic_ns()
         labels = [f"item {number}" for number, _ in good]
         results = await self._encode(
-            [item for _, item in good], labels=labels, max_length=self._max_length, truncation=self._truncation
+            [item for _, item in good],
+            labels=labels,
+            max_length=self._max_length,
+            truncation=self._truncation,
+            lower_case=self._lower_case,
         )
         ended_at_ns = time.monotonic_ns()
         self._record.tokenize.note(started_at_ns, ended_at_ns)

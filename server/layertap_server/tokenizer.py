@@ -7,6 +7,7 @@ Everything a text can be at fault for is refused here, by its label and never by
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
 import threading
 from collections.abc import Sequence
@@ -16,9 +17,12 @@ from typing import TypeAlias, cast
 import numpy as np
 import tokenizers
 import transformers
+from tokenizers import normalizers
 
 from layertap.errors import InvalidArgumentError, LayertapError
-from layertap_server.checkpoint import CheckpointError
+from layertap_server import sentences
+from layertap_server.checkpoint import Checkpoint, CheckpointError
+from layertap_server.sentences import SentenceConfig
 from layertap_server.work import Indices, Text, Words
 
 Item: TypeAlias = "str | tuple[str, str] | list[str] | Text"
@@ -66,8 +70,49 @@ class Tokenized:
         return dataclasses.replace(self, text=dataclasses.replace(self.text, words=words))
 
 
+class _Engine:
+    """One way of tokenizing, with and without truncation."""
+
+    def __init__(self, whole: tokenizers.Tokenizer) -> None:
+        self._whole = whole
+        # Truncation is a state of a tokenizer: a second one, behind a lock, is for texts that need it.
+        self._cutter = tokenizers.Tokenizer.from_str(whole.to_str())
+        self._cutter_lock = threading.Lock()
+
+    def encode(
+        self, items: Sequence[Item], pretokenized: bool, add_special_tokens: bool
+    ) -> Sequence[tokenizers.Encoding]:
+        if len(items) == 1:  # Without other threads, and without letting go of the interpreter for a few microseconds.
+            first, second = items[0] if isinstance(items[0], tuple) else (items[0], None)
+            return [self._whole.encode(first, second, pretokenized, add_special_tokens)]
+        return self._whole.encode_batch(items, is_pretokenized=pretokenized, add_special_tokens=add_special_tokens)
+
+    def cut(
+        self, item: Item, label: str, max_length: int, direction: str, add_special_tokens: bool
+    ) -> Tokenized | LayertapError:
+        special = _PAIR_TAKES if isinstance(item, tuple) else _TEXT_TAKES
+        if add_special_tokens and max_length < special:
+            return InvalidArgumentError(
+                f"{label} needs {special} special tokens, max_length is {max_length}; raise max_length"
+            )
+        with self._cutter_lock:
+            self._cutter.enable_truncation(max_length, strategy="longest_first", direction=direction)
+            (encoding,) = self._cutter.encode_batch(
+                [item], is_pretokenized=isinstance(item, list), add_special_tokens=add_special_tokens
+            )
+        return _tokenized(encoding, item, True)
+
+
 class Tokenizer:
-    """The tokenizer of one model."""
+    """The tokenizer of one model.
+
+    Attributes:
+        description: Its whole configuration, for the fingerprint.
+        vocab_size: How many ids it has.
+        special_token_ids: Those of its special tokens, ascending.
+        pad_token_id: The id that padding uses.
+        pad_token: How the vocabulary spells that.
+    """
 
     def __init__(self, folder: Path) -> None:
         """Loads it from tokenizer.json or vocab.txt.
@@ -85,9 +130,7 @@ class Tokenizer:
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         self.description = self._tokenizer.to_str()
-        # Truncation is a state of a tokenizer: a second one, behind a lock, is for texts that need it.
-        self._cutter = tokenizers.Tokenizer.from_str(self.description)
-        self._cutter_lock = threading.Lock()
+        self._engine = _Engine(self._tokenizer)
         self.vocab_size: int = self._tokenizer.get_vocab_size(with_added_tokens=True)
         self.special_token_ids: tuple[int, ...] = tuple(sorted(set(loaded.all_special_ids)))
         self.pad_token_id: int = loaded.pad_token_id if loaded.pad_token_id is not None else 0
@@ -101,6 +144,7 @@ class Tokenizer:
         max_length: int,
         truncation: str,
         add_special_tokens: bool = True,
+        lower_case: bool = False,
     ) -> list[Tokenized | LayertapError]:
         """Tokenizes texts.
 
@@ -110,10 +154,12 @@ class Tokenizer:
             max_length: The most tokens of one text, special tokens counted.
             truncation: "error", "right" or "left".
             add_special_tokens: Whether [CLS] and [SEP] are added.
+            lower_case: Whether strings are turned to lower case before anything else.
 
         Returns:
             For each text its tokens, or why it is refused.
         """
+        engine = self._lowering if lower_case else self._engine
         results: list[Tokenized | LayertapError | None] = [None] * len(items)
         for pretokenized in (False, True):
             chosen = [
@@ -121,7 +167,7 @@ class Tokenizer:
                 for n, item in enumerate(items)
                 if not isinstance(item, Text) and isinstance(item, list) == pretokenized
             ]
-            encodings = self._encode([items[n] for n in chosen], pretokenized, add_special_tokens)
+            encodings = engine.encode([items[n] for n in chosen], pretokenized, add_special_tokens)
             for n, encoding in zip(chosen, encodings, strict=True):
                 count = len(encoding)
                 if count <= max_length:
@@ -132,34 +178,39 @@ class Tokenizer:
                         "truncation right or left"
                     )
                 else:
-                    results[n] = self._cut(items[n], labels[n], max_length, truncation, add_special_tokens)
+                    results[n] = engine.cut(items[n], labels[n], max_length, truncation, add_special_tokens)
         for n, item in enumerate(items):
             if isinstance(item, Text):
                 results[n] = Tokenized(text=item)
         return [result for result in results if result is not None]
 
-    def _encode(
-        self, items: Sequence[Item], pretokenized: bool, add_special_tokens: bool
-    ) -> Sequence[tokenizers.Encoding]:
-        if len(items) == 1:  # Without other threads, and without letting go of the interpreter for a few microseconds.
-            first, second = items[0] if isinstance(items[0], tuple) else (items[0], None)
-            return [self._tokenizer.encode(first, second, pretokenized, add_special_tokens)]
-        return self._tokenizer.encode_batch(items, is_pretokenized=pretokenized, add_special_tokens=add_special_tokens)
+    def sentence_config(self, checkpoint: Checkpoint) -> SentenceConfig:
+        """Returns what a model's folder says about sentences, where it is silent with what its tokenizer says."""
+        return sentences.read(
+            checkpoint.folder,
+            max_length=self._decoder.model_max_length,
+            position_count=checkpoint.settings["max_position_embeddings"],
+            truncation=self._decoder.truncation_side,
+        )
 
-    def _cut(
-        self, item: Item, label: str, max_length: int, direction: str, add_special_tokens: bool
-    ) -> Tokenized | LayertapError:
-        special = _PAIR_TAKES if isinstance(item, tuple) else _TEXT_TAKES
-        if add_special_tokens and max_length < special:
-            return InvalidArgumentError(
-                f"{label} needs {special} special tokens, max_length is {max_length}; raise max_length"
-            )
-        with self._cutter_lock:
-            self._cutter.enable_truncation(max_length, strategy="longest_first", direction=direction)
-            (encoding,) = self._cutter.encode_batch(
-                [item], is_pretokenized=isinstance(item, list), add_special_tokens=add_special_tokens
-            )
-        return _tokenized(encoding, item, True)
+    def prompt_token_count(self, prompt: str, *, max_length: int, lower_case: bool) -> int:
+        """Returns how many tokens of a text its prompt takes, with those that the tokenizer puts before it.
+
+        Counted on the prompt alone, as sentence-transformers counts it.
+        """
+        engine = self._lowering if lower_case else self._engine
+        (encoding,) = engine.encode([prompt], False, True)
+        closed = not set(encoding.ids[-1:]).isdisjoint(self.special_token_ids)
+        return min(len(encoding), max_length) - closed
+
+    @functools.cached_property
+    def _lowering(self) -> _Engine:
+        """The same tokenizer behind a turn to lower case."""
+        lowering = tokenizers.Tokenizer.from_str(self.description)
+        normalizer = lowering.normalizer
+        first = normalizers.Lowercase()
+        lowering.normalizer = normalizers.Sequence([first, normalizer]) if normalizer else first
+        return _Engine(lowering)
 
     def decode(self, texts: Sequence[Sequence[int]], *, skip_special_tokens: bool) -> list[str]:
         """Turns token ids back into strings, as transformers' batch_decode does."""

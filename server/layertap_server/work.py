@@ -127,25 +127,27 @@ class Pool:
         strategy: How rows become one vector.
         excluded_ids: Token ids that do not take part.
         normalize: Whether the vector is divided by its Euclidean length.
+        first_row: The rows before it do not take part: a prompt's.
     """
 
     strategy: Strategy
     excluded_ids: tuple[int, ...] = ()
     normalize: bool = False
+    first_row: int = 0
 
     def is_empty(self, text: Text) -> bool:
         """Whether nothing of a text is pooled."""
-        unmasked = text.attention_mask is None and not self.excluded_ids
-        return not unmasked and not len(self.positions(text))
+        whole = text.attention_mask is None and not self.excluded_ids and not self.first_row
+        return not whole and not len(self.positions(text))
 
     def positions(self, text: Text) -> npt.NDArray[np.intp]:
-        """Returns the rows of a text that are pooled, ascending. [CLS] pools row 0 whatever its mask."""
+        """Returns the rows of a text that are pooled, ascending. CLS pools the first one whatever its mask."""
         if self.strategy is Strategy.CLS:
-            return np.zeros(1, np.intp)
+            return np.arange(self.first_row, min(self.first_row + 1, text.token_count))
         if text.attention_mask is None and not self.excluded_ids:
-            rows = np.arange(text.token_count)
+            rows = np.arange(self.first_row, text.token_count)
         else:
-            taken = np.ones(text.token_count, np.bool_)
+            taken = np.arange(text.token_count) >= self.first_row
             if text.attention_mask is not None:
                 taken &= text.attention_mask == 1
             if self.excluded_ids:
@@ -258,6 +260,16 @@ class Plan:
     def depth(self) -> int:
         """The highest layer that is needed."""
         return max(output.layers[-1] for output in self.outputs)
+
+    def pooling_from(self, row: int) -> Plan:
+        """Returns the plan with pools that leave out the rows before one."""
+        outputs = (
+            output
+            if output.pool is None
+            else dataclasses.replace(output, pool=dataclasses.replace(output.pool, first_row=row))
+            for output in self.outputs
+        )
+        return dataclasses.replace(self, outputs=tuple(outputs))
 
     def row_bytes(self, output: Output) -> int:
         """Returns the bytes of one row of an output."""

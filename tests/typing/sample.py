@@ -29,6 +29,7 @@ from layertap import (
     ModelRef,
     Pooling,
     ResourceExhaustedError,
+    SentenceConfig,
     StatusCode,
     StreamResult,
     Timings,
@@ -144,6 +145,17 @@ def look_at_a_model(info: ModelInfo) -> None:
     assert info.limits.max_text_count > 0 and info.layer_count > 0
     assert_type(info.devices, tuple[str, ...])
     assert_type(info.special_token_ids, tuple[int, ...])
+    assert_type(info.sentence_config, SentenceConfig)
+
+
+def look_at_sentences(client: Client) -> None:
+    assert client.encode("I love Paris").shape == (384,)
+    vectors = client.encode(["I love Paris", "Hello"], normalize_embeddings=True, truncate_dim=64, batch_size=8)
+    assert vectors.shape == (2, 64)
+    ranges = np.stack([vectors.min(0), vectors.max(0)])
+    assert layertap.quantize_embeddings(vectors[0], precision="int8", ranges=ranges).dtype == np.int8
+    tokens = client.encode(["I love Paris"], output_value="token_embeddings", prompt="query: ")
+    assert len(tokens) == 1
 
 
 def look_at_a_stream(results: Iterator[StreamResult]) -> None:
@@ -173,6 +185,7 @@ def use(target: str, extras: bool) -> None:
     with Client(target, shared_memory=False) as client:
         look_at_a_model(client.model_info(timeout_s=10.0))
         look_at_tokens(client)
+        look_at_sentences(client)
         best = Pooling("mean", layer=-2, include_special_tokens=False, normalize=True, dimensions=8)
         embedding = client.embed(
             corpus(), layers="all", pooler_output=True, pooling=["cls", best], dtype="float16", return_tokens=True
@@ -202,6 +215,7 @@ async def use_async(target: str) -> None:
         look_at_a_model(info)
         assert_type(await client.decode(tokens), list[str])
         assert_type(await client.embed(tokens), Embedding)
+        assert (await client.encode("I love Paris", precision="ubinary")).shape == (48,)
         async for part in client.embed_layers("I love Paris"):
             assert_type(part, LayerRows)
         async for result in client.embed_stream(async_corpus(), pooling="mean"):

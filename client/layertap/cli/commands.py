@@ -57,8 +57,10 @@ def info(args: argparse.Namespace) -> int:
     if args.json:
         shell.print_json(**facts)
         return 0
-    for name, value in (facts | facts.pop("limits")).items():
-        print(f"{name:26}", *(value if isinstance(value, tuple) else [value]))
+    facts |= facts.pop("limits")
+    facts |= {f"sentences.{name}": value for name, value in facts.pop("sentence_config").items()}
+    for name, value in facts.items():
+        print(f"{name:30}", *(value if isinstance(value, tuple) else [value]))
     return 0
 
 

@@ -656,6 +656,9 @@ class EmbedOptions(_message.Message):
     DTYPE_FIELD_NUMBER: _builtins.int
     RETURN_TOKENS_FIELD_NUMBER: _builtins.int
     SHARED_MEMORY_FIELD_NUMBER: _builtins.int
+    PROMPT_FIELD_NUMBER: _builtins.int
+    PROMPT_NAME_FIELD_NUMBER: _builtins.int
+    LOWER_CASE_FIELD_NUMBER: _builtins.int
     truncation: Global___Truncation.ValueType
     """What happens to texts above max_length. Token ids are never truncated."""
     max_length: _builtins.int
@@ -666,6 +669,20 @@ class EmbedOptions(_message.Message):
     """The number format of the answer."""
     return_tokens: _builtins.bool
     """Also answers with the tokens of each text."""
+    prompt: _builtins.str
+    """Put before each text, as it stands: "query: " wants its space. Only plain strings
+    take one; beside it pairs, words and token ids are refused with INVALID_ARGUMENT,
+    each for itself. Pooled vectors leave its tokens out, and what the tokenizer puts
+    before them, where sentence_config.include_prompt is false. Empty: none.
+    """
+    prompt_name: _builtins.str
+    """The same by the name it has in sentence_config.prompts. An unknown name is refused
+    with INVALID_ARGUMENT, and so is a name beside a prompt. Empty: none.
+    """
+    lower_case: _builtins.bool
+    """Strings are turned to lower case before the tokenizer does with them what it
+    always does. Special tokens written out in a text stay what they are.
+    """
     @_builtins.property
     def outputs(self) -> _containers.RepeatedCompositeFieldContainer[Global___Output]:
         """What to hand out of one forward pass, answered in this order. At least one.
@@ -685,10 +702,13 @@ class EmbedOptions(_message.Message):
         dtype: Global___Dtype.ValueType = ...,
         return_tokens: _builtins.bool = ...,
         shared_memory: Global___SharedMemoryUse | None = ...,
+        prompt: _builtins.str = ...,
+        prompt_name: _builtins.str = ...,
+        lower_case: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["shared_memory", b"shared_memory"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["dtype", b"dtype", "max_length", b"max_length", "outputs", b"outputs", "return_tokens", b"return_tokens", "shared_memory", b"shared_memory", "truncation", b"truncation"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["dtype", b"dtype", "lower_case", b"lower_case", "max_length", b"max_length", "outputs", b"outputs", "prompt", b"prompt", "prompt_name", b"prompt_name", "return_tokens", b"return_tokens", "shared_memory", b"shared_memory", "truncation", b"truncation"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1293,6 +1313,96 @@ class Limits(_message.Message):
 Global___Limits: _TypeAlias = Limits  # noqa: Y015
 
 @_typing.final
+class SentenceConfig(_message.Message):
+    """SentenceConfig is what the model's folder says about sentences: how a text becomes
+    one vector for sentence-transformers. Embed with these options, then join, normalize
+    and cut as told here, and the vectors are equal to its own. A model that says nothing
+    has the defaults of sentence-transformers: the mean, neither normalized nor cut.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    @_typing.final
+    class PromptsEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.str
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.str = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    UNSUPPORTED_FIELD_NUMBER: _builtins.int
+    STRATEGIES_FIELD_NUMBER: _builtins.int
+    NORMALIZE_FIELD_NUMBER: _builtins.int
+    DIMENSIONS_FIELD_NUMBER: _builtins.int
+    MAX_LENGTH_FIELD_NUMBER: _builtins.int
+    TRUNCATION_FIELD_NUMBER: _builtins.int
+    LOWER_CASE_FIELD_NUMBER: _builtins.int
+    PROMPTS_FIELD_NUMBER: _builtins.int
+    DEFAULT_PROMPT_NAME_FIELD_NUMBER: _builtins.int
+    INCLUDE_PROMPT_FIELD_NUMBER: _builtins.int
+    unsupported: _builtins.str
+    """What the model asks for that this server cannot do, as a clause; the vectors of
+    sentence-transformers cannot be had then. Empty: all fields below hold.
+    """
+    normalize: _builtins.bool
+    """Divides the vector by its Euclidean length."""
+    dimensions: _builtins.int
+    """After that, keeps the first values only. 0: all."""
+    max_length: _builtins.int
+    """The most tokens of one text; longer ones are cut."""
+    truncation: Global___Truncation.ValueType
+    """From which side; never unspecified."""
+    lower_case: _builtins.bool
+    """The lower_case of EmbedOptions."""
+    default_prompt_name: _builtins.str
+    """The prompt of callers who name none. Empty: none."""
+    include_prompt: _builtins.bool
+    """Whether the tokens of a prompt are pooled."""
+    @_builtins.property
+    def strategies(self) -> _containers.RepeatedScalarFieldContainer[Global___PoolingStrategy.ValueType]:
+        """The poolings of the last layer. Several are joined, in this order, to one vector."""
+
+    @_builtins.property
+    def prompts(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
+        """What may stand before a text, by name. "query" and "document" are always there,
+        empty where the model has no such prompts.
+        """
+
+    def __init__(
+        self,
+        *,
+        unsupported: _builtins.str = ...,
+        strategies: _abc.Iterable[Global___PoolingStrategy.ValueType] | None = ...,
+        normalize: _builtins.bool = ...,
+        dimensions: _builtins.int = ...,
+        max_length: _builtins.int = ...,
+        truncation: Global___Truncation.ValueType = ...,
+        lower_case: _builtins.bool = ...,
+        prompts: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
+        default_prompt_name: _builtins.str = ...,
+        include_prompt: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["default_prompt_name", b"default_prompt_name", "dimensions", b"dimensions", "include_prompt", b"include_prompt", "lower_case", b"lower_case", "max_length", b"max_length", "normalize", b"normalize", "prompts", b"prompts", "strategies", b"strategies", "truncation", b"truncation", "unsupported", b"unsupported"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SentenceConfig: _TypeAlias = SentenceConfig  # noqa: Y015
+
+@_typing.final
 class GetModelInfoResponse(_message.Message):
     """GetModelInfoResponse describes the served model."""
 
@@ -1314,6 +1424,7 @@ class GetModelInfoResponse(_message.Message):
     PAD_TOKEN_ID_FIELD_NUMBER: _builtins.int
     LIMITS_FIELD_NUMBER: _builtins.int
     SERVER_VERSION_FIELD_NUMBER: _builtins.int
+    SENTENCE_CONFIG_FIELD_NUMBER: _builtins.int
     model_id: _builtins.str
     """The name of the model; never a path."""
     fingerprint: _builtins.str
@@ -1352,6 +1463,10 @@ class GetModelInfoResponse(_message.Message):
     def limits(self) -> Global___Limits:
         """The bounds in force."""
 
+    @_builtins.property
+    def sentence_config(self) -> Global___SentenceConfig:
+        """What the model's folder says about sentences."""
+
     def __init__(
         self,
         *,
@@ -1371,10 +1486,11 @@ class GetModelInfoResponse(_message.Message):
         pad_token_id: _builtins.int = ...,
         limits: Global___Limits | None = ...,
         server_version: _builtins.str = ...,
+        sentence_config: Global___SentenceConfig | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["limits", b"limits"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["limits", b"limits", "sentence_config", b"sentence_config"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attention_head_count", b"attention_head_count", "compute_dtype", b"compute_dtype", "devices", b"devices", "fingerprint", b"fingerprint", "has_pooler_output", b"has_pooler_output", "hidden_size", b"hidden_size", "layer_count", b"layer_count", "limits", b"limits", "max_length", b"max_length", "model_id", b"model_id", "model_type", b"model_type", "pad_token_id", b"pad_token_id", "server_version", b"server_version", "special_token_ids", b"special_token_ids", "type_vocab_size", b"type_vocab_size", "vocab_size", b"vocab_size"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attention_head_count", b"attention_head_count", "compute_dtype", b"compute_dtype", "devices", b"devices", "fingerprint", b"fingerprint", "has_pooler_output", b"has_pooler_output", "hidden_size", b"hidden_size", "layer_count", b"layer_count", "limits", b"limits", "max_length", b"max_length", "model_id", b"model_id", "model_type", b"model_type", "pad_token_id", b"pad_token_id", "sentence_config", b"sentence_config", "server_version", b"server_version", "special_token_ids", b"special_token_ids", "type_vocab_size", b"type_vocab_size", "vocab_size", b"vocab_size"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -1,0 +1,117 @@
+"""Embeddings in fewer bits, as sentence-transformers makes them: one byte a value, or one bit.
+
+Pure numpy. One byte divides the range that each dimension has over the embeddings at hand into 256 steps, so that the
+same text has other bytes among other texts: where that must not be, as between a corpus and its queries, pass the
+corpus' `ranges`. One bit says whether a value is above 0, and depends on nothing else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Final, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from layertap.errors import InvalidArgumentError
+
+Array: TypeAlias = npt.NDArray[Any]
+
+PRECISIONS: Final = ("float32", "int8", "uint8", "binary", "ubinary")
+
+_BLOCK_ROWS: Final = 4096
+"""How many embeddings are widened at once, whatever their number."""
+
+
+def quantize_embeddings(
+    embeddings: npt.ArrayLike, *, precision: str = "int8", ranges: npt.ArrayLike | None = None
+) -> Array:
+    """Returns embeddings in fewer bits.
+
+    Args:
+        embeddings: Shape: [count, dim] or [dim].
+        precision: "int8" and "uint8" (one byte a value), "binary" and "ubinary" (one bit a value, eight to an int8 or
+            uint8, the first in the highest bit), or "float32".
+        ranges: For one byte a value: the least and the greatest value of each dimension, as in
+            `np.stack([corpus.min(0), corpus.max(0)])`; values beyond are cut. Shape: [2, dim]. None: those of the
+            embeddings, of which there must be two then, and should be hundreds.
+
+    Returns:
+        Shape: as embeddings; of bits: the last dimension an eighth of that, rounded up.
+
+    Raises:
+        InvalidArgumentError: The precision is unknown, or the ranges are missing or of another shape.
+    """
+    check(precision)
+    array = np.asarray(embeddings)
+    if array.dtype.kind != "f":
+        raise InvalidArgumentError(f"embeddings is of dtype {array.dtype}; only floats can be quantized")
+    if precision == "float32":
+        return array.astype(np.float32)
+    if precision.endswith("binary"):
+        return _bits(array, signed=precision == "binary")
+    if ranges is None:
+        ranges = _ranges([array], precision)
+    lowest_and_highest = np.asarray(ranges, np.float32)
+    if lowest_and_highest.shape != (2, *array.shape[-1:]):
+        raise InvalidArgumentError(
+            f"ranges has shape {lowest_and_highest.shape}; pass [2, dim], the least and the greatest value of each"
+        )
+    return _bytes(array, lowest_and_highest, signed=precision == "int8")
+
+
+def quantize_matrices(matrices: Sequence[Array], *, precision: str) -> list[Array]:
+    """Returns several matrices in fewer bits, with the ranges of all their rows together.
+
+    Args:
+        matrices: Shape of each: [token_count, dim].
+        precision: As in `quantize_embeddings`.
+    """
+    by_range = check(precision).endswith("int8")
+    ranges = _ranges(matrices, precision) if by_range and len(matrices) else None
+    return [quantize_embeddings(matrix, precision=precision, ranges=ranges) for matrix in matrices]
+
+
+def check(precision: str) -> str:
+    """Returns a precision if there is such a one.
+
+    Raises:
+        InvalidArgumentError: There is not.
+    """
+    if precision not in PRECISIONS:
+        raise InvalidArgumentError(f"precision is {precision!r}; pass one of {', '.join(PRECISIONS)}")
+    return precision
+
+
+def _ranges(matrices: Sequence[Array], precision: str) -> Array:
+    if sum(len(matrix) if matrix.ndim == 2 else 1 for matrix in matrices) == 1:
+        raise InvalidArgumentError(
+            f"one embedding alone has no ranges for precision {precision}; quantize several at once, or take float32 "
+            "and quantize_embeddings with the ranges of others"
+        )
+    rows = [matrix for matrix in matrices if len(matrix)]
+    if not rows:
+        return np.zeros((2, matrices[0].shape[-1]), np.float32)
+    return np.stack(
+        [
+            np.min([matrix.min(axis=0) for matrix in rows], axis=0),
+            np.max([matrix.max(axis=0) for matrix in rows], axis=0),
+        ]
+    )
+
+
+def _bytes(array: Array, ranges: Array, *, signed: bool) -> Array:
+    lowest, steps = ranges[0], (ranges[1] - ranges[0]) / 255
+    steps = np.where(steps == 0, np.float32(1), steps)
+    quantized = np.empty(array.shape, np.uint8)
+    # A view of one embedding as a row writes into the same array.
+    rows, out = np.atleast_2d(array), np.atleast_2d(quantized)
+    for start in range(0, len(rows), _BLOCK_ROWS):
+        block = slice(start, start + _BLOCK_ROWS)
+        out[block] = np.clip(np.floor((rows[block] - lowest) / steps), 0, 255)
+    return (quantized ^ 0x80).view(np.int8) if signed else quantized
+
+
+def _bits(array: Array, *, signed: bool) -> Array:
+    packed = np.packbits(array > 0, axis=-1)
+    return (packed ^ 0x80).view(np.int8) if signed else packed
