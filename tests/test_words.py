@@ -144,6 +144,12 @@ def test_offsets_lead_back_to_the_text(tiny: Any) -> None:
     assert [text[start:end] for start, end in offsets] == wanted
 
 
+def test_a_prompt_has_words_too(tiny: Any, tiny_oracle: Oracle) -> None:
+    wanted = Reference(tiny_oracle, "query: I love tokenization")
+    found = tiny.embed("I love tokenization", prompt="query: ", words="mean", layers=[2])
+    check_words(found, 0, wanted, "mean", [2])
+
+
 @mixes
 def test_mixes_of_tokens_words_and_texts_equal_their_definition(tiny: Any, tiny_oracle: Oracle, mix: LayerMix) -> None:
     wanted = [Reference(tiny_oracle, item) for item in TEXTS]

@@ -491,8 +491,9 @@ class WordVectors(_message.Message):
     A text that comes as words has exactly one row for each of them, also for a word
     of several pieces, and for one of none (the empty string, a control character, or
     a word that truncation has cut away): its row is zeros, and its piece_count 0. A
-    string has the words that are left of it after truncation. Special tokens belong
-    to no word. Token ids have no words and are refused with INVALID_ARGUMENT.
+    string has the words that are left of it after truncation; those of a prompt before
+    it are among them. Special tokens belong to no word. Token ids have no words and are
+    refused with INVALID_ARGUMENT.
     """
 
     DESCRIPTOR: _descriptor.Descriptor
