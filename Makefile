@@ -32,7 +32,7 @@ generate = PATH="$(CURDIR)/$(BIN):$$PATH" PYTHONPATH=.tools $(BIN)/python -m grp
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: bench-compute bench-callers bench-gpu bench-streams bench-wire help install model protos protos-fresh lint format check test test-floors test-newest demo serve bench clean
+.PHONY: bench-compute bench-callers bench-fuzz bench-gpu bench-load bench-streams bench-wire help install model protos protos-fresh lint format check test test-floors test-newest demo serve bench clean
 
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z][a-z-]*:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -100,6 +100,12 @@ bench-wire: $(INSTALL_STAMP) $(MODEL_STAMP) $(PEERS_STAMP)  ## Layers on the wir
 
 bench-streams: $(INSTALL_STAMP) $(MODEL_STAMP)  ## Long streams: memory, stopped readers, crashes, bad items, health
 	$(BIN)/python bench/streams.py $(ARGS)
+
+bench-load: $(INSTALL_STAMP) $(MODEL_STAMP)  ## Ten times the capacity, a flooding client, ten minutes of mixed traffic, metrics
+	$(BIN)/python bench/load.py $(ARGS)
+
+bench-fuzz: $(INSTALL_STAMP) $(MODEL_STAMP)  ## A hundred thousand calls that nobody would make
+	$(BIN)/python bench/fuzz.py $(ARGS)
 
 bench-gpu: $(INSTALL_STAMP)  ## Fidelity, ceilings and throughput on a GPU (needs sentence-transformers)
 	$(BIN)/python bench/gpu.py $(ARGS)

@@ -27,6 +27,10 @@ class Server:
         self.address = line[-1]
 
     @property
+    def process_id(self) -> int:
+        return self._process.pid
+
+    @property
     def memory_mb(self) -> float:
         return psutil.Process(self._process.pid).memory_info().rss / 2**20
 

@@ -1,17 +1,19 @@
-"""A server whose encoder costs nothing: layertap's own service, queue and memory, around numbers that are ready.
+"""A server whose encoder costs nothing, or a fixed time a batch: layertap's own service, queue and memory, around it.
 
-Row r of layer k of a batch is row k + r of `tensors.block`. As by the real encoder, each layer is copied once, into the
-buffer that the call would like it in. Takes the flags of layertap-server.
+The numbers are ready: row r of layer k of a batch is row k + r of `tensors.block`. As by the real encoder, each layer
+is copied once, into the buffer that the call would like it in. Takes the flags of layertap-server.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import functools
 import json
 import logging
 import os
 import tempfile
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -30,7 +32,8 @@ from layertap_server.work import Rows, Run
 class StandIn(Encoder):
     """Answers every batch with prepared rows."""
 
-    def __init__(self, checkpoint: Checkpoint, *, device: str, dtype: str) -> None:
+    def __init__(self, checkpoint: Checkpoint, *, device: str, dtype: str, batch_s: float = 0.0) -> None:
+        self._batch_s = batch_s
         self.device = torch.device("cpu")
         self._values = tensors.block(4096).reshape(-1)
 
@@ -39,6 +42,8 @@ class StandIn(Encoder):
         return True
 
     def encode(self, batch: Sequence[Run]) -> Iterator[Rows]:
+        if self._batch_s:
+            time.sleep(self._batch_s)
         for layer in range(max(run.plan.depth for run in batch) + 1):
             for run_index, run in enumerate(batch):
                 for output_index, output in enumerate(run.plan.outputs):
@@ -63,6 +68,7 @@ class StandIn(Encoder):
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--fresh-pages", action="store_true", help="start without layertap.keep_pages")
+    parser.add_argument("--batch-s", type=float, default=0.0, help="how long each batch takes at least")
     arguments, flags = parser.parse_known_args()
     if not arguments.fresh_pages:
         keep_pages()
@@ -71,7 +77,7 @@ def main() -> None:
         own = ["--port", "0", "--model-id", folder, "--model-name", "stand-in", "--load-format", "dummy"]
         config = cli.parse([*own, *flags], os.environ)
         logging.basicConfig(level=config.log_level.upper())
-        server = app.App(config, make_encoder=StandIn)
+        server = app.App(config, make_encoder=functools.partial(StandIn, batch_s=arguments.batch_s))
     asyncio.run(server.serve(ready=lambda address: print(address, flush=True)))
 
 

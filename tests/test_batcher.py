@@ -362,6 +362,18 @@ def test_the_queue_is_bounded_in_tokens_too_but_takes_any_one_request_when_empty
     assert batcher.waiting_text_count == 1
 
 
+def test_the_last_quarter_of_the_queue_is_kept_for_clients_who_have_little_in_it(make: Make, engine: Engine) -> None:
+    batcher = make(max_queue_texts=8)
+    plugged(batcher, engine)
+    Caller(batcher, client="flood").add(1, 2, 3, 4, 5, 6)
+    for refused in range(2):
+        with pytest.raises(ResourceExhaustedError):
+            Caller(batcher, client="flood").add(refused)
+    Caller(batcher, client="polite").add(8).add(9)
+    with pytest.raises(ResourceExhaustedError):
+        Caller(batcher, client="late").add(10)
+
+
 def test_a_call_that_was_admitted_goes_on_in_a_full_queue(make: Make, engine: Engine) -> None:
     batcher = make(max_queue_texts=1)
     plugged(batcher, engine)

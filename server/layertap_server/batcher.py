@@ -6,7 +6,8 @@ Rules:
   bytes. While other lanes idle, a lane takes only its share.
 - Output bytes are reserved before a batch starts and given back when the call has sent them (`Call.release`). A call
   that has too much unsent is passed over, so a lane never waits for a reader.
-- A full queue refuses at once. What nobody waits for any more is dropped before it costs anything.
+- A full queue refuses at once; its last quarter is kept for clients who have less than a quarter of it. What nobody
+  waits for any more is dropped before it costs anything.
 - A lane that is lost takes its batch with it and nothing else. When the last one is, whoever waits is told.
 
 Knows neither torch nor gRPC nor protobuf: `encode` is handed in, events go out through each call's `deliver`.
@@ -145,7 +146,7 @@ class Batcher:
         """
         with self._lock:
             self._check_alive()
-            self._check_room(0, 0)
+            self._check_room(client, 0, 0)
         return Call(self, plan, client=client, connection=connection, deliver=deliver, expires_at=expires_at)
 
     def lose_stuck(self, timeout_s: float) -> None:
@@ -190,10 +191,13 @@ class Batcher:
             self._observer.refused("stopping" if self._stopping else "no_lanes")
             raise UnavailableError(_STOPPING if self._stopping else _LOST, retry_after_s=RETRY_AFTER_S)
 
-    def _check_room(self, text_count: int, token_count: int) -> None:
-        if self._waiting_texts + text_count > self._max_queue_texts:
+    def _check_room(self, client: str, text_count: int, token_count: int) -> None:
+        own_texts, own_tokens = self._turns.waiting_of(client)
+        if self._waiting_texts + text_count > _share(self._max_queue_texts, own_texts, text_count):
             reason, full = "queue_texts", f"{self._waiting_texts} texts wait, the queue holds {self._max_queue_texts}"
-        elif self._waiting_tokens + token_count > self._max_queue_tokens and self._waiting_texts:
+        elif self._waiting_texts and self._waiting_tokens + token_count > _share(
+            self._max_queue_tokens, own_tokens, token_count
+        ):
             reason, full = (
                 "queue_tokens",
                 f"{self._waiting_tokens} tokens wait, the queue holds {self._max_queue_tokens}",
@@ -210,7 +214,7 @@ class Batcher:
         with self._lock:
             self._check_alive()
             if not admitted:
-                self._check_room(len(texts), token_count)
+                self._check_room(call.client, len(texts), token_count)
             if call.closed or not texts:
                 return
             if not call.waiting:
@@ -329,3 +333,11 @@ class Batcher:
         self._waiting_tokens -= text.token_count
         if not call.waiting:
             self._forget(call)
+
+
+def _share(limit: int, own: int, more: int) -> int:
+    """Returns how full the queue may get by a client who has `own` in it and adds `more`.
+
+    Whoever has nothing in it may fill it, so that any request can be admitted.
+    """
+    return limit if not own or own + more <= limit // 4 else limit - limit // 4

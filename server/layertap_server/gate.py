@@ -123,7 +123,7 @@ class Gate:
         self._stall_timeout_s = stall_timeout_s
         self._journal = journal
         self._observer = observer
-        self._calls: set[asyncio.Task[Any]] = set()
+        self._calls: dict[asyncio.Task[Any], str] = {}
         self.closed = asyncio.Event()
         self._left = asyncio.Event()
         self._cutting = False
@@ -167,13 +167,13 @@ class Gate:
             self._request_bytes += byte_count
             task = asyncio.current_task()
             assert task is not None
-            self._calls.add(task)
+            self._calls[task] = record.client
             task.add_done_callback(self._leave)
             try:
                 if self.closed.is_set():
                     self._observer.refused("stopping")
                     raise UnavailableError("the server is stopping; try another, or again later", retry_after_s=1.0)
-                if len(self._calls) > self._max_call_count:
+                if len(self._calls) > self._call_share(record.client):
                     self._observer.refused("calls")
                     raise ResourceExhaustedError(
                         f"the server is full: {self._max_call_count} calls are under way; try again later",
@@ -215,8 +215,16 @@ class Gate:
 
         return call
 
+    def _call_share(self, client: str) -> int:
+        """Returns how many calls there may be; the last eighth is kept for clients who have less than an eighth."""
+        eighth = self._max_call_count // 8
+        if len(self._calls) <= self._max_call_count - eighth:
+            return self._max_call_count
+        own = sum(one == client for one in self._calls.values())
+        return self._max_call_count if own <= max(eighth, 1) else self._max_call_count - eighth
+
     def _leave(self, task: asyncio.Task[Any]) -> None:
-        self._calls.discard(task)
+        self._calls.pop(task)
         self._left.set()
 
 

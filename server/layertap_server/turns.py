@@ -38,6 +38,11 @@ class Turns:
         for calls in self._clients[client].values():
             yield from calls
 
+    def waiting_of(self, client: str) -> tuple[int, int]:
+        """Returns how many texts and tokens of a client wait."""
+        calls = [call for calls in self._clients.get(client, {}).values() for call in calls]
+        return sum(len(call.waiting) for call in calls), sum(call.waiting_token_count for call in calls)
+
     def add(self, call: Call) -> None:
         """Puts a call at the end of its connection's line."""
         self._clients.setdefault(call.client, OrderedDict()).setdefault(call.connection, deque()).append(call)
