@@ -26,6 +26,7 @@ from layertap_server.journal import Journal
 from layertap_server.metrics import Endpoint, Metrics, Server, State
 from layertap_server.observer import Nobody
 from layertap_server.outputs import Model
+from layertap_server.reception import Reception
 from layertap_server.sentences import SentenceConfig
 from layertap_server.service import METHODS, SERVICE_NAME, Bounds, EmbeddingService
 from layertap_server.sharing import Sharing
@@ -156,17 +157,19 @@ class App:
             journal=Journal([reader for reader in (self._metrics, self._tracing) if reader is not None]),
             observer=observer,
         )
-        self._service = EmbeddingService(
-            intake=Intake(
-                model=self.model,
-                limits=Limits(
-                    text_count=config.max_text_count,
-                    character_count=config.max_character_count,
-                    output_bytes=config.max_call_output_bytes,
-                ),
-                sentences=sentence_config,
-                tokenizer=self.tokenizer,
+        intake = Intake(
+            model=self.model,
+            limits=Limits(
+                text_count=config.max_text_count,
+                character_count=config.max_character_count,
+                output_bytes=config.max_call_output_bytes,
             ),
+            sentences=sentence_config,
+            tokenizer=self.tokenizer,
+        )
+        self._service = EmbeddingService(
+            intake=intake,
+            reception=Reception(intake=intake, tokenizer=self.tokenizer),
             tokenizer=self.tokenizer,
             batcher=self.batcher,
             identity=identity,

@@ -11,19 +11,14 @@ import asyncio
 import contextlib
 import dataclasses
 import functools
-import logging
 import time
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
-from typing import Any, Final, TypeVar
+from collections.abc import AsyncIterator, Iterator, Sequence
+from typing import Any, Final
 
 import grpc
 import grpc.aio
-from google.protobuf.message import DecodeError, Message
 
-from layertap.errors import (
-    InvalidArgumentError,
-    LayertapError,
-)
+from layertap.errors import InvalidArgumentError
 from layertap.v1 import embedding_pb2 as pb
 from layertap_server import delivery
 from layertap_server.batcher import Batcher
@@ -31,25 +26,15 @@ from layertap_server.call import Call, CallFailed, Event, RowsReady, RunDone
 from layertap_server.gate import Caller, Gate
 from layertap_server.inbox import Doorbell, Inbox
 from layertap_server.intake import Intake
-from layertap_server.record import Record
+from layertap_server.reception import LARGE_BYTES, Reception, offload, parse
 from layertap_server.sharing import Sharing, placed
 from layertap_server.shm import Lending
 from layertap_server.stream import Stream
-from layertap_server.tokenizer import Item, Tokenized, Tokenizer
-from layertap_server.work import Plan, Text
-
-log = logging.getLogger(__name__)
-
-MessageT = TypeVar("MessageT", bound=Message)
-T = TypeVar("T")
+from layertap_server.tokenizer import Tokenized, Tokenizer
+from layertap_server.work import Plan
 
 SERVICE_NAME: Final = "layertap.v1.EmbeddingService"
 METHODS: Final = ("GetModelInfo", "Tokenize", "Decode", "Embed", "EmbedLayers", "EmbedStream", "ShareMemory")
-
-_LARGE_BYTES: Final = 64 << 10
-"""From here on parsing and packing leave the loop; below, a thread would cost more than the work."""
-_LARGE_CHARACTERS: Final = 4 << 10
-"""Likewise for tokenizing."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,6 +59,7 @@ class EmbeddingService:
         self,
         *,
         intake: Intake,
+        reception: Reception,
         tokenizer: Tokenizer,
         batcher: Batcher,
         identity: delivery.Identity,
@@ -84,6 +70,7 @@ class EmbeddingService:
     ) -> None:
         """Takes all that it works with."""
         self._intake = intake
+        self._reception = reception
         self._tokenizer = tokenizer
         self._batcher = batcher
         self._identity = identity
@@ -113,42 +100,20 @@ class EmbeddingService:
         return Doorbell()
 
     async def _get_model_info(self, raw: bytes, caller: Caller) -> bytes:
-        await _parse(pb.GetModelInfoRequest, raw)
+        await parse(pb.GetModelInfoRequest, raw)
         return self._info.SerializeToString()
 
     async def _tokenize(self, raw: bytes, caller: Caller) -> bytes:
-        request = await _parse(pb.TokenizeRequest, raw)
-        self._intake.check_text_count(len(request.inputs))
-        longest = self._intake.limits.character_count
-        max_length = self._intake.max_length(request.max_length, at_most=longest)
-        if not 0 <= request.pad_to <= max_length:
-            raise InvalidArgumentError(
-                f"pad_to is {request.pad_to}; it runs from 1 to max_length {max_length}, 0 means none"
-            )
-        labels = [f"inputs[{request.first_text + n}]" for n in range(len(request.inputs))]
-        items = [self._intake.item(one, label) for one, label in zip(request.inputs, labels, strict=True)]
-        for label, item in zip(labels, items, strict=True):
-            if isinstance(item, Text):
-                raise InvalidArgumentError(f"{label} is token ids already; send text, or ask Decode for its string")
-        started_at_ns = time.monotonic_ns()
-        results = await self._encode(
-            items,
-            labels=labels,
-            max_length=max_length,
-            truncation=self._intake.truncation(request.truncation),
-            add_special_tokens=not request.omit_special_tokens,
-        )
-        caller.record.tokenize.note(started_at_ns, time.monotonic_ns())
-        texts = _all_good(results)
-        caller.record.take([one.text for one in texts])
+        request = await parse(pb.TokenizeRequest, raw)
+        texts = await self._reception.tokenize(request, caller.record)
         # 40 bytes hold a token with all its numbers, whatever the vocabulary; the answer itself is checked again.
-        large = sum(max(one.text.token_count, request.pad_to) for one in texts) * 40 > _LARGE_BYTES
+        large = sum(max(one.text.token_count, request.pad_to) for one in texts) * 40 > LARGE_BYTES
 
         def answer() -> bytes:
             tokens = [delivery.tokens(one, self._tokenizer, pad_to=request.pad_to) for one in texts]
             return pb.TokenizeResponse(texts=tokens, pad_token_id=self._tokenizer.pad_token_id).SerializeToString()
 
-        serialized = await _run(answer, in_thread=large)
+        serialized = await offload(answer, in_thread=large)
         if len(serialized) > self._bounds.max_response_bytes:
             raise InvalidArgumentError(
                 f"the answer has {len(serialized)} bytes, the most is {self._bounds.max_response_bytes}; "
@@ -157,7 +122,7 @@ class EmbeddingService:
         return serialized
 
     async def _decode(self, raw: bytes, caller: Caller) -> bytes:
-        request = await _parse(pb.DecodeRequest, raw)
+        request = await parse(pb.DecodeRequest, raw)
         ids = self._intake.decodable(request.texts)
         caller.record.text_count += len(ids)
         caller.record.token_count += sum(map(len, ids))
@@ -166,11 +131,11 @@ class EmbeddingService:
             texts = self._tokenizer.decode(ids, skip_special_tokens=request.skip_special_tokens)
             return pb.DecodeResponse(texts=texts).SerializeToString()
 
-        return await _run(answer, in_thread=len(raw) > 1024)
+        return await offload(answer, in_thread=len(raw) > 1024)
 
     async def _embed(self, raw: bytes, caller: Caller) -> bytes:
-        request = await _parse(pb.EmbedRequest, raw)
-        plan, tokenized = await self._prepare(request.inputs, request.options, caller.record)
+        request = await parse(pb.EmbedRequest, raw)
+        plan, tokenized = await self._reception.embed(request.inputs, request.options, caller.record)
         texts = [one.text for one in tokenized]
         size = sum(map(plan.byte_counts.of, texts)) + 64 * len(texts)
         size += 48 * plan.return_tokens * sum(text.token_count for text in texts)
@@ -207,13 +172,13 @@ class EmbeddingService:
             return message.SerializeToString()
 
         started_at_ns = time.monotonic_ns()
-        serialized = await _run(answer, in_thread=size > _LARGE_BYTES)
+        serialized = await offload(answer, in_thread=size > LARGE_BYTES)
         caller.record.send.note(started_at_ns, time.monotonic_ns())
         return serialized
 
     async def _embed_layers(self, raw: bytes, caller: Caller) -> None:
-        request = await _parse(pb.EmbedLayersRequest, raw)
-        plan, tokenized = await self._prepare(request.inputs, request.options, caller.record)
+        request = await parse(pb.EmbedLayersRequest, raw)
+        plan, tokenized = await self._reception.embed(request.inputs, request.options, caller.record)
         with self._sharing.lend(request.options) as lending:
             plan = placed(plan, lending, [one.text for one in tokenized])
             frame_count = await self._send_layers(plan, tokenized, caller, lending)
@@ -251,10 +216,7 @@ class EmbeddingService:
         return frame_count
 
     async def _embed_stream(self, requests: AsyncIterator[bytes], caller: Caller) -> None:
-        async def parse(raw: bytes) -> pb.EmbedStreamRequest:
-            return await _parse(pb.EmbedStreamRequest, raw)
-
-        first = await parse(await anext(requests, b""))
+        first = await parse(pb.EmbedStreamRequest, await anext(requests, b""))
         if first.WhichOneof("kind") != "options":
             raise InvalidArgumentError("the first message must carry options; send them once, before all inputs")
         with self._sharing.lend(first.options.options) as lending:
@@ -262,8 +224,7 @@ class EmbeddingService:
                 first.options,
                 intake=self._intake,
                 tokenizer=self._tokenizer,
-                encode=self._encode,
-                parse=parse,
+                reception=self._reception,
                 write=caller.write,
                 record=caller.record,
                 inbox=Inbox(self._doorbell),
@@ -278,33 +239,8 @@ class EmbeddingService:
                 await stream.run(requests, call)
 
     async def _share_memory(self, raw: bytes, caller: Caller) -> None:
-        await _parse(pb.ShareMemoryRequest, raw)
+        await parse(pb.ShareMemoryRequest, raw)
         await self._sharing.lease(caller.write)
-
-    async def _prepare(
-        self, inputs: Sequence[pb.Input], options: pb.EmbedOptions, record: Record
-    ) -> tuple[Plan, list[Tokenized]]:
-        """Returns what is asked, and the texts as tokens."""
-        plan = self._intake.plan(options)
-        self._intake.check_text_count(len(inputs))
-        labels = [f"inputs[{n}]" for n in range(len(inputs))]
-        prompt = self._intake.prompt(options)
-        items = [self._intake.item(one, label, prompt=prompt) for one, label in zip(inputs, labels, strict=True)]
-        started_at_ns = time.monotonic_ns()
-        results = await self._encode(
-            items,
-            labels=labels,
-            max_length=self._intake.max_length(options.max_length, at_most=self._intake.model.max_length),
-            truncation=self._intake.truncation(options.truncation),
-            lower_case=options.lower_case,
-        )
-        checked = [self._intake.checked(plan, one, label) for one, label in zip(results, labels, strict=True)]
-        record.tokenize.note(started_at_ns, time.monotonic_ns())
-        return plan, _all_good(checked)
-
-    async def _encode(self, items: Sequence[Item], **options: Any) -> list[Tokenized | LayertapError]:
-        size = sum(_characters(item) for item in items)
-        return await _run(lambda: self._tokenizer.encode(items, **options), in_thread=size > _LARGE_CHARACTERS)
 
     @contextlib.contextmanager
     def _call(self, plan: Plan, tokenized: Sequence[Tokenized], inbox: Inbox[Any], caller: Caller) -> Iterator[Call]:
@@ -325,29 +261,6 @@ class EmbeddingService:
             call.close()
 
 
-async def _parse(kind: type[MessageT], raw: bytes) -> MessageT:
-    try:
-        return await _run(lambda: kind.FromString(raw), in_thread=len(raw) > _LARGE_BYTES)
-    except DecodeError as exc:
-        raise InvalidArgumentError(
-            f"the request is no {kind.DESCRIPTOR.name}; send what the contract describes"
-        ) from exc
-
-
-async def _run(work: Callable[[], T], *, in_thread: bool) -> T:
-    return await asyncio.to_thread(work) if in_thread else work()
-
-
-def _all_good(results: Iterable[Tokenized | LayertapError]) -> list[Tokenized]:
-    """Returns the texts if none is refused, else raises the first refusal."""
-    texts = []
-    for result in results:
-        if isinstance(result, LayertapError):
-            raise result
-        texts.append(result)
-    return texts
-
-
 def _good(event: RowsReady) -> RowsReady:
     """Returns rows if no text has failed, else raises the first failure under its place in the request."""
     if event.rows.failures:
@@ -361,9 +274,3 @@ def _done(event: RunDone | CallFailed) -> RunDone:
     if isinstance(event, CallFailed):
         raise event.error
     return event
-
-
-def _characters(item: Item) -> int:
-    if isinstance(item, Text):
-        return 0
-    return len(item) if isinstance(item, str) else sum(map(len, item))

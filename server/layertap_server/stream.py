@@ -23,6 +23,7 @@ from layertap.v1 import embedding_pb2 as pb
 from layertap_server.call import Call, CallFailed, Event, RowsReady, RunDone
 from layertap_server.inbox import Inbox
 from layertap_server.intake import Intake
+from layertap_server.reception import Reception, parse
 from layertap_server.record import Record
 from layertap_server.results import Result, failures_of, split_run
 from layertap_server.results import messages as messages_of
@@ -32,8 +33,6 @@ from layertap_server.tokenizer import Item, Tokenized, Tokenizer
 
 log = logging.getLogger(__name__)
 
-Parse = Callable[[bytes], Awaitable[pb.EmbedStreamRequest]]
-Encode = Callable[..., Awaitable[list[Tokenized | LayertapError]]]
 Write = Callable[[bytes], Awaitable[None]]
 
 
@@ -88,8 +87,7 @@ class Stream:
         *,
         intake: Intake,
         tokenizer: Tokenizer,
-        encode: Encode,
-        parse: Parse,
+        reception: Reception,
         write: Write,
         record: Record,
         inbox: Inbox[StreamEvent],
@@ -115,8 +113,8 @@ class Stream:
         self._truncation = intake.truncation(options.options.truncation)
         self._prompt = intake.prompt(options.options)
         self._lower_case = options.options.lower_case
-        self._intake, self._tokenizer, self._encode = intake, tokenizer, encode
-        self._parse, self._write, self._record, self._stopping = parse, write, record, stopping
+        self._intake, self._tokenizer, self._reception = intake, tokenizer, reception
+        self._write, self._record, self._stopping = write, record, stopping
         self._max_frame_bytes, self._lookahead_tokens = max_frame_bytes, lookahead_tokens
         self._entries: dict[int, _Entry] = {}
         self._queued: dict[int, int] = {}
@@ -150,7 +148,7 @@ class Stream:
     async def _read(self, requests: AsyncIterator[bytes], call: Call) -> None:
         try:
             while (raw := await self._next(requests)) is not None:
-                request = await self._parse(raw)
+                request = await parse(pb.EmbedStreamRequest, raw)
                 if request.WhichOneof("kind") != "inputs":
                     raise InvalidArgumentError("only the first message carries options; send inputs in each later one")
                 for first in range(0, len(request.inputs.inputs), _ADMITTED_AT_ONCE):
@@ -196,7 +194,7 @@ class Stream:
                 self.inbox.put(_Refused(one.id, exc))
         started_at_ns = time.monotonic_ns()
         labels = [f"item {number}" for number, _ in good]
-        results = await self._encode(
+        results = await self._reception.encode(
             [item for _, item in good],
             labels=labels,
             max_length=self._max_length,
