@@ -1,7 +1,9 @@
 """layertap: tokens, pooled vectors and every layer of a BERT over gRPC, as numpy arrays."""
 
+from layertap import fork as fork  # First: gRPC looks at what it sets.
 from layertap.async_client import AsyncClient
 from layertap.client import Client
+from layertap.connection import TLS
 from layertap.embedding import Embedding, LayerRows, StreamResult, TorchEmbedding
 from layertap.errors import (
     AbortedError,
@@ -31,6 +33,7 @@ from layertap.wire import keep_pages
 from layertap.words import Words
 
 __all__ = [
+    "TLS",
     "AbortedError",
     "AlreadyExistsError",
     "AsyncClient",

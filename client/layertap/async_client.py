@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
-from collections.abc import AsyncGenerator, AsyncIterator, Iterable
+from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Sequence
 from types import TracebackType
 from typing import Any, Literal, Self, Unpack, overload
 
@@ -16,19 +15,18 @@ import grpc
 import grpc.aio
 import numpy.typing as npt
 
-from layertap import calls, progress, stream, wire
+from layertap import calls, progress, stream
 from layertap.assembler import LayerAssembler
-from layertap.calls import DEFAULT_TIMEOUT_S, Layers, Poolings, ResponseT
-from layertap.channel import CHANNEL_OPTIONS, CLOSED_DURING_CALL, DEFAULT_TARGET, translate
+from layertap.calls import Layers, Poolings
+from layertap.connection import DEFAULT_RETRIES, DEFAULT_TIMEOUT_S, TLS, Connection, Option, settle
 from layertap.embedding import Embedding, LayerRows, StreamResult
-from layertap.errors import CancelledError, FailedPreconditionError, LayertapError
+from layertap.errors import LayertapError
 from layertap.inputs import Inputs, to_messages
-from layertap.lease import AsyncLease
 from layertap.ledger import StreamLedger
+from layertap.link import AsyncLink
 from layertap.sentences import EncodeOptions, Encoding
-from layertap.shm import SharedMemory, take
+from layertap.shm import SharedMemory
 from layertap.types import LayerMix, ModelInfo, TokenIds, Tokens
-from layertap.v1 import embedding_pb2 as pb
 
 
 class AsyncClient:
@@ -39,14 +37,32 @@ class AsyncClient:
         ...     embedding = await client.embed("I love Paris")
     """
 
-    def __init__(self, target: str = DEFAULT_TARGET, *, shared_memory: bool = False) -> None:
+    def __init__(
+        self,
+        target: str | None = None,
+        *,
+        shared_memory: bool = False,
+        tls: TLS | bool | None = None,
+        token: str | None = None,
+        retries: int = DEFAULT_RETRIES,
+        options: Sequence[Option] = (),
+        timeout_s: float | None = None,
+    ) -> None:
         """See `Client`."""
-        self.target = target
+        connection = settle(target, tls=tls, token=token, retries=retries, options=options, timeout_s=timeout_s)
+        self._set_up(connection, shared_memory, None)
+
+    @classmethod
+    def from_channel(cls, channel: grpc.aio.Channel, *, timeout_s: float = DEFAULT_TIMEOUT_S) -> Self:
+        """See `Client.from_channel`; this one has `embed_stream` too, over the given channel."""
+        client = cls.__new__(cls)
+        client._set_up(Connection(target="the given channel", timeout_s=timeout_s), False, channel)
+        return client
+
+    def _set_up(self, connection: Connection, shared_memory: bool, channel: grpc.aio.Channel | None) -> None:
+        self.target = connection.target
         self.shared_memory = SharedMemory(wanted=shared_memory)
-        self._channel: grpc.aio.Channel | None = None
-        self._lease: AsyncLease | None = None
-        self._owner: tuple[int, asyncio.AbstractEventLoop] | None = None
-        self._closed = False
+        self._link = AsyncLink(connection, self.shared_memory, channel)
         self._model: ModelInfo | None = None
 
     async def tokenize(
@@ -57,24 +73,24 @@ class AsyncClient:
         add_special_tokens: bool = True,
         truncation: str = "error",
         max_length: int | None = None,
-        timeout_s: float = DEFAULT_TIMEOUT_S,
+        timeout_s: float | None = None,
     ) -> Tokens:
         """See `Client.tokenize`."""
         requests = calls.tokenize(
             inputs, pad_to=pad_to, add_special_tokens=add_special_tokens, truncation=truncation, max_length=max_length
         )
-        return calls.read_tokens([await self._unary(request, timeout_s) for request in requests])
+        return calls.read_tokens([await self._link.unary(request, timeout_s) for request in requests])
 
     async def decode(
         self,
         ids: Tokens | TokenIds | npt.ArrayLike | Iterable[npt.ArrayLike],
         *,
         skip_special_tokens: bool = True,
-        timeout_s: float = DEFAULT_TIMEOUT_S,
+        timeout_s: float | None = None,
     ) -> list[str]:
         """See `Client.decode`."""
         request = calls.decode(ids, skip_special_tokens=skip_special_tokens)
-        return list((await self._unary(request, timeout_s)).texts)
+        return list((await self._link.unary(request, timeout_s)).texts)
 
     async def embed(
         self,
@@ -91,7 +107,7 @@ class AsyncClient:
         return_tokens: bool = False,
         prompt: str | None = None,
         prompt_name: str | None = None,
-        timeout_s: float = DEFAULT_TIMEOUT_S,
+        timeout_s: float | None = None,
     ) -> Embedding:
         """See `Client.embed`."""
         options = calls.embed_options(
@@ -119,7 +135,7 @@ class AsyncClient:
         max_length: int | None = None,
         prompt: str | None = None,
         prompt_name: str | None = None,
-        timeout_s: float = DEFAULT_TIMEOUT_S,
+        timeout_s: float | None = None,
     ) -> AsyncIterator[LayerRows]:
         """See `Client.embed_layers`."""
         options = calls.embed_options(
@@ -135,7 +151,7 @@ class AsyncClient:
         )
         call = calls.Embed(to_messages(inputs), options)
         assembler = LayerAssembler(call.messages, call.options)
-        async with contextlib.aclosing(self._layers(call.stream, timeout_s)) as parts:
+        async with contextlib.aclosing(self._link.layers(call.stream, timeout_s)) as parts:
             async for message in parts:
                 for rows in assembler.feed(*message):
                     yield rows
@@ -158,8 +174,8 @@ class AsyncClient:
         prompt_name: str | None = None,
         ordered: bool = True,
         on_error: str = "return",
-        item_timeout_s: float = DEFAULT_TIMEOUT_S,
-        reconnect_timeout_s: float = DEFAULT_TIMEOUT_S,
+        item_timeout_s: float | None = None,
+        reconnect_timeout_s: float | None = None,
     ) -> AsyncIterator[StreamResult]:
         """See `Client.embed_stream`; `inputs` may also be an async iterable."""
         options = calls.embed_options(
@@ -205,7 +221,7 @@ class AsyncClient:
         precision: str = "float32",
         normalize_embeddings: bool | None = None,
         truncate_dim: int | None = None,
-        timeout_s: float = DEFAULT_TIMEOUT_S,
+        timeout_s: float | None = None,
     ) -> npt.NDArray[Any] | list[npt.NDArray[Any]]:
         """See `Client.encode`."""
         try:
@@ -234,17 +250,23 @@ class AsyncClient:
             raise
         return await asyncio.to_thread(encoding.answer)
 
-    async def model_info(self, *, timeout_s: float = DEFAULT_TIMEOUT_S) -> ModelInfo:
+    async def wait_until_ready(self, *, timeout_s: float | None = None) -> None:
+        """See `Client.wait_until_ready`."""
+        waiting = calls.Waiting(self._link.timeout_s(timeout_s))
+        while True:
+            try:
+                await self.model_info(timeout_s=waiting.left_s)
+                return
+            except calls.PASSING as exc:
+                await asyncio.sleep(waiting.pause_s(exc))
+
+    async def model_info(self, *, timeout_s: float | None = None) -> ModelInfo:
         """See `Client.model_info`."""
-        return calls.read_model_info(await self._unary(calls.model_info(), timeout_s))
+        return calls.read_model_info(await self._link.unary(calls.model_info(), timeout_s))
 
     async def close(self) -> None:
         """See `Client.close`."""
-        self._closed = True
-        channel, self._channel = self._channel, None
-        self._lease = None
-        if channel is not None and self._owner == (os.getpid(), asyncio.get_running_loop()):
-            await channel.close(grace=None)
+        await self._link.close()
 
     async def __aenter__(self) -> Self:
         """Returns itself."""
@@ -260,21 +282,11 @@ class AsyncClient:
         """Says where it talks to."""
         return f"AsyncClient({self.target!r})"
 
-    def _connect(self) -> grpc.aio.Channel:
-        if self._closed:
-            raise FailedPreconditionError("this client is closed; make a new one")
-        owner = os.getpid(), asyncio.get_running_loop()
-        if self._channel is None or self._owner != owner:
-            self._channel = grpc.aio.insecure_channel(self.target, options=CHANNEL_OPTIONS)
-            self._lease = AsyncLease(self._channel, self.shared_memory, self.target)
-            self._owner = owner
-        return self._channel
-
-    async def _embed(self, call: calls.Embed, timeout_s: float) -> Embedding:
+    async def _embed(self, call: calls.Embed, timeout_s: float | None) -> Embedding:
         assembler = call.assembler()
         if call.unary is not None:
-            return assembler.whole(await self._unary(call.unary, timeout_s))
-        async with contextlib.aclosing(self._layers(call.stream, timeout_s)) as parts:
+            return assembler.whole(await self._link.unary(call.unary, timeout_s))
+        async with contextlib.aclosing(self._link.layers(call.stream, timeout_s)) as parts:
             async for message in parts:
                 assembler.feed(*message)
         return assembler.finish()
@@ -284,54 +296,15 @@ class AsyncClient:
         ledger: StreamLedger,
         inputs: stream.Items,
         raising: bool,
-        item_timeout_s: float,
-        reconnect_timeout_s: float,
+        item_timeout_s: float | None,
+        reconnect_timeout_s: float | None,
     ) -> AsyncGenerator[StreamResult, None]:
-        channel = self._connect()
-        assert self._lease is not None
-        running = stream.run(
-            self.target, channel, self._lease.begin, ledger, inputs, item_timeout_s, reconnect_timeout_s
-        )
+        channel, lease = self._link.open()
+        item_s, reconnect_s = self._link.timeout_s(item_timeout_s), self._link.timeout_s(reconnect_timeout_s)
+        running = stream.run(self._link.connection, channel, lease.begin, ledger, inputs, item_s, reconnect_s)
         async with contextlib.aclosing(running) as groups:
             async for group in groups:
                 for result in group:
                     if raising and result.error is not None:
                         raise result.error
                     yield result
-
-    async def _unary(self, call: calls.Unary[ResponseT], timeout_s: float) -> ResponseT:
-        method = self._connect().unary_unary(calls.SERVICE + call.rpc, None, None)
-        try:
-            raw = await method(call.request.SerializeToString(), timeout=timeout_s)
-        except (grpc.RpcError, grpc.aio.UsageError) as exc:
-            raise translate(exc, self.target, timeout_s) from exc
-        except asyncio.CancelledError as exc:
-            self._tell_closing(exc)
-            raise
-        return calls.read_whole(raw, call.response)
-
-    async def _layers(
-        self, request: pb.EmbedLayersRequest, timeout_s: float
-    ) -> AsyncGenerator[tuple[pb.EmbedLayersResponse, memoryview, wire.View | None], None]:
-        method = self._connect().unary_stream(calls.SERVICE + "EmbedLayers", None, None)
-        with contextlib.ExitStack() as stack:
-            try:
-                shared = await self._lease.begin(timeout_s) if self._lease is not None else None
-                if shared is not None:
-                    stack.callback(shared.end)
-                    request.options.shared_memory.CopyFrom(shared.use)
-                call = method(request.SerializeToString(), timeout=timeout_s)
-                stack.callback(call.cancel)
-                async for raw in call:
-                    part, data = wire.split(pb.EmbedLayersResponse, raw)
-                    yield part, data, take(shared, part)
-            except (grpc.RpcError, grpc.aio.UsageError) as exc:
-                raise translate(exc, self.target, timeout_s) from exc
-            except asyncio.CancelledError as exc:
-                self._tell_closing(exc)
-                raise
-
-    def _tell_closing(self, exc: asyncio.CancelledError) -> None:
-        """Raises layertap's own error if `close` ended the call; a cancelled task stays one."""
-        if self._closed:
-            raise CancelledError(CLOSED_DURING_CALL) from exc

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import operator
+import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Final, Generic, TypeAlias, TypeVar
 
@@ -16,14 +17,19 @@ import numpy.typing as npt
 from google.protobuf.message import Message
 
 from layertap import answer, assembler, wire
-from layertap.errors import DataLossError, InvalidArgumentError
+from layertap.errors import (
+    DataLossError,
+    DeadlineExceededError,
+    InvalidArgumentError,
+    LayertapError,
+    ResourceExhaustedError,
+    UnavailableError,
+)
 from layertap.inputs import Inputs, to_messages
 from layertap.types import LayerMix, Limits, ModelInfo, Pooling, SentenceConfig, TokenIds, Tokens
 from layertap.v1 import embedding_pb2 as pb
 
 SERVICE: Final = "/layertap.v1.EmbeddingService/"
-DEFAULT_TIMEOUT_S: Final = 60.0
-"""The deadline of calls for which the user names none, in seconds."""
 
 Layers: TypeAlias = "str | Iterable[int] | None"
 """`"all"`, layer numbers, or None for the default."""
@@ -36,6 +42,7 @@ _STRATEGY_NAMES: Final = {number: name for name, number in wire.POOLING_STRATEGI
 NameT = TypeVar("NameT", bound=int)
 ResponseT = TypeVar("ResponseT", bound=Message)
 
+_WAITING_PAUSE_S: Final = 0.2
 _TOKENIZE_CHARACTERS: Final = 100_000
 _TOKENIZE_TEXTS: Final = 256
 """What one Tokenize call holds at most, so that its answer stays a small message."""
@@ -183,6 +190,35 @@ def embed_options(
         prompt_name=_string("prompt_name", prompt_name),
         lower_case=lower_case,
     )
+
+
+PASSING: Final = (UnavailableError, DeadlineExceededError, ResourceExhaustedError)
+"""Errors that `wait_until_ready` waits out."""
+
+
+class Waiting:
+    """How long `wait_until_ready` still waits, and how long between two attempts."""
+
+    def __init__(self, timeout_s: float) -> None:
+        """Takes how long to wait, in seconds."""
+        self._timeout_s = timeout_s
+        self._ends_at = time.monotonic() + timeout_s
+
+    @property
+    def left_s(self) -> float:
+        """How many seconds the next attempt may take."""
+        return max(self._ends_at - time.monotonic(), _WAITING_PAUSE_S)
+
+    def pause_s(self, error: LayertapError) -> float:
+        """Returns how long to wait after a failed attempt, in seconds.
+
+        Raises:
+            DeadlineExceededError: There is no time for another one.
+        """
+        pause_s = error.retry_after_s or _WAITING_PAUSE_S
+        if time.monotonic() + pause_s >= self._ends_at:
+            raise DeadlineExceededError(f"not ready within {self._timeout_s} s: {error.details}") from error
+        return pause_s
 
 
 def count(field: str, value: int | None) -> int:

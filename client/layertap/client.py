@@ -6,30 +6,26 @@ connection is made at the first call, not in the constructor, and anew in a fork
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
-import os
-import threading
-from collections.abc import Iterable, Iterator
+import time
+from collections.abc import Iterable, Iterator, Sequence
 from types import TracebackType
 from typing import Any, Literal, Self, Unpack, overload
 
 import grpc
 import numpy.typing as npt
 
-from layertap import calls, progress, stream, wire
+from layertap import calls, progress, stream
 from layertap.assembler import LayerAssembler
-from layertap.calls import DEFAULT_TIMEOUT_S, Layers, Poolings, ResponseT
-from layertap.channel import CHANNEL_OPTIONS, DEFAULT_TARGET, translate
+from layertap.calls import Layers, Poolings
+from layertap.connection import DEFAULT_RETRIES, DEFAULT_TIMEOUT_S, TLS, Connection, Option, settle
 from layertap.embedding import Embedding, LayerRows, StreamResult
-from layertap.errors import FailedPreconditionError, LayertapError
+from layertap.errors import LayertapError
 from layertap.inputs import InputItem, Inputs, to_messages
-from layertap.lease import Lease
 from layertap.ledger import StreamLedger
+from layertap.link import Link
 from layertap.sentences import EncodeOptions, Encoding
-from layertap.shm import SharedCall, SharedMemory, take
+from layertap.shm import SharedMemory
 from layertap.types import LayerMix, ModelInfo, TokenIds, Tokens
-from layertap.v1 import embedding_pb2 as pb
 
 
 class Client:
@@ -42,23 +38,56 @@ class Client:
         (1, 5, 384)
     """
 
-    def __init__(self, target: str = DEFAULT_TARGET, *, shared_memory: bool = False) -> None:
-        """Connects at the first call.
+    def __init__(
+        self,
+        target: str | None = None,
+        *,
+        shared_memory: bool = False,
+        tls: TLS | bool | None = None,
+        token: str | None = None,
+        retries: int = DEFAULT_RETRIES,
+        options: Sequence[Option] = (),
+        timeout_s: float | None = None,
+    ) -> None:
+        """Connects at the first call, not here. What is not said is taken from LAYERTAP_… variables.
 
         Args:
-            target: The server's `host:port`, or `unix:/path`.
+            target: The server: `host:port`, `unix:/path`, `dns:///name:port` (all that the name resolves to, in turns),
+                or several `ip:port` with commas between them. None: LAYERTAP_TARGET, else 127.0.0.1:50051.
             shared_memory: Whether layers come through memory shared with the server, if it runs on this host as the
                 same user and offers that; else they come as ever, and the log says so. Arrays are then views of that
                 memory, which goes back to the server when they are collected; a process that forks copies first what
                 its children are to read.
+            tls: True encrypts and trusts whom this system trusts; a `TLS` says whom, and who the client is. None: as
+                LAYERTAP_TLS_CA, _CERT and _KEY say, if one is set. False: plaintext, also for a token.
+            token: The bearer token that each call carries. None: LAYERTAP_TOKEN. Never sent unencrypted to another
+                host, unless tls is False.
+            retries: How often, 0 to 4, a call is repeated that the server could not take: as soon as it wishes, and
+                not if it says that this is of no use.
+            options: What gRPC is told besides, as (name, value); see its channel arguments.
+            timeout_s: The deadline of calls for which none is named, in seconds. None: LAYERTAP_TIMEOUT_S, else 60.
+
+        Raises:
+            InvalidArgumentError: An argument or variable cannot be what it is.
         """
-        self.target = target
+        connection = settle(target, tls=tls, token=token, retries=retries, options=options, timeout_s=timeout_s)
+        self._set_up(connection, shared_memory, None)
+
+    @classmethod
+    def from_channel(cls, channel: grpc.Channel, *, timeout_s: float = DEFAULT_TIMEOUT_S) -> Self:
+        """Returns a client that uses a channel of the user's, who goes on to own it: `close` leaves it open.
+
+        Neither the environment nor retries, tokens or certificates of layertap's have a part in it. Such a client has
+        no `embed_stream`, which needs a connection of its own, and does not survive a fork.
+        """
+        client = cls.__new__(cls)
+        client._set_up(Connection(target="the given channel", timeout_s=timeout_s), False, channel)
+        return client
+
+    def _set_up(self, connection: Connection, shared_memory: bool, channel: grpc.Channel | None) -> None:
+        self.target = connection.target
         self.shared_memory = SharedMemory(wanted=shared_memory)
-        self._lock = threading.Lock()
-        self._channel: grpc.Channel | None = None
-        self._lease: Lease | None = None
-        self._pid = 0
-        self._closed = False
+        self._link = Link(connection, self.shared_memory, channel)
         self._model: ModelInfo | None = None
 
     def tokenize(
@@ -69,7 +98,7 @@ class Client:
         add_special_tokens: bool = True,
         truncation: str = "error",
         max_length: int | None = None,
-        timeout_s: float = DEFAULT_TIMEOUT_S,
+        timeout_s: float | None = None,
     ) -> Tokens:
         """Turns texts into tokens, exactly as the model's transformers tokenizer does.
 
@@ -87,14 +116,14 @@ class Client:
         requests = calls.tokenize(
             inputs, pad_to=pad_to, add_special_tokens=add_special_tokens, truncation=truncation, max_length=max_length
         )
-        return calls.read_tokens([self._unary(request, timeout_s) for request in requests])
+        return calls.read_tokens([self._link.unary(request, timeout_s) for request in requests])
 
     def decode(
         self,
         ids: Tokens | TokenIds | npt.ArrayLike | Iterable[npt.ArrayLike],
         *,
         skip_special_tokens: bool = True,
-        timeout_s: float = DEFAULT_TIMEOUT_S,
+        timeout_s: float | None = None,
     ) -> list[str]:
         """Turns token ids back into strings.
 
@@ -107,7 +136,7 @@ class Client:
             InvalidArgumentError: An id is outside the vocabulary.
         """
         request = calls.decode(ids, skip_special_tokens=skip_special_tokens)
-        return list(self._unary(request, timeout_s).texts)
+        return list(self._link.unary(request, timeout_s).texts)
 
     def embed(
         self,
@@ -124,7 +153,7 @@ class Client:
         return_tokens: bool = False,
         prompt: str | None = None,
         prompt_name: str | None = None,
-        timeout_s: float = DEFAULT_TIMEOUT_S,
+        timeout_s: float | None = None,
     ) -> Embedding:
         """Embeds texts and returns everything that was asked for, from one forward pass.
 
@@ -180,7 +209,7 @@ class Client:
         max_length: int | None = None,
         prompt: str | None = None,
         prompt_name: str | None = None,
-        timeout_s: float = DEFAULT_TIMEOUT_S,
+        timeout_s: float | None = None,
     ) -> Iterator[LayerRows]:
         """Embeds texts and yields the rows of each layer as they arrive, while later layers still compute.
 
@@ -200,7 +229,7 @@ class Client:
         )
         call = calls.Embed(to_messages(inputs), options)
         assembler = LayerAssembler(call.messages, call.options)
-        for message in self._layers(call.stream, timeout_s):
+        for message in self._link.layers(call.stream, timeout_s):
             yield from assembler.feed(*message)
         assembler.finish()
 
@@ -221,8 +250,8 @@ class Client:
         prompt_name: str | None = None,
         ordered: bool = True,
         on_error: str = "return",
-        item_timeout_s: float = DEFAULT_TIMEOUT_S,
-        reconnect_timeout_s: float = DEFAULT_TIMEOUT_S,
+        item_timeout_s: float | None = None,
+        reconnect_timeout_s: float | None = None,
     ) -> Iterator[StreamResult]:
         """Embeds any number of texts over one call, without holding them all, and survives lost connections.
 
@@ -293,7 +322,7 @@ class Client:
         precision: str = "float32",
         normalize_embeddings: bool | None = None,
         truncate_dim: int | None = None,
-        timeout_s: float = DEFAULT_TIMEOUT_S,
+        timeout_s: float | None = None,
     ) -> npt.NDArray[Any] | list[npt.NDArray[Any]]:
         """Makes one vector of each text, as `SentenceTransformer.encode` does with the same model.
 
@@ -349,21 +378,31 @@ class Client:
             raise
         return encoding.answer()
 
-    def model_info(self, *, timeout_s: float = DEFAULT_TIMEOUT_S) -> ModelInfo:
+    def wait_until_ready(self, *, timeout_s: float | None = None) -> None:
+        """Waits until the server answers calls, as after a start of both at once.
+
+        Args:
+            timeout_s: How long to wait, in seconds.
+
+        Raises:
+            DeadlineExceededError: It did not in that time; the message says what stood in the way last.
+            UnauthenticatedError: It wants another token.
+        """
+        waiting = calls.Waiting(self._link.timeout_s(timeout_s))
+        while True:
+            try:
+                self.model_info(timeout_s=waiting.left_s)
+                return
+            except calls.PASSING as exc:
+                time.sleep(waiting.pause_s(exc))
+
+    def model_info(self, *, timeout_s: float | None = None) -> ModelInfo:
         """Returns which model is served, its shapes, and the limits in force."""
-        return calls.read_model_info(self._unary(calls.model_info(), timeout_s))
+        return calls.read_model_info(self._link.unary(calls.model_info(), timeout_s))
 
     def close(self) -> None:
-        """Closes the connection; calls under way end with `CancelledError`.
-
-        An `embed_stream` has a connection of its own, which ends with its iteration.
-        """
-        with self._lock:
-            self._closed = True
-            channel, self._channel = self._channel, None
-            self._lease = None
-        if channel is not None and self._pid == os.getpid():
-            channel.close()
+        """Closes the connection; calls and streams under way end with `CancelledError`."""
+        self._link.close()
 
     def __enter__(self) -> Self:
         """Returns itself."""
@@ -379,24 +418,11 @@ class Client:
         """Says where it talks to."""
         return f"Client({self.target!r})"
 
-    def _check_open(self) -> None:
-        if self._closed:
-            raise FailedPreconditionError("this client is closed; make a new one")
-
-    def _connect(self) -> grpc.Channel:
-        with self._lock:
-            self._check_open()
-            if self._channel is None or self._pid != os.getpid():
-                self._channel = grpc.insecure_channel(self.target, options=CHANNEL_OPTIONS)
-                self._lease = Lease(self._channel, self.shared_memory, self.target)
-                self._pid = os.getpid()
-            return self._channel
-
-    def _embed(self, call: calls.Embed, timeout_s: float) -> Embedding:
+    def _embed(self, call: calls.Embed, timeout_s: float | None) -> Embedding:
         assembler = call.assembler()
         if call.unary is not None:
-            return assembler.whole(self._unary(call.unary, timeout_s))
-        for message in self._layers(call.stream, timeout_s):
+            return assembler.whole(self._link.unary(call.unary, timeout_s))
+        for message in self._link.layers(call.stream, timeout_s):
             assembler.feed(*message)
         return assembler.finish()
 
@@ -405,52 +431,17 @@ class Client:
         ledger: StreamLedger,
         inputs: Iterable[InputItem],
         raising: bool,
-        item_timeout_s: float,
-        reconnect_timeout_s: float,
+        item_timeout_s: float | None,
+        reconnect_timeout_s: float | None,
     ) -> Iterator[StreamResult]:
-        self._connect()
-        lease = self._lease
-
-        async def begin(timeout_s: float) -> SharedCall | None:
-            if lease is None or not self.shared_memory.wanted:
-                return None
-            return await asyncio.to_thread(lease.begin, timeout_s)
+        item_s, reconnect_s = self._link.timeout_s(item_timeout_s), self._link.timeout_s(reconnect_timeout_s)
 
         def start() -> stream.Groups:
-            return stream.run(self.target, None, begin, ledger, inputs, item_timeout_s, reconnect_timeout_s)
+            return stream.run(self._link.connection, None, self._link.begin, ledger, inputs, item_s, reconnect_s)
 
-        with contextlib.closing(stream.iterate(start)) as groups:
+        with self._link.iterating(stream.Iteration(start)) as groups:
             for group in groups:
                 for result in group:
                     if raising and result.error is not None:
                         raise result.error
                     yield result
-
-    def _unary(self, call: calls.Unary[ResponseT], timeout_s: float) -> ResponseT:
-        method = self._connect().unary_unary(calls.SERVICE + call.rpc, None, None)
-        try:
-            raw = method(call.request.SerializeToString(), timeout=timeout_s)
-        except (grpc.RpcError, ValueError) as exc:
-            raise translate(exc, self.target, timeout_s) from exc
-        return calls.read_whole(raw, call.response)
-
-    def _layers(
-        self, request: pb.EmbedLayersRequest, timeout_s: float
-    ) -> Iterator[tuple[pb.EmbedLayersResponse, memoryview, wire.View | None]]:
-        method = self._connect().unary_stream(calls.SERVICE + "EmbedLayers", None, None)
-        with contextlib.ExitStack() as stack:
-            shared = self._lease.begin(timeout_s) if self._lease is not None else None
-            if shared is not None:
-                stack.callback(shared.end)
-                request.options.shared_memory.CopyFrom(shared.use)
-            try:
-                call = method(request.SerializeToString(), timeout=timeout_s)
-            except ValueError as exc:
-                raise translate(exc, self.target, timeout_s) from exc
-            stack.callback(call.cancel)
-            try:
-                for raw in call:
-                    part, data = wire.split(pb.EmbedLayersResponse, raw)
-                    yield part, data, take(shared, part)
-            except grpc.RpcError as exc:
-                raise translate(exc, self.target, timeout_s) from exc

@@ -15,6 +15,7 @@ import grpc
 import grpc.aio
 
 from layertap.calls import SERVICE, read_whole
+from layertap.connection import Connection
 from layertap.errors import LayertapError
 from layertap.shm import Mapping, SharedCall, SharedMemory
 from layertap.v1 import embedding_pb2 as pb
@@ -31,10 +32,10 @@ _PASSING: Final = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDE
 class _Lease:
     """What both kinds have in common: what to make of the server's answer."""
 
-    def __init__(self, channel: Any, memory: SharedMemory, target: str) -> None:
+    def __init__(self, channel: Any, memory: SharedMemory, connection: Connection) -> None:
         self._method = channel.unary_stream(SERVICE + "ShareMemory", None, None)
         self._memory = memory
-        self._target = target
+        self._connection = connection
         self._mapping: Mapping | None = None
         self._refused = not memory.wanted
         self._call: Any = None
@@ -54,7 +55,7 @@ class _Lease:
 
     def _refuse(self, reason: str) -> None:
         self._refused = True
-        log.warning("no shared memory with %s, plain gRPC instead: %s", self._target, reason)
+        log.warning("no shared memory with %s, plain gRPC instead: %s", self._connection.target, reason)
 
     def _begin(self) -> SharedCall | None:
         return self._mapping.begin() if self._mapping is not None else None
@@ -63,9 +64,9 @@ class _Lease:
 class Lease(_Lease):
     """The memory shared over one channel."""
 
-    def __init__(self, channel: grpc.Channel, memory: SharedMemory, target: str) -> None:
+    def __init__(self, channel: grpc.Channel, memory: SharedMemory, connection: Connection) -> None:
         """Takes whom to ask; asks at the first `begin`."""
-        super().__init__(channel, memory, target)
+        super().__init__(channel, memory, connection)
         self._lock = threading.Lock()
 
     def begin(self, timeout_s: float) -> SharedCall | None:
@@ -80,7 +81,7 @@ class Lease(_Lease):
     def _open(self, timeout_s: float) -> None:
         self._mapping = None
         try:
-            self._call = self._method(pb.ShareMemoryRequest().SerializeToString())
+            self._call = self._method(pb.ShareMemoryRequest().SerializeToString(), metadata=self._connection.metadata)
             # The call has no deadline, only its first answer has.
             late = threading.Timer(timeout_s, self._call.cancel)
             late.start()
@@ -101,9 +102,9 @@ class Lease(_Lease):
 class AsyncLease(_Lease):
     """The memory shared over one asyncio channel; `begin` may be awaited by many tasks."""
 
-    def __init__(self, channel: grpc.aio.Channel, memory: SharedMemory, target: str) -> None:
+    def __init__(self, channel: grpc.aio.Channel, memory: SharedMemory, connection: Connection) -> None:
         """Takes whom to ask; asks at the first `begin`."""
-        super().__init__(channel, memory, target)
+        super().__init__(channel, memory, connection)
         self._lock = asyncio.Lock()
 
     async def begin(self, timeout_s: float) -> SharedCall | None:
@@ -118,7 +119,7 @@ class AsyncLease(_Lease):
     async def _open(self, timeout_s: float) -> None:
         self._mapping = None
         try:
-            self._call = self._method(pb.ShareMemoryRequest().SerializeToString())
+            self._call = self._method(pb.ShareMemoryRequest().SerializeToString(), metadata=self._connection.metadata)
             raw = await asyncio.wait_for(self._call.read(), timeout_s)
         except grpc.RpcError as exc:
             self._fail(exc)

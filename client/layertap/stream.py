@@ -1,17 +1,20 @@
 """`embed_stream` on the wire: sending and receiving at once, and again after a lost connection.
 
-One asyncio implementation serves both clients; `iterate` lends it to synchronous callers by running it on a loop in a
+One asyncio implementation serves both clients; `Iteration` lends it to synchronous callers by running it on a loop in a
 thread of its own. What to send and what came back is the ledger's business, not this file's.
 """
 
 from __future__ import annotations
 
 import asyncio
+import atexit
+import concurrent.futures
 import contextlib
+import os
 import random
 import threading
 import time
-from collections.abc import AsyncGenerator, AsyncIterable, Awaitable, Callable, Generator, Iterable
+from collections.abc import AsyncGenerator, AsyncIterable, Awaitable, Callable, Iterable, Iterator
 from typing import Any, Final
 
 import grpc
@@ -19,7 +22,8 @@ import grpc.aio
 
 from layertap import source, wire
 from layertap.calls import SERVICE
-from layertap.channel import CHANNEL_OPTIONS, CLOSED_DURING_CALL, translate
+from layertap.channel import CLOSED_DURING_CALL, open_async_channel, translate
+from layertap.connection import Connection
 from layertap.embedding import StreamResult
 from layertap.errors import CancelledError, DeadlineExceededError, UnavailableError
 from layertap.inputs import InputItem
@@ -44,7 +48,7 @@ class EmbedStream:
         self,
         *,
         channel: grpc.aio.Channel,
-        target: str,
+        connection: Connection,
         begin: Begin,
         ledger: StreamLedger,
         items: Items,
@@ -53,7 +57,7 @@ class EmbedStream:
     ) -> None:
         """Takes what it needs; nothing happens before `results` is iterated."""
         self._channel = channel
-        self._target = target
+        self._settings = connection
         self._begin = begin
         self._ledger = ledger
         self._items = items
@@ -118,7 +122,9 @@ class EmbedStream:
 
     async def _call(self, shared: SharedCall | None) -> Groups:
         try:
-            call = self._channel.stream_stream(SERVICE + "EmbedStream", None, None)(None, wait_for_ready=False)
+            call = self._channel.stream_stream(SERVICE + "EmbedStream", None, None)(
+                None, metadata=self._settings.metadata
+            )
         except grpc.aio.UsageError as exc:
             raise CancelledError(CLOSED_DURING_CALL) from exc
         writer = asyncio.create_task(self._write(call, shared))
@@ -146,7 +152,7 @@ class EmbedStream:
             await asyncio.wait_for(writer, self._item_timeout_s)
             await asyncio.wait_for(read or call.read(), self._item_timeout_s)
         except grpc.RpcError as exc:
-            raise translate(exc, self._target, None, resumable=True) from exc
+            raise translate(exc, self._settings, None, resumable=True) from exc
         finally:
             writer.cancel()
             call.cancel()
@@ -210,7 +216,7 @@ class EmbedStream:
 
 
 async def run(
-    target: str,
+    connection: Connection,
     channel: grpc.aio.Channel | None,
     begin: Begin,
     ledger: StreamLedger,
@@ -221,10 +227,10 @@ async def run(
     """Runs one embed_stream, on a channel of its own where none is given."""
     async with contextlib.AsyncExitStack() as stack:
         if channel is None:
-            channel = await stack.enter_async_context(grpc.aio.insecure_channel(target, options=CHANNEL_OPTIONS))
+            channel = await stack.enter_async_context(open_async_channel(connection))
         stream = EmbedStream(
             channel=channel,
-            target=target,
+            connection=connection,
             begin=begin,
             ledger=ledger,
             items=items,
@@ -236,38 +242,73 @@ async def run(
             yield group
 
 
-def iterate(start: Callable[[], Groups]) -> Generator[list[StreamResult], None, None]:
-    """Runs an async generator on a loop in a thread of its own; leaving the iteration ends both."""
-    loop = asyncio.new_event_loop()
-    thread = threading.Thread(target=loop.run_forever, name="layertap-stream", daemon=True)
-    thread.start()
+class Iteration:
+    """Runs an async generator on a loop in a thread of its own. To be iterated once and closed by whoever iterates."""
 
-    groups: Groups | None = None
-    step: asyncio.Task[Any] | None = None
+    def __init__(self, start: Callable[[], Groups]) -> None:
+        """Takes what makes the generator; the thread starts with the iteration."""
+        self._start = start
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._thread: threading.Thread | None = None
+        self._groups: Groups | None = None
+        self._step: asyncio.Task[Any] | None = None
+        self._cancelled = False
+        self._pid = os.getpid()
 
-    async def advance() -> list[StreamResult]:
-        nonlocal groups, step
-        groups, step = groups or start(), asyncio.current_task()
-        return await anext(groups)
+    def __iter__(self) -> Iterator[list[StreamResult]]:
+        """Yields what the generator does.
 
-    async def stop() -> None:
-        if step is not None and not step.done():  # Ctrl-C leaves a step under way.
-            step.cancel()
-            await asyncio.gather(step, return_exceptions=True)
-        if groups is not None:
-            await groups.aclose()
+        Raises:
+            CancelledError: `cancel` was called.
+        """
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="layertap-stream", daemon=True)
+        self._thread.start()
+        # An iteration that is never finished would else be closed when its thread no longer runs, and wait for ever.
+        atexit.register(self.close)
+        while True:
+            try:
+                yield asyncio.run_coroutine_threadsafe(self._advance(), self._loop).result()
+            except StopAsyncIteration:
+                return
+            except concurrent.futures.CancelledError as exc:
+                raise CancelledError(CLOSED_DURING_CALL) from exc
+
+    def cancel(self) -> None:
+        """Lets the iteration end with an error, now or at its next step. To be called from any thread."""
+        self._cancelled = True
+        # Whoever iterates may close the loop at the same time.
+        with contextlib.suppress(RuntimeError):
+            if self._loop is not None:
+                self._loop.call_soon_threadsafe(self._cancel_step)
+
+    def close(self) -> None:
+        """Ends the generator and the thread; may be called again."""
+        atexit.unregister(self.close)
+        loop, self._loop = self._loop, None
+        if loop is None or self._thread is None or self._pid != os.getpid():
+            return  # A forked child has no such thread.
+        asyncio.run_coroutine_threadsafe(self._stop(), loop).result()
+        loop.call_soon_threadsafe(loop.stop)
+        self._thread.join()
+        loop.close()
+
+    async def _advance(self) -> list[StreamResult]:
+        if self._cancelled:
+            raise CancelledError(CLOSED_DURING_CALL)
+        self._groups, self._step = self._groups or self._start(), asyncio.current_task()
+        return await anext(self._groups)
+
+    def _cancel_step(self) -> None:
+        if self._step is not None:
+            self._step.cancel()
+
+    async def _stop(self) -> None:
+        if self._step is not None and not self._step.done():  # Ctrl-C leaves a step under way.
+            self._step.cancel()
+            await asyncio.gather(self._step, return_exceptions=True)
+        if self._groups is not None:
+            await self._groups.aclose()
         # What grpc still has to finish for a cancelled call.
         if rest := asyncio.all_tasks() - {asyncio.current_task()}:
             await asyncio.wait(rest, timeout=_END_S)
-
-    try:
-        while True:
-            try:
-                yield asyncio.run_coroutine_threadsafe(advance(), loop).result()
-            except StopAsyncIteration:
-                return
-    finally:
-        asyncio.run_coroutine_threadsafe(stop(), loop).result()
-        loop.call_soon_threadsafe(loop.stop)
-        thread.join()
-        loop.close()

@@ -9,9 +9,10 @@ from typing import Final
 
 import grpc
 
+from layertap.channel import open_channel, translate
 from layertap.cli import shell
 from layertap.client import Client
-from layertap.errors import from_status
+from layertap.connection import settle
 
 _HEALTH: Final = ("UNKNOWN", "SERVING", "NOT_SERVING", "SERVICE_UNKNOWN")
 
@@ -68,13 +69,14 @@ def health(args: argparse.Namespace) -> int:
     """Ends with 0 if the server serves."""
     # The standard service without its package, which the client does not require. The empty request asks for the server
     # as a whole; the answer has one field, number 1, an enum: byte 0x08, then its value.
-    with grpc.insecure_channel(args.target) as channel:
+    connection = settle(args.target, timeout_s=args.timeout_s)
+    with open_channel(connection) as channel:
         check = channel.unary_unary("/grpc.health.v1.Health/Check", bytes, bytes)
         try:
             answer = check(b"", timeout=args.timeout_s)
         except grpc.RpcError as exc:
-            message = f"{args.target} does not tell its health: {exc.details()}"
-            raise from_status(exc.code().value[0], message) from exc
+            error = translate(exc, connection, args.timeout_s)
+            raise type(error)(f"{args.target} does not tell its health: {error.details}") from exc
     status = _HEALTH[min(answer[1], 3) if answer[:1] == b"\x08" else 0]
     shell.print_json(status=status) if args.json else print(status)
     return 0 if status == "SERVING" else 1

@@ -8,9 +8,8 @@ from pathlib import Path
 from typing import Final
 
 from layertap import __version__, wire
-from layertap.calls import DEFAULT_TIMEOUT_S
-from layertap.channel import DEFAULT_TARGET
 from layertap.cli import commands, embed, shell
+from layertap.connection import DEFAULT_TARGET
 
 _EXAMPLES: Final = """\
 examples:
@@ -22,7 +21,8 @@ examples:
   layertap health --target 10.0.0.7:50051 && layertap info --target 10.0.0.7:50051
 
 Texts are arguments or, without any, lines of stdin; an empty line is a text. Before a text that begins with a dash
-write --, before negative layers = (--layers=-1,-2). LAYERTAP_TARGET replaces the default of --target.
+write --, before negative layers = (--layers=-1,-2). The variables LAYERTAP_TARGET and LAYERTAP_TIMEOUT_S replace the
+defaults; LAYERTAP_TLS_CA, LAYERTAP_TLS_CERT, LAYERTAP_TLS_KEY and LAYERTAP_TOKEN say how to come in.
 
 exit codes: 0 done; 1 the server refused, failed, did not answer or is not serving; 2 wrong usage."""
 
@@ -31,8 +31,9 @@ def build() -> argparse.ArgumentParser:
     """Returns the parser; what it parses has the command as `run`."""
     common = argparse.ArgumentParser(add_help=False)
     target = os.environ.get("LAYERTAP_TARGET") or DEFAULT_TARGET
+    timeout_s = os.environ.get("LAYERTAP_TIMEOUT_S") or "60"
     common.add_argument("--target", default=target, help="the server, as host:port [%(default)s]")
-    common.add_argument("--timeout-s", type=float, default=DEFAULT_TIMEOUT_S, help="wait so long for an answer [60]")
+    common.add_argument("--timeout-s", type=float, default=timeout_s, help="wait so long for an answer [%(default)s]")
     common.add_argument("--json", action="store_true", help="print one JSON object a line")
 
     texts = argparse.ArgumentParser(add_help=False)
