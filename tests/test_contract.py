@@ -88,7 +88,7 @@ def test_both_clients_take_the_same_arguments(name: str) -> None:
     for one, other in zip(sync.values(), awaited.values(), strict=True):
         assert (one.kind, one.default) == (other.kind, other.default)
         if one.name != "inputs":
-            assert one.annotation == other.annotation.replace("grpc.aio.", "grpc.")
+            assert one.annotation == str(other.annotation).replace("grpc.aio.", "grpc.") or one.name == "self"
 
 
 @pytest.mark.parametrize("name", METHODS)

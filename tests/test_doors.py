@@ -1,0 +1,317 @@
+"""Who comes in: TLS both ways, tokens, their rotation while the server runs, and what the SDK says of each mistake."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import grpc
+import pytest
+from authority import Authority
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
+from support import Server, open_client, running
+
+from layertap import TLS, Client, LayertapError, UnauthenticatedError, UnavailableError
+from layertap.v1 import embedding_pb2 as pb
+from layertap.v1 import embedding_pb2_grpc
+from layertap_server import guard
+from layertap_server.app import App
+from layertap_server.cli import main
+
+WAIT_S = 30.0
+ALICE, BOB, CAROL = "alices-token-0123", "bobs-token-0123456", "carols-token-01234"
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class House:
+    """A running server and the files of its doors."""
+
+    server: Server
+    authority: Authority
+    folder: Path
+    ca: str
+
+    @property
+    def tls(self) -> TLS:
+        return TLS(ca=self.ca)
+
+    def write_tokens(self, text: str) -> None:
+        new = self.folder / "tokens.new"
+        new.write_text(text)
+        new.chmod(0o600)
+        new.replace(self.folder / "tokens")
+
+
+def serve(folder: Path, model: Path, *flags: str) -> Iterator[House]:
+    authority = Authority()
+    cert, key = authority.sign("the server").write(folder, "server")
+    tls = ("--tls-cert", cert, "--tls-key", key)
+    with running("--device", "cpu", "--model-id", str(model), *tls, *flags) as server:
+        yield House(server, authority, folder, authority.write(folder))
+
+
+@pytest.fixture(scope="module")
+def house(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[House]:
+    """Speaks TLS and asks for tokens."""
+    folder = tmp_path_factory.mktemp("house")
+    tokens = folder / "tokens"
+    tokens.write_text(f"alice {ALICE}\nbob {BOB}\n")
+    tokens.chmod(0o600)
+    yield from serve(folder, tiny_folder, "--token-file", str(tokens))
+
+
+@pytest.fixture(scope="module")
+def mutual(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[House]:
+    """Speaks TLS with clients that have a certificate."""
+    folder = tmp_path_factory.mktemp("mutual")
+    own = Authority("signs clients")
+    (folder / "clients").mkdir()
+    for found in serve(folder, tiny_folder, "--tls-client-ca", own.write(folder, "client-ca")):
+        yield dataclasses.replace(found, authority=own)
+
+
+def ask(kind: str, address: str, **options: Any) -> tuple[int, ...]:
+    """Goes once in by every kind of call."""
+    client = open_client(kind, address, retries=0, timeout_s=WAIT_S, **options)
+    try:
+        client.model_info()
+        list(client.embed_layers("I love Paris"))
+        assert len(list(client.embed_stream(["one", "two"], pooling="mean"))) == 2
+        return tuple(client.embed("I love Paris", pooling="mean").pooled.shape)
+    finally:
+        client.close()
+
+
+def refusal(kind: str, address: str, **options: Any) -> LayertapError:
+    """Returns with what a client is refused, whichever call it makes."""
+    client = open_client(kind, address, retries=0, timeout_s=WAIT_S, **options)
+    calls: tuple[Callable[[], Any], ...] = (
+        lambda: client.embed("I love Paris", pooling="mean"),
+        client.model_info,
+        lambda: list(client.embed_layers("I love Paris")),
+        lambda: list(client.embed_stream(["I love Paris"], reconnect_timeout_s=0.1)),
+    )
+    found = []
+    try:
+        for call in calls:
+            with pytest.raises(LayertapError) as caught:
+                call()
+            found.append(caught.value)
+    finally:
+        client.close()
+    assert len({type(error) for error in found}) == 1
+    return found[0]
+
+
+def test_the_right_papers_open_the_door(kind: str, house: House, mutual: House, tmp_path: Path) -> None:
+    assert ask(kind, house.server.address, tls=house.tls, token=ALICE) == (1, 32)
+    assert ask(kind, house.server.address, tls=TLS(ca=house.authority.pem), token=BOB) == (1, 32)
+    named = house.server.address.replace("127.0.0.1", "localhost")
+    assert ask(kind, named, tls=house.tls, token=BOB) == (1, 32)
+    several = f"{house.server.address},{house.server.address}"
+    assert ask(kind, several, tls=TLS(ca=house.ca, server_name="localhost"), token=BOB) == (1, 32)
+    cert, key = mutual.authority.sign("alice").write(tmp_path, "alice")
+    assert ask(kind, mutual.server.address, tls=TLS(ca=mutual.ca, cert=cert, key=key)) == (1, 32)
+
+
+def test_the_environment_opens_the_door(kind: str, house: House, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LAYERTAP_TARGET", house.server.address)
+    monkeypatch.setenv("LAYERTAP_TLS_CA", house.ca)
+    monkeypatch.setenv("LAYERTAP_TOKEN", ALICE)
+    assert ask(kind, "") == (1, 32)
+    assert isinstance(refusal(kind, "", token=CAROL), UnauthenticatedError)
+
+
+@pytest.mark.parametrize(
+    ("options", "kind_of", "words"),
+    [
+        ({"tls": TLS(ca=Authority("another").pem), "token": ALICE}, UnavailableError, ["TLS(ca=", "LAYERTAP_TLS_CA"]),
+        ({"tls": True, "token": ALICE}, UnavailableError, ["TLS(ca=", "LAYERTAP_TLS_CA"]),
+        ({"tls": False}, UnavailableError, ["speaks TLS", "tls=True"]),
+        ({}, UnauthenticatedError, ["none was sent", "token=", "LAYERTAP_TOKEN"]),
+        ({"token": CAROL}, UnauthenticatedError, ["none of this server's", "token="]),
+        ({"token": ALICE[:-1]}, UnauthenticatedError, ["none of this server's"]),
+    ],
+    ids=["wrong CA", "system's CAs", "plaintext", "no token", "wrong token", "half a token"],
+)
+def test_each_mistake_has_its_code_and_says_what_to_change(
+    kind: str, house: House, options: dict[str, Any], kind_of: type[LayertapError], words: list[str]
+) -> None:
+    error = refusal(kind, house.server.address, **{"tls": house.tls, **options})
+    assert type(error) is kind_of and error.retry_after_s is None
+    assert all(word in error.details for word in words), error.details
+    assert CAROL not in error.details and "Paris" not in error.details
+
+
+def test_a_certificate_for_another_name_is_said_to_be_one(kind: str, house: House) -> None:
+    error = refusal(kind, house.server.address, tls=TLS(ca=house.ca, server_name="other.example"), token=ALICE)
+    assert isinstance(error, UnavailableError) and "another name" in error.details and "server_name" in error.details
+
+
+def test_tls_to_a_plaintext_port_is_said_to_be_that(kind: str, tiny_server: Server, house: House) -> None:
+    error = refusal(kind, tiny_server.address, tls=house.tls)
+    assert isinstance(error, UnavailableError) and "speaks no TLS" in error.details
+
+
+@pytest.mark.parametrize("papers", ["none", "expired", "another authority's"])
+def test_clients_without_a_good_certificate_stay_out(kind: str, mutual: House, papers: str) -> None:
+    tls = TLS(ca=mutual.ca)
+    if papers != "none":
+        signer = mutual.authority if papers == "expired" else Authority("another")
+        paper = signer.sign("alice", expired=papers == "expired")
+        tls = TLS(ca=mutual.ca, cert=paper.cert, key=paper.key)
+    error = refusal(kind, mutual.server.address, tls=tls)
+    assert isinstance(error, UnavailableError)
+    assert ("TLS(cert=" if papers == "none" else "tls.cert") in error.details, error.details
+
+
+@contextlib.contextmanager
+def channel_to(house: House) -> Iterator[grpc.Channel]:
+    with grpc.secure_channel(house.server.address, grpc.ssl_channel_credentials(house.authority.pem)) as channel:
+        yield channel
+
+
+def test_health_is_open_and_all_else_asks_for_a_token(house: House) -> None:
+    with channel_to(house) as channel:
+        health = health_pb2_grpc.HealthStub(channel)
+        answer = health.Check(health_pb2.HealthCheckRequest(), timeout=WAIT_S)
+        assert answer.status == health_pb2.HealthCheckResponse.SERVING
+        reflection = reflection_pb2_grpc.ServerReflectionStub(channel)
+        service = embedding_pb2_grpc.EmbeddingServiceStub(channel)
+        question = reflection_pb2.ServerReflectionRequest(list_services="")
+        calls: list[Callable[..., Any]] = [
+            lambda **given: list(reflection.ServerReflectionInfo(iter([question]), **given)),
+            lambda **given: list(service.EmbedStream(iter([pb.EmbedStreamRequest()]), **given)),
+            lambda **given: list(service.ShareMemory(pb.ShareMemoryRequest(), **given)),
+            lambda **given: service.GetModelInfo(pb.GetModelInfoRequest(), **given),
+            lambda **given: channel.unary_unary("/no.such.Service/Method", None, None)(b"", **given),
+        ]
+        for call in calls:
+            for metadata in ((), (("authorization", f"Basic {ALICE}"),), (("authorization", "Bearer "),)):
+                with pytest.raises(grpc.RpcError) as caught:
+                    call(timeout=WAIT_S, metadata=metadata)
+                assert caught.value.code() is grpc.StatusCode.UNAUTHENTICATED
+                assert dict(caught.value.trailing_metadata())["grpc-retry-pushback-ms"] == "-1"
+        metadata = (("authorization", f"bearer {ALICE}"),)
+        assert service.GetModelInfo(pb.GetModelInfoRequest(), timeout=WAIT_S, metadata=metadata).layer_count == 3
+
+
+def test_tokens_are_rotated_while_the_server_runs(house: House) -> None:
+    given = {"tls": house.tls, "retries": 0}
+    with (
+        Client(house.server.address, token=BOB, **given) as bob,
+        Client(house.server.address, token=CAROL, **given) as carol,
+    ):
+        assert bob.model_info().layer_count == 3
+        house.write_tokens(f"alice {ALICE}\ncarol {CAROL}\n")
+        assert carol.model_info().layer_count == 3
+        with pytest.raises(UnauthenticatedError):
+            bob.model_info()
+        house.write_tokens("half a li")
+        assert carol.model_info().layer_count == 3
+        house.write_tokens(f"alice {ALICE}\nbob {BOB}\n")
+        assert bob.model_info().layer_count == 3
+    log = house.server.log.decode()
+    assert "the token file changed and cannot be used" in log and "line 1" in log
+    assert not any(secret in log for secret in (ALICE, BOB, CAROL, "half"))
+
+
+def test_a_certificate_is_rotated_while_the_server_runs(kind: str, house: House) -> None:
+    address = house.server.address
+    before = Client(address, tls=house.tls, token=ALICE)
+    assert before.model_info().layer_count == 3
+    other = Authority("the next one")
+
+    expired = house.authority.sign("the server", expired=True)
+    expired.write(house.folder, "server")
+    error = refusal(kind, address, tls=house.tls, token=ALICE)
+    assert isinstance(error, UnavailableError) and "expired" in error.details and "renew" in error.details
+
+    other.sign("the server").write(house.folder, "server")
+    assert ask(kind, address, tls=TLS(ca=other.pem), token=ALICE) == (1, 32)
+    assert isinstance(refusal(kind, address, tls=house.tls, token=ALICE), UnavailableError)
+    assert before.model_info().layer_count == 3  # What is connected stays so.
+
+    # Half a rotation: the certificate of one and the key of another. The last good pair stays in force.
+    (house.folder / "server.pem").write_bytes(house.authority.sign("the server").cert)
+    assert ask(kind, address, tls=TLS(ca=other.pem), token=ALICE) == (1, 32)
+    assert b"the certificate changed and cannot be used" in house.server.log
+    house.authority.sign("the server").write(house.folder, "server")
+    assert ask(kind, address, tls=house.tls, token=ALICE) == (1, 32)
+    before.close()
+
+
+def test_files_that_cannot_be_used_end_the_server_with_one_line(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(App, "__init__", _without_a_model)
+    authority = Authority()
+    cert, key = authority.sign("one").write(tmp_path, "one")
+    _, other_key = authority.sign("other").write(tmp_path, "other")
+    empty = tmp_path / "empty"
+    empty.touch()
+    for flags, word in (
+        (["--tls-cert", cert, "--tls-key", other_key], "KEY_VALUES_MISMATCH"),
+        (["--tls-cert", cert, "--tls-key", str(tmp_path / "none")], "No such file"),
+        (["--tls-cert", cert, "--tls-key", key, "--tls-client-ca", str(empty)], "--tls-client-ca"),
+        (["--token-file", str(empty)], "no token"),
+        (["--token-file", str(tmp_path / "none")], "No such file"),
+        (["--host", "0.0.0.0"], "--insecure-listen"),
+    ):
+        assert main(["--port", "0", "--log-level", "error", *flags]) == 2
+        told = capfd.readouterr().err
+        assert word in told and told.count("\n") == 1, told
+
+
+def _without_a_model(self: App, config: Any) -> None:
+    """What listening needs of an app, so that a bad file is seen without loading a model."""
+    self._config = config
+    self._service = SimpleNamespace(handler=lambda: grpc.method_handlers_generic_handler("none", {}))
+
+
+@pytest.mark.parametrize(
+    ("peer", "certificate", "client"),
+    [
+        ("ipv4:10.0.0.7:50321", {}, "10.0.0.7"),
+        ("ipv6:%5B::1%5D:50321", {}, "[::1]"),
+        ("unix:", {}, "unix"),
+        ("ipv4:10.0.0.7:50321", {"x509_common_name": [b"alice"]}, "alice"),
+    ],
+)
+def test_a_client_goes_by_its_certificate_else_its_address(
+    peer: str, certificate: dict[str, list[bytes]], client: str
+) -> None:
+    context: Any = SimpleNamespace(peer=lambda: peer, auth_context=lambda: certificate)
+    assert guard.client_of(context) == client
+    one, other = object(), object()
+    same = guard.connection_of(context, one) == guard.connection_of(context, other)
+    assert same is not peer.startswith("unix")
+
+
+def test_a_connection_that_gets_too_old_is_replaced_without_an_error(tiny_folder: Path) -> None:
+    flags = ("--device", "cpu", "--model-id", str(tiny_folder), "--max-connection-age-s", "1", "--grace-s", "1")
+    with running(*flags) as server:
+        client = Client(server.address)
+        ends_at = time.monotonic() + 5
+
+        def items() -> Iterator[str]:
+            number = 0
+            while time.monotonic() < ends_at:
+                number += 1
+                yield f"text {number}"
+
+        found = client.embed_stream(items(), pooling="mean")
+        count = 0
+        for result in found:
+            assert result.error is None and result.index == count
+            count += 1
+            if count % 50 == 0:
+                assert client.embed("I love Paris", pooling="mean").pooled.shape == (1, 32)
+        assert count > 1 and client.model_info().limits.max_connection_age_ns == 1_000_000_000
+        client.close()
