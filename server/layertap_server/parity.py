@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 import numpy.typing as npt
 
-from layertap.channel import DEFAULT_TARGET
 from layertap.client import Client
+from layertap.connection import DEFAULT_TARGET
 from layertap.embedding import Embedding
 from layertap.errors import LayertapError
 from layertap.types import ModelInfo
