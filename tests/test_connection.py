@@ -386,10 +386,10 @@ import asyncio, multiprocessing, os, sys
 import layertap
 address = sys.argv[1]
 client = layertap.Client(address)
-other = layertap.AsyncClient(address)
 
 async def use():
-    return (await other.embed("I love Paris", pooling="mean")).pooled.shape
+    async with layertap.AsyncClient(address) as other:
+        return (await other.embed("I love Paris", pooling="mean")).pooled.shape
 
 def work(text):
     assert len(list(client.embed_stream([text, text], pooling="mean"))) == 2

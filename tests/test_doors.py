@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import dataclasses
+import re
+import subprocess
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,9 +23,10 @@ from support import Server, open_client, running
 from layertap import TLS, Client, LayertapError, UnauthenticatedError, UnavailableError
 from layertap.v1 import embedding_pb2 as pb
 from layertap.v1 import embedding_pb2_grpc
-from layertap_server import guard
-from layertap_server.app import App
-from layertap_server.cli import main
+from layertap_server import guard, listen
+from layertap_server.cli import parse
+from layertap_server.config import ConfigError
+from layertap_server.observer import Nobody
 
 WAIT_S = 30.0
 ALICE, BOB, CAROL = "alices-token-0123", "bobs-token-0123456", "carols-token-01234"
@@ -105,7 +109,7 @@ def refusal(kind: str, address: str, **options: Any) -> LayertapError:
             found.append(caught.value)
     finally:
         client.close()
-    assert len({type(error) for error in found}) == 1
+    assert len({type(error) for error in found}) == 1, found
     return found[0]
 
 
@@ -247,32 +251,30 @@ def test_a_certificate_is_rotated_while_the_server_runs(kind: str, house: House)
     before.close()
 
 
-def test_files_that_cannot_be_used_end_the_server_with_one_line(
-    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(App, "__init__", _without_a_model)
+async def listens(*flags: str) -> None:
+    config = parse(["--port", "0", *flags], {})
+    server = listen.make_server(config, Nobody())
+    listen.bind(server, config)
+    await server.stop(None)
+
+
+def test_files_that_cannot_be_used_are_told_before_anything_listens(tmp_path: Path) -> None:
     authority = Authority()
     cert, key = authority.sign("one").write(tmp_path, "one")
     _, other_key = authority.sign("other").write(tmp_path, "other")
     empty = tmp_path / "empty"
     empty.touch()
-    for flags, word in (
+    asyncio.run(listens("--tls-cert", cert, "--tls-key", key))
+    for flags, words in (
         (["--tls-cert", cert, "--tls-key", other_key], "KEY_VALUES_MISMATCH"),
         (["--tls-cert", cert, "--tls-key", str(tmp_path / "none")], "No such file"),
         (["--tls-cert", cert, "--tls-key", key, "--tls-client-ca", str(empty)], "--tls-client-ca"),
         (["--token-file", str(empty)], "no token"),
         (["--token-file", str(tmp_path / "none")], "No such file"),
-        (["--host", "0.0.0.0"], "--insecure-listen"),
     ):
-        assert main(["--port", "0", "--log-level", "error", *flags]) == 2
-        told = capfd.readouterr().err
-        assert word in told and told.count("\n") == 1, told
-
-
-def _without_a_model(self: App, config: Any) -> None:
-    """What listening needs of an app, so that a bad file is seen without loading a model."""
-    self._config = config
-    self._service = SimpleNamespace(handler=lambda: grpc.method_handlers_generic_handler("none", {}))
+        with pytest.raises(ConfigError) as caught:
+            asyncio.run(listens(*flags))
+        assert words in str(caught.value) and "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -315,3 +317,15 @@ def test_a_connection_that_gets_too_old_is_replaced_without_an_error(tiny_folder
                 assert client.embed("I love Paris", pooling="mean").pooled.shape == (1, 32)
         assert count > 1 and client.model_info().limits.max_connection_age_ns == 1_000_000_000
         client.close()
+
+
+def test_the_recipe_of_the_readme_makes_certificates(tiny_folder: Path, tmp_path: Path) -> None:
+    readme = (Path(__file__).parent.parent / "README.md").read_text()
+    (recipe,) = re.findall(r"^```sh\n((?:openssl .*\n){3})```$", readme, re.MULTILINE)
+    subprocess.run(["sh", "-ec", recipe], cwd=tmp_path, check=True, capture_output=True, timeout=60)
+    ca, cert, key = (str(tmp_path / name) for name in ("ca.pem", "server.pem", "server.key"))
+    flags = ("--tls-cert", cert, "--tls-key", key, "--tls-client-ca", ca, "--host", "0.0.0.0")
+    alice = TLS(ca=ca, cert=str(tmp_path / "alice.pem"), key=str(tmp_path / "alice.key"))
+    with running("--device", "cpu", "--model-id", str(tiny_folder), *flags) as server:
+        port = server.address.rpartition(":")[2]
+        assert ask("sync", f"localhost:{port}", tls=alice) == (1, 32)

@@ -133,7 +133,7 @@ def test_a_stalled_reader_harms_nobody_and_is_dropped(tight_server: Server) -> N
 
 
 def test_a_cancelled_call_frees_the_queue(tight_server: Server) -> None:
-    with stub_of(tight_server) as (stub, _), Client(tight_server.address) as client:
+    with stub_of(tight_server) as (stub, _), Client(tight_server.address, retries=0) as client:
         stalled = stub.EmbedLayers(request_for([LONG] * 100), timeout=WAIT_S)
         assert next(stalled).WhichOneof("part") == "header"
         with pytest.raises(ResourceExhaustedError) as caught:

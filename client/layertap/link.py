@@ -14,7 +14,7 @@ from collections.abc import AsyncGenerator, Iterator
 import grpc
 import grpc.aio
 
-from layertap import calls, wire
+from layertap import calls, fork, wire
 from layertap.calls import ResponseT
 from layertap.channel import CLOSED_DURING_CALL, open_async_channel, open_channel, translate
 from layertap.connection import Connection
@@ -57,6 +57,7 @@ class Link:
         with self._lock:
             if self._closed:
                 raise FailedPreconditionError(_CLOSED)
+            fork.check()  # First: where gRPC would hang, it does so already when a parent's channel is let go.
             if self._channel is None or self._lease is None or self._pid != os.getpid():
                 self._channel = self._lease = None  # What a parent has left goes first.
                 self._iterations = set()
@@ -160,6 +161,7 @@ class AsyncLink:
         """See `Link.open`."""
         if self._closed:
             raise FailedPreconditionError(_CLOSED)
+        fork.check()
         owner = os.getpid(), asyncio.get_running_loop()
         if self._channel is None or self._lease is None or self._owner != owner:
             self._channel = self._lease = None  # In a child gRPC starts anew only when what the parent had is gone.
