@@ -12,6 +12,7 @@ INSTALL_STAMP := .venv/.installed
 MODEL_STAMP := .models/.fetched
 TOOLS_STAMP := .tools/.installed
 PEERS_STAMP := .bench/.installed
+EXAMPLES_STAMP := .venv/.examples
 OLDEST_STAMP := .floors/oldest/.installed
 NEWEST_STAMP := .floors/newest/.installed
 
@@ -32,7 +33,7 @@ generate = PATH="$(CURDIR)/$(BIN):$$PATH" PYTHONPATH=.tools $(BIN)/python -m grp
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: bench-compute bench-callers bench-fuzz bench-gpu bench-load bench-streams bench-wire help install model protos protos-fresh lint format check test test-floors test-newest demo serve bench clean
+.PHONY: bench-compute bench-callers bench-fuzz bench-gpu bench-load bench-streams bench-wire help install model protos protos-fresh lint format check test test-floors test-newest demo notebook serve bench clean
 
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z][a-z-]*:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -80,6 +81,9 @@ test-newest: $(INSTALL_STAMP) $(MODEL_STAMP) $(NEWEST_STAMP)  ## Run the client 
 
 demo: $(INSTALL_STAMP) $(MODEL_STAMP)  ## Start a server, do the main job as a user would, stop it
 	$(BIN)/python examples/demo.py $(ARGS)
+
+notebook: $(INSTALL_STAMP) $(MODEL_STAMP) $(EXAMPLES_STAMP)  ## Make examples/layers.ipynb anew, and run it
+	$(BIN)/python examples/execute.py
 
 serve: $(INSTALL_STAMP) $(MODEL_STAMP)  ## Serve the embedded model until interrupted
 	$(BIN)/layertap-server $(ARGS)
@@ -143,6 +147,10 @@ $(MODEL_STAMP): model.txt $(VENV_STAMP)
 $(PEERS_STAMP): bench/peers.txt constraints.txt
 	$(PYTHON) -m venv .bench
 	.bench/bin/python -m pip --disable-pip-version-check install -q -c constraints.txt torch transformers -r bench/peers.txt
+	@touch $@
+
+$(EXAMPLES_STAMP): $(INSTALL_STAMP)
+	$(PIP) install -q -c constraints.txt -e '.[examples]'
 	@touch $@
 
 # Laid over .venv, whose other packages then want other versions than these: nothing runs there that minds.

@@ -122,7 +122,7 @@ class Tokens:
     def _repr_html_(self) -> str:
         text_count, length = self.input_ids.shape
         rows = display.token_rows(self.tokens, self.input_ids.tolist())
-        return display.table(f"Tokens: {text_count} texts, length {length}", rows)
+        return display.table(f"Tokens: text_count={text_count}, length={length}", rows)
 
     def to_arrow(self) -> pyarrow.Table:
         """Returns an Arrow table with one row a token; see `to_pandas`.

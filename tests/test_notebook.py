@@ -1,0 +1,61 @@
+"""The notebook in `examples/`: its script runs and shows what its words say; the notebook is that script, executed."""
+
+from __future__ import annotations
+
+import json
+import re
+import runpy
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from support import Server
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+SCRIPT = EXAMPLES / "layers.py"
+NOTEBOOK = EXAMPLES / "layers.ipynb"
+MAX_BYTES = 1_000_000
+
+
+@pytest.fixture(scope="module")
+def cells() -> list[dict[str, Any]]:
+    return json.loads(NOTEBOOK.read_text())["cells"]
+
+
+def test_the_script_runs(real_server: Server, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("LAYERTAP_TARGET", real_server.address)
+    monkeypatch.setenv("MPLCONFIGDIR", str(tmp_path))
+    import matplotlib
+
+    matplotlib.use("agg")
+    found = runpy.run_path(str(SCRIPT))
+    assert found["embedding"].last_hidden_state.shape == (1, 7, 384)
+    assert np.abs(found["masked"] - found["alone"]).max() < 1e-5 < np.abs(found["seen"] - found["alone"]).max()
+    assert found["paths"].shape == (4, 7, 384)
+    assert abs(found["one_sense"][0] - found["two_senses"][0]) < 0.02
+    assert (found["one_sense"][1:] > found["two_senses"][1:] + 0.02).all()
+    assert len(found["plt"].get_fignums()) == 3
+    found["plt"].close("all")
+
+
+def test_the_notebook_is_the_script(cells: list[dict[str, Any]]) -> None:
+    kinds, sources = [], []
+    for part in re.split(r"^# %%", SCRIPT.read_text(), flags=re.MULTILINE)[1:]:
+        first, _, rest = part.partition("\n")
+        markdown = first.strip() == "[markdown]"
+        kinds.append("markdown" if markdown else "code")
+        sources.append((re.sub(r"^# ?", "", rest, flags=re.MULTILINE) if markdown else rest).strip())
+    assert [cell["cell_type"] for cell in cells] == kinds
+    assert ["".join(cell["source"]).strip() for cell in cells] == sources, "run `make notebook`"
+
+
+def test_the_notebook_was_run_whole_and_is_small(cells: list[dict[str, Any]]) -> None:
+    code = [cell for cell in cells if cell["cell_type"] == "code"]
+    assert [cell["execution_count"] for cell in code] == list(range(1, len(code) + 1))
+    outputs = [output for cell in code for output in cell["outputs"]]
+    assert {output["output_type"] for output in outputs} <= {"stream", "execute_result", "display_data"}
+    assert not [output for output in outputs if output.get("name") == "stderr"]
+    assert sum("image/png" in output.get("data", {}) for output in outputs) == 3
+    assert NOTEBOOK.stat().st_size < MAX_BYTES
+    assert not re.search(r"/tmp/|/home/|/root/|/work/|/Users/|site-packages", NOTEBOOK.read_text())
