@@ -98,6 +98,9 @@ def message(kind: type[Message], chance: random.Random, depth: int = 0) -> Messa
             getattr(made, field.name).CopyFrom(_value(field, chance, depth))
         else:
             setattr(made, field.name, _value(field, chance, depth))
+    if isinstance(made, pb.EmbedOptions) and chance.random() < 0.5:
+        made = pb.EmbedOptions(shared_memory=made.shared_memory if made.HasField("shared_memory") else None)
+        made.outputs.append(pb.Output(hidden_states=pb.HiddenStates(all_layers=True)))
     if isinstance(made, pb.TokenIds) and chance.random() < 0.8:
         _mend(made, chance)
     return made

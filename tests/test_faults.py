@@ -25,6 +25,7 @@ from layertap.v1 import embedding_pb2 as pb
 from layertap.v1 import embedding_pb2_grpc
 from layertap_server.encoder import faults
 from layertap_server.encoder.handover import Handover
+from layertap_server.encoder.portions import orders
 from layertap_server.work import OutOfMemoryError, Output, OutputKind, Plan, Run, Text
 
 SCRIPT = Path(__file__).with_name("faulty.py")
@@ -144,7 +145,8 @@ def test_a_row_that_is_no_number_fails_its_own_text_and_names_the_layer(value: f
     rows = torch.zeros(4, 2)
     rows[2, 1] = value
     handover = Handover(torch.device("cpu"), None)
-    handover.take(rows, None, np.array([1, 2, 1]), Run(plan=plan, texts=texts), 0, 0, 7)
+    (order,) = orders([Run(plan=plan, texts=texts)])
+    handover.take(rows, order, 7)
     (found,) = handover.rest()
     assert list(found.failures) == [1]
     assert found.failures[1].code.name == "INTERNAL" and "layer 7" in found.failures[1].details
