@@ -10,11 +10,14 @@ import sys
 from collections.abc import AsyncIterator, Iterator
 from typing import assert_type
 
+import grpc
+import grpc.aio
 import numpy as np
 import numpy.typing as npt
 
 import layertap
 from layertap import (
+    TLS,
     AsyncClient,
     Client,
     Embedding,
@@ -158,6 +161,22 @@ def look_at_sentences(client: Client) -> None:
     assert len(tokens) == 1
 
 
+def connect(target: str) -> None:
+    with Client(target, tls=False, retries=2, timeout_s=20.0, options=[("grpc.keepalive_time_ms", 60_000)]) as client:
+        client.wait_until_ready(timeout_s=20.0)
+    with Client(f"{target},{target}", tls=TLS(ca="ca.pem", cert="mine.pem", key="mine.key"), token="secret") as client:
+        assert "secret" not in repr(client)
+    with grpc.insecure_channel(target) as channel, Client.from_channel(channel, timeout_s=20.0) as client:
+        assert client.model_info().layer_count > 0
+
+
+async def connect_async(target: str) -> None:
+    async with AsyncClient(target) as client:
+        await client.wait_until_ready(timeout_s=20.0)
+    async with grpc.aio.insecure_channel(target) as channel, AsyncClient.from_channel(channel) as client:
+        assert (await client.model_info()).layer_count > 0
+
+
 def look_at_a_stream(results: Iterator[StreamResult]) -> None:
     for result in results:
         if result.error is not None:
@@ -182,6 +201,7 @@ def look_at_errors(client: Client) -> None:
 
 def use(target: str, extras: bool) -> None:
     layertap.keep_pages()
+    connect(target)
     with Client(target, shared_memory=False) as client:
         look_at_a_model(client.model_info(timeout_s=10.0))
         look_at_tokens(client)
@@ -210,6 +230,7 @@ def use(target: str, extras: bool) -> None:
 
 
 async def use_async(target: str) -> None:
+    await connect_async(target)
     async with AsyncClient(target) as client:
         info, tokens = await asyncio.gather(client.model_info(), client.tokenize(["I love Paris"]))
         look_at_a_model(info)
