@@ -33,7 +33,7 @@ generate = PATH="$(CURDIR)/$(BIN):$$PATH" PYTHONPATH=.tools $(BIN)/python -m grp
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: bench-compute bench-callers bench-fuzz bench-gpu bench-load bench-streams bench-wire help install model protos protos-fresh lint format check test test-floors test-newest demo notebook serve bench clean
+.PHONY: bench-compute bench-callers bench-fuzz bench-gpu bench-jobs bench-load bench-streams bench-wire help install model protos protos-fresh lint format check test test-floors test-newest demo notebook serve bench clean
 
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z][a-z-]*:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -110,6 +110,9 @@ bench-load: $(INSTALL_STAMP) $(MODEL_STAMP)  ## Ten times the capacity, a floodi
 
 bench-fuzz: $(INSTALL_STAMP) $(MODEL_STAMP)  ## A hundred thousand calls that nobody would make
 	$(BIN)/python bench/fuzz.py $(ARGS)
+
+bench-jobs: $(INSTALL_STAMP)  ## A million short texts to Parquet: the memory of the command line, and its rate
+	$(BIN)/python bench/jobs.py $(ARGS)
 
 bench-gpu: $(INSTALL_STAMP)  ## Fidelity, ceilings and throughput on a GPU (needs sentence-transformers)
 	$(BIN)/python bench/gpu.py $(ARGS)

@@ -202,7 +202,7 @@ class Embedding:
         Raises:
             ModuleNotFoundError: pyarrow is missing; `layertap[arrow]` brings it.
         """
-        return interop.to_arrow(self._columns(), dataclasses.asdict(self.model))
+        return interop.to_arrow(self.columns(), dataclasses.asdict(self.model))
 
     def to_pandas(self) -> pandas.DataFrame:
         """Returns a frame with one row a text and the columns of `to_arrow`; cells are views of the arrays.
@@ -212,13 +212,14 @@ class Embedding:
         Raises:
             ModuleNotFoundError: pandas is missing; `layertap[pandas]` brings it.
         """
-        return interop.to_pandas(self._columns())
+        return interop.to_pandas(self.columns())
 
     def _vectors(self) -> list[tuple[str, FloatArray]]:
         vectors = [(f"pool_{n}", pool) for n, pool in enumerate(self.pools)]
         return vectors if self._pooler_output is None else [*vectors, ("pooler_output", self._pooler_output)]
 
-    def _columns(self) -> list[interop.Column]:
+    def columns(self) -> list[interop.Column]:
+        """Returns all that was asked for as columns of a table, one row a text, counts first."""
         return [
             interop.Column(name="token_counts", values=self.token_counts),
             interop.Column(name="truncated", values=self.truncated),

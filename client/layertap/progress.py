@@ -39,7 +39,7 @@ def bar(
     Raises:
         ModuleNotFoundError: `shown` is True and tqdm is not installed.
     """
-    if shown is None and not _on_terminal():
+    if shown is None and not on_terminal():
         shown = False
     if shown is False:
         yield _ignore
@@ -56,7 +56,8 @@ def bar(
         yield drawn.update
 
 
-def _on_terminal() -> bool:
+def on_terminal() -> bool:
+    """Whether somebody may look."""
     # A process without a console has no stderr at all.
     return sys.stderr is not None and sys.stderr.isatty()
 

@@ -1,8 +1,8 @@
 """The command `layertap`: tokenize, decode, embed, info and health from a shell.
 
-Rules: answers go to stdout, one line on what went wrong to stderr; 0 is success, 1 an error or an unhealthy server, 2
-wrong usage. With `--json` each answer is one JSON object on a line of its own. `embed` sends texts as they are read, so
-a pipe may bring any number. Knows no more of the server than any user of `Client` does.
+Rules: answers go to stdout, lines on what went wrong to stderr. With `--json` each answer is one JSON object on a line
+of its own. `embed` sends texts as they are read, so a pipe may bring any number. Exit codes are in `help`. Knows no
+more of the server than any user of `Client` does.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from layertap import wire
 from layertap.cli import parser
 from layertap.cli.shell import UsageError
 from layertap.errors import LayertapError
+from layertap.jobs.refusal import JobError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -33,7 +34,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
     except UnicodeError:
         code, message = 1, "stdin or stdout is not UTF-8; convert the text, or set PYTHONUTF8=1"
-    except (UsageError, LayertapError, OSError) as exc:
-        code, message = 2 if isinstance(exc, UsageError) else 1, str(exc)
+    except (UsageError, JobError, ImportError) as exc:
+        code, message = 2, str(exc)
+    except (LayertapError, OSError) as exc:
+        code, message = 1, str(exc)
     print(f"layertap: {message}", file=sys.stderr)
     return code

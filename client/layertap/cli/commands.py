@@ -13,13 +13,19 @@ from layertap.channel import open_channel, translate
 from layertap.cli import shell
 from layertap.client import Client
 from layertap.connection import settle
+from layertap.jobs.sources import BadItem
 
 _HEALTH: Final = ("UNKNOWN", "SERVING", "NOT_SERVING", "SERVICE_UNKNOWN")
 
 
 def tokenize(args: argparse.Namespace) -> int:
     """Shows texts as the model's tokens."""
-    if not (texts := list(shell.texts(args))):
+    texts = []
+    for item in shell.source(args).items():
+        if isinstance(item, BadItem):
+            raise shell.UsageError(f"item {item.number}: {item.reason}")
+        texts.append(item.content)
+    if not texts:
         raise shell.UsageError(shell.NO_TEXT)
     with Client(args.target) as client:
         options = {name: getattr(args, name) for name in ("pad_to", "truncation", "max_length", "timeout_s")}

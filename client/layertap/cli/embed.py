@@ -1,75 +1,104 @@
-"""The command embed: layers, pooler output and pooled vectors of texts, shown or written to a file."""
+"""The command embed: layers, pooler output and pooled vectors of texts, shown on stdout or written to a file."""
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-from collections.abc import Iterator
-from pathlib import Path
-from typing import Any, BinaryIO, Final
+from typing import Any, Final
 
 import numpy as np
 
 from layertap.cli import shell
 from layertap.client import Client
-from layertap.types import FloatArray
+from layertap.embedding import Embedding
+from layertap.errors import LayertapError
+from layertap.jobs.answers import Answers
+from layertap.jobs.job import Job
+from layertap.jobs.sources import BadItem, Source
+from layertap.types import Pooling
 
-_EMBED_OPTIONS: Final = ("layers", "pooler_output", "pooling", "dtype", "truncation", "max_length")
+_ASKED: Final = (
+    *("layers", "words", "mix", "pooler_output", "dtype", "truncation", "max_length"),
+    *("prompt", "prompt_name"),
+)
+_READ: Final = ("text_field", "id_field", "input_format")
 
 
 def embed(args: argparse.Namespace) -> int:
     """Shows what the model makes of texts, or writes it to a file."""
-    kept: list[dict[str, FloatArray]] = []
-    token_counts: list[int] = []
-    with contextlib.ExitStack() as stack:
-        file = stack.enter_context(_new_file(args.output)) if args.output else None
-        client = stack.enter_context(Client(args.target))
-        client.model_info(timeout_s=args.timeout_s)  # A stream goes on looking for its server; this fails at once.
-        options = {name: getattr(args, name) for name in _EMBED_OPTIONS}
-        options |= {"on_error": "raise", "item_timeout_s": args.timeout_s, "reconnect_timeout_s": args.timeout_s}
-        for result in client.embed_stream(shell.texts(args), **options):
-            embedding = result.embedding
-            token_counts.append(int(embedding.token_counts[0]))
-            arrays = {f"layer_{k}": embedding.ragged(k)[0] for k in embedding.layers}
-            arrays |= {f"pool_{n}": pool[0] for n, pool in enumerate(embedding.pools)}
-            if args.pooler_output:
-                arrays["pooler_output"] = embedding.pooler_output[0]
-            if file:
-                kept.append(arrays)
-            elif args.json:
-                facts = {"token_count": token_counts[-1], "truncated": bool(embedding.truncated[0])}
-                shell.print_json(
-                    index=result.index, **facts, **{name: array.tolist() for name, array in arrays.items()}
-                )
-            else:
-                print(f"text {result.index}: {token_counts[-1]} tokens{' (cut)' if embedding.truncated[0] else ''}")
-                for name, array in arrays.items():
-                    print(f"  {name:13} {array.shape!s:10}", *(f"{value:8.4f}" for value in array.flat[:5]), "…")
-        if not token_counts:
-            raise shell.UsageError(shell.NO_TEXT)
-        joined: dict[str, Any] = {"token_counts": np.array(token_counts)}
-        if file:
-            joined |= {name: np.concatenate([np.atleast_2d(one[name]) for one in kept]) for name in kept[0]}
-            np.savez(file, **joined)
-    if args.output:
-        shapes = {name: list(array.shape) for name, array in joined.items()}
-        text = ", ".join(f"{name} {shape}" for name, shape in shapes.items())
-        shell.print_json(path=str(args.output), shapes=shapes) if args.json else print(f"{args.output}: {text}")
-    return 0
+    source = shell.source(args)
+    options = {name: getattr(args, name) for name in _ASKED} | {"pooling": _poolings(args)}
+    return _write(args, source, options) if args.output else _show(args, source, options)
 
 
-@contextlib.contextmanager
-def _new_file(path: Path) -> Iterator[BinaryIO]:
-    """Opens a file that is not there yet, and takes it away again if what was to be written fails."""
-    if path.suffix != ".npz":
-        raise shell.UsageError("--output must end in .npz")
+def _poolings(args: argparse.Namespace) -> list[Pooling] | None:
+    more = {
+        "layer": args.pooling_layer,
+        "include_special_tokens": not args.pool_no_special_tokens,
+        "normalize": args.normalize,
+        "dimensions": args.dimensions,
+    }
+    if not args.pooling and Pooling("", **more) != Pooling(""):
+        raise shell.UsageError("there is no vector to shape; say which with --pooling")
+    return [Pooling(strategy, **more) for strategy in args.pooling] if args.pooling else None
+
+
+def _write(args: argparse.Namespace, source: Source, options: dict[str, Any]) -> int:
+    job = Job(
+        source=source,
+        output=args.output,
+        options=options,
+        reading={name: getattr(args, name) for name in _READ},
+        overwrite=args.overwrite,
+        part_items=args.part_texts,
+        timeout_s=args.timeout_s,
+    )
     try:
-        file = path.open("xb")
-    except FileExistsError as exc:
-        raise shell.UsageError(f"{path} is there already; name another file, or remove it") from exc
-    try:
-        with file:
-            yield file
-    except BaseException:
-        path.unlink()
+        with Client(args.target) as client:
+            outcome = job.run(client, shown=args.progress)
+    except (KeyboardInterrupt, LayertapError, OSError):
+        if job.folder.is_dir():
+            shell.warn(f"{job.kept_count} items are done and lie in {job.folder}; the same command goes on from there")
         raise
+    if outcome.bad_count:
+        shell.warn(f"{outcome.bad_count} items could not be embedded; {job.errors} says why")
+    if args.json:
+        bad = {"bad_count": outcome.bad_count, "errors": str(job.errors) if outcome.bad_count else None}
+        shell.print_json(path=str(job.output), text_count=outcome.text_count, **bad, shapes=outcome.shapes)
+    elif outcome.text_count:
+        shapes = (f"{name} {list(shape)}" for name, shape in outcome.shapes.items())
+        print(f"{job.output}: {outcome.text_count} texts,", ", ".join(shapes))
+    if not outcome.text_count:
+        shell.warn(f"there is no good item, so {job.output} is not written")
+        return 1
+    return shell.SOME_ARE_BAD if outcome.bad_count else 0
+
+
+def _show(args: argparse.Namespace, source: Source, options: dict[str, Any]) -> int:
+    count = bad_count = 0
+    with Client(args.target) as client:
+        client.model_info(timeout_s=args.timeout_s)  # A stream goes on looking for its server; this fails at once.
+        answers = Answers(client, options=options, timeout_s=args.timeout_s)
+        with contextlib.closing(answers.of(source.items())) as found:
+            for count, answer in enumerate(found, 1):
+                if isinstance(answer.embedding, BadItem):
+                    bad_count += 1
+                    shell.warn(f"item {answer.embedding.number}: {answer.embedding.reason}")
+                else:
+                    _print(args, count - 1, answer.item.id, answer.embedding)
+    if not count:
+        raise shell.UsageError(shell.NO_TEXT)
+    return shell.SOME_ARE_BAD if bad_count else 0
+
+
+def _print(args: argparse.Namespace, index: int, identity: int | str | None, embedding: Embedding) -> None:
+    token_count, truncated = int(embedding.token_counts[0]), bool(embedding.truncated[0])
+    vectors = [column for column in embedding.columns() if np.ndim(column.values) > 1]
+    arrays = {one.name: np.asarray(one.values if one.counts is not None else one.values[0]) for one in vectors}
+    if args.json:
+        facts = {"index": index, "id": identity, "token_count": token_count, "truncated": truncated}
+        shell.print_json(**facts, **{name: array.tolist() for name, array in arrays.items()})
+        return
+    print(f"text {identity}: {token_count} tokens{' (cut)' if truncated else ''}")
+    for name, array in arrays.items():
+        print(f"  {name:13} {array.shape!s:10}", *(f"{value:8.4f}" for value in array.flat[:5]), "…")

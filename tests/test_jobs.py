@@ -1,0 +1,371 @@
+"""The pieces of long jobs by themselves: sources, files that are whole or not there, parts, formats."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import safetensors.numpy
+from safetensors import safe_open
+
+from layertap.jobs import arrow, durable, parts, sinks, sources
+from layertap.jobs.parts import Column, Manifest, PartBuilder, Parts
+from layertap.jobs.refusal import JobError
+from layertap.jobs.sources import Arguments, BadItem, Digest, Item, JsonLines, Lines
+from layertap.jobs.table import Table
+
+# Sources.
+
+
+def lines_of(data: bytes) -> Lines:
+    return Lines(lambda: io.BytesIO(data), repeatable=True)
+
+
+def json_of(*lines: str, id_field: str | None = "id") -> list[Item | BadItem]:
+    data = "".join(line + "\n" for line in lines).encode("utf-8", "surrogatepass")
+    source = JsonLines(lambda: io.BytesIO(data), repeatable=True, text_field="text", id_field=id_field)
+    return list(source.items())
+
+
+@pytest.mark.parametrize(
+    ("data", "texts"),
+    [
+        (b"", []),
+        (b"one\ntwo\n", ["one", "two"]),
+        (b"one\ntwo", ["one", "two"]),
+        (b"one\r\n\r\ntwo\r\n", ["one", "", "two"]),
+        (b"\n", [""]),
+        (b"\xef\xbb\xbfone\n", ["one"]),
+        ("a\u2028b\x0bc\x85d\n".encode(), ["a\u2028b\x0bc\x85d"]),
+    ],
+)
+def test_a_line_is_a_text(data: bytes, texts: list[str]) -> None:
+    source = lines_of(data)
+    items = list(source.items())
+    assert items == [Item(number=n, id=n, content=text) for n, text in enumerate(texts, 1)]
+    assert source.count() == len(texts)
+
+
+def test_a_line_that_is_not_utf_8_or_too_long_is_bad_and_the_others_go_on() -> None:
+    long = b"x" * (sources.MAX_LINE_BYTES + 3_000_000)
+    good, invalid, endless, last = lines_of(b"good\nb\xff\n" + long + b"\nlast").items()
+    assert isinstance(good, Item) and isinstance(last, Item) and (last.number, last.content) == (4, "last")
+    assert isinstance(invalid, BadItem) and (invalid.number, invalid.id) == (2, None)
+    assert "UTF-8 at byte 1" in invalid.reason
+    assert isinstance(endless, BadItem) and endless.number == 3 and "longer than" in endless.reason
+
+
+def test_json_lines_carry_texts_words_and_ids() -> None:
+    assert json_of(
+        '{"id": "a", "text": "one", "more": [1]}', "", '{"text": ["two", "words"], "id": 7}', '{"id": "é", "text": ""}'
+    ) == [
+        Item(number=1, id="a", content="one"),
+        Item(number=3, id=7, content=["two", "words"]),
+        Item(number=4, id="é", content=""),
+    ]
+    assert json_of('{"text": "one"}', id_field=None) == [Item(number=1, id=1, content="one")]
+
+
+@pytest.mark.parametrize(
+    ("line", "known", "reason"),
+    [
+        ("{", None, "no JSON"),
+        ("[" * 100_000, None, "no JSON"),
+        ('["text"]', None, "no JSON object"),
+        ('{"text": "x"}', None, "field id is missing"),
+        ('{"id": true, "text": "x"}', None, "field id is missing, or neither"),
+        ('{"id": 1.5, "text": "x"}', None, "field id is missing, or neither"),
+        ('{"id": "' + "x" * 1025 + '", "text": "x"}', None, "1024 bytes"),
+        ('{"id": "a\\u0000", "text": "x"}', None, "NUL"),
+        ('{"id": "\\ud800", "text": "x"}', None, "cannot be written in UTF-8"),
+        ('{"id": 1}', 1, "field text is missing"),
+        ('{"id": 1, "text": null}', 1, "neither a string nor a list"),
+        ('{"id": 1, "text": []}', 1, "neither a string nor a list"),
+        ('{"id": 1, "text": ["a", 1]}', 1, "neither a string nor a list"),
+        ('{"id": 1, "text": "private \\ud800"}', 1, "lone surrogate"),
+    ],
+)
+def test_a_bad_line_of_json_is_told_with_its_number_and_never_its_text(
+    line: str, known: int | None, reason: str
+) -> None:
+    good, bad = json_of('{"id": 0, "text": "fine"}', line)
+    assert isinstance(good, Item) and isinstance(bad, BadItem)
+    assert (bad.number, bad.id, bad.code) == (2, known, "INVALID_ARGUMENT")
+    assert reason in bad.reason and "private" not in bad.reason
+
+
+def test_the_rows_of_a_parquet_file_are_items(tmp_path: Path) -> None:
+    path = tmp_path / "corpus.parquet"
+    texts = ["one", None, "", "four"] + [f"text {n}" for n in range(3000)]
+    pq.write_table(pa.table({"name": [f"row {n}" for n in range(3004)], "body": texts}), path, row_group_size=700)
+    source = arrow.ParquetRows(path=path, text_field="body", id_field="name")
+    items = list(source.items())
+    assert source.count() == len(items) == 3004
+    assert items[0] == Item(number=1, id="row 0", content="one")
+    assert isinstance(items[1], BadItem) and items[1].id == "row 1"
+    assert items[-1] == Item(number=3004, id="row 3003", content="text 2999")
+    words = tmp_path / "words.parquet"
+    pq.write_table(pa.table({"text": [["a", "b"], ["c"]]}), words)
+    found = arrow.ParquetRows(path=words, text_field="text", id_field=None).items()
+    assert list(found) == [Item(number=1, id=1, content=["a", "b"]), Item(number=2, id=2, content=["c"])]
+    with pytest.raises(JobError, match="no column text"):
+        next(arrow.ParquetRows(path=path, text_field="text", id_field=None).items())
+
+
+def test_a_digest_tells_every_change_that_matters() -> None:
+    def digest(*items: Item | BadItem) -> str:
+        found = Digest()
+        for item in items:
+            found.add(item)
+        return found.text()
+
+    one = Item(number=1, id=1, content="a")
+    others: list[tuple[Item | BadItem, ...]] = [
+        (),
+        (Item(number=2, id=1, content="a"),),
+        (Item(number=1, id="1", content="a"),),
+        (Item(number=1, id=1, content="b"),),
+        (Item(number=1, id=1, content=["a"]),),
+        (BadItem(number=1, id=1, code="INVALID_ARGUMENT", reason="a"),),
+        (one, one),
+    ]
+    assert len({digest(one), *(digest(*other) for other in others)}) == len(others) + 1
+
+
+# Files that are whole or not there.
+
+
+def test_a_file_that_is_not_written_to_its_end_changes_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(b"old")
+    with pytest.raises(KeyboardInterrupt), durable.writing(path) as file:
+        file.write(b"new, but only half")
+        raise KeyboardInterrupt
+    assert path.read_bytes() == b"old"
+    with durable.writing(path) as file:
+        file.write(b"new")
+    assert path.read_bytes() == b"new" and os.listdir(tmp_path) == ["file"]
+
+
+def test_only_one_is_at_work_in_a_folder(tmp_path: Path) -> None:
+    with (
+        durable.alone(tmp_path / "lock"),
+        pytest.raises(JobError, match="another process is at work"),
+        durable.alone(tmp_path / "lock"),
+    ):
+        pass
+    with durable.alone(tmp_path / "lock"):
+        pass
+
+
+# Parts and formats.
+
+COLUMNS = (
+    Column(name="token_counts", dtype="<i8", row_shape=()),
+    Column(name="truncated", dtype="|b1", row_shape=()),
+    Column(name="layer_2", dtype="<f4", row_shape=(3,), counts="token_counts"),
+    Column(name="pool_0", dtype="<f2", row_shape=(4,)),
+)
+
+
+def rows_of(number: int) -> list[np.ndarray]:
+    count = number % 3 + 1
+    return [
+        np.array([count]),
+        np.array([number % 2 == 0]),
+        np.full((count, 3), number, np.float32) + np.arange(count, dtype=np.float32)[:, None],
+        np.full((1, 4), number, np.float16),
+    ]
+
+
+def builder(limit: int = 1000) -> PartBuilder:
+    return PartBuilder(max_item_count=limit, accept=lambda columns: None)
+
+
+def filled(folder: Path, ids: list[int | str], *, part_items: int = 3) -> Parts:
+    """Parts with a bad item in front and one behind, and a part of nothing but a bad one."""
+    folder.mkdir()
+    made = Parts(folder)
+    made.begin(Manifest(settings={"x": 1}, model_id="a-model", fingerprint="f" * 64))
+    bad = BadItem(number=99, id=None, code="INVALID_ARGUMENT", reason="is no text")
+    part = builder()
+    part.add_bad(bad)
+    made.add(part, "only bad")
+    part = builder()
+    for number, one in enumerate(ids):
+        part.add(Item(number=number, id=one, content="x"), COLUMNS, rows_of(number))
+        if part.item_count == part_items:
+            made.add(part, f"to {number}")
+            part = builder()
+    part.add_bad(bad)
+    made.add(part, "the end")
+    return made
+
+
+@pytest.fixture
+def table(tmp_path: Path) -> Table:
+    return Table(filled(tmp_path / "parts", [n * 10 for n in range(8)]))
+
+
+def expected(count: int) -> dict[str, np.ndarray]:
+    names = [column.name for column in COLUMNS]
+    return dict(zip(names, map(np.concatenate, zip(*map(rows_of, range(count)), strict=True)), strict=True))
+
+
+def same(found: dict[str, Any], wanted: dict[str, np.ndarray]) -> None:
+    assert sorted(found) == sorted(wanted)
+    for name, array in wanted.items():
+        assert found[name].dtype == array.dtype and np.array_equal(found[name], array), name
+
+
+def written(sink: sinks.Sink, table: Table, path: Path) -> Path:
+    with durable.writing(path) as file:
+        sink(table, file)
+    return path
+
+
+def test_parts_are_found_again_up_to_the_first_gap(tmp_path: Path) -> None:
+    made = filled(tmp_path / "parts", list(range(8)))
+    again = Parts(made.folder)
+    assert again.facts == made.facts and len(again.facts) == 4
+    assert (again.item_count, again.digest, again.manifest) == (10, "the end", made.manifest)
+    assert [json.loads(line)["number"] for line in b"".join(again.bad_lines()).splitlines()] == [99, 99]
+    (made.folder / "part-00000002.npz").unlink()
+    assert [facts.digest for facts in Parts(made.folder).facts] == ["only bad", "to 2"]
+    (made.folder / "manifest.json").unlink()
+    assert Parts(made.folder).facts == []
+
+
+def test_a_damaged_part_and_another_layout_are_refused(tmp_path: Path) -> None:
+    made = filled(tmp_path / "parts", [1])
+    path = made.folder / "part-00000001.npz"
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(JobError, match="damaged"):
+        Parts(made.folder)
+    manifest = made.folder / "manifest.json"
+    manifest.write_text(manifest.read_text().replace('"layout": 1', '"layout": 999'))
+    with pytest.raises(JobError, match="another version"):
+        Parts(made.folder)
+
+
+def test_a_folder_is_removed_with_all_that_is_its_own_and_nothing_else(tmp_path: Path) -> None:
+    made = filled(tmp_path / "one", [1])
+    made.output.write_bytes(b"x")
+    made.remove()
+    assert not made.folder.exists()
+    made = filled(tmp_path / "two", [1])
+    (made.folder / "of the user").touch()
+    made.remove()
+    assert os.listdir(made.folder) == ["of the user"]
+
+
+def test_a_part_is_full_by_count_or_by_size() -> None:
+    part = builder(2)
+    assert not part.is_full
+    part.add_bad(BadItem(number=1, id=1, code="INTERNAL", reason="x"))
+    part.add(Item(number=2, id=2, content="x"), COLUMNS, rows_of(2))
+    assert part.is_full and part.item_count == 2
+    big = Column(name="pool_0", dtype="<f4", row_shape=(parts.MAX_PART_BYTES // 8,))
+    part = builder()
+    for number, full in ((1, False), (2, True)):
+        part.add(Item(number=number, id=number, content="x"), (big,), [np.zeros((1, *big.row_shape), np.float32)])
+        assert part.is_full == full
+
+
+def test_npz_is_what_numpy_reads(table: Table, tmp_path: Path) -> None:
+    path = written(sinks.sink_of(Path("x.npz")), table, tmp_path / "out.npz")
+    with np.load(path) as found:
+        same(dict(found), {"ids": np.arange(0, 80, 10), **expected(8)})
+
+
+def test_npy_holds_the_only_matrix(tmp_path: Path) -> None:
+    path = Path("x.npy")
+    with pytest.raises(JobError, match="layer_2, pool_0"):
+        sinks.check_columns(path, COLUMNS)
+    with pytest.raises(JobError, match="one matrix"):
+        sinks.check_columns(path, COLUMNS[:3])
+    sinks.check_columns(path, (*COLUMNS[:2], COLUMNS[3]))
+    made = filled(tmp_path / "parts", [])
+    part = builder()
+    for number in range(5):
+        counts, truncated, _, pool = rows_of(number)
+        part.add(Item(number=number, id=number, content="x"), (*COLUMNS[:2], COLUMNS[3]), [counts, truncated, pool])
+    made.add(part, "the end")
+    found = np.load(written(sinks.sink_of(path), Table(made), tmp_path / "out.npy"))
+    assert np.array_equal(found, expected(5)["pool_0"]) and found.dtype == np.float16
+
+
+def test_safetensors_is_what_its_library_reads(table: Table, tmp_path: Path) -> None:
+    path = written(sinks.sink_of(Path("x.safetensors")), table, tmp_path / "out.safetensors")
+    same(safetensors.numpy.load_file(path), {"ids": np.arange(0, 80, 10), **expected(8)})
+    with safe_open(path, "numpy") as file:
+        assert file.metadata() == {"model_id": "a-model", "fingerprint": "f" * 64}
+
+
+def test_parquet_and_arrow_have_a_row_a_text(table: Table, tmp_path: Path) -> None:
+    found = pq.read_table(written(sinks.sink_of(Path("x.parquet")), table, tmp_path / "out.parquet"))
+    path = written(sinks.sink_of(Path("x.arrow")), table, tmp_path / "out.arrow")
+    with pa.OSFile(str(path)) as file:
+        assert pa.ipc.open_file(file).read_all().equals(found)
+    wanted = expected(8)
+    assert found.column_names == ["ids", *wanted]
+    assert found["ids"].to_pylist() == list(range(0, 80, 10))
+    assert found.schema.field("pool_0").type == pa.list_(pa.float16(), 4)
+    assert found.schema.field("layer_2").type.value_type == pa.list_(pa.float32(), 3)
+    assert found.schema.metadata[b"model_id"] == b"a-model"
+    for name in ("token_counts", "truncated", "pool_0"):
+        assert np.array_equal(np.stack(found[name].to_numpy(zero_copy_only=False).tolist()), wanted[name])
+    rows = [np.array(rows, np.float32) for rows in found["layer_2"].to_pylist()]
+    assert [len(one) for one in rows] == wanted["token_counts"].tolist()
+    assert np.array_equal(np.concatenate(rows), wanted["layer_2"])
+
+
+@pytest.mark.parametrize("ids", [["a", "é" * 30, "", "d"], [1, "b", 3, 4], [1, 2, 3, 2**70]])
+def test_ids_are_integers_if_all_are_else_strings(ids: list[int | str], tmp_path: Path) -> None:
+    table = Table(filled(tmp_path / "parts", ids, part_items=2))
+    texts = [str(one) for one in ids]
+    with np.load(written(sinks.sink_of(Path("x.npz")), table, tmp_path / "out.npz")) as found:
+        assert found["ids"].tolist() == texts
+    found = safetensors.numpy.load_file(written(sinks.sink_of(Path("x.safetensors")), table, tmp_path / "out.st"))
+    data, ends = found["ids_utf8"].tobytes(), found["ids_ends"].tolist()
+    assert [data[begin:end].decode() for begin, end in zip([0, *ends], ends, strict=False)] == texts
+    rows = pq.read_table(written(sinks.sink_of(Path("x.parquet")), table, tmp_path / "out.parquet"))
+    assert rows["ids"].to_pylist() == texts
+
+
+@pytest.mark.parametrize("ending", ["npz", "safetensors", "parquet", "arrow"])
+def test_the_same_parts_give_the_same_bytes(ending: str, table: Table, tmp_path: Path) -> None:
+    sink = sinks.sink_of(Path(f"x.{ending}"))
+    one, other = written(sink, table, tmp_path / "one"), written(sink, table, tmp_path / "other")
+    assert one.read_bytes() == other.read_bytes()
+
+
+def test_an_unknown_ending_is_refused() -> None:
+    with pytest.raises(JobError, match=r"use \.npz, \.npy"):
+        sinks.sink_of(Path("out.csv"))
+
+
+def test_arguments_are_numbered_from_1() -> None:
+    source = Arguments(["a", "b"])
+    assert list(source.items()) == [Item(number=1, id=1, content="a"), Item(number=2, id=2, content="b")]
+    assert source.count() == 2
+
+
+def test_large_tables_come_in_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def sizes(table: Table) -> Iterator[int]:
+        return (len(block.ids) for block in table.blocks())
+
+    table = Table(filled(tmp_path / "parts", list(range(8))))
+    assert list(sizes(table)) == [8]
+    monkeypatch.setattr("layertap.jobs.table._BLOCK_TEXTS", 6)
+    assert list(sizes(table)) == [6, 2]
+    monkeypatch.setattr("layertap.jobs.table._BLOCK_BYTES", 1)
+    assert list(sizes(table)) == [3, 3, 2]
