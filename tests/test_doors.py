@@ -93,12 +93,13 @@ def ask(kind: str, address: str, **options: Any) -> tuple[int, ...]:
 
 
 def refusal(kind: str, address: str, **options: Any) -> LayertapError:
-    """Returns with what a client is refused, whichever of these calls it makes."""
+    """Returns with what a client is refused, whichever call it makes."""
     client = open_client(kind, address, retries=0, timeout_s=WAIT_S, **options)
     calls: tuple[Callable[[], Any], ...] = (
         lambda: client.embed("I love Paris", pooling="mean"),
         client.model_info,
         lambda: list(client.embed_layers("I love Paris")),
+        lambda: list(client.embed_stream(["I love Paris"], reconnect_timeout_s=0.1)),
     )
     found = []
     try:

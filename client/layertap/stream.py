@@ -25,7 +25,7 @@ from layertap.calls import SERVICE
 from layertap.channel import CLOSED_DURING_CALL, open_async_channel, translate
 from layertap.connection import Connection
 from layertap.embedding import StreamResult
-from layertap.errors import CancelledError, DeadlineExceededError, UnavailableError
+from layertap.errors import CancelledError, DeadlineExceededError, LayertapError, UnavailableError
 from layertap.inputs import InputItem
 from layertap.ledger import StreamLedger
 from layertap.shm import SharedCall, take
@@ -152,11 +152,27 @@ class EmbedStream:
             await asyncio.wait_for(writer, self._item_timeout_s)
             await asyncio.wait_for(read or call.read(), self._item_timeout_s)
         except grpc.RpcError as exc:
-            raise translate(exc, self._settings, None, resumable=True) from exc
+            error = translate(exc, self._settings, None, resumable=True)
+            if not self._ledger.accepted and int(error.code) != exc.code().value[0]:
+                error = await self._refusal(error)
+            raise error from exc
         finally:
             writer.cancel()
             call.cancel()
             await asyncio.gather(writer, *([read] if read else []), return_exceptions=True)
+
+    async def _refusal(self, error: LayertapError) -> LayertapError:
+        """Returns why a call was not accepted.
+
+        gRPC loses the status of a call that ends while it is still sending, and tells of a fault of its own. Of a call
+        that sends next to nothing it does not, so such a one is asked for the reason.
+        """
+        method = self._channel.unary_unary(SERVICE + "GetModelInfo", None, None)
+        try:
+            await method(b"", metadata=self._settings.metadata, timeout=self._item_timeout_s)
+        except grpc.RpcError as exc:
+            return translate(exc, self._settings, self._item_timeout_s)
+        return error
 
     async def _wait(self, read: asyncio.Task[Any]) -> None:
         """Waits until a message, an item or the end of all items has come."""
