@@ -17,13 +17,13 @@ import numpy.typing as npt
 
 from layertap import calls, progress, stream
 from layertap.assembler import LayerAssembler
-from layertap.calls import Layers, Poolings
 from layertap.connection import DEFAULT_RETRIES, DEFAULT_TIMEOUT_S, TLS, Connection, Option, settle
 from layertap.embedding import Embedding, LayerRows, StreamResult
 from layertap.errors import LayertapError
 from layertap.inputs import Inputs, to_messages
 from layertap.ledger import StreamLedger
 from layertap.link import AsyncLink
+from layertap.options import Layers, Poolings, embed_options, raises
 from layertap.sentences import EncodeOptions, Encoding
 from layertap.shm import SharedMemory
 from layertap.types import LayerMix, ModelInfo, TokenIds, Tokens
@@ -110,7 +110,7 @@ class AsyncClient:
         timeout_s: float | None = None,
     ) -> Embedding:
         """See `Client.embed`."""
-        options = calls.embed_options(
+        options = embed_options(
             layers=layers,
             pooler_output=pooler_output,
             pooling=pooling,
@@ -138,7 +138,7 @@ class AsyncClient:
         timeout_s: float | None = None,
     ) -> AsyncIterator[LayerRows]:
         """See `Client.embed_layers`."""
-        options = calls.embed_options(
+        options = embed_options(
             layers=layers,
             pooler_output=False,
             pooling=None,
@@ -178,7 +178,7 @@ class AsyncClient:
         reconnect_timeout_s: float | None = None,
     ) -> AsyncIterator[StreamResult]:
         """See `Client.embed_stream`; `inputs` may also be an async iterable."""
-        options = calls.embed_options(
+        options = embed_options(
             layers=layers,
             pooler_output=pooler_output,
             pooling=pooling,
@@ -192,7 +192,7 @@ class AsyncClient:
             prompt_name=prompt_name,
         )
         ledger = StreamLedger(options, ordered=ordered)
-        running = self._results(ledger, inputs, calls.raises(on_error), item_timeout_s, reconnect_timeout_s)
+        running = self._results(ledger, inputs, raises(on_error), item_timeout_s, reconnect_timeout_s)
         async with contextlib.aclosing(running) as results:
             async for result in results:
                 yield result

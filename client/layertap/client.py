@@ -16,13 +16,13 @@ import numpy.typing as npt
 
 from layertap import calls, progress, stream
 from layertap.assembler import LayerAssembler
-from layertap.calls import Layers, Poolings
 from layertap.connection import DEFAULT_RETRIES, DEFAULT_TIMEOUT_S, TLS, Connection, Option, settle
 from layertap.embedding import Embedding, LayerRows, StreamResult
 from layertap.errors import LayertapError
 from layertap.inputs import InputItem, Inputs, to_messages
 from layertap.ledger import StreamLedger
 from layertap.link import Link
+from layertap.options import Layers, Poolings, embed_options, raises
 from layertap.sentences import EncodeOptions, Encoding
 from layertap.shm import SharedMemory
 from layertap.types import LayerMix, ModelInfo, TokenIds, Tokens
@@ -184,7 +184,7 @@ class Client:
             DeadlineExceededError: timeout_s has passed.
             UnavailableError: No server answers.
         """
-        options = calls.embed_options(
+        options = embed_options(
             layers=layers,
             pooler_output=pooler_output,
             pooling=pooling,
@@ -216,7 +216,7 @@ class Client:
         Arguments and errors are those of `embed`. Every text comes once in every layer, whole; layers ascend
         for each text, and texts of one request may come in several groups.
         """
-        options = calls.embed_options(
+        options = embed_options(
             layers=layers,
             pooler_output=False,
             pooling=None,
@@ -282,7 +282,7 @@ class Client:
             FailedPreconditionError: A restarted server serves another model.
             Exception: Whatever `inputs` raised, after the results of all that came before it.
         """
-        options = calls.embed_options(
+        options = embed_options(
             layers=layers,
             pooler_output=pooler_output,
             pooling=pooling,
@@ -296,7 +296,7 @@ class Client:
             prompt_name=prompt_name,
         )
         ledger = StreamLedger(options, ordered=ordered)
-        yield from self._results(ledger, inputs, calls.raises(on_error), item_timeout_s, reconnect_timeout_s)
+        yield from self._results(ledger, inputs, raises(on_error), item_timeout_s, reconnect_timeout_s)
 
     @overload
     def encode(

@@ -18,6 +18,7 @@ from layertap.embedding import Embedding
 from layertap.errors import FailedPreconditionError, InvalidArgumentError
 from layertap.inputs import check_items, to_message, to_messages
 from layertap.ledger import MAX_MESSAGE_COUNT, StreamLedger
+from layertap.options import count, embed_options
 from layertap.types import FloatArray, ModelInfo, Pooling
 
 Array: TypeAlias = npt.NDArray[Any]
@@ -95,10 +96,10 @@ class Encoding:
         self._info = info
         self._single = isinstance(sentences, str)
         self.texts = [sentences] if isinstance(sentences, str) else _texts(sentences)
-        self._message_count = calls.count("batch_size", batch_size) or MAX_MESSAGE_COUNT
+        self._message_count = count("batch_size", batch_size) or MAX_MESSAGE_COUNT
         self._precision = quantization.check(precision)
         self._normalize = bool(normalize_embeddings)
-        self._width = calls.count("truncate_dim", truncate_dim) or config.truncate_dim
+        self._width = count("truncate_dim", truncate_dim) or config.truncate_dim
         poolings = [Pooling(strategy) for strategy in config.poolings]
         if len(poolings) == 1 and (self._normalize or not config.normalize):
             # Cut before it travels. Not what a model normalizes before it is cut.
@@ -107,7 +108,7 @@ class Encoding:
         if prompt is None and prompt_name is None:
             prompt_name = config.default_prompt_name
         of_tokens = output_value == TOKENS
-        self.options = calls.embed_options(
+        self.options = embed_options(
             layers=[-1] if of_tokens else None,
             pooler_output=False,
             pooling=None if of_tokens else poolings,

@@ -7,27 +7,24 @@ import logging
 import os
 import queue
 import time
-from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Final, TypeVar
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Final, TypeVar
 
 import numpy as np
 
 import layertap
-from layertap import wire
 from layertap.errors import LayertapError
-from layertap.v1 import embedding_pb2 as pb
 from layertap_server import checkpoint, delivery, drain, encoder, lanes, listen
 from layertap_server.batcher import Batcher
 from layertap_server.call import CallFailed, Event, RunDone
 from layertap_server.config import Config, ConfigError
 from layertap_server.gate import Gate
+from layertap_server.info import info_of, model_of
 from layertap_server.intake import Intake, Limits
 from layertap_server.journal import Journal
 from layertap_server.metrics import Endpoint, Metrics, Server, State
 from layertap_server.observer import Nobody
-from layertap_server.outputs import Model
 from layertap_server.reception import Reception
-from layertap_server.sentences import SentenceConfig
 from layertap_server.service import METHODS, SERVICE_NAME, Bounds, EmbeddingService
 from layertap_server.sharing import Sharing
 from layertap_server.shm import Segments
@@ -100,7 +97,7 @@ class App:
                 tokenizer=self.tokenizer.description, sentences=sentence_config.description, dtype=config.dtype
             ),
         )
-        self.model = _model(found.settings, encoders[0].has_pooler, self.tokenizer.special_token_ids)
+        self.model = model_of(found.settings, encoders[0].has_pooler, self.tokenizer.special_token_ids)
         if self.tokenizer.vocab_size > self.model.vocab_size:
             raise checkpoint.CheckpointError(
                 f"the tokenizer has a vocabulary of {self.tokenizer.vocab_size}, the model of {self.model.vocab_size}; "
@@ -174,7 +171,7 @@ class App:
             batcher=self.batcher,
             identity=identity,
             sharing=self._sharing,
-            info=_info(config, self.model, identity, devices, found.settings, sentence_config),
+            info=info_of(config, self.model, identity, devices, found.settings, sentence_config),
             bounds=Bounds(
                 max_response_bytes=config.max_response_bytes,
                 max_frame_bytes=config.max_frame_bytes,
@@ -289,77 +286,6 @@ def _tracing() -> Tracing:
     except ModuleNotFoundError as exc:
         raise ConfigError(f"--traces otlp needs packages ({exc.name}): pip install 'layertap[server,otel]'") from exc
     return Tracing(otlp_provider(layertap.__version__))
-
-
-def _model(settings: Mapping[str, Any], has_pooler: bool, special_token_ids: tuple[int, ...]) -> Model:
-    return Model(
-        layer_count=settings["num_hidden_layers"],
-        hidden_size=settings["hidden_size"],
-        vocab_size=settings["vocab_size"],
-        type_vocab_size=settings.get("type_vocab_size", 2),
-        max_length=settings["max_position_embeddings"],
-        has_pooler_output=has_pooler,
-        special_token_ids=special_token_ids,
-    )
-
-
-def _info(
-    config: Config,
-    model: Model,
-    identity: delivery.Identity,
-    devices: Sequence[str],
-    settings: Mapping[str, Any],
-    sentence_config: SentenceConfig,
-) -> pb.GetModelInfoResponse:
-    return pb.GetModelInfoResponse(
-        model_id=identity.model_id,
-        fingerprint=identity.fingerprint,
-        model_type=settings["model_type"],
-        layer_count=model.layer_count,
-        hidden_size=model.hidden_size,
-        attention_head_count=settings["num_attention_heads"],
-        vocab_size=model.vocab_size,
-        type_vocab_size=model.type_vocab_size,
-        max_length=model.max_length,
-        has_pooler_output=model.has_pooler_output,
-        compute_dtype=wire.DTYPES[config.dtype],
-        devices=devices,
-        special_token_ids=model.special_token_ids,
-        pad_token_id=identity.pad_token_id,
-        limits=pb.Limits(
-            max_text_count=config.max_text_count,
-            max_character_count=config.max_character_count,
-            max_request_bytes=config.max_request_bytes,
-            max_response_bytes=config.max_response_bytes,
-            max_frame_bytes=config.max_frame_bytes,
-            max_queue_text_count=config.max_queue_text_count,
-            max_queue_token_count=config.max_queue_token_count,
-            max_output_bytes=config.max_output_bytes,
-            max_concurrent_call_count=config.max_concurrent_call_count,
-            max_call_output_bytes=config.max_call_output_bytes,
-            max_queue_bytes=config.max_queue_bytes,
-            stall_time_ns=int(config.stall_timeout_s * 1e9),
-            grace_time_ns=int(config.grace_s * 1e9),
-            max_connection_age_ns=int(config.max_connection_age_s * 1e9),
-        ),
-        server_version=layertap.__version__,
-        sentence_config=_sentence_config(sentence_config),
-    )
-
-
-def _sentence_config(config: SentenceConfig) -> pb.SentenceConfig:
-    return pb.SentenceConfig(
-        unsupported=config.unsupported,
-        strategies=[wire.POOLING_STRATEGIES[strategy.name.lower()] for strategy in config.strategies],
-        normalize=config.normalize,
-        dimensions=config.dimensions,
-        max_length=config.max_length,
-        truncation=wire.TRUNCATIONS[config.truncation],
-        lower_case=config.lower_case,
-        prompts=config.prompts,
-        default_prompt_name=config.default_prompt_name,
-        include_prompt=config.include_prompt,
-    )
 
 
 def _timed(what: str, work: Callable[[], T]) -> T:

@@ -1,0 +1,175 @@
+"""What users ask for, by keyword, as the contract's options.
+
+Pure. What is of a wrong type or unknown is refused here, by the argument's own name; the server judges the rest.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, TypeAlias, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+
+from layertap import wire
+from layertap.errors import InvalidArgumentError
+from layertap.types import LayerMix, Pooling
+from layertap.v1 import embedding_pb2 as pb
+
+Layers: TypeAlias = "str | Iterable[int] | None"
+"""`"all"`, layer numbers, or None for the default."""
+
+Poolings: TypeAlias = "str | Pooling | Sequence[str | Pooling] | None"
+"""One pooling, several, or None."""
+
+NameT = TypeVar("NameT", bound=int)
+
+
+def embed_options(
+    *,
+    layers: Layers,
+    pooler_output: bool,
+    pooling: Poolings,
+    words: str | None = None,
+    mix: LayerMix | None = None,
+    dtype: str,
+    truncation: str,
+    max_length: int | None,
+    return_tokens: bool,
+    prompt: str | None = None,
+    prompt_name: str | None = None,
+    lower_case: bool = False,
+) -> pb.EmbedOptions:
+    """Returns the options that all three embed RPCs share."""
+    if pooling is None:
+        pooling = ()
+    try:
+        poolings = [pooling] if isinstance(pooling, (str, Pooling)) else list(pooling)
+    except TypeError as exc:
+        raise InvalidArgumentError(
+            f"pooling is of type {type(pooling).__name__}; pass a name, a Pooling, or several"
+        ) from exc
+    outputs: list[pb.Output] = []
+    if layers is not None or (mix is None and (words is not None or not (pooler_output or poolings))):
+        outputs.append(_rows(words, **_layers("layers", [-1] if layers is None else layers)))
+    if mix is not None:
+        outputs.append(_rows(words, mix=_mix("mix", mix)))
+    if pooler_output:
+        outputs.append(pb.Output(pooler_output=pb.PoolerOutput()))
+    outputs.extend(pb.Output(pooled_vectors=_pooled_vectors(pooling)) for pooling in poolings)
+    return pb.EmbedOptions(
+        outputs=outputs,
+        truncation=named("truncation", truncation, wire.TRUNCATIONS),
+        max_length=count("max_length", max_length),
+        dtype=named("dtype", dtype, wire.DTYPES),
+        return_tokens=return_tokens,
+        prompt=_string("prompt", prompt),
+        prompt_name=_string("prompt_name", prompt_name),
+        lower_case=lower_case,
+    )
+
+
+def count(field: str, value: int | None) -> int:
+    """Returns a number that starts at 1, and 0 for None."""
+    if value is None:
+        return 0
+    if _integer(field, value) < 1:
+        raise InvalidArgumentError(f"{field} is {value}; it starts at 1, None means the default")
+    return value
+
+
+def raises(on_error: str) -> bool:
+    """Returns whether a bad item of a stream is raised."""
+    if on_error not in ("raise", "return"):
+        raise InvalidArgumentError(f'on_error is {on_error!r}; pass "raise" or "return"')
+    return on_error == "raise"
+
+
+def _rows(words: str | None, **layers: Any) -> pb.Output:
+    """Asks for rows of some layers: one a token, or one a word."""
+    if words is None:
+        return pb.Output(hidden_states=pb.HiddenStates(**layers))
+    return pb.Output(word_vectors=pb.WordVectors(pooling=named("words", words, wire.WORD_POOLINGS), **layers))
+
+
+def _layers(field: str, layers: str | Iterable[int]) -> dict[str, Any]:
+    """Returns chosen layers as the two fields that every message has for them."""
+    if isinstance(layers, str):
+        if layers != "all":
+            raise InvalidArgumentError(f'{field} is {layers!r}; pass "all" or a list of layer numbers')
+        return {"all_layers": True}
+    try:
+        numbers = [_integer(field, layer) for layer in layers]
+    except TypeError as exc:
+        raise InvalidArgumentError(f'{field} is no list; pass "all" or a list of layer numbers') from exc
+    if not numbers:
+        raise InvalidArgumentError(f"{field} is empty; name at least one layer")
+    return {"layers": numbers}
+
+
+def _mix(field: str, mix: LayerMix) -> pb.LayerMix:
+    if not isinstance(mix, LayerMix):
+        raise InvalidArgumentError(f"{field} is of type {type(mix).__name__}; pass a LayerMix")
+    return pb.LayerMix(
+        strategy=named(f"{field}.strategy", mix.strategy, wire.MIX_STRATEGIES),
+        weights=[] if mix.weights is None else _numbers(f"{field}.weights", mix.weights),
+        **_layers(f"{field}.layers", mix.layers),
+    )
+
+
+def _numbers(field: str, values: npt.ArrayLike) -> list[float]:
+    try:
+        array = np.asarray(values)
+    except ValueError as exc:
+        raise InvalidArgumentError(f"{field} is not flat; pass one number for each layer") from exc
+    if array.ndim != 1 or array.dtype.kind not in "iuf":
+        raise InvalidArgumentError(f"{field} has something else than numbers; pass one for each layer")
+    numbers: list[float] = array.tolist()
+    return numbers
+
+
+def _pooled_vectors(pooling: str | Pooling) -> pb.PooledVectors:
+    pooling = Pooling(pooling) if isinstance(pooling, str) else pooling
+    if not isinstance(pooling, Pooling):
+        raise InvalidArgumentError(f"pooling is of type {type(pooling).__name__}; pass a name or a Pooling")
+    layer = pooling.layer
+    source: dict[str, Any] = (
+        {"mix": _mix("pooling.layer", layer)}
+        if isinstance(layer, LayerMix)
+        else {"layer": _integer("pooling.layer", layer)}
+    )
+    return pb.PooledVectors(
+        strategy=named("pooling.strategy", pooling.strategy, wire.POOLING_STRATEGIES),
+        exclude_special_tokens=not pooling.include_special_tokens,
+        normalize=pooling.normalize,
+        dimensions=count("pooling.dimensions", pooling.dimensions),
+        **source,
+    )
+
+
+def _string(field: str, value: str | None) -> str:
+    if not isinstance(value, str | None):
+        raise InvalidArgumentError(f"{field} is of type {type(value).__name__}; pass a str")
+    try:
+        (value or "").encode()
+    except UnicodeEncodeError as exc:
+        raise InvalidArgumentError(f"{field} has a lone surrogate, which UTF-8 cannot carry; replace it") from exc
+    return value or ""
+
+
+def named(field: str, name: str, known: Mapping[str, NameT]) -> NameT:
+    """Returns what a name stands for."""
+    if name not in list(known):  # A list, because a name that is no str may have no hash.
+        raise InvalidArgumentError(f"{field} is {name!r}; pass one of {', '.join(known)}")
+    return known[name]
+
+
+def _integer(field: str, value: int) -> int:
+    try:
+        number = operator.index(value)
+    except TypeError as exc:
+        raise InvalidArgumentError(f"{field} has an entry of type {type(value).__name__}; pass ints") from exc
+    if not -(2**31) <= number < 2**31:
+        raise InvalidArgumentError(f"{field} has a value beyond 32 bits; pass smaller numbers")
+    return number
