@@ -1014,7 +1014,8 @@ def test_leaving_an_iteration_ends_the_call(client: Any, server: Server) -> None
 
 def test_a_server_that_dies_ends_every_call(tiny_folder: Path) -> None:
     """A blocking and an asyncio caller each in the middle of layers, of a stream, and of a call not yet answered."""
-    server = Server("--device", "cpu", "--model-id", str(tiny_folder))
+    # One client may fill three quarters of the queue, and here all are one.
+    server = Server("--device", "cpu", "--model-id", str(tiny_folder), "--max-queue-token-count", str(4 << 20))
     inputs = ["paris " * 500] * 900  # 230 MB of layers: more than any buffer on the way holds.
     try:
         began = [threading.Event() for _ in range(4)]

@@ -22,6 +22,7 @@ from layertap import DataLossError, FailedPreconditionError, ResourceExhaustedEr
 from layertap.assembler import EmbedAssembler
 from layertap.shm import Mapping, SharedMemory
 from layertap.v1 import embedding_pb2 as pb
+from layertap_server import delivery
 from layertap_server.shm import CALL_COUNT, LEAST_BYTES, SLOT_COUNT, UNIT, Lending, Segment, Segments
 
 SIZE = 32 * UNIT
@@ -370,6 +371,9 @@ def test_frames_in_memory_at_their_places_or_elsewhere_and_bytes_give_the_right_
         assert len(payload) <= 1024
     assembler = EmbedAssembler(answer.messages, answer.options)
     assembler.feed(pb.EmbedLayersResponse(header=answer.header), b"")
+    if answer.plan.has_words:
+        for group in delivery.word_groups(answer.tokenized, 1 << 20):
+            assembler.feed(group, b"")
     frames = data.draw(answers.cut_frames(answer))
     for frame, payload in frames:
         way = data.draw(st.sampled_from(["place", "place", "elsewhere", "bytes"]))

@@ -67,12 +67,18 @@ def _credentials(connection: Connection) -> grpc.ChannelCredentials:
 
 
 def translate(
-    exc: Exception, connection: Connection, timeout_s: float | None, *, resumable: bool = False
+    exc: Exception,
+    connection: Connection,
+    timeout_s: float | None,
+    *,
+    resumable: bool = False,
+    closed: bool = False,
 ) -> LayertapError:
     """Returns what happened to a call as one of layertap's own errors.
 
     A layertap server says with each of its errors whether to retry; where nothing is said, it was not the server who
-    spoke. A `resumable` call takes whatever breaks it on the way for a lost connection.
+    spoke. A `resumable` call takes whatever breaks it on the way for a lost connection. Unless the client has been
+    `closed`, nobody here has cancelled the call: it came to a server that was about to end.
     """
     if not isinstance(exc, grpc.RpcError):
         return CancelledError(CLOSED_DURING_CALL)
@@ -83,6 +89,8 @@ def translate(
     pushback = trailing.get("grpc-retry-pushback-ms")
     broken = pushback is None and code in (StatusCode.INTERNAL, StatusCode.UNKNOWN)
     # It has no deadline of its own: this one is a server's that would not wait for its answers to be read.
+    if pushback is None and code is StatusCode.CANCELLED and not closed:
+        code = StatusCode.UNAVAILABLE
     if resumable and (broken or code is StatusCode.DEADLINE_EXCEEDED):
         code = StatusCode.UNAVAILABLE
     if code is StatusCode.UNAVAILABLE and pushback is None:

@@ -73,7 +73,7 @@ class Link:
         try:
             raw = method(call.request.SerializeToString(), timeout=timeout_s, metadata=self.connection.metadata)
         except (grpc.RpcError, ValueError) as exc:
-            raise translate(exc, self.connection, timeout_s) from exc
+            raise translate(exc, self.connection, timeout_s, closed=self._closed) from exc
         return calls.read_whole(raw, call.response)
 
     def layers(self, request: pb.EmbedLayersRequest, timeout_s: float | None) -> Iterator[Part]:
@@ -89,14 +89,14 @@ class Link:
             try:
                 call = method(request.SerializeToString(), timeout=timeout_s, metadata=self.connection.metadata)
             except ValueError as exc:
-                raise translate(exc, self.connection, timeout_s) from exc
+                raise translate(exc, self.connection, timeout_s, closed=self._closed) from exc
             stack.callback(call.cancel)
             try:
                 for raw in call:
                     part, data = wire.split(pb.EmbedLayersResponse, raw)
                     yield part, data, take(shared, part)
             except grpc.RpcError as exc:
-                raise translate(exc, self.connection, timeout_s) from exc
+                raise translate(exc, self.connection, timeout_s, closed=self._closed) from exc
 
     async def begin(self, timeout_s: float) -> SharedCall | None:
         """Returns what a stream may use of the shared memory."""
@@ -177,7 +177,7 @@ class AsyncLink:
         try:
             raw = await method(call.request.SerializeToString(), timeout=timeout_s, metadata=self.connection.metadata)
         except (grpc.RpcError, grpc.aio.UsageError) as exc:
-            raise translate(exc, self.connection, timeout_s) from exc
+            raise translate(exc, self.connection, timeout_s, closed=self._closed) from exc
         except asyncio.CancelledError as exc:
             self._tell_closing(exc)
             raise
@@ -200,7 +200,7 @@ class AsyncLink:
                     part, data = wire.split(pb.EmbedLayersResponse, raw)
                     yield part, data, take(shared, part)
             except (grpc.RpcError, grpc.aio.UsageError) as exc:
-                raise translate(exc, self.connection, timeout_s) from exc
+                raise translate(exc, self.connection, timeout_s, closed=self._closed) from exc
             except asyncio.CancelledError as exc:
                 self._tell_closing(exc)
                 raise

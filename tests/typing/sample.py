@@ -104,7 +104,7 @@ def look_at_results(embedding: Embedding) -> None:
     assert_type(embedding.tokens, Tokens)
     assert_type(embedding.truncated, npt.NDArray[np.bool_])
     assert_type(embedding.attention_mask, npt.NDArray[np.int64])
-    assert len(embedding.to_tuple()) == 3
+    assert len(embedding.to_tuple()) == 3 and "pooler_output" in [column.name for column in embedding.columns()]
     model, timings = embedding.model, embedding.timings
     assert_type(model, ModelRef)
     assert_type(timings, Timings)

@@ -21,7 +21,7 @@ from layertap_server.encoder.handover import Handover
 from layertap_server.encoder.layout import Layout
 from layertap_server.encoder.mixing import Mixes
 from layertap_server.encoder.pooling import pool_rows, pool_words
-from layertap_server.encoder.portions import Order, orders
+from layertap_server.encoder.portions import Order, orders, wanted_layers
 from layertap_server.work import OutputKind, Rows, Run
 
 log = logging.getLogger(__name__)
@@ -82,7 +82,7 @@ class Encoder:
         mixes = Mixes(batch, layout)
         asked = orders(batch)
         try:
-            for layer, rows in enumerate(self._bert.layers(layout)):
+            for layer, rows in self._bert.layers(layout, wanted_layers(batch)):
                 mixes.add(layer, rows)
                 for order in asked:
                     if layer not in order.output.layers:

@@ -1,4 +1,4 @@
-"""BERT's forward pass over packed rows, one layer at a time.
+"""BERT's forward pass over packed rows, from one asked-for layer to the next.
 
 The residual stream and LayerNorm are float32 whatever the compute dtype: that costs little and keeps a third of the
 error of doing all in bfloat16. Parameter names are those of transformers' BertModel, with or without the prefix
@@ -7,7 +7,7 @@ error of doing all in bfloat16. Parameter names are those of transformers' BertM
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Final, TypeAlias
 
 import torch
@@ -16,7 +16,7 @@ from transformers.activations import ACT2FN
 
 from layertap_server.checkpoint import CheckpointError
 from layertap_server.encoder.attention import Attention, Prepared
-from layertap_server.encoder.block import Norm, block, compiled, narrow, project, settle, widen
+from layertap_server.encoder.block import Blocks, Norm, compiled, narrow, project, settle, widen
 from layertap_server.encoder.block import Weights as BlockWeights
 from layertap_server.encoder.layout import Layout
 from layertap_server.encoder.linear import Dense, Linears, dense
@@ -51,8 +51,6 @@ class Bert:
         self._activation = _activation(settings.get("hidden_act", "gelu"))
         linears = Linears(device=device, dtype=dtype, hidden_size=self.hidden_size, intermediate_size=intermediate_size)
         self._packed = linears.packed
-        # On cuda it is the device that steps are queued for; there compiling has nothing to save.
-        self._block = compiled(block) if device.type == "cpu" and self._activation is F.gelu else None
 
         def take(name: str, *shape: int) -> torch.Tensor:
             try:
@@ -96,6 +94,13 @@ class Bert:
                     output_norm=norm(f"{prefix}.output"),
                 )
             )
+        self._program: torch.jit.ScriptModule | None = None
+        # On cuda it is the device that steps are queued for; there compiling has nothing to save.
+        if device.type == "cpu" and self._activation is F.gelu:
+            heads = settings["num_attention_heads"]
+            self._program = compiled(Blocks(self._blocks, head_count=heads, packed=self._packed, epsilon=self._epsilon))
+            if self._program is not None:
+                self._blocks = []
         self._pooler = linear("pooler.dense", hidden, hidden) if "pooler.dense.weight" in weights else None
 
     @property
@@ -103,33 +108,40 @@ class Bert:
         """Whether the checkpoint brought pooler weights."""
         return self._pooler is not None
 
-    def layers(self, layout: Layout) -> Iterator[torch.Tensor]:
-        """Yields layer 0, 1, … up to the deepest that is needed, while the next is not yet computed.
+    def layers(self, layout: Layout, wanted: Sequence[int]) -> Iterator[tuple[int, torch.Tensor]]:
+        """Yields layers by number, while the next is not yet computed.
 
-        Shape of each: [layout.row_count(layer), hidden_size], float32.
+        Args:
+            layout: The batch.
+            wanted: Which layers, ascending; the deepest of each text is among them.
+
+        Yields:
+            The layer and its rows. Shape: [layout.row_count(layer), hidden_size], float32.
         """
         rows = self._embed(layout)
         attention = self._attention.prepare(layout.groups)
-        yield rows
-        for layer in range(1, layout.depth + 1):
-            rows = self._run(self._blocks[layer - 1], rows[: layout.row_count(layer)], attention)
-            yield rows
+        done = 0
+        for layer in wanted:
+            rows = self._run(done, layer, rows[: layout.row_count(layer)], attention)
+            done = layer
+            yield layer, rows
 
     def pooler(self, first_rows: torch.Tensor) -> torch.Tensor:
         """Applies the pooler to row 0 of texts. Shape: [text_count, hidden_size], float32 in and out."""
         assert self._pooler is not None
         return torch.tanh(dense(first_rows.to(self._dtype), self._pooler, self._packed, False)).float()
 
-    def _run(self, weights: BlockWeights, rows: torch.Tensor, attention: Prepared) -> torch.Tensor:
-        """Runs one block. Shape: [row_count, hidden_size], float32, in and out."""
-        packed, epsilon = self._packed, self._epsilon
-        if self._block is not None:
-            heads = self._attention.head_count
-            return self._block(rows, weights, attention.shapes, attention.masks, heads, packed, epsilon)
-        rows = settle(attention(project(rows, weights, packed)), rows, weights, packed, epsilon)
-        fused = self._activation is F.gelu
-        wide = widen(rows, weights, packed, fused)
-        return narrow(wide if fused else self._activation(wide), rows, weights, packed, epsilon)
+    def _run(self, first: int, last: int, rows: torch.Tensor, attention: Prepared) -> torch.Tensor:
+        """Runs the blocks from `first` to before `last`. Shape: [row_count, hidden_size], float32, in and out."""
+        if self._program is not None:
+            found: torch.Tensor = self._program(rows, first, last, attention.shapes, attention.masks)
+            return found
+        packed, epsilon, fused = self._packed, self._epsilon, self._activation is F.gelu
+        for weights in self._blocks[first:last]:
+            rows = settle(attention(project(rows, weights, packed)), rows, weights, packed, epsilon)
+            wide = widen(rows, weights, packed, fused)
+            rows = narrow(wide if fused else self._activation(wide), rows, weights, packed, epsilon)
+        return rows
 
     def _embed(self, layout: Layout) -> torch.Tensor:
         def on_device(array: Any) -> torch.Tensor:

@@ -1,16 +1,17 @@
-"""One encoder block, written so that torch can compile it.
+"""Encoder blocks, written so that torch can compile them.
 
 A block is two dozen small steps. Run one by one from Python, each takes its turn at the interpreter, and a lane waits
-at every step for whoever has it: other lanes, and the loop that talks to the callers. Compiled, a block is one step.
-Where torch cannot compile it (a later torch, an activation of its own), the same functions run as they stand.
-"""
+at every step for whoever has it: other lanes, and the loop that talks to the callers. Compiled, all blocks up to the
+next layer that somebody asked for are one step. The program has the weights to itself: references to tensors that
+Python knows too are counted with the interpreter's lock held.
 
-from __future__ import annotations
+Where torch cannot compile it (a later torch, an activation of its own), the same functions run as they stand. Torch
+reads the annotations here, so they are objects and not strings.
+"""
 
 import logging
 import warnings
-from collections.abc import Callable
-from typing import List, NamedTuple, Optional, Tuple, TypeVar  # noqa: UP035  # the spellings that torch compiles
+from typing import List, NamedTuple, Optional, Tuple  # noqa: UP035  # the spellings that torch compiles
 
 import torch
 from torch.nn import functional as F
@@ -19,8 +20,6 @@ from layertap_server.encoder.attention import attend
 from layertap_server.encoder.linear import Dense, dense
 
 log = logging.getLogger(__name__)
-
-FunctionT = TypeVar("FunctionT", bound=Callable[..., torch.Tensor])
 
 
 class Norm(NamedTuple):
@@ -63,29 +62,44 @@ def narrow(wide: torch.Tensor, rows: torch.Tensor, weights: Weights, packed: boo
     return F.layer_norm(output, [rows.size(1)], weights.output_norm.weight, weights.output_norm.bias, epsilon)
 
 
-def block(
-    rows: torch.Tensor,
-    weights: Weights,
-    shapes: List[Tuple[int, int, int]],  # noqa: UP006
-    masks: List[Optional[torch.Tensor]],  # noqa: UP006, UP045
-    head_count: int,
-    packed: bool,
-    epsilon: float,
-) -> torch.Tensor:
-    """Runs a whole block with GELU. Shape: [row_count, hidden_size], float32, in and out."""
-    context = attend(project(rows, weights, packed), shapes, masks, head_count)
-    rows = settle(context, rows, weights, packed, epsilon)
-    return narrow(widen(rows, weights, packed, True), rows, weights, packed, epsilon)
+class Blocks(torch.nn.Module):
+    """All blocks of a model whose activation is GELU, and how they run."""
+
+    blocks: List[Weights]  # noqa: UP006
+
+    def __init__(self, blocks: List[Weights], *, head_count: int, packed: bool, epsilon: float) -> None:  # noqa: UP006
+        super().__init__()
+        self.blocks = blocks
+        self.head_count = head_count
+        self.packed = packed
+        self.epsilon = epsilon
+
+    def forward(
+        self,
+        rows: torch.Tensor,
+        first: int,
+        last: int,
+        shapes: List[Tuple[int, int, int]],  # noqa: UP006
+        masks: List[Optional[torch.Tensor]],  # noqa: UP006, UP045
+    ) -> torch.Tensor:
+        """Runs some blocks one after the other; `last` is the one past them.
+
+        Shape: [row_count, hidden_size], float32, in and out. `shapes` and `masks` are those of `attend`.
+        """
+        for weights in self.blocks[first:last]:
+            context = attend(project(rows, weights, self.packed), shapes, masks, self.head_count)
+            rows = settle(context, rows, weights, self.packed, self.epsilon)
+            rows = narrow(widen(rows, weights, self.packed, True), rows, weights, self.packed, self.epsilon)
+        return rows
 
 
-def compiled(function: FunctionT) -> FunctionT:
-    """Returns a function as torch's own program, or as it is where torch cannot."""
+def compiled(blocks: Blocks) -> Optional[torch.jit.ScriptModule]:  # noqa: UP045
+    """Returns blocks as torch's own program, which holds the weights; None where torch cannot compile them."""
     try:
         with warnings.catch_warnings():
             # torch calls this old, but offers nothing else that needs neither a C++ compiler nor fixed shapes.
             warnings.simplefilter("ignore")
-            program: FunctionT = torch.jit.script(function)
+            return torch.jit.script(blocks)
     except Exception as exc:
-        log.info("torch %s does not compile the encoder block (%s); it runs step by step", torch.__version__, exc)
-        return function
-    return program
+        log.info("torch %s does not compile the encoder blocks (%s); they run step by step", torch.__version__, exc)
+        return None

@@ -5,8 +5,6 @@ reaches it by private operators; this file is the only door to them. `Linears` t
 `F.linear` where they are missing, slower, or give other numbers. `dense` is written so that torch can compile it.
 """
 
-from __future__ import annotations
-
 import logging
 import time
 from typing import Final, NamedTuple

@@ -64,6 +64,13 @@ def orders(batch: Sequence[Run]) -> list[Order]:
     return list(found.values())
 
 
+def wanted_layers(batch: Sequence[Run]) -> list[int]:
+    """Returns the layers of which something is made, ascending."""
+    outputs = [output for run in batch for output in run.plan.outputs]
+    mixed = {layer for output in outputs if output.mix is not None for layer in output.mix.layers}
+    return sorted(mixed.union(*(output.layers for output in outputs)))
+
+
 def _is_large(run: Run, output: Output) -> bool:
     """Whether rows of a run go straight into a buffer of its own."""
     if run.plan.allocate is not None:
