@@ -60,6 +60,13 @@ def batcher(request: pytest.FixtureRequest, tiny_folder: Path, device: str, dtyp
     assert made.stop(timeout_s=60)
 
 
+def test_torch_compiles_the_blocks(tiny_folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    found = checkpoint.find(model_id=str(tiny_folder), revision="", name="", load_format="safetensors", seed=0)
+    with caplog.at_level("INFO"):
+        Encoder(found, device="cpu", dtype="float32")
+    assert "prepacked" in caplog.text and "step by step" not in caplog.text
+
+
 layers = st.integers(0, LAYER_COUNT)
 hidden_states = st.sets(layers, min_size=1).map(
     lambda chosen: Output(kind=OutputKind.HIDDEN_STATES, layers=tuple(sorted(chosen)), row_size=HIDDEN_SIZE)

@@ -19,8 +19,8 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from support import Oracle, Server, running, worst
 
 from layertap import Client, ResourceExhaustedError, StreamResult, UnavailableError
-from layertap.calls import embed_options
 from layertap.inputs import to_messages
+from layertap.options import embed_options
 from layertap.v1 import embedding_pb2 as pb
 from layertap.v1 import embedding_pb2_grpc
 from layertap_server.encoder import faults

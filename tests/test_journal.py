@@ -15,8 +15,8 @@ import pytest
 from support import Server, open_client, poll, running
 
 from layertap import Client, InvalidArgumentError, UnavailableError
-from layertap.calls import embed_options
 from layertap.inputs import to_messages
+from layertap.options import embed_options
 from layertap.v1 import embedding_pb2 as pb
 from layertap.v1 import embedding_pb2_grpc
 from layertap_server.journal import Journal

@@ -20,8 +20,8 @@ from support import Server, poll, running
 
 from layertap import Client, FailedPreconditionError, ResourceExhaustedError, StreamResult, UnavailableError
 from layertap.assembler import EmbedAssembler
-from layertap.calls import embed_options
 from layertap.inputs import to_messages
+from layertap.options import embed_options
 from layertap.v1 import embedding_pb2 as pb
 from layertap.v1 import embedding_pb2_grpc
 

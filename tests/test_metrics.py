@@ -20,8 +20,9 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 from support import Server, poll, running
 
-from layertap.calls import SERVICE, embed_options
+from layertap.calls import SERVICE
 from layertap.inputs import to_messages
+from layertap.options import embed_options
 from layertap.v1 import embedding_pb2 as pb
 from layertap_server.journal import Journal
 from layertap_server.metrics import Metrics

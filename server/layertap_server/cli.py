@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import dataclasses
+import gc
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -60,6 +61,8 @@ def run(config: Config, make_app: Callable[[Config], App]) -> int:
     sys.setswitchinterval(_SWITCH_INTERVAL_S)
     try:
         server = make_app(config)
+        gc.collect()
+        gc.freeze()  # What is there now stays; looking through it for garbage would hold up every thread.
         ended = asyncio.run(server.serve(ready=lambda address: _announce(address, server.metrics_url)))
     except (ConfigError, CheckpointError) as exc:
         return _fail(str(exc))

@@ -1,9 +1,9 @@
 """Which engine threads there are, and how many CPU threads each of them computes with.
 
 On cuda one lane for each device. On the CPU several lanes with one thread each, which share the weights: that is faster
-than one lane with several threads. A small batch that comes while nobody else computes gets all cores, if it falls to
-the first lane: OpenMP's threads wait for each other awake, which a short text needs, only as long as the process has
-no more of them than cores, so only one lane may have a team. The batcher wakes the first lane first.
+than one lane with several threads. A small batch of one caller that comes while nobody else computes gets all cores, if
+it falls to the first lane, which the batcher wakes first. Only one lane may have a team: OpenMP's threads wait for each
+other awake, which a short text needs, only as long as the process has no more of them than cores.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ log = logging.getLogger(__name__)
 
 _MAX_CPU_LANES: Final = 4
 _LONE_TOKENS: Final = 256
-"""Up to here a batch that is alone gets all cores; of more, other lanes take their share."""
+"""Up to here a caller who is alone gets all cores; of more, other lanes take their share."""
 
 
 def make(encoders: Sequence[Encoder], *, lane_count: int, thread_count: int) -> list[Encode]:
@@ -53,8 +53,8 @@ class _Crew:
         self._busy_count = 0
 
     def encode(self, lane: int, batch: Sequence[Run]) -> Iterator[Rows]:
-        token_count = sum(text.token_count for run in batch for text in run.texts)
-        lone = lane == 0 and not self._busy_count and token_count <= _LONE_TOKENS
+        token_count = sum(text.token_count for text in batch[0].texts)
+        lone = lane == 0 and not self._busy_count and len(batch) == 1 and token_count <= _LONE_TOKENS
         self._busy_count += 1
         try:
             self._encoder.use_threads(self._lone_thread_count if lone else self._thread_count)
