@@ -147,10 +147,14 @@ class EmbedStream:
                     self._moved_at = time.monotonic()
                     self._note_change()
                     yield self._ledger.ready()
+                    self._moved_at = time.monotonic()  # The time that the caller took is not the server's.
                 elif group := self._ledger.ready():
                     yield group
-            await asyncio.wait_for(writer, self._item_timeout_s)
-            await asyncio.wait_for(read or call.read(), self._item_timeout_s)
+                    self._moved_at = time.monotonic()
+            # Nothing is owed any more: a server that is slow to end the call takes nothing from the answers.
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(writer, self._item_timeout_s)
+                await asyncio.wait_for(read or call.read(), self._item_timeout_s)
         except grpc.RpcError as exc:
             error = translate(exc, self._settings, None, resumable=True)
             if not self._ledger.accepted and int(error.code) != exc.code().value[0]:
@@ -180,13 +184,15 @@ class EmbedStream:
             self._moved_at = time.monotonic()
         changed = asyncio.create_task(self._change(self._change_count))
         left = self._moved_at + self._item_timeout_s - time.monotonic()
-        await asyncio.wait({read, changed}, timeout=max(left, 0.0), return_when=asyncio.FIRST_COMPLETED)
-        if not read.done() and not changed.done() and self._ledger.unanswered_count:
-            raise DeadlineExceededError(
-                f"no answer came for {self._item_timeout_s} s while {self._ledger.unanswered_count} items wait; "
-                "raise item_timeout_s if the server needs longer"
-            )
-        changed.cancel()
+        try:
+            await asyncio.wait({read, changed}, timeout=max(left, 0.0), return_when=asyncio.FIRST_COMPLETED)
+            if not read.done() and not changed.done() and self._ledger.unanswered_count:
+                raise DeadlineExceededError(
+                    f"no answer came for {self._item_timeout_s} s while {self._ledger.unanswered_count} items wait; "
+                    "raise item_timeout_s if the server needs longer"
+                )
+        finally:
+            changed.cancel()
 
     async def _write(self, call: Any, shared: SharedCall | None) -> None:
         # The reading side gets the status of a broken call and tells it.
@@ -224,7 +230,12 @@ class EmbedStream:
                             await self._change(self._change_count)
                         self._ledger.offer(item)
                         self._note_change()
-        except Exception as exc:  # The caller's own; it reaches the caller as itself.
+        except asyncio.CancelledError as exc:
+            task = asyncio.current_task()
+            if task is not None and task.cancelling():
+                raise  # Ours: the stream is ending. Else something that the items waited for was cancelled.
+            self._source_error = exc
+        except BaseException as exc:  # The caller's own; it reaches the caller as itself.
             self._source_error = exc
         finally:
             self._source_ended = True
@@ -268,6 +279,7 @@ class Iteration:
         self._thread: threading.Thread | None = None
         self._groups: Groups | None = None
         self._step: asyncio.Task[Any] | None = None
+        self._fatal: BaseException | None = None
         self._cancelled = False
         self._pid = os.getpid()
 
@@ -285,6 +297,8 @@ class Iteration:
         while True:
             try:
                 yield asyncio.run_coroutine_threadsafe(self._advance(), self._loop).result()
+                if self._fatal is not None:
+                    raise self._fatal
             except StopAsyncIteration:
                 return
             except concurrent.futures.CancelledError as exc:
@@ -313,7 +327,11 @@ class Iteration:
         if self._cancelled:
             raise CancelledError(CLOSED_DURING_CALL)
         self._groups, self._step = self._groups or self._start(), asyncio.current_task()
-        return await anext(self._groups)
+        try:
+            return await anext(self._groups)
+        except (KeyboardInterrupt, SystemExit) as exc:  # In a task they would end the loop, and nobody would be told.
+            self._fatal = exc
+            return []
 
     def _cancel_step(self) -> None:
         if self._step is not None:

@@ -19,7 +19,7 @@ import functools
 import logging
 import threading
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Sequence
 
 from layertap.errors import DeadlineExceededError, ResourceExhaustedError, UnavailableError
@@ -84,6 +84,7 @@ class Batcher:
         self._waiting_texts = 0
         self._waiting_tokens = 0
         self._held_bytes = 0
+        self._held_of: Counter[str] = Counter()
         self._stopping = False
         self._live_lane_count = self.lane_count = len(encodes)
         self._lanes = [
@@ -152,9 +153,8 @@ class Batcher:
     def lose_stuck(self, timeout_s: float) -> None:
         """Gives up every lane that has made no progress with its batch for so long."""
         for lane in self._lanes:
-            if not lane.lost and lane.stuck(timeout_s):
+            if lane.lose(stuck_s=timeout_s):
                 log.error("%s has made no progress for %.0f s and is given up", lane.name, timeout_s)
-                lane.lose()
 
     def stop(self, timeout_s: float) -> bool:
         """Answers what waits with UNAVAILABLE and ends the lanes after their batches.
@@ -230,9 +230,8 @@ class Batcher:
         with self._lock:
             if call.closed:
                 return
-            call.held_bytes -= byte_count
             call.held_run_count -= run_done
-            self._held_bytes -= byte_count
+            self._hold(call, -byte_count)
             self._wake()
 
     def close(self, call: Call) -> None:
@@ -241,10 +240,18 @@ class Batcher:
             if call.closed:
                 return
             call.closed = True
-            self._held_bytes -= call.held_bytes
+            self._hold(call, -call.held_bytes)
             if call.waiting:
                 self._forget(call)
             self._wake()
+
+    def _hold(self, call: Call, byte_count: int) -> None:
+        """Counts output bytes of a call that are reserved, or with a negative number given back."""
+        call.held_bytes += byte_count
+        self._held_bytes += byte_count
+        self._held_of[call.client] += byte_count
+        if not self._held_of[call.client]:
+            del self._held_of[call.client]
 
     def _forget(self, call: Call) -> None:
         """Takes a call out of the queue, with all that waits in it."""
@@ -309,7 +316,7 @@ class Batcher:
     def _may_take(self, call: Call, batch: dict[Call, Taken]) -> bool:
         """Whether the call's next text finds room among the output bytes."""
         byte_count = call.bytes_of(call.waiting[0][0])
-        if self._held_bytes + byte_count > self._max_output_bytes:
+        if self._held_bytes + byte_count > _share(self._max_output_bytes, self._held_of[call.client], byte_count):
             return False
         if not call.held_bytes:
             return True
@@ -325,8 +332,7 @@ class Batcher:
         taken.texts.append(text)
         taken.reserved_bytes += byte_count
         call.next_text += 1
-        call.held_bytes += byte_count
-        self._held_bytes += byte_count
+        self._hold(call, byte_count)
         call.waiting.popleft()
         call.waiting_token_count -= text.token_count
         self._waiting_texts -= 1
@@ -336,7 +342,7 @@ class Batcher:
 
 
 def _share(limit: int, own: int, more: int) -> int:
-    """Returns how full the queue may get by a client who has `own` in it and adds `more`.
+    """Returns how full the queue, or the memory for outputs, may get by a client who has `own` in it and adds `more`.
 
     Whoever has nothing in it may fill it, so that any request can be admitted.
     """

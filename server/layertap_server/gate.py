@@ -211,7 +211,12 @@ class Gate:
             # gRPC's own word for "retry in so many milliseconds"; -1 means never.
             wait_ms = -1 if error.retry_after_s is None else int(error.retry_after_s * 1000)
             pushback = ("grpc-retry-pushback-ms", str(wait_ms))
-            await context.abort(_STATUS[int(error.code)], error.details, (pushback, request_id))
+            try:
+                await context.abort(_STATUS[int(error.code)], error.details, (pushback, request_id))
+            except grpc.aio.AbortError:
+                raise
+            except Exception as exc:  # The connection is gone, and gRPC would call that a fault of ours.
+                raise asyncio.CancelledError from exc
 
         return call
 

@@ -35,7 +35,9 @@ def in_halves(encode: Encode) -> Encode:
         except OutOfMemoryError:
             # The error holds on to all that the batch had computed, until this block is left.
             log.warning("no memory for a batch of %d texts, %d tokens", _text_count(batch), _token_count(batch))
-        rest = _refused(batch[0]) if _text_count(batch) == 1 else _joined(encode_all, batch)
+        # What the caller may be reading where it lies is not written again.
+        bare = [dataclasses.replace(run, plan=dataclasses.replace(run.plan, allocate=None)) for run in batch]
+        rest = _refused(bare[0]) if _text_count(bare) == 1 else _joined(encode_all, bare)
         yield from (rows for rows in rest if _place(rows) not in yielded)
 
     return encode_all

@@ -66,15 +66,20 @@ class Lane:
         moved_at = self._moved_at
         return moved_at is not None and time.monotonic() - moved_at >= timeout_s
 
-    def lose(self) -> None:
-        """Gives the lane up, and answers the callers of its batch."""
+    def lose(self, *, stuck_s: float = 0.0) -> bool:
+        """Gives the lane up, and answers the callers of its batch; returns whether it did so now.
+
+        Args:
+            stuck_s: Only if it has a batch and has made no progress for so long, in seconds; 0: whatever it does.
+        """
         with self._lock:
-            if self.lost:
-                return
+            if self.lost or (stuck_s and not self.stuck(stuck_s)):
+                return False
             self.lost = True
             batch = self._batch
         self._on_lost()  # First, so that whoever asks again at once meets no lane that is gone.
         self._fail(batch, UnavailableError("the engine has failed; try again", retry_after_s=RETRY_AFTER_S))
+        return True
 
     def ended(self, timeout_s: float) -> bool:
         """Waits for the thread, but no longer than that; returns whether it has ended."""

@@ -48,7 +48,7 @@ class Reception:
         Raises:
             LayertapError: An option or a text is at fault.
         """
-        plan = self._known_plan(options.SerializeToString(deterministic=True))
+        plan = self._known_plan(_without_memory(options).SerializeToString(deterministic=True))
         self._intake.check_text_count(len(inputs))
         labels = [f"inputs[{n}]" for n in range(len(inputs))]
         prompt = self._intake.prompt(options)
@@ -121,6 +121,16 @@ async def parse(kind: type[MessageT], raw: bytes) -> MessageT:
 async def offload(work: Callable[[], T], *, in_thread: bool) -> T:
     """Does some work here, or in a thread if it takes long."""
     return await asyncio.to_thread(work) if in_thread else work()
+
+
+def _without_memory(options: pb.EmbedOptions) -> pb.EmbedOptions:
+    """Returns options without what is another in each call, and changes nothing of the plan."""
+    if not options.HasField("shared_memory"):
+        return options
+    plain = pb.EmbedOptions()
+    plain.CopyFrom(options)
+    plain.ClearField("shared_memory")
+    return plain
 
 
 def _all_good(results: Iterable[Tokenized | LayertapError]) -> list[Tokenized]:

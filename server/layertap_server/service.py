@@ -12,6 +12,7 @@ import contextlib
 import dataclasses
 import functools
 import time
+from collections import deque
 from collections.abc import AsyncIterator, Iterator, Sequence
 from typing import Any, Final
 
@@ -204,12 +205,16 @@ class EmbeddingService:
                     await caller.write(group.SerializeToString())
             left = len(tokenized)
             while left:
-                for event in await inbox.take():
+                events = deque(await inbox.take())
+                while events:
+                    event = events.popleft()
                     if isinstance(event, RowsReady):
+                        byte_count = len(event.rows.data)
                         for frame in delivery.frames(_good(event), plan, self._bounds.max_frame_bytes, lending):
                             await caller.write(frame)
                             frame_count += 1
-                        call.release(len(event.rows.data))
+                        del event  # Bytes are given back once nothing here holds them.
+                        call.release(byte_count)
                     else:
                         left -= caller.record.run(_done(event))
                         call.release(0, run_done=True)

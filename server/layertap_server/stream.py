@@ -122,6 +122,7 @@ class Stream:
         self._parts: defaultdict[int, list[RowsReady]] = defaultdict(list)
         self._finished: list[int] = []
         self._all_read: _AllRead | None = None
+        self._ended = False
         self._taken = asyncio.Event()
 
     async def run(self, requests: AsyncIterator[bytes], call: Call) -> None:
@@ -156,9 +157,10 @@ class Stream:
                         self._taken.clear()
                         await self._taken.wait()
                     if self._stopping.is_set():
-                        break
+                        self.inbox.put(_AllRead(stopping=True))
+                        return
                     await self._admit(request.inputs.inputs[first : first + _ADMITTED_AT_ONCE], call)
-            self.inbox.put(_AllRead(stopping=self._stopping.is_set()))
+            self.inbox.put(_AllRead(stopping=not self._ended))
         except LayertapError as exc:
             self.inbox.put(CallFailed(exc))
         except Exception:
@@ -174,7 +176,9 @@ class Stream:
         reading, stopping = asyncio.create_task(read()), asyncio.create_task(self._stopping.wait())
         try:
             await asyncio.wait({reading, stopping}, return_when=asyncio.FIRST_COMPLETED)
-            return reading.result() if reading.done() else None
+            raw = reading.result() if reading.done() else None
+            self._ended = reading.done() and raw is None
+            return raw
         finally:
             reading.cancel()
             stopping.cancel()

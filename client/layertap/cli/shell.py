@@ -47,11 +47,11 @@ def source(args: argparse.Namespace) -> Source:
     if len(given) > 1:
         raise UsageError("pass texts, or one file; texts that end like a file can come by stdin")
     path = Path(given[0])
-    if not path.is_file():
+    if not path.exists() or path.is_dir():
         raise UsageError(f"there is no file {path}; a text that ends like a file can come by stdin")
     kind = args.input_format or path.suffix.removeprefix(".")
     if kind != "parquet":
-        return _lines(args, kind, lambda: path.open("rb"), True)
+        return _lines(args, kind, lambda: path.open("rb"), path.is_file())
     extras.load("pyarrow", extra="arrow", purpose="Parquet")
     rows = importlib.import_module("layertap.jobs.arrow").ParquetRows
     found: Source = rows(path=path, text_field=args.text_field, id_field=args.id_field)

@@ -34,6 +34,7 @@ class Answers:
     def __init__(self, client: Client, *, options: Mapping[str, Any], timeout_s: float) -> None:
         """Takes what `Client.embed_stream` is to be called with, and how long to wait for answers and for servers."""
         self._client = client
+        self._timeout_s = timeout_s
         self._options = {**options, "item_timeout_s": timeout_s, "reconnect_timeout_s": timeout_s}
 
     def of(self, items: Iterable[Item | BadItem]) -> Generator[Answer, None, None]:
@@ -59,6 +60,7 @@ class Answers:
     def _embedding(self, item: Item, result: StreamResult) -> Embedding | BadItem:
         if isinstance(result.error, UnavailableError):
             # It was in flight each time that the server was lost: alone, it shows whether it is at fault.
+            self._client.wait_until_ready(timeout_s=self._timeout_s)
             (result,) = self._stream([item.content])
         return result.embedding if result.error is None else _refused(item, result.index, result.error)
 

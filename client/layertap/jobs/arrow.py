@@ -5,6 +5,7 @@ One row a text. A vector is a FixedSizeList, the rows of a text a List of them.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
@@ -44,7 +45,7 @@ class ParquetRows:
     def items(self) -> Iterator[Item | BadItem]:
         """Yields all rows in order."""
         wanted = [self.text_field, *([] if self.id_field is None else [self.id_field])]
-        with pq.ParquetFile(self.path, buffer_size=_BUFFER_BYTES, pre_buffer=False) as file:
+        with self._readable(), pq.ParquetFile(self.path, buffer_size=_BUFFER_BYTES, pre_buffer=False) as file:
             names = file.schema_arrow.names
             if missing := [name for name in wanted if name not in names]:
                 raise JobError(
@@ -59,8 +60,16 @@ class ParquetRows:
 
     def count(self) -> int | None:
         """Returns how many rows there are."""
-        rows: int = pq.read_metadata(self.path).num_rows
+        with self._readable():
+            rows: int = pq.read_metadata(self.path).num_rows
         return rows
+
+    @contextlib.contextmanager
+    def _readable(self) -> Iterator[None]:
+        try:
+            yield
+        except pa.ArrowException as exc:
+            raise JobError(f"{self.path} cannot be read as Parquet; see whether it is whole") from exc
 
 
 def write_parquet(table: Table, file: BinaryIO) -> None:

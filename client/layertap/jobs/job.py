@@ -87,6 +87,9 @@ class Job:
         """
         sink = sinks.sink_of(self.output)
         with self._parts() as parts:
+            if parts.outcome is not None and parts.manifest is not None and parts.manifest.settings != self.settings:
+                self._give_up("holds a finished job with other settings")
+                parts.clear()
             if (outcome := parts.outcome) is None:
                 self._embed(parts, client, shown)
                 outcome = self._assemble(parts, sink)
@@ -99,6 +102,7 @@ class Job:
         if not self.folder.is_dir():
             self._refuse_existing()
             self.folder.mkdir()
+            durable.sync(self.folder.parent)
         with durable.alone(Parts.lock(self.folder)):
             parts = Parts(self.folder)
             done = False
@@ -213,9 +217,12 @@ class Job:
 
     def _publish(self, parts: Parts, outcome: Outcome) -> None:
         """Gives output and side file their names; what has its name already is passed over."""
-        if not outcome.bad_count:
+        named = ((parts.errors, self.errors), (parts.output, self.output))
+        if not self.overwrite and (taken := [name for path, name in named if path.exists() and name.exists()]):
+            raise JobError(f"{taken[0]} has come meanwhile; move it away and run the same again, or say --overwrite")
+        if self.overwrite and not outcome.bad_count:
             self.errors.unlink(missing_ok=True)
-        for path, name in ((parts.errors, self.errors), (parts.output, self.output)):
+        for path, name in named:
             if path.exists():
                 durable.rename(path, name)
 

@@ -254,10 +254,10 @@ class Parts:
                     yield archive.read(_BAD)
 
     def clear(self) -> None:
-        """Removes all that is its own from the folder, the manifest last."""
+        """Removes all that is its own from the folder, the manifest first: parts without one are nobody's."""
         self.facts, self.manifest = [], None
         own = [*self.folder.glob("part-*"), *self.folder.glob("*" + durable.TEMPORARY), self.output, self.errors]
-        for path in [*own, self.folder / _MANIFEST]:
+        for path in [self.folder / _MANIFEST, *own]:
             path.unlink(missing_ok=True)
 
     def remove(self) -> None:

@@ -109,10 +109,13 @@ class Encoder:
         return pool_rows(values, layout.bags(runs, output.pool), output.pool, output.row_size)
 
     def memory(self) -> dict[str, int]:
-        """Returns the bytes of the device's memory: allocated, reserved, free and total; nothing for the CPU."""
+        """Returns the bytes of the device's memory: allocated, reserved, free and total; of a CPU nothing."""
         if self.device.type == "cpu":
             return {}
-        free, total = torch.cuda.mem_get_info(self.device)
+        try:
+            free, total = torch.cuda.mem_get_info(self.device)
+        except RuntimeError:  # The device is lost, which its lane tells.
+            return {}
         return {
             "allocated": torch.cuda.memory_allocated(self.device),
             "reserved": torch.cuda.memory_reserved(self.device),

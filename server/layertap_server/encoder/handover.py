@@ -84,9 +84,10 @@ class Handover:
         else:
             sent = (values if chosen is None else values.index_select(0, chosen)).to(dtype)
             self._stream.wait_stream(torch.cuda.current_stream(values.device))
+            # First what may fail: a copy under way must be among the pending ones, or nobody waits for its end.
+            host_peaks = torch.empty(peaks.shape, dtype=peaks.dtype, pin_memory=True)
             with torch.cuda.stream(self._stream):
                 host.copy_(sent, non_blocking=True)
-                host_peaks = torch.empty(peaks.shape, dtype=peaks.dtype, pin_memory=True)
                 host_peaks.copy_(peaks, non_blocking=True)
                 sent.record_stream(self._stream)
                 peaks.record_stream(self._stream)

@@ -8,11 +8,15 @@ same mix share it.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Final
 
 import torch
 
 from layertap_server.encoder.layout import Layout
-from layertap_server.work import Mix, Mixing, Run
+from layertap_server.work import Mix, Mixing, OutOfMemoryError, Run
+
+_MOST_BYTES: Final = 1 << 30
+"""Of all accumulators of one batch: 64 sums over a full batch of bert-base on a CPU take a fifth of it."""
 
 
 class Mixes:
@@ -42,9 +46,20 @@ class Mixes:
         """Returns a mix whose highest layer was the last to be added. Shape: [row_count, mixed_size], float32."""
         return self._held[mix]
 
+    def _check_room(self, byte_count: int) -> None:
+        """Sees that accumulators stay small beside the answers that they become.
+
+        Raises:
+            OutOfMemoryError: They do not; a smaller batch may.
+        """
+        if sum(held.nbytes for held in self._held.values()) + byte_count > _MOST_BYTES:
+            raise OutOfMemoryError(f"the mixes of a batch take more than {_MOST_BYTES} bytes")
+
     def _add(self, mix: Mix, layer: int, rows: torch.Tensor) -> None:
         place, size = mix.layers.index(layer), rows.shape[1]
         held = self._held.get(mix)
+        if held is None:
+            self._check_room(len(rows) * size * (len(mix.layers) if mix.mixing is Mixing.CONCAT else 1) * 4)
         if mix.mixing is Mixing.CONCAT:
             if held is None:
                 held = rows.new_empty(len(rows), len(mix.layers) * size)
