@@ -20,6 +20,7 @@ from layertap.connection import DEFAULT_RETRIES, DEFAULT_TIMEOUT_S, TLS, Connect
 from layertap.embedding import Embedding, LayerRows, StreamResult
 from layertap.errors import LayertapError
 from layertap.inputs import InputItem, Inputs, to_messages
+from layertap.iteration import Iteration
 from layertap.ledger import StreamLedger
 from layertap.link import Link
 from layertap.options import Layers, Poolings, embed_options, raises
@@ -439,7 +440,7 @@ class Client:
         def start() -> stream.Groups:
             return stream.run(self._link.connection, None, self._link.begin, ledger, inputs, item_s, reconnect_s)
 
-        with self._link.iterating(stream.Iteration(start)) as groups:
+        with self._link.iterating(Iteration(start)) as groups:
             for group in groups:
                 for result in group:
                     if raising and result.error is not None:

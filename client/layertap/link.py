@@ -19,9 +19,9 @@ from layertap.calls import ResponseT
 from layertap.channel import CLOSED_DURING_CALL, open_async_channel, open_channel, translate
 from layertap.connection import Connection
 from layertap.errors import CancelledError, FailedPreconditionError
+from layertap.iteration import Iteration
 from layertap.lease import AsyncLease, Lease
 from layertap.shm import SharedCall, SharedMemory, take
-from layertap.stream import Iteration
 from layertap.v1 import embedding_pb2 as pb
 
 _CLOSED = "this client is closed; make a new one"

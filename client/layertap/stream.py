@@ -1,20 +1,16 @@
 """`embed_stream` on the wire: sending and receiving at once, and again after a lost connection.
 
-One asyncio implementation serves both clients; `Iteration` lends it to synchronous callers by running it on a loop in a
-thread of its own. What to send and what came back is the ledger's business, not this file's.
+One asyncio implementation serves both clients; `iteration` lends it to synchronous callers. What to send and what came
+back is the ledger's business, not this file's.
 """
 
 from __future__ import annotations
 
 import asyncio
-import atexit
-import concurrent.futures
 import contextlib
-import os
 import random
-import threading
 import time
-from collections.abc import AsyncGenerator, AsyncIterable, Awaitable, Callable, Iterable, Iterator
+from collections.abc import AsyncGenerator, AsyncIterable, Awaitable, Callable, Iterable
 from typing import Any, Final
 
 import grpc
@@ -38,7 +34,6 @@ Begin = Callable[[float], Awaitable[SharedCall | None]]
 
 _BACKOFF_S: Final = 0.05
 _MAX_BACKOFF_S: Final = 2.0
-_END_S: Final = 1.0
 
 
 class EmbedStream:
@@ -267,82 +262,3 @@ async def run(
         groups = await stack.enter_async_context(contextlib.aclosing(stream.results()))
         async for group in groups:
             yield group
-
-
-class Iteration:
-    """Runs an async generator on a loop in a thread of its own. To be iterated once and closed by whoever iterates."""
-
-    def __init__(self, start: Callable[[], Groups]) -> None:
-        """Takes what makes the generator; the thread starts with the iteration."""
-        self._start = start
-        self._loop: asyncio.AbstractEventLoop | None = None
-        self._thread: threading.Thread | None = None
-        self._groups: Groups | None = None
-        self._step: asyncio.Task[Any] | None = None
-        self._fatal: BaseException | None = None
-        self._cancelled = False
-        self._pid = os.getpid()
-
-    def __iter__(self) -> Iterator[list[StreamResult]]:
-        """Yields what the generator does.
-
-        Raises:
-            CancelledError: `cancel` was called.
-        """
-        self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._loop.run_forever, name="layertap-stream", daemon=True)
-        self._thread.start()
-        # An iteration that is never finished would else be closed when its thread no longer runs, and wait for ever.
-        atexit.register(self.close)
-        while True:
-            try:
-                yield asyncio.run_coroutine_threadsafe(self._advance(), self._loop).result()
-                if self._fatal is not None:
-                    raise self._fatal
-            except StopAsyncIteration:
-                return
-            except concurrent.futures.CancelledError as exc:
-                raise CancelledError(CLOSED_DURING_CALL) from exc
-
-    def cancel(self) -> None:
-        """Lets the iteration end with an error, now or at its next step. To be called from any thread."""
-        self._cancelled = True
-        # Whoever iterates may close the loop at the same time.
-        with contextlib.suppress(RuntimeError):
-            if self._loop is not None:
-                self._loop.call_soon_threadsafe(self._cancel_step)
-
-    def close(self) -> None:
-        """Ends the generator and the thread; may be called again."""
-        atexit.unregister(self.close)
-        loop, self._loop = self._loop, None
-        if loop is None or self._thread is None or self._pid != os.getpid():
-            return  # A forked child has no such thread.
-        asyncio.run_coroutine_threadsafe(self._stop(), loop).result()
-        loop.call_soon_threadsafe(loop.stop)
-        self._thread.join()
-        loop.close()
-
-    async def _advance(self) -> list[StreamResult]:
-        if self._cancelled:
-            raise CancelledError(CLOSED_DURING_CALL)
-        self._groups, self._step = self._groups or self._start(), asyncio.current_task()
-        try:
-            return await anext(self._groups)
-        except (KeyboardInterrupt, SystemExit) as exc:  # In a task they would end the loop, and nobody would be told.
-            self._fatal = exc
-            return []
-
-    def _cancel_step(self) -> None:
-        if self._step is not None:
-            self._step.cancel()
-
-    async def _stop(self) -> None:
-        if self._step is not None and not self._step.done():  # Ctrl-C leaves a step under way.
-            self._step.cancel()
-            await asyncio.gather(self._step, return_exceptions=True)
-        if self._groups is not None:
-            await self._groups.aclose()
-        # What grpc still has to finish for a cancelled call.
-        if rest := asyncio.all_tasks() - {asyncio.current_task()}:
-            await asyncio.wait(rest, timeout=_END_S)

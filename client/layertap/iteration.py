@@ -1,0 +1,102 @@
+"""An asynchronous stream for synchronous callers: its loop runs in a thread of its own.
+
+Whatever way the iteration ends, by itself, by an error, by the caller or by another thread, the generator is closed and
+the thread ended, and nothing waits for what no longer runs.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import atexit
+import concurrent.futures
+import contextlib
+import os
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any, Final
+
+from layertap.channel import CLOSED_DURING_CALL
+from layertap.embedding import StreamResult
+from layertap.errors import CancelledError
+from layertap.stream import Groups
+
+_END_S: Final = 1.0
+
+
+class Iteration:
+    """Runs an async generator on a loop in a thread of its own. To be iterated once and closed by whoever iterates."""
+
+    def __init__(self, start: Callable[[], Groups]) -> None:
+        """Takes what makes the generator; the thread starts with the iteration."""
+        self._start = start
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._thread: threading.Thread | None = None
+        self._groups: Groups | None = None
+        self._step: asyncio.Task[Any] | None = None
+        self._fatal: BaseException | None = None
+        self._cancelled = False
+        self._pid = os.getpid()
+
+    def __iter__(self) -> Iterator[list[StreamResult]]:
+        """Yields what the generator does.
+
+        Raises:
+            CancelledError: `cancel` was called.
+        """
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="layertap-stream", daemon=True)
+        self._thread.start()
+        # An iteration that is never finished would else be closed when its thread no longer runs, and wait for ever.
+        atexit.register(self.close)
+        while True:
+            try:
+                yield asyncio.run_coroutine_threadsafe(self._advance(), self._loop).result()
+                if self._fatal is not None:
+                    raise self._fatal
+            except StopAsyncIteration:
+                return
+            except concurrent.futures.CancelledError as exc:
+                raise CancelledError(CLOSED_DURING_CALL) from exc
+
+    def cancel(self) -> None:
+        """Lets the iteration end with an error, now or at its next step. To be called from any thread."""
+        self._cancelled = True
+        # Whoever iterates may close the loop at the same time.
+        with contextlib.suppress(RuntimeError):
+            if self._loop is not None:
+                self._loop.call_soon_threadsafe(self._cancel_step)
+
+    def close(self) -> None:
+        """Ends the generator and the thread; may be called again."""
+        atexit.unregister(self.close)
+        loop, self._loop = self._loop, None
+        if loop is None or self._thread is None or self._pid != os.getpid():
+            return  # A forked child has no such thread.
+        asyncio.run_coroutine_threadsafe(self._stop(), loop).result()
+        loop.call_soon_threadsafe(loop.stop)
+        self._thread.join()
+        loop.close()
+
+    async def _advance(self) -> list[StreamResult]:
+        if self._cancelled:
+            raise CancelledError(CLOSED_DURING_CALL)
+        self._groups, self._step = self._groups or self._start(), asyncio.current_task()
+        try:
+            return await anext(self._groups)
+        except (KeyboardInterrupt, SystemExit) as exc:  # In a task they would end the loop, and nobody would be told.
+            self._fatal = exc
+            return []
+
+    def _cancel_step(self) -> None:
+        if self._step is not None:
+            self._step.cancel()
+
+    async def _stop(self) -> None:
+        if self._step is not None and not self._step.done():  # Ctrl-C leaves a step under way.
+            self._step.cancel()
+            await asyncio.gather(self._step, return_exceptions=True)
+        if self._groups is not None:
+            await self._groups.aclose()
+        # What grpc still has to finish for a cancelled call.
+        if rest := asyncio.all_tasks() - {asyncio.current_task()}:
+            await asyncio.wait(rest, timeout=_END_S)
