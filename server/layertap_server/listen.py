@@ -101,8 +101,9 @@ def _options(config: Config) -> list[tuple[str, int]]:
         *([("grpc.max_connection_age_ms", age_ms), ("grpc.max_connection_age_grace_ms", grace_ms)] if age_ms else []),
         ("grpc.max_receive_message_length", config.max_request_bytes),
         ("grpc.max_send_message_length", -1),
-        # More of one connection wait at the client, where what they send takes none of our memory.
-        ("grpc.max_concurrent_streams", config.max_concurrent_call_count + 1),
+        # More of one connection wait at the client, where what they send takes none of our memory. What is above the
+        # calls that are let in is for health, and for refusing at once.
+        ("grpc.max_concurrent_streams", config.max_concurrent_call_count + 64),
         # Two servers on one port would share its callers in silence.
         ("grpc.so_reuseport", 0),
         ("grpc.keepalive_time_ms", int(config.keepalive_time_s * 1000)),
