@@ -1,8 +1,8 @@
 """Where calls come in and go out.
 
 How many at once, what an error becomes, how long an answer may stay unread, and how calls end when the server does.
-With `service` the only file that knows a gRPC context. What happens to a
-call is noted in its record; see `journal`.
+With `service` and `guard` the only file that knows a gRPC context. What happens to a call is noted in its record; see
+`journal`.
 """
 
 from __future__ import annotations

@@ -38,7 +38,7 @@ class Order:
     Attributes:
         output: What it is.
         dtype: The number format of the answers.
-        portions: Who gets it, in this order; one of another length of rows each.
+        portions: Who gets it: their rows come one portion after the other, in this order.
     """
 
     output: Output
