@@ -12,8 +12,8 @@ import concurrent.futures
 import contextlib
 import os
 import threading
-from collections.abc import Callable, Iterator
-from typing import Any, Final
+from collections.abc import Callable, Coroutine, Iterator
+from typing import Any, Final, TypeVar
 
 from layertap.channel import CLOSED_DURING_CALL
 from layertap.embedding import StreamResult
@@ -21,6 +21,7 @@ from layertap.errors import CancelledError
 from layertap.stream import Groups
 
 _END_S: Final = 1.0
+_T = TypeVar("_T")
 
 
 class Iteration:
@@ -33,7 +34,6 @@ class Iteration:
         self._thread: threading.Thread | None = None
         self._groups: Groups | None = None
         self._step: asyncio.Task[Any] | None = None
-        self._fatal: BaseException | None = None
         self._cancelled = False
         self._pid = os.getpid()
 
@@ -50,12 +50,10 @@ class Iteration:
         atexit.register(self.close)
         while True:
             try:
-                yield asyncio.run_coroutine_threadsafe(self._advance(), self._loop).result()
-                if self._fatal is not None:
-                    raise self._fatal
+                yield self._run(self._loop, self._advance)
             except StopAsyncIteration:
                 return
-            except concurrent.futures.CancelledError as exc:
+            except asyncio.CancelledError as exc:
                 raise CancelledError(CLOSED_DURING_CALL) from exc
 
     def cancel(self) -> None:
@@ -72,20 +70,26 @@ class Iteration:
         loop, self._loop = self._loop, None
         if loop is None or self._thread is None or self._pid != os.getpid():
             return  # A forked child has no such thread.
-        asyncio.run_coroutine_threadsafe(self._stop(), loop).result()
+        self._run(loop, self._stop)
         loop.call_soon_threadsafe(loop.stop)
         self._thread.join()
         loop.close()
+
+    @staticmethod
+    def _run(loop: asyncio.AbstractEventLoop, function: Callable[[], Coroutine[Any, Any, _T]]) -> _T:
+        """Runs it on the loop, and waits for it.
+
+        The coroutine is made over there: of one made here, Ctrl-C before the loop has it leaves a warning behind.
+        """
+        outcome: concurrent.futures.Future[_T] = concurrent.futures.Future()
+        loop.call_soon_threadsafe(lambda: loop.create_task(_settle(function, outcome)))
+        return outcome.result()
 
     async def _advance(self) -> list[StreamResult]:
         if self._cancelled:
             raise CancelledError(CLOSED_DURING_CALL)
         self._groups, self._step = self._groups or self._start(), asyncio.current_task()
-        try:
-            return await anext(self._groups)
-        except (KeyboardInterrupt, SystemExit) as exc:  # In a task they would end the loop, and nobody would be told.
-            self._fatal = exc
-            return []
+        return await anext(self._groups)
 
     def _cancel_step(self) -> None:
         if self._step is not None:
@@ -100,3 +104,11 @@ class Iteration:
         # What grpc still has to finish for a cancelled call.
         if rest := asyncio.all_tasks() - {asyncio.current_task()}:
             await asyncio.wait(rest, timeout=_END_S)
+
+
+async def _settle(function: Callable[[], Coroutine[Any, Any, _T]], outcome: concurrent.futures.Future[_T]) -> None:
+    """Puts what comes of it into the outcome; raised in a task, KeyboardInterrupt and SystemExit would end the loop."""
+    try:
+        outcome.set_result(await function())
+    except BaseException as exc:
+        outcome.set_exception(exc)
