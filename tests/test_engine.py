@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from support import Oracle
@@ -18,6 +19,7 @@ from layertap_server import checkpoint, lanes
 from layertap_server.batcher import Batcher
 from layertap_server.call import Call, Event, RowsReady, RunDone
 from layertap_server.encoder import Encoder
+from layertap_server.encoder.linear import Linears
 from layertap_server.parity import BOUNDS
 from layertap_server.work import (
     Mix,
@@ -26,6 +28,7 @@ from layertap_server.work import (
     OutputKind,
     Plan,
     Pool,
+    Run,
     Strategy,
     Text,
     WordPooling,
@@ -65,6 +68,42 @@ def test_torch_compiles_the_blocks(tiny_folder: Path, caplog: pytest.LogCaptureF
     with caplog.at_level("INFO"):
         Encoder(found, device="cpu", dtype="float32")
     assert "prepacked" in caplog.text and "step by step" not in caplog.text
+
+
+def test_few_numbers_of_rows_reach_onednn(real_folder: Path) -> None:
+    shape = checkpoint.find(model_id=str(real_folder), revision="", name="", load_format="safetensors", seed=0).settings
+    linears = Linears(
+        device=torch.device("cpu"),
+        dtype=torch.float32,
+        hidden_size=shape["hidden_size"],
+        intermediate_size=shape["intermediate_size"],
+    )
+    numbers = range(1, 1025)
+    more = [linears.padded(number) - number for number in numbers]
+    assert min(more) == 0 and more[:16] == [0] * 16
+    if linears.packed:
+        assert max(more) < 8 and len({linears.padded(number) for number in numbers}) <= 1024 // 4
+    else:
+        assert not any(more)
+
+
+@pytest.mark.parametrize("lengths", [(9, 8, 20), (30, 31, 37)], ids=str)
+def test_rows_that_only_fill_up_a_batch_change_nothing(real_folder: Path, lengths: tuple[int, ...]) -> None:
+    found = checkpoint.find(model_id=str(real_folder), revision="", name="", load_format="safetensors", seed=0)
+    encoder = Encoder(found, device="cpu", dtype="float32")
+    texts = [Text(np.arange(2000, 2000 + length, dtype=np.int32)) for length in lengths]
+    # Each of another depth, so that the batch loses texts on its way, and has another number of rows each time.
+    runs = [
+        Run(
+            plan=Plan(outputs=(Output(kind=OutputKind.HIDDEN_STATES, layers=(depth,), row_size=384),), dtype="float32"),
+            texts=[text],
+        )
+        for depth, text in zip((6, 4, 2), texts, strict=False)
+    ]
+    together = {rows.run_index: np.frombuffer(rows.data, np.float32) for rows in encoder.encode(runs)}
+    for index, run in enumerate(runs):
+        (alone,) = encoder.encode([run])
+        np.testing.assert_allclose(together[index], np.frombuffer(alone.data, np.float32), atol=2e-5)
 
 
 layers = st.integers(0, LAYER_COUNT)

@@ -6,11 +6,11 @@ frame size come out, each payload written once, behind its head.
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
+import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TypeVar
-
-import numpy as np
 
 from layertap import wire
 from layertap.v1 import embedding_pb2 as pb
@@ -154,23 +154,23 @@ def frames(ready: RowsReady, plan: Plan, max_frame_bytes: int, lending: Lending 
     """
     output = plan.outputs[ready.rows.output_index]
     row_bytes = plan.row_bytes(output)
-    starts = np.cumsum([0, *output.row_counts(ready.texts)])
+    starts = [0, *itertools.accumulate(output.row_counts(ready.texts))]
     if shared := shared_rows([ready.rows.data], lending):
         frame = pb.Frame(
             output_index=ready.rows.output_index,
             layer=ready.rows.layer,
             first_text=ready.first_text,
-            row_count=int(starts[-1]),
+            row_count=starts[-1],
         )
         yield pb.EmbedLayersResponse(frame=frame, shared_rows=shared).SerializeToString()
         return
-    for first, count in cuts(int(starts[-1]), row_bytes, max_frame_bytes):
-        text = int(np.searchsorted(starts, first, side="right")) - 1
+    for first, count in cuts(starts[-1], row_bytes, max_frame_bytes):
+        text = bisect.bisect_right(starts, first) - 1
         frame = pb.Frame(
             output_index=ready.rows.output_index,
             layer=ready.rows.layer,
             first_text=ready.first_text + text,
-            first_row=first - int(starts[text]),
+            first_row=first - starts[text],
             row_count=count,
         )
         data = ready.rows.data[first * row_bytes : (first + count) * row_bytes]

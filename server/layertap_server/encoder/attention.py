@@ -32,16 +32,17 @@ def attend(
 
     Args:
         qkv: Query, key and value of each row. Shape: [row_count, 3 · hidden_size]. Rows may be fewer than the groups
-            have: texts that are done are a tail, and whole groups.
+            have: texts that are done are a tail, and whole groups. Rows behind the groups are nobody's.
         shapes: First row, text count and length of each group.
         masks: For each group what is added to its scores, or None. Shape: [text_count, 1, 1, length].
         head_count: Attention heads.
 
     Returns:
-        Shape: [row_count, hidden_size]. Rows of no group hold nothing.
+        Shape: [row_count, hidden_size]. Rows behind the groups are 0, others of no group hold nothing.
     """
     row_count, hidden_size = qkv.size(0), qkv.size(1) // 3
     context = torch.empty([row_count, hidden_size], dtype=qkv.dtype, device=qkv.device)
+    covered = 0
     for (start, text_count, length), mask in zip(shapes, masks):  # noqa: B905  # torch knows no `strict`
         end = start + text_count * length
         if end <= row_count:
@@ -52,6 +53,9 @@ def attend(
             if end - start == row_count:
                 return found
             context[start:end] = found
+            covered = end
+    if covered < row_count:
+        context[covered:].zero_()
     return context
 
 

@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Final, TypeAlias
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch.nn import functional as F
 from transformers.activations import ACT2FN
@@ -51,6 +53,7 @@ class Bert:
         self._activation = _activation(settings.get("hidden_act", "gelu"))
         linears = Linears(device=device, dtype=dtype, hidden_size=self.hidden_size, intermediate_size=intermediate_size)
         self._packed = linears.packed
+        self._padded = linears.padded
 
         def take(name: str, *shape: int) -> torch.Tensor:
             try:
@@ -122,9 +125,10 @@ class Bert:
         attention = self._attention.prepare(layout.groups)
         done = 0
         for layer in wanted:
-            rows = self._run(done, layer, rows[: layout.row_count(layer)], attention)
+            row_count = layout.row_count(layer)
+            rows = self._run(done, layer, rows[: self._padded(row_count)], attention)
             done = layer
-            yield layer, rows
+            yield layer, rows[:row_count]
 
     def pooler(self, first_rows: torch.Tensor) -> torch.Tensor:
         """Applies the pooler to row 0 of texts. Shape: [text_count, hidden_size], float32 in and out."""
@@ -144,8 +148,13 @@ class Bert:
         return rows
 
     def _embed(self, layout: Layout) -> torch.Tensor:
-        def on_device(array: Any) -> torch.Tensor:
-            return torch.from_numpy(array).to(self._device, non_blocking=True)
+        """Returns layer 0, and behind it rows that are nobody's. Shape: [padded row count, hidden_size]."""
+        row_count = layout.row_count(0)
+        pad = np.zeros(self._padded(row_count) - row_count, np.int64)
+
+        def on_device(array: npt.NDArray[Any]) -> torch.Tensor:
+            padded = np.concatenate([array, pad], dtype=array.dtype) if len(pad) else array
+            return torch.from_numpy(padded).to(self._device, non_blocking=True)
 
         rows = F.embedding(on_device(layout.input_ids), self._words)
         if layout.token_type_ids is None:

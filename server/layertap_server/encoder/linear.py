@@ -17,6 +17,9 @@ log = logging.getLogger(__name__)
 _TOLERANCE: Final = 2e-5
 _PROBE_ROWS: Final = 256
 _PROBE_ROUNDS: Final = 7
+_ROW_STEPS: Final = ((16, 1), (64, 2))
+"""Up to how many rows their number goes by which step."""
+_LARGEST_ROW_STEP: Final = 8
 
 
 class Dense(NamedTuple):
@@ -53,6 +56,17 @@ class Linears:
         self._device = device
         self._dtype = dtype
         self.packed = device.type == "cpu" and _packing_pays(dtype, hidden_size, intermediate_size)
+
+    def padded(self, row_count: int) -> int:
+        """Returns how many rows to run so many as: a few more where that spares oneDNN work.
+
+        It writes a program for each number of rows that it meets, which takes a tenth of the time of a batch of 150,
+        and keeps the last thousand programs. A batch may have any number of rows, so few numbers are let through.
+        """
+        if not self.packed:
+            return row_count
+        step = next((step for most, step in _ROW_STEPS if row_count <= most), _LARGEST_ROW_STEP)
+        return -(-row_count // step) * step
 
     def make(self, weight: torch.Tensor, bias: torch.Tensor) -> Dense:
         """Returns a dense layer on the device.
