@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import asyncio
 import atexit
-import concurrent.futures
 import contextlib
+import dataclasses
 import os
+import queue
 import threading
 from collections.abc import Callable, Coroutine, Iterator
-from typing import Any, Final, TypeVar
+from typing import Any, Final, TypeAlias, TypeVar
 
 from layertap.channel import CLOSED_DURING_CALL
 from layertap.embedding import StreamResult
@@ -22,6 +23,16 @@ from layertap.stream import Groups
 
 _END_S: Final = 1.0
 _T = TypeVar("_T")
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Failure:
+    """What was raised instead of an answer."""
+
+    error: BaseException
+
+
+_Outcome: TypeAlias = "_T | _Failure"
 
 
 class Iteration:
@@ -81,9 +92,13 @@ class Iteration:
 
         The coroutine is made over there: of one made here, Ctrl-C before the loop has it leaves a warning behind.
         """
-        outcome: concurrent.futures.Future[_T] = concurrent.futures.Future()
+        # A future waits by a lock of Python's own, which Ctrl-C may leave half let go of; this queue is C's.
+        outcome: queue.SimpleQueue[_Outcome[_T]] = queue.SimpleQueue()
         loop.call_soon_threadsafe(lambda: loop.create_task(_settle(function, outcome)))
-        return outcome.result()
+        found = outcome.get()
+        if isinstance(found, _Failure):
+            raise found.error
+        return found
 
     async def _advance(self) -> list[StreamResult]:
         if self._cancelled:
@@ -106,9 +121,9 @@ class Iteration:
             await asyncio.wait(rest, timeout=_END_S)
 
 
-async def _settle(function: Callable[[], Coroutine[Any, Any, _T]], outcome: concurrent.futures.Future[_T]) -> None:
+async def _settle(function: Callable[[], Coroutine[Any, Any, _T]], outcome: queue.SimpleQueue[_Outcome[_T]]) -> None:
     """Puts what comes of it into the outcome; raised in a task, KeyboardInterrupt and SystemExit would end the loop."""
     try:
-        outcome.set_result(await function())
+        outcome.put(await function())
     except BaseException as exc:
-        outcome.set_exception(exc)
+        outcome.put(_Failure(exc))
