@@ -54,7 +54,7 @@ TINY_SETTINGS = BASE_SETTINGS | {
 }
 
 
-def poll(condition: Callable[[], bool], *, timeout_s: float = 30.0) -> None:
+def poll(condition: Callable[[], bool], *, timeout_s: float = 60.0) -> None:
     """Waits for what no event tells, but not for ever."""
     deadline = time.monotonic() + timeout_s
     while not condition():

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support import poll
 
 from layertap import (
     DeadlineExceededError,
@@ -297,14 +298,6 @@ def test_a_text_above_the_budget_is_a_batch_of_its_own(make: Make, engine: Engin
     Caller(batcher, reads=True).add(1, 2).add(100, length=9).add(3)
     engine.let_go(10)
     assert [engine.next_batch() for _ in range(3)] == [[[1, 2]], [[100]], [[3]]]
-
-
-def poll(condition: Callable[[], bool]) -> None:
-    """Waits for what no event tells, but not for ever."""
-    deadline = time.monotonic() + WAIT_S
-    while not condition():
-        assert time.monotonic() < deadline, "it never came about"
-        time.sleep(0.001)
 
 
 def test_while_other_lanes_idle_a_lane_takes_its_share_and_alone_it_takes_all(make: Make) -> None:

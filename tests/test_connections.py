@@ -8,14 +8,13 @@ import signal
 import subprocess
 import sys
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 from proxy import Proxy
-from support import Server, running
+from support import Server, poll, running
 
 from layertap import Client, DeadlineExceededError, Embedding, UnavailableError
 
@@ -51,14 +50,6 @@ def proxy(server: Server) -> Iterator[Proxy]:
 
 def same(found: Embedding, rows: np.ndarray) -> bool:
     return found.last_hidden_state.shape == rows.shape and bool(np.abs(found.last_hidden_state - rows).max() <= 2e-5)
-
-
-def poll(condition: Callable[[], bool]) -> None:
-    """Waits for what no event tells, but not for ever."""
-    deadline = time.monotonic() + WAIT_S
-    while not condition():
-        assert time.monotonic() < deadline, "it never came about"
-        time.sleep(0.05)
 
 
 @pytest.mark.parametrize("ordered", [True, False])

@@ -6,8 +6,7 @@ import contextlib
 import queue
 import signal
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import grpc
@@ -39,14 +38,6 @@ GOOD = [101, 2293, 3000, 102]
 
 def demanding(demand: Demand, length: int = 6) -> list[int]:
     return [101, int(demand), *([2293] * (length - 3)), 102]
-
-
-def poll(condition: Callable[[], bool]) -> None:
-    """Waits for what no event tells, but not for ever."""
-    deadline = time.monotonic() + WAIT_S
-    while not condition():
-        assert time.monotonic() < deadline, "it never came about"
-        time.sleep(0.01)
 
 
 def encoded(server: Server) -> int:

@@ -13,14 +13,14 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import grpc
 import numpy as np
 import pytest
-from support import BOUND, Server, open_client, running
+from support import BOUND, Server, open_client, poll, running
 
 from layertap import Client, Embedding, UnavailableError
 from layertap.shm import Mapping, SharedMemory
@@ -42,14 +42,6 @@ assert client.shared_memory.byte_count > 0
 print("ready", flush=True)
 sys.stdin.read()
 """
-
-
-def poll(condition: Callable[[], bool]) -> None:
-    """Waits for what no event tells, but not for ever."""
-    deadline = time.monotonic() + WAIT_S
-    while not condition():
-        assert time.monotonic() < deadline, "it never came about"
-        time.sleep(0.01)
 
 
 def ended(server: Server) -> None:

@@ -50,14 +50,14 @@ class _Crew:
         self._encoder = encoder
         self._thread_count = thread_count
         self._lone_thread_count = lone_thread_count
-        self._busy_count = 0
+        self._busy: set[int] = set()  # Each lane changes its own entry alone, so no two can disagree on a count.
 
     def encode(self, lane: int, batch: Sequence[Run]) -> Iterator[Rows]:
         token_count = sum(text.token_count for text in batch[0].texts)
-        lone = lane == 0 and not self._busy_count and len(batch) == 1 and token_count <= _LONE_TOKENS
-        self._busy_count += 1
+        lone = lane == 0 and not self._busy and len(batch) == 1 and token_count <= _LONE_TOKENS
+        self._busy.add(lane)
         try:
             self._encoder.use_threads(self._lone_thread_count if lone else self._thread_count)
             yield from self._encoder.encode(batch)
         finally:
-            self._busy_count -= 1
+            self._busy.discard(lane)

@@ -55,7 +55,7 @@ def attend(
             context[start:end] = found
             covered = end
     if covered < row_count:
-        context[covered:].zero_()
+        context[covered:].zero_()  # What lies in new memory could be numbers that are slow to compute with.
     return context
 
 
