@@ -135,8 +135,8 @@ def lone(folder: Path, rounds: int) -> None:
 
 
 def first_layer(folder: Path, rounds: int) -> None:
-    """When layer 1 of a request that fills one batch of one lane arrives, beside the last."""
-    server = Server(folder, "--lanes", "1", "--max-batch-tokens", "2048", "--max-batch-bytes", str(256 << 20))
+    """When layer 1 of a request that fills one batch of one instance arrives, beside the last."""
+    server = Server(folder, "--instances", "1", "--max-batch-tokens", "2048", "--max-batch-bytes", str(256 << 20))
     texts, _ = workload("uniform", 16)
     ratios = []
     with Client(server.address) as client:

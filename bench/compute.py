@@ -48,7 +48,7 @@ def base_model(real: Path) -> Path:
     if not (folder / "model.safetensors").exists():
         import safetensors.torch
 
-        from layertap_server.encoder.bert import dummy_weights
+        from layertap_server.engine.bert import dummy_weights
 
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "config.json").write_text(json.dumps(BASE_SETTINGS))

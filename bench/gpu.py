@@ -24,9 +24,9 @@ import torch
 import transformers
 
 from layertap import Client
-from layertap_server import checkpoint
-from layertap_server.encoder import Encoder
-from layertap_server.work import Output, OutputKind, Plan, Pool, Run, Strategy, Text
+from layertap_server.engine.encoder import Encoder
+from layertap_server.model import checkpoint
+from layertap_server.types import Output, OutputKind, Plan, Pool, Run, Strategy, Text
 
 SHAPES = {"bert-base": (768, 12, 12), "bert-large": (1024, 24, 16), "tiny": (64, 3, 4)}
 SERVE = (
@@ -40,7 +40,7 @@ def folder_of(scratch: Path, name: str) -> Path:
     """Writes a model folder: a configuration, a made-up vocabulary, dummy weights."""
     import safetensors.torch
 
-    from layertap_server.encoder.bert import dummy_weights
+    from layertap_server.engine.bert import dummy_weights
 
     hidden, layers, heads = SHAPES[name]
     words = [f"word{n}" for n in range(30522 - 5)]

@@ -1,8 +1,8 @@
 """What a server does under more load than it can bear: its own service and queue around an engine of known speed.
 
-The engine is the stand-in's, one lane whose batches of so many tokens take a fixed time, so that the capacity is known
-and gRPC's cost for a call hides nothing. Each generator is a process of its own and tells how much CPU it took: one
-that is near a whole core measures itself. Scenarios:
+The engine is the stand-in's, one instance whose batches of so many tokens take a fixed time, so that the capacity is
+known and gRPC's cost for a call hides nothing. Each generator is a process of its own and tells how much CPU it took:
+one that is near a whole core measures itself. Scenarios:
 
 overload  ten times the capacity from many connections: how much of the capacity is answered, how soon the others are
           refused, how soon health answers, whether memory stays.
@@ -268,9 +268,9 @@ def p99_ms(times_s: list[float]) -> str:
 
 
 def flags(arguments: argparse.Namespace, *more: str) -> list[str]:
-    """One lane with batches of known size and time, and a queue of four batches."""
+    """One instance with batches of known size and time, and a queue of four batches."""
     return [
-        *("--lanes", "1", "--max-batch-tokens", str(BATCH_REQUESTS * TEXTS * TOKENS), "--min-share-tokens", "1"),
+        *("--instances", "1", "--max-batch-tokens", str(BATCH_REQUESTS * TEXTS * TOKENS), "--min-share-tokens", "1"),
         *("--batch-s", str(arguments.batch_s), "--max-text-count", str(TEXTS)),
         *("--max-queue-text-count", str(4 * BATCH_REQUESTS * TEXTS), *more),
     ]

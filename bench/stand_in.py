@@ -24,9 +24,9 @@ from compute import BASE_SETTINGS
 
 from layertap import keep_pages
 from layertap_server import app, cli
-from layertap_server.checkpoint import Checkpoint
-from layertap_server.encoder import Encoder
-from layertap_server.work import Rows, Run
+from layertap_server.engine.encoder import Encoder
+from layertap_server.model.checkpoint import Checkpoint
+from layertap_server.types import Rows, Run
 
 
 class StandIn(Encoder):

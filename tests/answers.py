@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 from layertap import Embedding, wire
 from layertap.types import FloatArray
 from layertap.v1 import embedding_pb2 as pb
-from layertap_server import delivery
-from layertap_server.call import RowsReady
-from layertap_server.tokenizer import Tokenized
-from layertap_server.work import (
+from layertap_server.model.tokenizer import Tokenized
+from layertap_server.protocol import responses
+from layertap_server.scheduler.call import RowsReady
+from layertap_server.types import (
     Mix,
     Mixing,
     Output,
@@ -32,7 +32,7 @@ from layertap_server.work import (
 )
 
 LAYER_COUNT = 4
-IDENTITY = delivery.Identity(model_id="made-up", fingerprint="f" * 64, layer_count=LAYER_COUNT, pad_token_id=0)
+IDENTITY = responses.Identity(model_id="made-up", fingerprint="f" * 64, layer_count=LAYER_COUNT, pad_token_id=0)
 
 
 @dataclasses.dataclass(kw_only=True, eq=False)
@@ -58,7 +58,7 @@ class Answer:
 
     @property
     def header(self) -> pb.EmbedHeader:
-        return delivery.header(IDENTITY, self.plan, self.tokenized)
+        return responses.header(IDENTITY, self.plan, self.tokenized)
 
     @property
     def options(self) -> pb.EmbedOptions:

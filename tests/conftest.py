@@ -15,7 +15,7 @@ import torch
 import transformers
 from support import TINY_SETTINGS, Oracle, Server, open_client, running
 
-from layertap_server.checkpoint import EMBEDDED_MODEL
+from layertap_server.model.checkpoint import EMBEDDED_MODEL
 
 DEVICES = [
     "cpu",

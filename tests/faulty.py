@@ -19,8 +19,8 @@ from typing import Any
 
 from layertap_server import cli
 from layertap_server.app import App
-from layertap_server.encoder import Encoder
-from layertap_server.work import DeviceLostError, OutOfMemoryError, Rows, Run
+from layertap_server.engine.encoder import Encoder
+from layertap_server.types import DeviceLostError, OutOfMemoryError, Rows, Run
 
 log = logging.getLogger("faulty")
 

@@ -25,7 +25,7 @@ import torch
 import transformers
 
 from layertap import AsyncClient, Client
-from layertap_server.parity import BOUNDS
+from layertap_server.parity.compare import BOUNDS
 
 START_TIMEOUT_S = 90.0
 STOP_TIMEOUT_S = 60.0
@@ -208,7 +208,7 @@ def write_settings(folder: Path, settings: dict[str, Any]) -> Path:
 
 def dummy_oracle(settings: dict[str, Any], seed: int, tokenizer_folder: Path) -> Oracle:
     """Returns the oracle with the weights that --load-format dummy gives."""
-    from layertap_server.encoder.bert import dummy_weights
+    from layertap_server.engine.bert import dummy_weights
 
     config = transformers.BertConfig(**settings, attn_implementation="eager")
     model = transformers.BertModel(config)

@@ -17,16 +17,16 @@ from hypothesis import strategies as st
 
 import layertap
 from layertap import DataLossError, Embedding, LayerRows, LayertapError, StreamResult, wire
-from layertap.answer import build_tokens
-from layertap.assembler import EmbedAssembler, LayerAssembler
-from layertap.ledger import StreamLedger
+from layertap._protocol.assembler import EmbedAssembler, LayerAssembler
+from layertap._protocol.responses import build_tokens
+from layertap._protocol.stream_state import StreamLedger
 from layertap.v1 import embedding_pb2 as pb
-from layertap_server import delivery
-from layertap_server.record import Phase, Record
-from layertap_server.results import Result, split_run
-from layertap_server.results import messages as messages_of
-from layertap_server.tokenizer import Tokenized, Tokenizer
-from layertap_server.work import Text, Unit
+from layertap_server.model.tokenizer import Tokenized, Tokenizer
+from layertap_server.observability.call_record import Phase, Record
+from layertap_server.protocol import responses
+from layertap_server.protocol.stream_responses import Result, split_run
+from layertap_server.protocol.stream_responses import messages as messages_of
+from layertap_server.types import Text, Unit
 
 MODEST = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 TIMINGS = pb.Timings(queue_time_ns=1, tokenize_time_ns=2, compute_time_ns=3)
@@ -41,7 +41,7 @@ def opened(answer: Answer, frames: Iterable[Message]) -> list[Message]:
     """Returns the whole answer as messages: header, frames, summary."""
     parts = [(pb.EmbedLayersResponse(frame=frame), data) for frame, data in frames]
     summary = pb.EmbedSummary(frame_count=len(parts), timings=TIMINGS)
-    words = delivery.word_groups(answer.tokenized, 1 << 20) if answer.plan.has_words else ()
+    words = responses.word_groups(answer.tokenized, 1 << 20) if answer.plan.has_words else ()
     return [
         (pb.EmbedLayersResponse(header=answer.header), b""),
         *((group, b"") for group in words),
@@ -354,7 +354,7 @@ WORDED = answers.make(
 
 def test_words_come_in_groups_below_the_frame_size() -> None:
     answer = answers.make([40, 90, 1, 30, 2] * 4, [answers.word_vectors([1], 1)], "float32")
-    groups = list(delivery.word_groups(answer.tokenized, 2000))
+    groups = list(responses.word_groups(answer.tokenized, 2000))
     assert len(groups) > 2 and all(group.ByteSize() <= 2000 for group in groups)
     messages = opened(answer, whole_frames(answer))
     messages[1:1] = [(group, b"") for group in groups]
@@ -431,7 +431,7 @@ def test_words_of_a_stream_that_do_not_fit_are_a_data_loss(tokenizer: Tokenizer)
 
 
 def tokens_of(answer: Answer, tokenizer: Tokenizer, max_frame_bytes: int = 1 << 14) -> list[Message]:
-    groups = delivery.token_groups(answer.tokenized, tokenizer, max_frame_bytes)
+    groups = responses.token_groups(answer.tokenized, tokenizer, max_frame_bytes)
     return [(group, b"") for group in groups]
 
 
@@ -491,7 +491,7 @@ def test_what_the_server_cuts_the_client_puts_together(data: st.DataObject, answ
     cuts = sorted({0, text_count, *data.draw(st.lists(st.integers(0, text_count), max_size=3), label="batches")})
     ready = [part for first, last in itertools.pairwise(cuts) for part in answer.ready(first, last)]
     ready = data.draw(st.permutations(ready))
-    raws = [raw for part in ready for raw in delivery.frames(part, answer.plan, most)]
+    raws = [raw for part in ready for raw in responses.frames(part, answer.plan, most)]
     frames = [(part.frame, bytes(payload)) for part, payload in split_all(raws, pb.EmbedLayersResponse, most)]
     answer.check(assemble(answer, opened(answer, frames)))
     if len(answer.plan.outputs) == 1 and answer.plan.outputs[0].unit is Unit.TOKEN:
@@ -506,11 +506,11 @@ def test_a_unary_answer_becomes_the_right_arrays(data: st.DataObject, answer: An
     text_count = len(answer.texts)
     cuts = sorted({0, text_count, *data.draw(st.lists(st.integers(0, text_count), max_size=3), label="batches")})
     ready = [part for first, last in itertools.pairwise(cuts) for part in answer.ready(first, last)]
-    tensors = list(delivery.tensors(data.draw(st.permutations(ready)), answer.plan))
+    tensors = list(responses.tensors(data.draw(st.permutations(ready)), answer.plan))
     record = Record(method="Embed", request_id="1", client="me", tokenize=Phase(time_ns=5))
-    message = pb.EmbedResponse(header=answer.header, tensors=tensors, timings=delivery.timings(record))
+    message = pb.EmbedResponse(header=answer.header, tensors=tensors, timings=responses.timings(record))
     if answer.plan.has_words:
-        message.words.extend(map(delivery.words, answer.tokenized))
+        message.words.extend(map(responses.words, answer.tokenized))
     raw = message.SerializeToString()
     found = EmbedAssembler(answer.messages, answer.options).whole(pb.EmbedResponse.FromString(raw))
     answer.check(found)
@@ -545,7 +545,7 @@ def sent_ledger(answer: Answer, *, ordered: bool = True) -> StreamLedger:
 
 
 def stream_header(answer: Answer) -> pb.EmbedStreamResponse:
-    return pb.EmbedStreamResponse(header=delivery.header(answers.IDENTITY, answer.plan))
+    return pb.EmbedStreamResponse(header=responses.header(answers.IDENTITY, answer.plan))
 
 
 @MODEST
@@ -673,7 +673,7 @@ def test_pickling_gives_the_same_back(embedding: Embedding, tokenizer: Tokenizer
     result = pickle.loads(pickle.dumps(StreamResult(index=7, error=None, _embedding=embedding)))
     assert result.index == 7 and result.error is None
     answers.same(result.embedding.pools[0], embedding.pools[0])
-    texts = [delivery.tokens(Tokenized(text=Text(np.array([101, 102], np.int32))), tokenizer)]
+    texts = [responses.tokens(Tokenized(text=Text(np.array([101, 102], np.int32))), tokenizer)]
     tokens = build_tokens(texts, 0)
     copy = pickle.loads(pickle.dumps(tokens))
     assert copy.tokens == tokens.tokens == [["[CLS]", "[SEP]"]]

@@ -23,9 +23,9 @@ from layertap import (
     ResourceExhaustedError,
     UnavailableError,
 )
-from layertap_server.batcher import Batcher
-from layertap_server.call import Call, CallFailed, Event, RowsReady, RunDone
-from layertap_server.work import Output, OutputKind, Plan, Pool, Rows, Run, Strategy, Text, Unit
+from layertap_server.scheduler.batcher import Batcher
+from layertap_server.scheduler.call import Call, CallFailed, Event, RowsReady, RunDone
+from layertap_server.types import Output, OutputKind, Plan, Pool, Rows, Run, Strategy, Text, Unit
 
 WAIT_S = 20.0
 
@@ -156,7 +156,7 @@ def make(engine: Engine) -> Iterator[Make]:
 
 
 def plugged(batcher: Batcher, engine: Engine) -> Caller:
-    """Keeps the lane busy, so that what comes after waits in the queue."""
+    """Keeps the instance busy, so that what comes after waits in the queue."""
     plug = Caller(batcher, client="plug").add(999)
     assert engine.next_batch() == [[999]]
     return plug
@@ -164,7 +164,7 @@ def plugged(batcher: Batcher, engine: Engine) -> Caller:
 
 def test_a_text_comes_back_as_its_numbers_layer_by_layer(make: Make, engine: Engine) -> None:
     batcher = make()
-    assert batcher.lane_count == 1
+    assert batcher.instance_count == 1
     started = time.monotonic_ns()
     caller = Caller(batcher, Plan(outputs=(LAYER, VECTOR), dtype="float32"))
     caller.call.add([text(5, 3), text(9, 1)])
@@ -300,11 +300,11 @@ def test_a_text_above_the_budget_is_a_batch_of_its_own(make: Make, engine: Engin
     assert [engine.next_batch() for _ in range(3)] == [[[1, 2]], [[100]], [[3]]]
 
 
-def test_while_other_lanes_idle_a_lane_takes_its_share_and_alone_it_takes_all(make: Make) -> None:
+def test_while_other_instances_idle_a_instance_takes_its_share_and_alone_it_takes_all(make: Make) -> None:
     engines = [Engine(), Engine()]
     batcher = make(*engines, min_share_tokens=3)
     try:
-        poll(lambda: batcher.idle_lane_count == 2)
+        poll(lambda: batcher.idle_instance_count == 2)
         Caller(batcher).add(*range(8))
         sizes = sorted(sum(map(len, one.next_batch())) for one in engines)
         assert sizes == [4, 4]
@@ -313,7 +313,7 @@ def test_while_other_lanes_idle_a_lane_takes_its_share_and_alone_it_takes_all(ma
         assert sum(map(len, engines[0].next_batch())) == 10
         engines[0].let_go()
         engines[1].let_go()
-        poll(lambda: batcher.idle_lane_count == 2)
+        poll(lambda: batcher.idle_instance_count == 2)
         Caller(batcher).add(*range(40, 44))
         took: queue.Queue[int] = queue.Queue()
         for one in engines:
@@ -427,13 +427,13 @@ def test_a_call_closed_in_mid_batch_gets_no_further_events_and_holds_nothing(mak
     assert left.events.empty()
 
 
-@pytest.mark.parametrize("lane_busy", [False, True])
-def test_an_expired_call_is_told_so_and_never_encoded(make: Make, engine: Engine, lane_busy: bool) -> None:
+@pytest.mark.parametrize("instance_busy", [False, True])
+def test_an_expired_call_is_told_so_and_never_encoded(make: Make, engine: Engine, instance_busy: bool) -> None:
     batcher = make()
-    if lane_busy:
+    if instance_busy:
         plugged(batcher, engine)
     late = Caller(batcher, expires_at=time.monotonic() - 1).add(1, 2)
-    if lane_busy:
+    if instance_busy:
         punctual = Caller(batcher, expires_at=time.monotonic() + 1000).add(3)
         engine.let_go()
         assert engine.next_batch() == [[3]]
@@ -468,7 +468,7 @@ def test_a_caller_who_does_not_read_is_passed_over_while_others_are_served(make:
     engine.let_go(1000)
     stalled = Caller(batcher, LAYERS, client="stalled").add(*range(100, 120))
     held = [stalled.next() for _ in range(2)]
-    assert [done.reserved_bytes for done in held] == [16, 16], "one batch more than there are lanes"
+    assert [done.reserved_bytes for done in held] == [16, 16], "one batch more than there are instances"
     for n in range(20):
         other = Caller(batcher, LAYERS, client="other").add(n)
         other.call.release(other.next().reserved_bytes, run_done=True)
@@ -481,7 +481,7 @@ def test_a_caller_who_does_not_read_is_passed_over_while_others_are_served(make:
     assert batcher.waiting_text_count == 0 and batcher.held_bytes == 0
 
 
-def test_a_call_may_hold_one_batch_more_than_there_are_lanes(make: Make, engine: Engine) -> None:
+def test_a_call_may_hold_one_batch_more_than_there_are_instances(make: Make, engine: Engine) -> None:
     batcher = make(max_batch_tokens=1)
     engine.let_go(1000)
     caller = Caller(batcher).add(*range(10))
@@ -581,7 +581,7 @@ def test_stopping_answers_what_waits_and_lets_what_runs_finish(make: Make, engin
     assert not stopping.is_alive()
     assert plug.next(RowsReady).rows.data and plug.next()
     assert engine.batches.empty()
-    assert all(lane.ended(0.0) for lane in batcher._lanes)
+    assert all(instance.ended(0.0) for instance in batcher._instances)
 
 
 def test_adding_nothing_is_nothing(make: Make, engine: Engine) -> None:
@@ -595,7 +595,7 @@ def test_adding_nothing_is_nothing(make: Make, engine: Engine) -> None:
 @settings(max_examples=25, deadline=None)
 @given(
     seed=st.integers(0, 10_000),
-    lane_count=st.integers(1, 3),
+    instance_count=st.integers(1, 3),
     client_count=st.integers(1, 4),
     max_batch_tokens=st.integers(1, 12),
     max_batch_bytes=st.integers(8, 200),
@@ -603,14 +603,14 @@ def test_adding_nothing_is_nothing(make: Make, engine: Engine) -> None:
 )
 def test_every_text_is_answered_once_and_rightly_and_nothing_leaks(
     seed: int,
-    lane_count: int,
+    instance_count: int,
     client_count: int,
     max_batch_tokens: int,
     max_batch_bytes: int,
     max_call_output_bytes: int,
 ) -> None:
     batcher = Batcher(
-        [Engine(gated=False) for _ in range(lane_count)],
+        [Engine(gated=False) for _ in range(instance_count)],
         max_batch_tokens=max_batch_tokens,
         max_batch_bytes=max_batch_bytes,
         min_share_tokens=2,

@@ -186,7 +186,7 @@ def test_a_missing_package_is_named_with_its_extra(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("command", [[], *([name] for name in COMMANDS)])
 def test_help_has_examples_that_parse(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    from layertap.cli import parser
+    from layertap.cli import arguments as parser
 
     with pytest.raises(SystemExit) as caught:
         main([*command, "--help"])

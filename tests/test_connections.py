@@ -28,7 +28,7 @@ LONG = "paris " * 510
 def server(tiny_folder: Path) -> Iterator[Server]:
     """Drops who does not read for a second, asks the silent after a second, waits five for their answer."""
     with running(
-        *("--device", "cpu", "--model-id", str(tiny_folder), "--lanes", "1", "--stall-timeout-s", "1"),
+        *("--device", "cpu", "--model-id", str(tiny_folder), "--instances", "1", "--stall-timeout-s", "1"),
         *("--max-output-bytes", "300000", "--max-call-output-bytes", "300000"),
         *("--keepalive-time-s", "1", "--keepalive-timeout-s", "5"),
         *("--shared-memory-bytes", str(1 << 20), "--max-shared-memory-call-count", "1"),

@@ -25,7 +25,7 @@ from support import Server
 
 import layertap
 from layertap import AsyncClient, Client, LayertapError, StatusCode, errors
-from layertap.connection import DEFAULT_TIMEOUT_S
+from layertap._transport.settings import DEFAULT_TIMEOUT_S
 from layertap.errors import from_status
 from layertap.v1 import embedding_pb2 as pb
 from layertap.v1 import embedding_pb2_grpc
@@ -186,7 +186,7 @@ def test_making_a_client_connects_nowhere_and_starts_no_thread() -> None:
     assert found == [1, 0]
 
 
-@pytest.mark.parametrize("module", ["config", "cli", "batcher", "work"])
+@pytest.mark.parametrize("module", ["config", "cli", "scheduler.batcher", "types"])
 def test_parts_of_the_server_that_need_no_torch_load_none(module: str) -> None:
     found = fresh(f"""
         import json, sys

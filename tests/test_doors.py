@@ -23,10 +23,11 @@ from support import Server, open_client, running
 from layertap import TLS, Client, LayertapError, UnauthenticatedError, UnavailableError
 from layertap.v1 import embedding_pb2 as pb
 from layertap.v1 import embedding_pb2_grpc
-from layertap_server import guard, listen
 from layertap_server.cli import parse
 from layertap_server.config import ConfigError
-from layertap_server.observer import Nobody
+from layertap_server.rpc import auth
+from layertap_server.rpc import server as listen
+from layertap_server.scheduler.hooks import Nobody
 
 WAIT_S = 30.0
 ALICE, BOB, CAROL = "alices-token-0123", "bobs-token-0123456", "carols-token-01234"
@@ -290,9 +291,9 @@ def test_a_client_goes_by_its_certificate_else_its_address(
     peer: str, certificate: dict[str, list[bytes]], client: str
 ) -> None:
     context: Any = SimpleNamespace(peer=lambda: peer, auth_context=lambda: certificate)
-    assert guard.client_of(context) == client
+    assert auth.client_of(context) == client
     one, other = object(), object()
-    same = guard.connection_of(context, one) == guard.connection_of(context, other)
+    same = auth.connection_of(context, one) == auth.connection_of(context, other)
     assert same is not peer.startswith("unix")
 
 

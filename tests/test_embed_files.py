@@ -23,7 +23,7 @@ from support import Server, running
 
 from layertap import Client, LayerMix, Pooling
 from layertap.cli import main
-from layertap.jobs import durable
+from layertap.jobs import atomic_files
 from layertap.jobs.parts import Parts
 
 WAIT_S = 60.0
@@ -294,7 +294,7 @@ def test_a_job_is_not_taken_up_with_another_model(
 def test_two_are_never_at_work_on_one_output(
     server: Server, corpus: Path, broken: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with durable.alone(Parts.lock(broken.with_name("out.npz.parts"))):
+    with atomic_files.alone(Parts.lock(broken.with_name("out.npz.parts"))):
         assert run(server, corpus, broken, *LAYERS) == 2
     assert "another process is at work" in capsys.readouterr().err
 

@@ -15,13 +15,14 @@ from hypothesis import strategies as st
 from support import Oracle
 from test_fidelity import POOLINGS
 
-from layertap_server import checkpoint, lanes
-from layertap_server.batcher import Batcher
-from layertap_server.call import Call, Event, RowsReady, RunDone
-from layertap_server.encoder import Encoder
-from layertap_server.encoder.linear import Linears
-from layertap_server.parity import BOUNDS
-from layertap_server.work import (
+from layertap_server.engine import cpu_threads
+from layertap_server.engine.encoder import Encoder
+from layertap_server.engine.linear import Linears
+from layertap_server.model import checkpoint
+from layertap_server.parity.compare import BOUNDS
+from layertap_server.scheduler.batcher import Batcher
+from layertap_server.scheduler.call import Call, Event, RowsReady, RunDone
+from layertap_server.types import (
     Mix,
     Mixing,
     Output,
@@ -44,13 +45,13 @@ def dtype(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
-@pytest.fixture(scope="module", params=[1, 2], ids=["1 lane", "2 lanes"])
+@pytest.fixture(scope="module", params=[1, 2], ids=["1 instance", "2 instances"])
 def batcher(request: pytest.FixtureRequest, tiny_folder: Path, device: str, dtype: str) -> Iterator[Batcher]:
     found = checkpoint.find(model_id=str(tiny_folder), revision="", name="", load_format="safetensors", seed=0)
     devices = [device if device == "cpu" else "cuda:0"]
     encoders = [Encoder(found, device=one, dtype=dtype) for one in devices]
     made = Batcher(
-        lanes.make(encoders, lane_count=request.param, thread_count=0),
+        cpu_threads.make(encoders, instance_count=request.param, thread_count=0),
         max_batch_tokens=150,
         max_batch_bytes=1 << 20,
         min_share_tokens=10,

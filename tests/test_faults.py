@@ -18,14 +18,14 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from support import Oracle, Server, running, worst
 
 from layertap import Client, ResourceExhaustedError, StreamResult, UnavailableError
-from layertap.inputs import to_messages
-from layertap.options import embed_options
+from layertap._protocol.inputs import to_messages
+from layertap._protocol.options import embed_options
 from layertap.v1 import embedding_pb2 as pb
 from layertap.v1 import embedding_pb2_grpc
-from layertap_server.encoder import faults
-from layertap_server.encoder.handover import Handover
-from layertap_server.encoder.portions import orders
-from layertap_server.work import OutOfMemoryError, Output, OutputKind, Plan, Run, Text
+from layertap_server.engine import device
+from layertap_server.engine.host_copy import Handover
+from layertap_server.engine.output_groups import orders
+from layertap_server.types import OutOfMemoryError, Output, OutputKind, Plan, Run, Text
 
 SCRIPT = Path(__file__).with_name("faulty.py")
 WAIT_S = 60.0
@@ -66,7 +66,16 @@ def ending(server: Server) -> Iterator[Server]:
 
 @pytest.fixture(scope="module")
 def faulty(tiny_folder: Path) -> Iterator[Server]:
-    flags = ("--device", "cpu", "--lanes", "1", "--model-id", str(tiny_folder), "--shared-memory-bytes", str(8 << 20))
+    flags = (
+        "--device",
+        "cpu",
+        "--instances",
+        "1",
+        "--model-id",
+        str(tiny_folder),
+        "--shared-memory-bytes",
+        str(8 << 20),
+    )
     with running(*flags, script=SCRIPT) as server:
         yield server
 
@@ -121,11 +130,11 @@ def test_the_allocators_own_errors_are_out_of_memory_and_no_other_is() -> None:
     cpu = torch.device("cpu")
     too_much = 1 << 60
     for allocate in (lambda: torch.empty(too_much, dtype=torch.uint8), lambda: np.empty(too_much, np.uint8)):
-        with pytest.raises(OutOfMemoryError), faults.named(cpu):
+        with pytest.raises(OutOfMemoryError), device.named(cpu):
             allocate()
-    with pytest.raises(OutOfMemoryError), faults.named(cpu):
+    with pytest.raises(OutOfMemoryError), device.named(cpu):
         raise torch.OutOfMemoryError
-    with pytest.raises(RuntimeError, match="shape"), faults.named(cpu):
+    with pytest.raises(RuntimeError, match="shape"), device.named(cpu):
         torch.zeros(2) @ torch.zeros(3, 3).view(9)[:4].view(1, 5)
 
 
@@ -143,12 +152,12 @@ def test_a_row_that_is_no_number_fails_its_own_text_and_names_the_layer(value: f
     assert found.failures[1].code.name == "INTERNAL" and "layer 7" in found.failures[1].details
 
 
-# Lanes that are lost.
+# Instances that are lost.
 
 
 @pytest.mark.parametrize("demand", [Demand.STUCK, Demand.DEVICE_LOST])
-def test_lost_lanes_fail_their_callers_and_the_last_one_ends_the_server(tiny_folder: Path, demand: Demand) -> None:
-    flags = ("--device", "cpu", "--lanes", "2", "--model-id", str(tiny_folder), "--lane-timeout-s", "1")
+def test_lost_instances_fail_their_callers_and_the_last_one_ends_the_server(tiny_folder: Path, demand: Demand) -> None:
+    flags = ("--device", "cpu", "--instances", "2", "--model-id", str(tiny_folder), "--instance-timeout-s", "1")
     with (
         ending(Server(*flags, script=SCRIPT)) as server,
         stub_of(server) as (_, health),
@@ -159,24 +168,24 @@ def test_lost_lanes_fail_their_callers_and_the_last_one_ends_the_server(tiny_fol
         with pytest.raises(UnavailableError, match="engine has failed"):
             client.embed([demanding(demand)], layers="all")
         for n in range(10):
-            assert client.embed(f"text {n}", timeout_s=WAIT_S).layers == (3,), "the other lane goes on"
+            assert client.embed(f"text {n}", timeout_s=WAIT_S).layers == (3,), "the other instance goes on"
         assert health.Check(health_pb2.HealthCheckRequest(), timeout=WAIT_S).status == SERVING
         with pytest.raises(UnavailableError):
             client.embed([demanding(demand)], layers="all")
         assert next(watch).status == NOT_SERVING
         assert server.process.wait(WAIT_S) == 1
         server.stop()
-        assert b"2 lanes" in server.log and b"0 of 2 are left" in server.log
+        assert b"2 instances" in server.log and b"0 of 2 are left" in server.log
         assert server.log.decode().splitlines()[-1].startswith("layertap-server: the engine has failed")
 
 
-# Callers who leave, deadlines that pass, servers that end: on one slow lane, whose batches are counted.
+# Callers who leave, deadlines that pass, servers that end: on one slow instance, whose batches are counted.
 
 EIGHT = "one of eight words it is"
 
 
 def slow_flags(tiny_folder: Path) -> tuple[str, ...]:
-    return ("--device", "cpu", "--lanes", "1", "--model-id", str(tiny_folder), "--max-batch-tokens", "16")
+    return ("--device", "cpu", "--instances", "1", "--model-id", str(tiny_folder), "--max-batch-tokens", "16")
 
 
 @pytest.fixture(scope="module")

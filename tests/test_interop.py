@@ -17,12 +17,9 @@ import pytest
 import torch
 from results import FULL, SIZE, embedding, tokens
 
-from layertap import (
-    InvalidArgumentError,
-    TokenIds,
-)
-from layertap.inputs import check_items, to_messages
-from layertap.ledger import StreamLedger
+from layertap import InvalidArgumentError, TokenIds
+from layertap._protocol.inputs import check_items, to_messages
+from layertap._protocol.stream_state import StreamLedger
 from layertap.v1 import embedding_pb2 as pb
 
 # Torch.

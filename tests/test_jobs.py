@@ -16,10 +16,10 @@ import pytest
 import safetensors.numpy
 from safetensors import safe_open
 
-from layertap.jobs import arrow, durable, parts, sinks, sources
+from layertap.jobs import arrow, atomic_files, formats, parts, readers
 from layertap.jobs.parts import Column, Manifest, PartBuilder, Parts
+from layertap.jobs.readers import Arguments, BadItem, Digest, Item, JsonLines, Lines
 from layertap.jobs.refusal import JobError
-from layertap.jobs.sources import Arguments, BadItem, Digest, Item, JsonLines, Lines
 from layertap.jobs.table import Table
 
 # Sources.
@@ -55,7 +55,7 @@ def test_a_line_is_a_text(data: bytes, texts: list[str]) -> None:
 
 
 def test_a_line_that_is_not_utf_8_or_too_long_is_bad_and_the_others_go_on() -> None:
-    long = b"x" * (sources.MAX_LINE_BYTES + 3_000_000)
+    long = b"x" * (readers.MAX_LINE_BYTES + 3_000_000)
     good, invalid, endless, last = lines_of(b"good\nb\xff\n" + long + b"\nlast").items()
     assert isinstance(good, Item) and isinstance(last, Item) and (last.number, last.content) == (4, "last")
     assert isinstance(invalid, BadItem) and (invalid.number, invalid.id) == (2, None)
@@ -146,23 +146,23 @@ def test_a_digest_tells_every_change_that_matters() -> None:
 def test_a_file_that_is_not_written_to_its_end_changes_nothing(tmp_path: Path) -> None:
     path = tmp_path / "file"
     path.write_bytes(b"old")
-    with pytest.raises(KeyboardInterrupt), durable.writing(path) as file:
+    with pytest.raises(KeyboardInterrupt), atomic_files.writing(path) as file:
         file.write(b"new, but only half")
         raise KeyboardInterrupt
     assert path.read_bytes() == b"old"
-    with durable.writing(path) as file:
+    with atomic_files.writing(path) as file:
         file.write(b"new")
     assert path.read_bytes() == b"new" and os.listdir(tmp_path) == ["file"]
 
 
 def test_only_one_is_at_work_in_a_folder(tmp_path: Path) -> None:
     with (
-        durable.alone(tmp_path / "lock"),
+        atomic_files.alone(tmp_path / "lock"),
         pytest.raises(JobError, match="another process is at work"),
-        durable.alone(tmp_path / "lock"),
+        atomic_files.alone(tmp_path / "lock"),
     ):
         pass
-    with durable.alone(tmp_path / "lock"):
+    with atomic_files.alone(tmp_path / "lock"):
         pass
 
 
@@ -226,8 +226,8 @@ def same(found: dict[str, Any], wanted: dict[str, np.ndarray]) -> None:
         assert found[name].dtype == array.dtype and np.array_equal(found[name], array), name
 
 
-def written(sink: sinks.Sink, table: Table, path: Path) -> Path:
-    with durable.writing(path) as file:
+def written(sink: formats.Sink, table: Table, path: Path) -> Path:
+    with atomic_files.writing(path) as file:
         sink(table, file)
     return path
 
@@ -281,7 +281,7 @@ def test_a_part_is_full_by_count_or_by_size() -> None:
 
 
 def test_npz_is_what_numpy_reads(table: Table, tmp_path: Path) -> None:
-    path = written(sinks.sink_of(Path("x.npz")), table, tmp_path / "out.npz")
+    path = written(formats.sink_of(Path("x.npz")), table, tmp_path / "out.npz")
     with np.load(path) as found:
         same(dict(found), {"ids": np.arange(0, 80, 10), **expected(8)})
 
@@ -289,30 +289,30 @@ def test_npz_is_what_numpy_reads(table: Table, tmp_path: Path) -> None:
 def test_npy_holds_the_only_matrix(tmp_path: Path) -> None:
     path = Path("x.npy")
     with pytest.raises(JobError, match="layer_2, pool_0"):
-        sinks.check_columns(path, COLUMNS)
+        formats.check_columns(path, COLUMNS)
     with pytest.raises(JobError, match="one matrix"):
-        sinks.check_columns(path, COLUMNS[:3])
-    sinks.check_columns(path, (*COLUMNS[:2], COLUMNS[3]))
+        formats.check_columns(path, COLUMNS[:3])
+    formats.check_columns(path, (*COLUMNS[:2], COLUMNS[3]))
     made = filled(tmp_path / "parts", [])
     part = builder()
     for number in range(5):
         counts, truncated, _, pool = rows_of(number)
         part.add(Item(number=number, id=number, content="x"), (*COLUMNS[:2], COLUMNS[3]), [counts, truncated, pool])
     made.add(part, "the end")
-    found = np.load(written(sinks.sink_of(path), Table(made), tmp_path / "out.npy"))
+    found = np.load(written(formats.sink_of(path), Table(made), tmp_path / "out.npy"))
     assert np.array_equal(found, expected(5)["pool_0"]) and found.dtype == np.float16
 
 
 def test_safetensors_is_what_its_library_reads(table: Table, tmp_path: Path) -> None:
-    path = written(sinks.sink_of(Path("x.safetensors")), table, tmp_path / "out.safetensors")
+    path = written(formats.sink_of(Path("x.safetensors")), table, tmp_path / "out.safetensors")
     same(safetensors.numpy.load_file(path), {"ids": np.arange(0, 80, 10), **expected(8)})
     with safe_open(path, "numpy") as file:
         assert file.metadata() == {"model_id": "a-model", "fingerprint": "f" * 64}
 
 
 def test_parquet_and_arrow_have_a_row_a_text(table: Table, tmp_path: Path) -> None:
-    found = pq.read_table(written(sinks.sink_of(Path("x.parquet")), table, tmp_path / "out.parquet"))
-    path = written(sinks.sink_of(Path("x.arrow")), table, tmp_path / "out.arrow")
+    found = pq.read_table(written(formats.sink_of(Path("x.parquet")), table, tmp_path / "out.parquet"))
+    path = written(formats.sink_of(Path("x.arrow")), table, tmp_path / "out.arrow")
     with pa.OSFile(str(path)) as file:
         assert pa.ipc.open_file(file).read_all().equals(found)
     wanted = expected(8)
@@ -332,25 +332,25 @@ def test_parquet_and_arrow_have_a_row_a_text(table: Table, tmp_path: Path) -> No
 def test_ids_are_integers_if_all_are_else_strings(ids: list[int | str], tmp_path: Path) -> None:
     table = Table(filled(tmp_path / "parts", ids, part_items=2))
     texts = [str(one) for one in ids]
-    with np.load(written(sinks.sink_of(Path("x.npz")), table, tmp_path / "out.npz")) as found:
+    with np.load(written(formats.sink_of(Path("x.npz")), table, tmp_path / "out.npz")) as found:
         assert found["ids"].tolist() == texts
-    found = safetensors.numpy.load_file(written(sinks.sink_of(Path("x.safetensors")), table, tmp_path / "out.st"))
+    found = safetensors.numpy.load_file(written(formats.sink_of(Path("x.safetensors")), table, tmp_path / "out.st"))
     data, ends = found["ids_utf8"].tobytes(), found["ids_ends"].tolist()
     assert [data[begin:end].decode() for begin, end in zip([0, *ends], ends, strict=False)] == texts
-    rows = pq.read_table(written(sinks.sink_of(Path("x.parquet")), table, tmp_path / "out.parquet"))
+    rows = pq.read_table(written(formats.sink_of(Path("x.parquet")), table, tmp_path / "out.parquet"))
     assert rows["ids"].to_pylist() == texts
 
 
 @pytest.mark.parametrize("ending", ["npz", "safetensors", "parquet", "arrow"])
 def test_the_same_parts_give_the_same_bytes(ending: str, table: Table, tmp_path: Path) -> None:
-    sink = sinks.sink_of(Path(f"x.{ending}"))
+    sink = formats.sink_of(Path(f"x.{ending}"))
     one, other = written(sink, table, tmp_path / "one"), written(sink, table, tmp_path / "other")
     assert one.read_bytes() == other.read_bytes()
 
 
 def test_an_unknown_ending_is_refused() -> None:
     with pytest.raises(JobError, match=r"use \.npz, \.npy"):
-        sinks.sink_of(Path("out.csv"))
+        formats.sink_of(Path("out.csv"))
 
 
 def test_arguments_are_numbered_from_1() -> None:

@@ -19,9 +19,9 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from support import Server, poll, running
 
 from layertap import Client, FailedPreconditionError, ResourceExhaustedError, StreamResult, UnavailableError
-from layertap.assembler import EmbedAssembler
-from layertap.inputs import to_messages
-from layertap.options import embed_options
+from layertap._protocol.assembler import EmbedAssembler
+from layertap._protocol.inputs import to_messages
+from layertap._protocol.options import embed_options
 from layertap.v1 import embedding_pb2 as pb
 from layertap.v1 import embedding_pb2_grpc
 
@@ -109,7 +109,7 @@ def test_a_second_server_on_a_taken_port_exits_2_with_one_line(tiny_server: Serv
 def tight_server(tiny_folder: Path) -> Iterator[Server]:
     """Its memory for outputs holds one longest text with all layers, and little more."""
     with running(
-        *("--device", "cpu", "--model-id", str(tiny_folder), "--lanes", "1", "--stall-timeout-s", "1"),
+        *("--device", "cpu", "--model-id", str(tiny_folder), "--instances", "1", "--stall-timeout-s", "1"),
         *("--max-output-bytes", "300000", "--max-call-output-bytes", "300000"),
         *("--max-text-count", "100", "--max-queue-text-count", "100"),
     ) as server:

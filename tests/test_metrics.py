@@ -20,14 +20,14 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 from support import Server, poll, running
 
-from layertap.calls import SERVICE
-from layertap.inputs import to_messages
-from layertap.options import embed_options
+from layertap._protocol.inputs import to_messages
+from layertap._protocol.options import embed_options
+from layertap._protocol.requests import SERVICE
 from layertap.v1 import embedding_pb2 as pb
-from layertap_server.journal import Journal
-from layertap_server.metrics import Metrics
-from layertap_server.metrics import Server as Facts
-from layertap_server.service import METHODS
+from layertap_server.observability.call_log import Journal
+from layertap_server.observability.metrics import Metrics
+from layertap_server.observability.metrics import Server as Facts
+from layertap_server.rpc.service import METHODS
 
 WAIT_S = 30.0
 RULES = Path(__file__).parents[1] / "deploy" / "prometheus.rules.yml"
@@ -36,7 +36,7 @@ LONG = "paris " * 510
 """512 tokens, 64 KiB a layer of the tiny model."""
 
 FLAGS = (
-    *("--metrics-port", "0", "--lanes", "1", "--stall-timeout-s", "1", "--max-concurrent-call-count", "4"),
+    *("--metrics-port", "0", "--instances", "1", "--stall-timeout-s", "1", "--max-concurrent-call-count", "4"),
     *("--max-output-bytes", "300000", "--max-call-output-bytes", "300000"),
     *("--max-text-count", "100", "--max-queue-text-count", "100"),
 )
@@ -150,7 +150,7 @@ def load(server: Server) -> Iterator[Load]:
 
 def test_the_metrics_are_what_the_callers_counted(load: Load, url: str) -> None:
     before = Exposed(url)
-    assert before("serving") == 1 and before("lanes") == before("lanes_live") == 1
+    assert before("serving") == 1 and before("instances") == before("instances_live") == 1
     assert before("batch_tokens_count") == 0, "the warm-up is nobody's batch"
 
     # What goes well, or is refused before the queue.
@@ -222,7 +222,9 @@ def test_the_metrics_are_what_the_callers_counted(load: Load, url: str) -> None:
     found = Exposed(url)
     assert found("refusal_total", reason="calls") == found("refusal_total", reason="queue_texts") == 1
     assert sum(value for (name, _), value in found.samples.items() if name == "layertap_refusal_total") == 2
-    poll(lambda: Exposed(url)("output_held_bytes") == Exposed(url)("queue_tokens") == Exposed(url)("lanes_busy") == 0)
+    poll(
+        lambda: Exposed(url)("output_held_bytes") == Exposed(url)("queue_tokens") == Exposed(url)("instances_busy") == 0
+    )
 
 
 def check_calls(load: Load, url: str) -> None:

@@ -26,12 +26,12 @@ from support import BOUND, TINY_SETTINGS, Oracle, open_client, running, worst, w
 
 from layertap.errors import FailedPreconditionError, InvalidArgumentError
 from layertap_server import cli
-from layertap_server.checkpoint import EMBEDDED_MODEL_NAME, Checkpoint, find
 from layertap_server.config import Config, ConfigError
-from layertap_server.encoder import Encoder
-from layertap_server.encoder.bert import dummy_weights
-from layertap_server.tokenizer import Tokenizer
-from layertap_server.work import Output, OutputKind, Plan, Pool, Run, Strategy, Text
+from layertap_server.engine.bert import dummy_weights
+from layertap_server.engine.encoder import Encoder
+from layertap_server.model.checkpoint import EMBEDDED_MODEL_NAME, Checkpoint, find
+from layertap_server.model.tokenizer import Tokenizer
+from layertap_server.types import Output, OutputKind, Plan, Pool, Run, Strategy, Text
 
 SMALL = {
     "model_type": "bert",
@@ -609,7 +609,7 @@ BAD_VALUES: dict[str, tuple[str, ...]] = {
     "load_format": ("pickle",),
     "log_level": ("loud",),
     "port": ("-1", "65536", "x", "1.5"),
-    "lanes": ("-1", "two"),
+    "instances": ("-1", "two"),
     "max_text_count": ("0", "-5", "many", "9000"),  # 9000 texts would never fit the queue.
     "max_request_bytes": ("1",),
     "max_frame_bytes": ("0",),

@@ -14,9 +14,10 @@ from results import COUNTS, SIZE, embedding, numbers, tokens
 from support import Server
 
 from layertap import Embedding, Tokens
-from layertap_server import cli, parity
-from layertap_server.oracle import Wanted
-from layertap_server.parity import BOUNDS, Comparison
+from layertap_server import cli
+from layertap_server.parity import compare
+from layertap_server.parity.compare import BOUNDS, Comparison
+from layertap_server.parity.reference import Wanted
 
 README = Path(__file__).parent.parent / "README.md"
 
@@ -33,7 +34,7 @@ def differences(out: str) -> dict[str, float]:
 
 def test_a_server_passes_with_a_sample_of_all_kinds(real_server: Server, capsys: pytest.CaptureFixture[str]) -> None:
     code, out, _ = run(capsys, "--target", real_server.address)
-    assert code == 0 and f"{len(parity.SAMPLE)} texts, " in out and "pass: no difference is above 2e-05" in out
+    assert code == 0 and f"{len(compare.SAMPLE)} texts, " in out and "pass: no difference is above 2e-05" in out
     assert re.search("^tokens +equal$", out, re.MULTILINE)
     found = differences(out)
     assert list(found) == [*(f"layer {layer}" for layer in range(7)), "pooler_output"]

@@ -19,11 +19,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from layertap import DataLossError, FailedPreconditionError, ResourceExhaustedError
-from layertap.assembler import EmbedAssembler
-from layertap.shm import Mapping, SharedMemory
+from layertap._protocol.assembler import EmbedAssembler
+from layertap._shared_memory.mapping import Mapping, SharedMemory
 from layertap.v1 import embedding_pb2 as pb
-from layertap_server import delivery
-from layertap_server.shm import CALL_COUNT, LEAST_BYTES, SLOT_COUNT, UNIT, Lending, Segment, Segments
+from layertap_server.protocol import responses
+from layertap_server.shared_memory.segment import CALL_COUNT, LEAST_BYTES, SLOT_COUNT, UNIT, Lending, Segment, Segments
 
 SIZE = 32 * UNIT
 
@@ -372,7 +372,7 @@ def test_frames_in_memory_at_their_places_or_elsewhere_and_bytes_give_the_right_
     assembler = EmbedAssembler(answer.messages, answer.options)
     assembler.feed(pb.EmbedLayersResponse(header=answer.header), b"")
     if answer.plan.has_words:
-        for group in delivery.word_groups(answer.tokenized, 1 << 20):
+        for group in responses.word_groups(answer.tokenized, 1 << 20):
             assembler.feed(group, b"")
     frames = data.draw(answers.cut_frames(answer))
     for frame, payload in frames:

@@ -24,9 +24,10 @@ from support import Server, open_client, running
 from tokenizers import normalizers
 
 from layertap import Client, FailedPreconditionError, InvalidArgumentError, TokenIds
-from layertap.sentences import Encoding
-from layertap_server import checkpoint, sentences
-from layertap_server.work import Strategy
+from layertap.sentence_transformers import Encoding
+from layertap_server.model import checkpoint
+from layertap_server.model import sentence_config as sentences
+from layertap_server.types import Strategy
 
 BOUND = 1e-5
 SHORT = ["A guitar is played.", "", "漢字 and Ünïcode 😀", "Query"]

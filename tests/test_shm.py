@@ -23,7 +23,7 @@ import pytest
 from support import BOUND, Server, open_client, poll, running
 
 from layertap import Client, Embedding, UnavailableError
-from layertap.shm import Mapping, SharedMemory
+from layertap._shared_memory.mapping import Mapping, SharedMemory
 from layertap.v1 import embedding_pb2 as pb
 from layertap.v1 import embedding_pb2_grpc
 
@@ -83,7 +83,7 @@ def large(tiny_folder: Path) -> Iterator[Server]:
 @pytest.fixture(scope="module")
 def small(tiny_folder: Path) -> Iterator[Server]:
     """Has room for two long texts with all layers."""
-    with running(*flags(tiny_folder, 2 * LONG_BYTES), "--lanes", "1") as server:
+    with running(*flags(tiny_folder, 2 * LONG_BYTES), "--instances", "1") as server:
         yield server
         poll(lambda: not segment_count(server))
 

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from layertap_server import tokens
-from layertap_server.tokens import Tokens
-from layertap_server.watched import Watched
+from layertap_server.rpc import tokens
+from layertap_server.rpc.file_reload import Watched
+from layertap_server.rpc.tokens import Tokens
 
 ONE, OTHER, THIRD = "0123456789abcdef", "fedcba9876543210", "x" * 64
 

@@ -18,12 +18,12 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 from opentelemetry.sdk.trace.sampling import ParentBased, TraceIdRatioBased
 from support import running
 
+from layertap._protocol.inputs import to_messages
 from layertap.errors import CancelledError, InvalidArgumentError, LayertapError
-from layertap.inputs import to_messages
 from layertap.v1 import embedding_pb2 as pb
 from layertap.v1 import embedding_pb2_grpc
-from layertap_server.journal import Journal
-from layertap_server.tracing import Tracing
+from layertap_server.observability.call_log import Journal
+from layertap_server.observability.tracing import Tracing
 
 WAIT_S = 30.0
 TRACE, PARENT = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"

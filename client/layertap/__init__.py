@@ -1,10 +1,9 @@
 """layertap: tokens, pooled vectors and every layer of a BERT over gRPC, as numpy arrays."""
 
-from layertap import fork as fork  # First: gRPC looks at what it sets.
+from layertap._transport import fork as fork  # First: gRPC looks at what it sets.
+from layertap._transport.settings import TLS
 from layertap.async_client import AsyncClient
 from layertap.client import Client
-from layertap.connection import TLS
-from layertap.embedding import Embedding, LayerRows, StreamResult, TorchEmbedding
 from layertap.errors import (
     AbortedError,
     AlreadyExistsError,
@@ -25,12 +24,14 @@ from layertap.errors import (
     UnimplementedError,
     UnknownError,
 )
-from layertap.hidden_states import HiddenStates
-from layertap.mixed_rows import MixedRows
 from layertap.quantization import quantize_embeddings
-from layertap.types import LayerMix, Limits, ModelInfo, ModelRef, Pooling, SentenceConfig, Timings, TokenIds, Tokens
+from layertap.results.embedding import Embedding, LayerRows, StreamResult, TorchEmbedding
+from layertap.results.hidden_states import HiddenStates
+from layertap.results.mixed_rows import MixedRows
+from layertap.results.tokens import Tokens
+from layertap.results.words import Words
+from layertap.types import LayerMix, Limits, ModelInfo, ModelRef, Pooling, SentenceConfig, Timings, TokenIds
 from layertap.wire import keep_pages
-from layertap.words import Words
 
 __all__ = [
     "TLS",

@@ -15,18 +15,21 @@ import grpc
 import grpc.aio
 import numpy.typing as npt
 
-from layertap import calls, progress, stream
-from layertap.assembler import LayerAssembler
-from layertap.connection import DEFAULT_RETRIES, DEFAULT_TIMEOUT_S, TLS, Connection, Option, settle
-from layertap.embedding import Embedding, LayerRows, StreamResult
+from layertap import progress
+from layertap._protocol import requests as calls
+from layertap._protocol.assembler import LayerAssembler
+from layertap._protocol.inputs import Inputs, to_messages
+from layertap._protocol.options import Layers, Poolings, embed_options, raises
+from layertap._protocol.stream_state import StreamLedger
+from layertap._shared_memory.mapping import SharedMemory
+from layertap._transport.embed_stream import Items, run_stream
+from layertap._transport.settings import DEFAULT_RETRIES, DEFAULT_TIMEOUT_S, TLS, Connection, Option, settle
+from layertap._transport.transport import AsyncLink
 from layertap.errors import LayertapError
-from layertap.inputs import Inputs, to_messages
-from layertap.ledger import StreamLedger
-from layertap.link import AsyncLink
-from layertap.options import Layers, Poolings, embed_options, raises
-from layertap.sentences import EncodeOptions, Encoding
-from layertap.shm import SharedMemory
-from layertap.types import LayerMix, ModelInfo, TokenIds, Tokens
+from layertap.results.embedding import Embedding, LayerRows, StreamResult
+from layertap.results.tokens import Tokens
+from layertap.sentence_transformers import EncodeOptions, Encoding
+from layertap.types import LayerMix, ModelInfo, TokenIds
 
 
 class AsyncClient:
@@ -159,7 +162,7 @@ class AsyncClient:
 
     async def embed_stream(
         self,
-        inputs: stream.Items,
+        inputs: Items,
         *,
         layers: Layers = None,
         pooler_output: bool = False,
@@ -294,14 +297,14 @@ class AsyncClient:
     async def _results(
         self,
         ledger: StreamLedger,
-        inputs: stream.Items,
+        inputs: Items,
         raising: bool,
         item_timeout_s: float | None,
         reconnect_timeout_s: float | None,
     ) -> AsyncGenerator[StreamResult, None]:
         channel, lease = self._link.open()
         item_s, reconnect_s = self._link.timeout_s(item_timeout_s), self._link.timeout_s(reconnect_timeout_s)
-        running = stream.run(self._link.connection, channel, lease.begin, ledger, inputs, item_s, reconnect_s)
+        running = run_stream(self._link.connection, channel, lease.begin, ledger, inputs, item_s, reconnect_s)
         async with contextlib.aclosing(running) as groups:
             async for group in groups:
                 for result in group:

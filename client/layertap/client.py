@@ -1,7 +1,8 @@
 """`Client`: what a program without an event loop talks to a server with.
 
-Only I/O: what is sent and how answers are read is in `calls`, `assembler` and `stream`; `async_client` is its twin. The
-connection is made at the first call, not in the constructor, and anew in a forked child. Threads may share a client.
+Only I/O: what is sent and how answers are read is in `requests`, `assembler` and `stream`; `async_client` is its twin.
+The connection is made at the first call, not in the constructor, and anew in a forked child. Threads may share a
+client.
 """
 
 from __future__ import annotations
@@ -14,19 +15,22 @@ from typing import Any, Literal, Self, Unpack, overload
 import grpc
 import numpy.typing as npt
 
-from layertap import calls, progress, stream
-from layertap.assembler import LayerAssembler
-from layertap.connection import DEFAULT_RETRIES, DEFAULT_TIMEOUT_S, TLS, Connection, Option, settle
-from layertap.embedding import Embedding, LayerRows, StreamResult
+from layertap import progress
+from layertap._protocol import requests as calls
+from layertap._protocol.assembler import LayerAssembler
+from layertap._protocol.inputs import InputItem, Inputs, to_messages
+from layertap._protocol.options import Layers, Poolings, embed_options, raises
+from layertap._protocol.stream_state import StreamLedger
+from layertap._shared_memory.mapping import SharedMemory
+from layertap._transport.embed_stream import Groups, run_stream
+from layertap._transport.settings import DEFAULT_RETRIES, DEFAULT_TIMEOUT_S, TLS, Connection, Option, settle
+from layertap._transport.sync_bridge import Iteration
+from layertap._transport.transport import Link
 from layertap.errors import LayertapError
-from layertap.inputs import InputItem, Inputs, to_messages
-from layertap.iteration import Iteration
-from layertap.ledger import StreamLedger
-from layertap.link import Link
-from layertap.options import Layers, Poolings, embed_options, raises
-from layertap.sentences import EncodeOptions, Encoding
-from layertap.shm import SharedMemory
-from layertap.types import LayerMix, ModelInfo, TokenIds, Tokens
+from layertap.results.embedding import Embedding, LayerRows, StreamResult
+from layertap.results.tokens import Tokens
+from layertap.sentence_transformers import EncodeOptions, Encoding
+from layertap.types import LayerMix, ModelInfo, TokenIds
 
 
 class Client:
@@ -437,8 +441,8 @@ class Client:
     ) -> Iterator[StreamResult]:
         item_s, reconnect_s = self._link.timeout_s(item_timeout_s), self._link.timeout_s(reconnect_timeout_s)
 
-        def start() -> stream.Groups:
-            return stream.run(self._link.connection, None, self._link.begin, ledger, inputs, item_s, reconnect_s)
+        def start() -> Groups:
+            return run_stream(self._link.connection, None, self._link.begin, ledger, inputs, item_s, reconnect_s)
 
         with self._link.iterating(Iteration(start)) as groups:
             for group in groups:

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable, Iterator
 from typing import Final, TypeAlias
 
-from layertap import extras
+from layertap import optional_deps
 
 Advance: TypeAlias = Callable[[int], object]
 """Takes how many more are done."""
@@ -45,7 +45,7 @@ def bar(
         yield _ignore
         return
     try:
-        tqdm = extras.load("tqdm.auto", extra="progress", purpose="a progress bar")
+        tqdm = optional_deps.load("tqdm.auto", extra="progress", purpose="a progress bar")
     except ModuleNotFoundError:
         if shown:
             raise

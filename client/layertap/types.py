@@ -1,23 +1,17 @@
-"""The things a user passes and is told: poolings, tokens, models, limits, times. What comes out is in `embedding`.
+"""What a user passes and what the server says of itself: poolings, mixes, token ids, models, limits, times.
 
-Rules for both: frozen, slotted, picklable; names are those of transformers; no I/O, no protobuf. What they are to other
-libraries is in `interop`, what they look like in `display`.
+Frozen, slotted, picklable; no I/O, no protobuf. The arrays that a server answers are in `results`.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
-from layertap import display, interop
-
-if TYPE_CHECKING:
-    import pandas
-    import pyarrow
+from layertap import _repr
 
 IntArray = npt.NDArray[np.int64]
 BoolArray = npt.NDArray[np.bool_]
@@ -78,86 +72,7 @@ class TokenIds:
     def __repr__(self) -> str:
         """Shapes, and numbers only if there are few."""
         fields = dataclasses.fields(self)
-        return display.line("TokenIds", ((field.name, display.brief(getattr(self, field.name))) for field in fields))
-
-
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Tokens:
-    """Texts as tokens, rectangular. `length` is that of the longest text, or `pad_to` if that is more.
-
-    A `Tokens` can be embedded. Padding that `pad_to` asked for counts as rows of its text and is
-    computed; padding that is there only to make the arrays rectangular is not.
-
-    Attributes:
-        tokens: The pieces of each text, padding included up to its token_counts.
-        input_ids: Shape: [text_count, length].
-        attention_mask: Shape: [text_count, length]; 1 for tokens, 0 for padding.
-        token_type_ids: Shape: [text_count, length].
-        special_tokens_mask: Shape: [text_count, length]; 1 for special tokens and padding.
-        word_ids: Shape: [text_count, length]; -1 for special tokens and padding.
-        offset_mapping: Shape: [text_count, length, 2]; start and end in Unicode code points.
-        token_counts: Shape: [text_count]; how many positions of each text are to be embedded.
-        truncated: Shape: [text_count]; whether tokens were cut.
-    """
-
-    tokens: list[list[str]]
-    input_ids: IntArray
-    attention_mask: IntArray
-    token_type_ids: IntArray
-    special_tokens_mask: IntArray
-    word_ids: IntArray
-    offset_mapping: IntArray
-    token_counts: IntArray
-    truncated: BoolArray
-
-    def __len__(self) -> int:
-        """The number of texts."""
-        return len(self.token_counts)
-
-    def __repr__(self) -> str:
-        """Shapes and the first tokens."""
-        tokens = " ".join(display.first(self.tokens[0])) if self.tokens else ""
-        return f"Tokens(text_count={len(self)}, length={self.input_ids.shape[1]}, tokens={tokens!r})"
-
-    def _repr_html_(self) -> str:
-        text_count, length = self.input_ids.shape
-        rows = display.token_rows(self.tokens, self.input_ids.tolist())
-        return display.table(f"Tokens: text_count={text_count}, length={length}", rows)
-
-    def to_arrow(self) -> pyarrow.Table:
-        """Returns an Arrow table with one row a token; see `to_pandas`.
-
-        Raises:
-            ModuleNotFoundError: pyarrow is missing; `layertap[arrow]` brings it.
-        """
-        return interop.to_arrow(self._columns(), {})
-
-    def to_pandas(self) -> pandas.DataFrame:
-        """Returns a frame with one row a token, padding that counts as rows of its text included.
-
-        Columns: text (its position), tokens, input_ids, attention_mask, token_type_ids, special_tokens_mask, word_ids,
-        and start and end, which are offset_mapping's.
-
-        Raises:
-            ModuleNotFoundError: pandas is missing; `layertap[pandas]` brings it.
-        """
-        return interop.to_pandas(self._columns())
-
-    def __arrow_c_stream__(self, requested_schema: object = None) -> object:
-        """Hands the table of `to_arrow` to any library that speaks Arrow's PyCapsule interface."""
-        return self.to_arrow().__arrow_c_stream__(requested_schema)
-
-    def _columns(self) -> list[interop.Column]:
-        inside = np.arange(self.input_ids.shape[1]) < self.token_counts[:, None]
-        names = ("input_ids", "attention_mask", "token_type_ids", "special_tokens_mask", "word_ids")
-        offsets = self.offset_mapping[inside]
-        return [
-            interop.Column(name="text", values=np.repeat(np.arange(len(self)), self.token_counts)),
-            interop.Column(name="tokens", values=[token for text in self.tokens for token in text]),
-            *(interop.Column(name=name, values=getattr(self, name)[inside]) for name in names),
-            interop.Column(name="start", values=offsets[:, 0]),
-            interop.Column(name="end", values=offsets[:, 1]),
-        ]
+        return _repr.line("TokenIds", ((field.name, _repr.brief(getattr(self, field.name))) for field in fields))
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -300,4 +215,4 @@ class ModelInfo:
         facts = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         facts |= dataclasses.asdict(facts.pop("limits"))
         facts |= {f"sentences.{k}": value for k, value in dataclasses.asdict(facts.pop("sentence_config")).items()}
-        return display.table(f"ModelInfo: {self.model_id}", ((name, str(value)) for name, value in facts.items()))
+        return _repr.table(f"ModelInfo: {self.model_id}", ((name, str(value)) for name, value in facts.items()))

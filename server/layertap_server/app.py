@@ -14,25 +14,29 @@ import numpy as np
 
 import layertap
 from layertap.errors import LayertapError
-from layertap_server import checkpoint, delivery, drain, encoder, lanes, listen
-from layertap_server.batcher import Batcher
-from layertap_server.call import CallFailed, Event, RunDone
+from layertap_server import lifecycle
 from layertap_server.config import Config, ConfigError
-from layertap_server.gate import Gate
-from layertap_server.info import info_of, model_of
-from layertap_server.intake import Intake, Limits
-from layertap_server.journal import Journal
-from layertap_server.metrics import Endpoint, Metrics, Server, State
-from layertap_server.observer import Nobody
-from layertap_server.reception import Reception
-from layertap_server.service import METHODS, SERVICE_NAME, Bounds, EmbeddingService
-from layertap_server.sharing import Sharing
-from layertap_server.shm import Segments
-from layertap_server.tokenizer import Tokenizer
-from layertap_server.work import Output, OutputKind, Plan, Text
+from layertap_server.engine import cpu_threads, encoder
+from layertap_server.model import checkpoint
+from layertap_server.model.tokenizer import Tokenizer
+from layertap_server.observability.call_log import Journal
+from layertap_server.observability.metrics import Endpoint, Metrics, Server, State
+from layertap_server.protocol import responses
+from layertap_server.protocol.model_info import info_of, model_of
+from layertap_server.protocol.preprocess import Reception
+from layertap_server.protocol.validation import Intake, Limits
+from layertap_server.rpc import server as listen
+from layertap_server.rpc.admission import Gate
+from layertap_server.rpc.service import METHODS, SERVICE_NAME, Bounds, EmbeddingService
+from layertap_server.scheduler.batcher import Batcher
+from layertap_server.scheduler.call import CallFailed, Event, RunDone
+from layertap_server.scheduler.hooks import Nobody
+from layertap_server.shared_memory.lease import Sharing
+from layertap_server.shared_memory.segment import Segments
+from layertap_server.types import Output, OutputKind, Plan, Text
 
 if TYPE_CHECKING:
-    from layertap_server.tracing import Tracing
+    from layertap_server.observability.tracing import Tracing
 
 log = logging.getLogger(__name__)
 
@@ -53,7 +57,7 @@ class App:
     Attributes:
         model: The shape of the model.
         tokenizer: Its tokenizer.
-        batcher: The queue and its lanes.
+        batcher: The queue and its instances.
         metrics_url: Where the metrics are, once it serves; empty: nowhere.
     """
 
@@ -122,7 +126,7 @@ class App:
         self._tracing = _tracing() if config.traces == "otlp" else None
         self._encoders = encoders
         self.batcher = Batcher(
-            lanes.make(encoders, lane_count=config.lanes, thread_count=config.lane_threads),
+            cpu_threads.make(encoders, instance_count=config.instances, thread_count=config.instance_threads),
             max_batch_tokens=batch_tokens,
             max_batch_bytes=config.max_batch_bytes,
             min_share_tokens=config.min_share_tokens,
@@ -132,7 +136,7 @@ class App:
             max_call_output_bytes=config.max_call_output_bytes,
             observer=observer,
         )
-        identity = delivery.Identity(
+        identity = responses.Identity(
             model_id=found.name,
             fingerprint=fingerprint,
             layer_count=self.model.layer_count,
@@ -175,14 +179,14 @@ class App:
             bounds=Bounds(
                 max_response_bytes=config.max_response_bytes,
                 max_frame_bytes=config.max_frame_bytes,
-                lookahead_tokens=batch_tokens * (self.batcher.lane_count + 1),
+                lookahead_tokens=batch_tokens * (self.batcher.instance_count + 1),
             ),
             gate=self._gate,
         )
         _timed("warmed the engine", self._warm)
 
     async def serve(self, *, standard_services: bool = True, ready: Callable[[str], None] = print) -> bool:
-        """Serves until SIGTERM or SIGINT, or until no lane is left, then finishes the running calls.
+        """Serves until SIGTERM or SIGINT, or until no instance is left, then finishes the running calls.
 
         Args:
             standard_services: Whether health and reflection are served too.
@@ -193,7 +197,7 @@ class App:
 
         Raises:
             ConfigError: The address cannot be listened on.
-            EngineLostError: No lane is left.
+            EngineLostError: No instance is left.
         """
         config = self._config
         endpoint = self._show_metrics()
@@ -210,20 +214,20 @@ class App:
         await server.start()
         await set_serving(True)
         ready(address)
-        signalled = asyncio.create_task(drain.until_signalled())
-        lost = asyncio.create_task(drain.until_lost(self.batcher, timeout_s=config.lane_timeout_s))
+        signalled = asyncio.create_task(lifecycle.until_signalled())
+        lost = asyncio.create_task(lifecycle.until_lost(self.batcher, timeout_s=config.instance_timeout_s))
         await asyncio.wait({signalled, lost}, return_when=asyncio.FIRST_COMPLETED)
         for task in (signalled, lost):
             task.cancel()
         log.info("stopping: running calls have %.0f s to finish", config.grace_s)
         await set_serving(False)
         self._sharing.stop()
-        ended = await drain.drain(self._gate, self.batcher, stop=server.stop, grace_s=config.grace_s)
+        ended = await lifecycle.drain(self._gate, self.batcher, stop=server.stop, grace_s=config.grace_s)
         if endpoint:
             endpoint.close()
         if self._tracing:
             await asyncio.to_thread(self._tracing.close)
-        if not self.batcher.live_lane_count:
+        if not self.batcher.live_instance_count:
             raise EngineLostError("the engine has failed, the log says how; start the server again")
         log.info("stopped")
         return ended
@@ -250,17 +254,17 @@ class App:
             queue_texts=batcher.waiting_text_count,
             queue_tokens=batcher.waiting_token_count,
             output_bytes=batcher.held_bytes,
-            lanes=batcher.lane_count,
-            live_lanes=batcher.live_lane_count,
-            busy_lanes=batcher.live_lane_count - batcher.idle_lane_count,
+            instances=batcher.instance_count,
+            live_instances=batcher.live_instance_count,
+            busy_instances=batcher.live_instance_count - batcher.idle_instance_count,
             device_memory={
                 (str(one.device), kind): value for one in self._encoders for kind, value in one.memory().items()
             },
         )
 
     def _warm(self) -> None:
-        """Runs every lane once, so that the first caller does not pay for what the libraries set up."""
-        texts = [Text(np.zeros(self.model.max_length, np.int32)) for _ in range(self.batcher.lane_count)]
+        """Runs every instance once, so that the first caller does not pay for what the libraries set up."""
+        texts = [Text(np.zeros(self.model.max_length, np.int32)) for _ in range(self.batcher.instance_count)]
         output = Output(
             kind=OutputKind.HIDDEN_STATES, layers=(0, self.model.layer_count), row_size=self.model.hidden_size
         )
@@ -282,7 +286,7 @@ class App:
 
 def _tracing() -> Tracing:
     try:
-        from layertap_server.tracing import Tracing, otlp_provider
+        from layertap_server.observability.tracing import Tracing, otlp_provider
     except ModuleNotFoundError as exc:
         raise ConfigError(f"--traces otlp needs packages ({exc.name}): pip install 'layertap[server,otel]'") from exc
     return Tracing(otlp_provider(layertap.__version__))

@@ -14,15 +14,15 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final, NoReturn
 
-from layertap_server import logs
 from layertap_server.config import Config, ConfigError, flag, variable
+from layertap_server.observability import log_format
 
 if TYPE_CHECKING:
     from layertap_server.app import App
 
 _SWITCH_INTERVAL_S: Final = 0.0005
-"""How long one thread may keep the interpreter that another waits for. Lanes need it often and for a moment; with the
-5 ms that are Python's own, a loop with many callers would starve them."""
+"""How long one thread may keep the interpreter that another waits for. Instances need it often and for a moment; with
+the 5 ms that are Python's own, a loop with many callers would starve them."""
 
 _EXTRA_MISSING = "the server's packages are missing ({name}): pip install 'layertap[server]'"
 
@@ -36,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         config = parse(argv, os.environ)
     except ConfigError as exc:
         return _fail(str(exc))
-    logs.set_up(level=config.log_level, form=config.log_format)
+    log_format.set_up(level=config.log_level, form=config.log_format)
     # gRPC's C core would add lines of its own to ours; what it has to say comes back as errors.
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     try:
@@ -55,7 +55,7 @@ def run(config: Config, make_app: Callable[[Config], App]) -> int:
     """
     from layertap import wire
     from layertap_server.app import EngineLostError
-    from layertap_server.checkpoint import CheckpointError
+    from layertap_server.model.checkpoint import CheckpointError
 
     wire.keep_pages()
     sys.setswitchinterval(_SWITCH_INTERVAL_S)
@@ -78,9 +78,9 @@ def run(config: Config, make_app: Callable[[Config], App]) -> int:
 
 def _parity(argv: Sequence[str]) -> int:
     try:
-        from layertap_server import parity
+        from layertap_server.parity import compare
 
-        return parity.main(argv)
+        return compare.main(argv)
     except ModuleNotFoundError as exc:
         return _fail(_EXTRA_MISSING.format(name=exc.name))
 

@@ -42,8 +42,8 @@ class Config:
         "What matrices are multiplied in; the residual stream stays float32. float16 needs cuda.",
         choices=("float32", "bfloat16", "float16"),
     )
-    lanes: int = _knob(0, "Engine threads on the CPU. 0: one for each core; cuda has one for each device.", least=0)
-    lane_threads: int = _knob(0, "CPU threads each lane computes with. 0: the cores, shared out.", least=0)
+    instances: int = _knob(0, "Engine threads on the CPU. 0: one for each core; cuda has one for each device.", least=0)
+    instance_threads: int = _knob(0, "CPU threads each instance computes with. 0: the cores, shared out.", least=0)
     host: str = _knob(
         "127.0.0.1",
         "The address to listen on, or unix:/path for a unix socket. Other than loopback it needs --tls-cert.",
@@ -88,12 +88,15 @@ class Config:
     )
     max_batch_bytes: int = _knob(
         32 << 20,
-        "Output bytes of one batch; a call may hold one batch more than there are lanes.",
+        "Output bytes of one batch; a call may hold one batch more than there are instances.",
         unit="bytes",
         least=1,
     )
     min_share_tokens: int = _knob(
-        256, "What a lane takes at least while other lanes idle: less is not worth splitting.", unit="tokens", least=1
+        256,
+        "What an instance takes at least while other instances idle: less is not worth splitting.",
+        unit="tokens",
+        least=1,
     )
     max_queue_text_count: int = _knob(
         8192, "Texts that may wait; above it callers are refused at once.", unit="texts", least=1
@@ -136,9 +139,9 @@ class Config:
     keepalive_timeout_s: float = _knob(
         10.0, "How long it may take to answer that, before it is given up with all its calls.", unit="seconds", least=1
     )
-    lane_timeout_s: float = _knob(
+    instance_timeout_s: float = _knob(
         300.0,
-        "How long a lane may make no progress with a batch before it is given up; without any the server ends.",
+        "How long an instance may make no progress with a batch before it is given up; without any the server ends.",
         unit="seconds",
         least=0.1,
     )

@@ -12,15 +12,15 @@ import sys
 from collections.abc import Sequence
 
 from layertap import wire
-from layertap.cli import parser
-from layertap.cli.shell import UsageError
+from layertap.cli import arguments
+from layertap.cli.parsing import UsageError
 from layertap.errors import LayertapError
 from layertap.jobs.refusal import JobError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; returns its exit code."""
-    args = parser.build().parse_args(argv)
+    args = arguments.build().parse_args(argv)
     wire.keep_pages()
     try:
         code: int = args.run(args)

@@ -9,11 +9,11 @@ from typing import Final
 
 import grpc
 
-from layertap.channel import open_channel, translate
-from layertap.cli import shell
+from layertap._transport.channel import open_channel, translate
+from layertap._transport.settings import settle
+from layertap.cli import parsing
 from layertap.client import Client
-from layertap.connection import settle
-from layertap.jobs.sources import BadItem
+from layertap.jobs.readers import BadItem
 
 _HEALTH: Final = ("UNKNOWN", "SERVING", "NOT_SERVING", "SERVICE_UNKNOWN")
 
@@ -21,12 +21,12 @@ _HEALTH: Final = ("UNKNOWN", "SERVING", "NOT_SERVING", "SERVICE_UNKNOWN")
 def tokenize(args: argparse.Namespace) -> int:
     """Shows texts as the model's tokens."""
     texts = []
-    for item in shell.source(args).items():
+    for item in parsing.source(args).items():
         if isinstance(item, BadItem):
-            raise shell.UsageError(f"item {item.number}: {item.reason}")
+            raise parsing.UsageError(f"item {item.number}: {item.reason}")
         texts.append(item.content)
     if not texts:
-        raise shell.UsageError(shell.NO_TEXT)
+        raise parsing.UsageError(parsing.NO_TEXT)
     with Client(args.target) as client:
         options = {name: getattr(args, name) for name in ("pad_to", "truncation", "max_length", "timeout_s")}
         tokens = client.tokenize(texts, add_special_tokens=not args.no_special_tokens, **options)
@@ -34,7 +34,7 @@ def tokenize(args: argparse.Namespace) -> int:
     for n, count in enumerate(tokens.token_counts):
         columns = {name: getattr(tokens, name)[n, :count].tolist() for name in names}
         if args.json:
-            shell.print_json(index=n, truncated=bool(tokens.truncated[n]), tokens=tokens.tokens[n], **columns)
+            parsing.print_json(index=n, truncated=bool(tokens.truncated[n]), tokens=tokens.tokens[n], **columns)
             continue
         print("      id  mask  type  word    offsets  token")
         for piece, number, mask, kind, word, (start, end), _ in zip(tokens.tokens[n], *columns.values(), strict=True):
@@ -45,15 +45,15 @@ def tokenize(args: argparse.Namespace) -> int:
 def decode(args: argparse.Namespace) -> int:
     """Turns token ids back into text."""
     try:
-        rows = [shell.token_ids(" ".join(args.ids))] if args.ids else [shell.token_ids(line) for line in sys.stdin]
+        rows = [parsing.token_ids(" ".join(args.ids))] if args.ids else [parsing.token_ids(line) for line in sys.stdin]
     except ValueError as exc:
-        raise shell.UsageError("something is no token id; ids are whole numbers, apart by spaces or commas") from exc
+        raise parsing.UsageError("something is no token id; ids are whole numbers, apart by spaces or commas") from exc
     if not rows:
-        raise shell.UsageError("there are no ids; pass those of one text as arguments, or a text each line of stdin")
+        raise parsing.UsageError("there are no ids; pass those of one text as arguments, or a text each line of stdin")
     with Client(args.target) as client:
         texts = client.decode(rows, skip_special_tokens=not args.keep_special_tokens, timeout_s=args.timeout_s)
     for n, text in enumerate(texts):
-        shell.print_json(index=n, text=text) if args.json else print(text)
+        parsing.print_json(index=n, text=text) if args.json else print(text)
     return 0
 
 
@@ -62,7 +62,7 @@ def info(args: argparse.Namespace) -> int:
     with Client(args.target) as client:
         facts = dataclasses.asdict(client.model_info(timeout_s=args.timeout_s))
     if args.json:
-        shell.print_json(**facts)
+        parsing.print_json(**facts)
         return 0
     facts |= facts.pop("limits")
     facts |= {f"sentences.{name}": value for name, value in facts.pop("sentence_config").items()}
@@ -84,5 +84,5 @@ def health(args: argparse.Namespace) -> int:
             error = translate(exc, connection, args.timeout_s)
             raise type(error)(f"{args.target} does not tell its health: {error.details}") from exc
     status = _HEALTH[min(answer[1], 3) if answer[:1] == b"\x08" else 0]
-    shell.print_json(status=status) if args.json else print(status)
+    parsing.print_json(status=status) if args.json else print(status)
     return 0 if status == "SERVING" else 1

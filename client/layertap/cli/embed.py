@@ -8,13 +8,13 @@ from typing import Any, Final
 
 import numpy as np
 
-from layertap.cli import shell
+from layertap.cli import parsing
 from layertap.client import Client
-from layertap.embedding import Embedding
 from layertap.errors import LayertapError
-from layertap.jobs.answers import Answers
 from layertap.jobs.job import Job
-from layertap.jobs.sources import BadItem, Source
+from layertap.jobs.readers import BadItem, Source
+from layertap.jobs.runner import Answers
+from layertap.results.embedding import Embedding
 from layertap.types import Pooling
 
 _ASKED: Final = (
@@ -26,7 +26,7 @@ _READ: Final = ("text_field", "id_field", "input_format")
 
 def embed(args: argparse.Namespace) -> int:
     """Shows what the model makes of texts, or writes it to a file."""
-    source = shell.source(args)
+    source = parsing.source(args)
     options = {name: getattr(args, name) for name in _ASKED} | {"pooling": _poolings(args)}
     return _write(args, source, options) if args.output else _show(args, source, options)
 
@@ -39,7 +39,7 @@ def _poolings(args: argparse.Namespace) -> list[Pooling] | None:
         "dimensions": args.dimensions,
     }
     if not args.pooling and Pooling("", **more) != Pooling(""):
-        raise shell.UsageError("there is no vector to shape; say which with --pooling")
+        raise parsing.UsageError("there is no vector to shape; say which with --pooling")
     return [Pooling(strategy, **more) for strategy in args.pooling] if args.pooling else None
 
 
@@ -58,20 +58,22 @@ def _write(args: argparse.Namespace, source: Source, options: dict[str, Any]) ->
             outcome = job.run(client, shown=args.progress)
     except (KeyboardInterrupt, LayertapError, OSError):
         if job.folder.is_dir():
-            shell.warn(f"{job.kept_count} items are done and lie in {job.folder}; the same command goes on from there")
+            parsing.warn(
+                f"{job.kept_count} items are done and lie in {job.folder}; the same command goes on from there"
+            )
         raise
     if outcome.bad_count:
-        shell.warn(f"{outcome.bad_count} items could not be embedded; {job.errors} says why")
+        parsing.warn(f"{outcome.bad_count} items could not be embedded; {job.errors} says why")
     if args.json:
         bad = {"bad_count": outcome.bad_count, "errors": str(job.errors) if outcome.bad_count else None}
-        shell.print_json(path=str(job.output), text_count=outcome.text_count, **bad, shapes=outcome.shapes)
+        parsing.print_json(path=str(job.output), text_count=outcome.text_count, **bad, shapes=outcome.shapes)
     elif outcome.text_count:
         shapes = (f"{name} {list(shape)}" for name, shape in outcome.shapes.items())
         print(f"{job.output}: {outcome.text_count} texts,", ", ".join(shapes))
     if not outcome.text_count:
-        shell.warn(f"there is no good item, so {job.output} is not written")
+        parsing.warn(f"there is no good item, so {job.output} is not written")
         return 1
-    return shell.SOME_ARE_BAD if outcome.bad_count else 0
+    return parsing.SOME_ARE_BAD if outcome.bad_count else 0
 
 
 def _show(args: argparse.Namespace, source: Source, options: dict[str, Any]) -> int:
@@ -83,12 +85,12 @@ def _show(args: argparse.Namespace, source: Source, options: dict[str, Any]) -> 
             for count, answer in enumerate(found, 1):
                 if isinstance(answer.embedding, BadItem):
                     bad_count += 1
-                    shell.warn(f"item {answer.embedding.number}: {answer.embedding.reason}")
+                    parsing.warn(f"item {answer.embedding.number}: {answer.embedding.reason}")
                 else:
                     _print(args, count - 1, answer.item.id, answer.embedding)
     if not count:
-        raise shell.UsageError(shell.NO_TEXT)
-    return shell.SOME_ARE_BAD if bad_count else 0
+        raise parsing.UsageError(parsing.NO_TEXT)
+    return parsing.SOME_ARE_BAD if bad_count else 0
 
 
 def _print(args: argparse.Namespace, index: int, identity: int | str | None, embedding: Embedding) -> None:
@@ -97,7 +99,7 @@ def _print(args: argparse.Namespace, index: int, identity: int | str | None, emb
     arrays = {one.name: np.asarray(one.values if one.counts is not None else one.values[0]) for one in vectors}
     if args.json:
         facts = {"index": index, "id": identity, "token_count": token_count, "truncated": truncated}
-        shell.print_json(**facts, **{name: array.tolist() for name, array in arrays.items()})
+        parsing.print_json(**facts, **{name: array.tolist() for name, array in arrays.items()})
         return
     print(f"text {identity}: {token_count} tokens{' (cut)' if truncated else ''}")
     for name, array in arrays.items():

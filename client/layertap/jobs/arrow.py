@@ -15,10 +15,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from layertap import interop
+from layertap.jobs.readers import BadItem, Item, from_fields
 from layertap.jobs.refusal import JobError
-from layertap.jobs.sources import BadItem, Item, from_fields
 from layertap.jobs.table import IDS, Block, Table
+from layertap.results import export
 
 _ROWS: Final = 1024
 """Rows of the input that are read at a time."""
@@ -99,13 +99,13 @@ def _tables(table: Table) -> Iterator[Any]:
 
 
 def _table(table: Table, block: Block) -> Any:
-    ids = interop.Column(name=IDS, values=block.ids if isinstance(block.ids[0], str) else np.array(block.ids))
+    ids = export.Column(name=IDS, values=block.ids if isinstance(block.ids[0], str) else np.array(block.ids))
     columns = [
-        interop.Column(
+        export.Column(
             name=column.name,
             values=block.arrays[column.name],
             counts=block.arrays[column.counts] if column.counts else None,
         )
         for column in table.columns
     ]
-    return interop.to_arrow([ids, *columns], table.metadata)
+    return export.to_arrow([ids, *columns], table.metadata)

@@ -16,15 +16,15 @@ from typing import Any, Final
 
 from layertap import progress
 from layertap.client import Client
-from layertap.embedding import Embedding
 from layertap.errors import FailedPreconditionError
-from layertap.jobs import durable, sinks
-from layertap.jobs.answers import Answers
+from layertap.jobs import atomic_files, formats
 from layertap.jobs.parts import Manifest, Outcome, PartBuilder, Parts
+from layertap.jobs.readers import BadItem, Digest, Item, Source
 from layertap.jobs.refusal import JobError
 from layertap.jobs.rows import rows_of
-from layertap.jobs.sources import BadItem, Digest, Item, Source
+from layertap.jobs.runner import Answers
 from layertap.jobs.table import Table
+from layertap.results.embedding import Embedding
 
 DEFAULT_PART_ITEMS: Final = 1024
 
@@ -85,7 +85,7 @@ class Job:
             LayertapError: The server refuses or is gone; what is done is kept.
             OSError: A file cannot be read or written; what is done is kept.
         """
-        sink = sinks.sink_of(self.output)
+        sink = formats.sink_of(self.output)
         with self._parts() as parts:
             if parts.outcome is not None and parts.manifest is not None and parts.manifest.settings != self.settings:
                 self._give_up("holds a finished job with other settings")
@@ -102,8 +102,8 @@ class Job:
         if not self.folder.is_dir():
             self._refuse_existing()
             self.folder.mkdir()
-            durable.sync(self.folder.parent)
-        with durable.alone(Parts.lock(self.folder)):
+            atomic_files.sync(self.folder.parent)
+        with atomic_files.alone(Parts.lock(self.folder)):
             parts = Parts(self.folder)
             done = False
             try:
@@ -191,10 +191,10 @@ class Job:
 
     def _builder(self) -> PartBuilder:
         return PartBuilder(
-            max_item_count=self.part_items, accept=lambda columns: sinks.check_columns(self.output, columns)
+            max_item_count=self.part_items, accept=lambda columns: formats.check_columns(self.output, columns)
         )
 
-    def _assemble(self, parts: Parts, sink: sinks.Sink) -> Outcome:
+    def _assemble(self, parts: Parts, sink: formats.Sink) -> Outcome:
         """Writes output and side file into the folder, and notes that they are whole."""
         if not parts.item_count:
             raise JobError("there is no text; the input is empty")
@@ -202,13 +202,13 @@ class Job:
         text_count = parts.item_count - bad_count
         shapes: dict[str, tuple[int, ...]] = {}
         if bad_count:
-            with durable.writing(parts.errors) as file:
+            with atomic_files.writing(parts.errors) as file:
                 for lines in parts.bad_lines():
                     file.write(lines)
         if text_count:
             table = Table(parts)
-            shapes = {member.name: member.shape for member in sinks.held(table, suffix=self.output.suffix)}
-            with durable.writing(parts.output) as file:
+            shapes = {member.name: member.shape for member in formats.held(table, suffix=self.output.suffix)}
+            with atomic_files.writing(parts.output) as file:
                 sink(table, file)
         outcome = Outcome(text_count=text_count, bad_count=bad_count, shapes=shapes)
         assert parts.manifest is not None
@@ -224,7 +224,7 @@ class Job:
             self.errors.unlink(missing_ok=True)
         for path, name in named:
             if path.exists():
-                durable.rename(path, name)
+                atomic_files.rename(path, name)
 
 
 def _check(embedding: Embedding, fingerprint: str) -> None:

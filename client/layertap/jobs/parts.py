@@ -16,10 +16,10 @@ from typing import Any, Final
 
 import numpy as np
 
-from layertap.jobs import durable, npy
+from layertap.jobs import atomic_files, npy
 from layertap.jobs.npy import Array
+from layertap.jobs.readers import BadItem, Item
 from layertap.jobs.refusal import JobError
-from layertap.jobs.sources import BadItem, Item
 
 LAYOUT: Final = 1
 """The number of this layout of parts; a job begun in another one is not taken up."""
@@ -177,7 +177,7 @@ class PartBuilder:
         ]
         lines = "".join(json.dumps(dataclasses.asdict(bad), ensure_ascii=False) + "\n" for bad in self._bad)
         texts = {_FACTS: json.dumps(dataclasses.asdict(facts)), _IDS: json.dumps(self._ids), _BAD: lines}
-        with durable.writing(path) as file:
+        with atomic_files.writing(path) as file:
             npy.write_npz(file, members, extra={name: text.encode() for name, text in texts.items()})
 
 
@@ -224,7 +224,7 @@ class Parts:
 
     def note(self, manifest: Manifest) -> None:
         """Writes the manifest anew."""
-        with durable.writing(self.folder / _MANIFEST) as file:
+        with atomic_files.writing(self.folder / _MANIFEST) as file:
             file.write(json.dumps({"layout": LAYOUT, **dataclasses.asdict(manifest)}, indent=1).encode())
         self.manifest = manifest
 
@@ -256,7 +256,7 @@ class Parts:
     def clear(self) -> None:
         """Removes all that is its own from the folder, the manifest first: parts without one are nobody's."""
         self.facts, self.manifest = [], None
-        own = [*self.folder.glob("part-*"), *self.folder.glob("*" + durable.TEMPORARY), self.output, self.errors]
+        own = [*self.folder.glob("part-*"), *self.folder.glob("*" + atomic_files.TEMPORARY), self.output, self.errors]
         for path in [self.folder / _MANIFEST, *own]:
             path.unlink(missing_ok=True)
 

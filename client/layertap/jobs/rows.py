@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from layertap.embedding import Embedding
 from layertap.jobs.npy import Array
 from layertap.jobs.parts import Column
+from layertap.results.embedding import Embedding
 
 
 def rows_of(embedding: Embedding) -> tuple[tuple[Column, ...], list[Array]]:

@@ -1,0 +1,202 @@
+"""Parts of answers, checked and given the names that users know.
+
+Pure. What a header promises is checked here once for all three embed RPCs, so that whatever follows can rely on it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from layertap import wire
+from layertap._protocol import inputs
+from layertap.errors import DataLossError
+from layertap.results.embedding import Embedding
+from layertap.results.hidden_states import HiddenStates
+from layertap.results.mixed_rows import MixedRows
+from layertap.results.tokens import Tokens
+from layertap.results.words import Words
+from layertap.types import BoolArray, FloatArray, IntArray, ModelRef, Timings
+from layertap.v1 import embedding_pb2 as pb
+
+_PER_TOKEN_FIELDS = (
+    "tokens",
+    "attention_mask",
+    "token_type_ids",
+    "special_tokens_mask",
+    "word_ids",
+)
+
+
+_UNITS = {
+    "hidden_states": pb.ROW_UNIT_TOKEN,
+    "word_vectors": pb.ROW_UNIT_WORD,
+    "pooler_output": pb.ROW_UNIT_TEXT,
+    "pooled_vectors": pb.ROW_UNIT_TEXT,
+}
+
+
+def has_words(options: pb.EmbedOptions) -> bool:
+    """Returns whether an output with a row for each word is asked for."""
+    return any(output.HasField("word_vectors") for output in options.outputs)
+
+
+def row_counts(
+    unit: pb.RowUnit.ValueType, token_counts: Sequence[int] | IntArray, word_counts: Sequence[int] | IntArray
+) -> Sequence[int] | IntArray:
+    """Returns how many rows each text has in an output. Shape: [text_count]."""
+    if unit == pb.ROW_UNIT_TOKEN:
+        return token_counts
+    return word_counts if unit == pb.ROW_UNIT_WORD else [1] * len(token_counts)
+
+
+def check_header(header: pb.EmbedHeader, options: pb.EmbedOptions, text_count: int) -> None:
+    """Checks that a header is that of a request.
+
+    Args:
+        header: What opens the answer.
+        options: What was asked.
+        text_count: How many texts were sent; 0 for a stream, whose results carry their own counts.
+
+    Raises:
+        DataLossError: It is not.
+    """
+    wire.array_dtype(header.dtype)
+    fits = len(header.outputs) == len(options.outputs) > 0
+    fits &= len(header.token_counts) == len(header.truncated) == text_count
+    fits &= all(count > 0 for count in header.token_counts)
+    fits &= len(header.word_counts) == (text_count if has_words(options) else 0)
+    fits &= all(count >= 0 for count in header.word_counts)
+    for asked, output in zip(options.outputs, header.outputs, strict=False):
+        kind = asked.WhichOneof("kind")
+        assert kind is not None
+        mixed = kind != "pooler_output" and getattr(asked, kind).HasField("mix")
+        fits &= output.row_size > 0 and len(set(output.layers)) == len(output.layers) > 0
+        fits &= output.unit == _UNITS[kind] and mixed == bool(output.mixed_layers)
+        fits &= len(output.layers) == 1 or (output.unit != pb.ROW_UNIT_TEXT and not mixed)
+    if not fits:
+        raise DataLossError("the header is not that of this request; ask again")
+
+
+def build_embedding(
+    *,
+    header: pb.EmbedHeader,
+    options: pb.EmbedOptions,
+    arrays: dict[tuple[int, int], FloatArray],
+    messages: list[pb.Input],
+    token_counts: IntArray,
+    truncated: BoolArray,
+    timings: pb.Timings,
+    tokens: Sequence[pb.TokenizedText],
+    words: Sequence[pb.SplitText],
+) -> Embedding:
+    """Returns whole arrays, by output index and layer, under the names that users know.
+
+    Raises:
+        DataLossError: The tokens or words that were asked for are not those of the texts.
+    """
+    if options.return_tokens and [len(text.input_ids) for text in tokens] != token_counts.tolist():
+        raise DataLossError("the tokens of the answer are not those of its texts; ask again")
+    ragged: dict[pb.RowUnit.ValueType, dict[int, FloatArray]] = {pb.ROW_UNIT_TOKEN: {}}
+    mixes: dict[pb.RowUnit.ValueType, tuple[tuple[int, ...], dict[int, FloatArray]]] = {}
+    pools: list[FloatArray] = []
+    pooler_output: FloatArray | None = None
+    for output_index, (asked, output) in enumerate(zip(options.outputs, header.outputs, strict=True)):
+        found = {layer: arrays[output_index, layer] for layer in output.layers}
+        if output.unit == pb.ROW_UNIT_TEXT:
+            if asked.HasField("pooler_output"):
+                (pooler_output,) = found.values()
+            else:
+                pools.extend(found.values())
+        elif output.mixed_layers:
+            ragged.setdefault(output.unit, {})
+            mixes[output.unit] = tuple(output.mixed_layers), found
+        else:
+            ragged.setdefault(output.unit, {}).update(found)
+
+    def rows(unit: pb.RowUnit.ValueType, counts: IntArray) -> tuple[HiddenStates, MixedRows | None]:
+        states = HiddenStates(ragged=ragged[unit], token_counts=counts, layer_count=header.layer_count)
+        if unit not in mixes:
+            return states, None
+        layers, own = mixes[unit]
+        mixed = HiddenStates(ragged=own, token_counts=counts, layer_count=header.layer_count)
+        return states, MixedRows(layers=layers, _states=mixed)
+
+    hidden_states, mixed = rows(pb.ROW_UNIT_TOKEN, token_counts)
+    split = None
+    if pb.ROW_UNIT_WORD in ragged:
+        if len(words) != len(token_counts):
+            raise DataLossError("the words of the answer are not those of its texts; ask again")
+        word_counts = np.array([len(text.piece_counts) for text in words], np.int64)
+        split = _build_words(words, *rows(pb.ROW_UNIT_WORD, word_counts))
+    return Embedding(
+        hidden_states=hidden_states,
+        pools=tuple(pools),
+        token_counts=token_counts,
+        truncated=truncated,
+        attention_mask=inputs.attention_mask(messages, token_counts),
+        model=ModelRef(model_id=header.model_id, fingerprint=header.fingerprint),
+        timings=Timings(
+            queue_time_ns=timings.queue_time_ns,
+            tokenize_time_ns=timings.tokenize_time_ns,
+            compute_time_ns=timings.compute_time_ns,
+        ),
+        _pooler_output=pooler_output,
+        _mixed=mixed,
+        _words=split,
+        _tokens=build_tokens(tokens, header.pad_token_id) if options.return_tokens else None,
+    )
+
+
+def _build_words(texts: Sequence[pb.SplitText], vectors: HiddenStates, mixed: MixedRows | None) -> Words:
+    counts = vectors.token_counts.tolist()
+    fits = all(len(text.offsets) == 2 * count for text, count in zip(texts, counts, strict=True))
+    fits &= all(0 <= text.first_word_count <= count for text, count in zip(texts, counts, strict=True))
+    if not fits:
+        raise DataLossError("the words of the answer are not those of its texts; ask again")
+    return Words(
+        word_counts=vectors.token_counts,
+        piece_counts=tuple(np.array(text.piece_counts, np.int64) for text in texts),
+        offsets=tuple(np.array(text.offsets, np.int64).reshape(-1, 2) for text in texts),
+        sequence_ids=tuple(
+            (np.arange(count) >= text.first_word_count).astype(np.int64)
+            for text, count in zip(texts, counts, strict=True)
+        ),
+        _states=vectors,
+        _mixed=mixed,
+    )
+
+
+def build_tokens(texts: Sequence[pb.TokenizedText], pad_token_id: int) -> Tokens:
+    """Returns tokenized texts as rectangular arrays; what lies past a text's tokens is padding.
+
+    Raises:
+        DataLossError: A text's lists differ in length.
+    """
+    counts = np.array([len(text.input_ids) for text in texts], np.int64)
+    for text, count in zip(texts, counts, strict=True):
+        lengths = {len(getattr(text, name)) for name in _PER_TOKEN_FIELDS}
+        if lengths != {count} or len(text.offset_mapping) != 2 * count:
+            raise DataLossError("the lists of a tokenized text differ in length; ask again")
+    shape = len(texts), int(counts.max(initial=0))
+    inside = np.arange(shape[1]) < counts[:, None]
+
+    def fill(name: str, rest: int) -> IntArray:
+        array = np.full(shape, rest, np.int64)
+        array[inside] = np.concatenate([np.array(getattr(text, name), np.int64) for text in texts])
+        return array
+
+    offsets = np.zeros((*shape, 2), np.int64)
+    offsets[inside] = np.concatenate([np.array(text.offset_mapping, np.int64).reshape(-1, 2) for text in texts])
+    return Tokens(
+        tokens=[list(text.tokens) for text in texts],
+        input_ids=fill("input_ids", pad_token_id),
+        attention_mask=fill("attention_mask", 0),
+        token_type_ids=fill("token_type_ids", 0),
+        special_tokens_mask=fill("special_tokens_mask", 1),
+        word_ids=fill("word_ids", -1),
+        offset_mapping=offsets,
+        token_counts=counts,
+        truncated=np.array([text.truncated for text in texts], np.bool_),
+    )

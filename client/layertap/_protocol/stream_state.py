@@ -1,0 +1,313 @@
+"""What an `embed_stream` has sent and not yet heard of: the stream's memory, without any I/O.
+
+Pure. Items come in by `offer`, leave by `take` in messages, and their answers come back by `feed`. After a lost
+connection `lost` puts everything unanswered up for sending again, so that each item is answered exactly once. An item
+that was in flight at too many lost connections, on none of which anything was answered, is answered UNAVAILABLE: it may
+be what brings the server down. A connection that got on and was then lost says nothing of its items.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Final
+
+import numpy as np
+
+from layertap import wire
+from layertap._protocol.inputs import InputItem, to_message
+from layertap._protocol.responses import build_embedding, check_header, has_words, row_counts
+from layertap.errors import (
+    DataLossError,
+    FailedPreconditionError,
+    InvalidArgumentError,
+    LayertapError,
+    UnavailableError,
+    from_status,
+)
+from layertap.results.embedding import StreamResult
+from layertap.types import FloatArray
+from layertap.v1 import embedding_pb2 as pb
+
+MAX_UNANSWERED_COUNT: Final = 4096
+MAX_UNANSWERED_BYTES: Final = 8 << 20
+"""How far sending may run ahead of the answers."""
+
+MAX_MESSAGE_COUNT: Final = 256
+MAX_MESSAGE_BYTES: Final = 256 << 10
+"""How much one message carries."""
+
+MAX_LOST_COUNT: Final = 3
+"""Lost connections without any answer after which an item that was in flight at each of them is given up."""
+
+
+@dataclasses.dataclass(slots=True)
+class _Item:
+    message: pb.Input
+    size: int
+    lost_count: int = 0
+    rows: dict[tuple[int, int], FloatArray] | None = None
+    row_count: int = 0
+    token_count: int = 0
+    word_count: int = 0
+
+
+class StreamLedger:
+    """The items of one `embed_stream`, from offered to answered."""
+
+    def __init__(self, options: pb.EmbedOptions, *, ordered: bool, message_count: int = MAX_MESSAGE_COUNT) -> None:
+        """Takes what to do with each item.
+
+        Args:
+            options: What is asked of each.
+            ordered: Whether answers leave in the order of the items.
+            message_count: How many items one message carries at most.
+        """
+        self._options = options
+        self._ordered = ordered
+        self._message_count = min(message_count, MAX_MESSAGE_COUNT)
+        self._header: pb.EmbedHeader | None = None
+        self._header_due = True
+        self._got_on = False
+        self._offered_count = 0
+        self._unanswered: dict[int, _Item] = {}
+        self._unanswered_bytes = 0
+        self._unsent: dict[int, _Item] = {}
+        self._ready: dict[int, StreamResult] = {}
+        self._next_index = 0
+
+    @property
+    def has_room(self) -> bool:
+        """Whether another item may be offered."""
+        waiting = len(self._unanswered) + len(self._ready)
+        return waiting < MAX_UNANSWERED_COUNT and self._unanswered_bytes < MAX_UNANSWERED_BYTES
+
+    @property
+    def unanswered_count(self) -> int:
+        """Items that were offered and have no answer yet."""
+        return len(self._unanswered)
+
+    @property
+    def has_unsent(self) -> bool:
+        """Whether `take` has something to send."""
+        return bool(self._unsent)
+
+    @property
+    def started(self) -> bool:
+        """Whether any server has ever answered."""
+        return self._header is not None
+
+    @property
+    def accepted(self) -> bool:
+        """Whether the server of this connection has accepted the options."""
+        return not self._header_due
+
+    @property
+    def opening(self) -> pb.EmbedStreamRequest:
+        """The first message of each connection."""
+        order = pb.RESULT_ORDER_AS_SENT if self._ordered else pb.RESULT_ORDER_AS_FINISHED
+        return pb.EmbedStreamRequest(options=pb.StreamOptions(options=self._options, order=order))
+
+    def offer(self, item: InputItem) -> None:
+        """Takes one more item; one that is no input is answered with its error."""
+        index = self._offered_count
+        self._offered_count += 1
+        try:
+            message = to_message(item, index)
+        except InvalidArgumentError as exc:
+            self._ready[index] = StreamResult(index=index, error=exc, _embedding=None)
+            return
+        entry = _Item(message, message.ByteSize())
+        self._unanswered[index] = self._unsent[index] = entry
+        self._unanswered_bytes += entry.size
+
+    def take(self) -> pb.EmbedStreamRequest:
+        """Returns the next message to send."""
+        request = pb.EmbedStreamRequest()
+        size = 0
+        while self._unsent and size < MAX_MESSAGE_BYTES and len(request.inputs.inputs) < self._message_count:
+            index = next(iter(self._unsent))
+            item = self._unsent.pop(index)
+            request.inputs.inputs.append(pb.StreamInput(id=index, input=item.message))
+            size += item.size
+        return request
+
+    def lost(self, reason: LayertapError) -> None:
+        """Takes note that the connection is gone: what is unanswered is to be sent again."""
+        blamed, self._header_due = not (self._header_due or self._got_on), True
+        for index, item in list(self._unanswered.items()):
+            item.rows = None
+            if index in self._unsent or not blamed:
+                continue  # What no server has seen is not what brought it down.
+            item.lost_count += 1
+            if item.lost_count == MAX_LOST_COUNT:
+                error = UnavailableError(
+                    f"item {index} was in flight at {MAX_LOST_COUNT} lost connections; send it alone to see whether "
+                    f"it is at fault (last: {reason.details})"
+                )
+                self._answer(index, StreamResult(index=index, error=error, _embedding=None))
+        self._unsent = dict(self._unanswered)
+
+    def feed(self, part: pb.EmbedStreamResponse, data: memoryview, view: wire.View | None = None) -> None:
+        """Takes one message of the answer, its payload, and where to find rows that lie in shared memory.
+
+        Raises:
+            DataLossError: It does not fit what was sent.
+            FailedPreconditionError: Another model answers than before.
+        """
+        kind = part.WhichOneof("part")
+        if (kind == "header") != self._header_due:
+            raise DataLossError("the answer does not open with exactly one header; ask again")
+        if kind == "header":
+            self._open(part.header)
+        elif kind == "results":
+            self._results(part.results, data, list(part.shared_rows.offsets), view)
+        elif kind == "frame":
+            self._frame(part.frame, data)
+        else:
+            raise DataLossError("the answer has an unknown part; the server is newer than this client")
+
+    def ready(self) -> list[StreamResult]:
+        """Returns the answers that may be handed out, each once."""
+        if not self._ordered:
+            results = list(self._ready.values())
+            self._ready.clear()
+            return results
+        results = []
+        while self._next_index in self._ready:
+            results.append(self._ready.pop(self._next_index))
+            self._next_index += 1
+        return results
+
+    def _open(self, header: pb.EmbedHeader) -> None:
+        if self._header is not None and self._header.fingerprint != header.fingerprint:
+            raise FailedPreconditionError(
+                f"the server now serves another model ({header.model_id}, fingerprint {header.fingerprint[:12]}, "
+                f"before {self._header.fingerprint[:12]}); start the stream anew to mix no vectors"
+            )
+        check_header(header, self._options, 0)
+        self._header = header
+        self._header_due = self._got_on = False
+
+    def _results(self, results: pb.StreamResults, data: memoryview, offsets: list[int], view: wire.View | None) -> None:
+        assert self._header is not None
+        header = self._header
+        counts = np.array(results.token_counts, np.int64)
+        lengths = {len(counts), len(results.truncated), len(results.timings)}
+        if self._options.return_tokens:
+            lengths.add(len(results.tokens))
+        if has_words(self._options):
+            lengths.add(len(results.words))
+        if lengths != {len(results.ids)} or (counts < 1).any():
+            raise DataLossError("the lists of the answer differ in length; ask again")
+        word_counts = [len(words.piece_counts) for words in results.words]
+        starts = [
+            np.cumsum([0, *row_counts(output.unit, results.token_counts, word_counts)]).tolist()
+            for output in header.outputs
+        ]
+        arrays: dict[tuple[int, int], FloatArray] = {}
+        for output_index, output in enumerate(header.outputs):
+            row_count = starts[output_index][-1]
+            for layer in output.layers:
+                shape = row_count, output.row_size
+                size = row_count * output.row_size * wire.item_bytes(header.dtype)
+                if len(offsets) > len(arrays) and (offset := offsets[len(arrays)]) >= 0:
+                    if view is None:
+                        raise DataLossError("results lie in shared memory that was not asked for; ask again")
+                    payload: memoryview | wire.ByteArray = view(offset, size)
+                else:
+                    payload, data = data[:size], data[size:]
+                arrays[output_index, layer] = wire.to_array(payload, shape, header.dtype)
+        if data or len(offsets) not in (0, len(arrays)):
+            raise DataLossError("the answer has more data than results; ask again")
+        for position, index in enumerate(results.ids):
+            own = {key: array[starts[key[0]][position] : starts[key[0]][position + 1]] for key, array in arrays.items()}
+            self._embed(
+                index,
+                own,
+                int(counts[position]),
+                results.truncated[position],
+                results.timings[position],
+                tokens=[results.tokens[position]] if results.tokens else [],
+                words=[results.words[position]] if results.words else [],
+            )
+        for failure in results.failures:
+            error = from_status(failure.code, failure.message)
+            self._answer(failure.id, StreamResult(index=failure.id, error=error, _embedding=None))
+
+    def _frame(self, frame: pb.StreamFrame, data: memoryview) -> None:
+        assert self._header is not None
+        item = self._unanswered.get(frame.id)
+        if item is None:
+            raise DataLossError(f"the answer has item {frame.id}, which is not waiting; ask again")
+        if item.rows is None:
+            if frame.token_count < 1 or frame.word_count < 0:
+                raise DataLossError(f"item {frame.id} has {frame.token_count} tokens; ask again")
+            item.rows, item.row_count = {}, 0
+            item.token_count, item.word_count = frame.token_count, frame.word_count
+            for output_index, output in enumerate(self._header.outputs):
+                (row_count,) = row_counts(output.unit, [frame.token_count], [frame.word_count])
+                for layer in output.layers:
+                    shape = row_count, output.row_size
+                    item.rows[output_index, layer] = np.empty(shape, wire.array_dtype(self._header.dtype))
+        rows = item.rows.get((frame.output_index, frame.layer))
+        expected = item.token_count, item.word_count, item.row_count
+        if rows is None or expected != (frame.token_count, frame.word_count, self._rows_before(item.rows, frame)):
+            raise DataLossError(f"the frames of item {frame.id} are out of order; ask again")
+        wire.read_into(rows[frame.first_row : frame.first_row + frame.row_count], data, self._header.dtype)
+        item.row_count += frame.row_count
+        if frame.done:
+            if item.row_count != sum(map(len, item.rows.values())):
+                raise DataLossError(f"the frames of item {frame.id} are incomplete; ask again")
+            if len(frame.words.piece_counts) != frame.word_count:
+                raise DataLossError(f"the words of item {frame.id} are not those of its frames; ask again")
+            self._embed(
+                frame.id,
+                item.rows,
+                frame.token_count,
+                frame.truncated,
+                frame.timings,
+                tokens=[frame.tokens] if frame.HasField("tokens") else [],
+                words=[frame.words] if frame.HasField("words") else [],
+            )
+
+    @staticmethod
+    def _rows_before(rows: dict[tuple[int, int], FloatArray], frame: pb.StreamFrame) -> int:
+        """Returns how many rows come before a frame, its frames being in order."""
+        place = frame.output_index, frame.layer
+        return sum(len(array) for key, array in rows.items() if key < place) + frame.first_row
+
+    def _embed(
+        self,
+        index: int,
+        arrays: dict[tuple[int, int], FloatArray],
+        token_count: int,
+        truncated: bool,
+        timings: pb.Timings,
+        *,
+        tokens: list[pb.TokenizedText],
+        words: list[pb.SplitText],
+    ) -> None:
+        assert self._header is not None
+        item = self._unanswered.get(index)
+        if item is None:
+            raise DataLossError(f"the answer has item {index}, which is not waiting; ask again")
+        embedding = build_embedding(
+            header=self._header,
+            options=self._options,
+            arrays=arrays,
+            messages=[item.message],
+            token_counts=np.array([token_count], np.int64),
+            truncated=np.array([truncated], np.bool_),
+            timings=timings,
+            tokens=tokens,
+            words=words,
+        )
+        self._answer(index, StreamResult(index=index, error=None, _embedding=embedding))
+
+    def _answer(self, index: int, result: StreamResult) -> None:
+        item = self._unanswered.pop(index, None)
+        if item is None:
+            raise DataLossError(f"the answer has item {index}, which is not waiting; ask again")
+        self._got_on = True
+        self._unanswered_bytes -= item.size
+        self._ready[index] = result

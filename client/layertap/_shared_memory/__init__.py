@@ -1,0 +1,1 @@
+"""Memory that a server on the same host shares with this client."""

@@ -1,0 +1,1 @@
+"""The connection: channels, calls, streams, and what their failures mean."""

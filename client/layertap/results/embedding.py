@@ -1,0 +1,331 @@
+"""What comes out: hidden states, words, mixes, pools, streamed rows, with their shapes; and what they are elsewhere."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy.typing as npt
+
+from layertap import _repr
+from layertap.errors import LayertapError
+from layertap.results import export
+from layertap.results.hidden_states import HiddenStates
+from layertap.results.mixed_rows import MixedRows
+from layertap.results.tokens import Tokens
+from layertap.results.words import Words
+from layertap.types import BoolArray, FloatArray, IntArray, ModelRef, Timings
+
+if TYPE_CHECKING:
+    import pandas
+    import pyarrow
+    import torch
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True, eq=False, repr=False)
+class Embedding:
+    """What one request gave, as transformers would name it. Arrays are C-contiguous and writable.
+
+    Attributes:
+        hidden_states: The layers that were asked for; see `HiddenStates`.
+        pools: One array for each asked-for pooling, in request order. Shape: [text_count, pool_size].
+        token_counts: Shape: [text_count]; rows of each text.
+        truncated: Shape: [text_count]; whether tokens were cut.
+        attention_mask: Shape: [text_count, length]; as sent for token ids, else 1 for each token.
+        model: Which model answered.
+        timings: Where the time went.
+    """
+
+    hidden_states: HiddenStates
+    pools: tuple[FloatArray, ...]
+    token_counts: IntArray
+    truncated: BoolArray
+    attention_mask: IntArray
+    model: ModelRef
+    timings: Timings
+    _pooler_output: FloatArray | None
+    _tokens: Tokens | None
+    _mixed: MixedRows | None = None
+    _words: Words | None = None
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """The held layers of hidden_states, absolute, ascending."""
+        return self.hidden_states.layers
+
+    @property
+    def last_hidden_state(self) -> FloatArray:
+        """The last layer, padded. Shape: [text_count, length, hidden_size].
+
+        Raises:
+            IndexError: It was not asked for.
+        """
+        return self.hidden_states[-1]
+
+    @property
+    def pooler_output(self) -> FloatArray:
+        """The model's pooler. Shape: [text_count, hidden_size].
+
+        Raises:
+            LookupError: It was not asked for.
+        """
+        if self._pooler_output is None:
+            raise LookupError("pooler_output was not asked for; pass pooler_output=True")
+        return self._pooler_output
+
+    @property
+    def pooled(self) -> FloatArray:
+        """The vectors of the only pooling. Shape: [text_count, pool_size].
+
+        Raises:
+            LookupError: There is not exactly one pooling.
+        """
+        if len(self.pools) != 1:
+            hint = "read them from .pools" if self.pools else 'pass pooling="mean" or another strategy'
+            raise LookupError(f"{len(self.pools)} poolings were asked for; {hint}")
+        return self.pools[0]
+
+    @property
+    def mixed(self) -> MixedRows:
+        """The mix of layers, one row a token.
+
+        Raises:
+            LookupError: It was not asked for, or comes one row a word.
+        """
+        if self._mixed is None:
+            if self._words is not None:
+                raise LookupError("no mix was asked for one row a token; that of words is .words.mixed")
+            raise LookupError('no mix was asked for; pass mix=LayerMix("mean", layers=[-4, -3, -2, -1]) or another')
+        return self._mixed
+
+    @property
+    def words(self) -> Words:
+        """The words of the texts, with a vector each.
+
+        Raises:
+            LookupError: They were not asked for.
+        """
+        if self._words is None:
+            raise LookupError('words were not asked for; pass words="mean" or another way to pool their pieces')
+        return self._words
+
+    @property
+    def tokens(self) -> Tokens:
+        """The tokens of the texts.
+
+        Raises:
+            LookupError: They were not asked for.
+        """
+        if self._tokens is None:
+            raise LookupError("tokens were not asked for; pass return_tokens=True")
+        return self._tokens
+
+    def ragged(self, layer: int) -> list[FloatArray]:
+        """Returns views of one layer, one a text. Shape of each: [token_count, hidden_size].
+
+        Raises:
+            IndexError: The layer is not held.
+        """
+        return self.hidden_states.ragged(layer)
+
+    def to_tuple(self) -> tuple[FloatArray | tuple[FloatArray, ...], ...]:
+        """Returns (last_hidden_state, pooler_output, hidden_states), less what was not asked for."""
+        parts: list[FloatArray | tuple[FloatArray, ...]] = []
+        if self.hidden_states.layer_count in self.layers:
+            parts.append(self.last_hidden_state)
+        if self._pooler_output is not None:
+            parts.append(self._pooler_output)
+        if self.layers:
+            parts.append(tuple(self.hidden_states))
+        return tuple(parts)
+
+    def __len__(self) -> int:
+        """The number of texts."""
+        return len(self.token_counts)
+
+    def __repr__(self) -> str:
+        """Shapes, never a page of numbers."""
+        return _repr.line("Embedding", [*self._summary(), ("model", repr(self.model.model_id))])
+
+    def _repr_html_(self) -> str:
+        html = _repr.table(f"Embedding: {self.model.model_id}", self._summary())
+        return html if self._tokens is None else f"{html}\n{self._tokens._repr_html_()}"
+
+    def __array__(self, dtype: npt.DTypeLike | None = None, copy: bool | None = None) -> npt.NDArray[Any]:
+        """Returns the one array there is, if one output was asked for. Shape: [text_count, …].
+
+        Raises:
+            TypeError: There are several arrays.
+            ValueError: `copy` is False and the dtype is another.
+        """
+        return export.as_array(self._only(), dtype, copy)
+
+    def __dlpack__(self, **options: Any) -> Any:
+        """Hands the one array there is to a library that speaks DLPack, in place.
+
+        Raises:
+            TypeError: There are several arrays.
+        """
+        return self._only().__dlpack__(**options)
+
+    def __dlpack_device__(self) -> tuple[int, int]:
+        """Says that it lies in the CPU's memory."""
+        return self._only().__dlpack_device__()
+
+    def __arrow_c_stream__(self, requested_schema: object = None) -> object:
+        """Hands the table of `to_arrow` to any library that speaks Arrow's PyCapsule interface."""
+        return self.to_arrow().__arrow_c_stream__(requested_schema)
+
+    def to_torch(self) -> TorchEmbedding:
+        """Returns the arrays as torch tensors that share their memory. The tensor of a read-only array is a copy.
+
+        Those of words and mixes are not among them; `torch.from_numpy` takes each.
+
+        Raises:
+            ModuleNotFoundError: torch is missing; `layertap[torch]` brings it.
+        """
+        hidden_states = self.hidden_states.to_torch()
+        return TorchEmbedding(
+            last_hidden_state=hidden_states[-1] if self.hidden_states.layer_count in self.layers else None,
+            pooler_output=None if self._pooler_output is None else export.to_torch(self._pooler_output),
+            hidden_states=hidden_states,
+            pools=tuple(export.to_torch(pool) for pool in self.pools),
+            attention_mask=export.to_torch(self.attention_mask),
+        )
+
+    def to_arrow(self) -> pyarrow.Table:
+        """Returns an Arrow table with one row a text, whose numbers share the memory of the arrays.
+
+        Columns: token_counts, truncated, layer_K for each held layer and mixed (a List of FixedSizeList), word_counts,
+        word_offsets, words_layer_K and words_mixed (likewise), pool_N and pooler_output (FixedSizeList), and tokens (a
+        List of strings), as far as they were asked for. The schema's metadata has model_id and fingerprint.
+
+        Raises:
+            ModuleNotFoundError: pyarrow is missing; `layertap[arrow]` brings it.
+        """
+        return export.to_arrow(self.columns(), dataclasses.asdict(self.model))
+
+    def to_pandas(self) -> pandas.DataFrame:
+        """Returns a frame with one row a text and the columns of `to_arrow`; cells are views of the arrays.
+
+        Cells of layer_K have Shape: [token_count, hidden_size], of pool_N and pooler_output Shape: [size].
+
+        Raises:
+            ModuleNotFoundError: pandas is missing; `layertap[pandas]` brings it.
+        """
+        return export.to_pandas(self.columns())
+
+    def _vectors(self) -> list[tuple[str, FloatArray]]:
+        vectors = [(f"pool_{n}", pool) for n, pool in enumerate(self.pools)]
+        return vectors if self._pooler_output is None else [*vectors, ("pooler_output", self._pooler_output)]
+
+    def columns(self) -> list[export.Column]:
+        """Returns all that was asked for as columns of a table, one row a text, counts first."""
+        return [
+            export.Column(name="token_counts", values=self.token_counts),
+            export.Column(name="truncated", values=self.truncated),
+            *self.hidden_states._columns(),
+            *([] if self._mixed is None else self._mixed._columns()),
+            *([] if self._words is None else self._words._columns()),
+            *(export.Column(name=name, values=values) for name, values in self._vectors()),
+            *([] if self._tokens is None else [export.Column(name="tokens", values=self._tokens.tokens)]),
+        ]
+
+    def _summary(self) -> list[tuple[str, str]]:
+        vectors = [(name, _repr.array(values.shape, values.dtype)) for name, values in self._vectors()]
+        rows = [(name, ", ".join(shown for _, shown in own._summary())) for name, own in self._rows()]
+        return [("text_count", str(len(self))), *self.hidden_states._summary(), *rows, *vectors]
+
+    def _rows(self) -> list[tuple[str, MixedRows | Words]]:
+        return [(name, own) for name, own in (("mixed", self._mixed), ("words", self._words)) if own is not None]
+
+    def _only(self) -> FloatArray:
+        vectors = [values for _, values in self._vectors()]
+        if self._rows() or len(vectors) + len(self.layers) != 1:
+            names = [
+                *(f"layer {layer}" for layer in self.layers),
+                *(name for name, _ in (*self._rows(), *self._vectors())),
+            ]
+            raise TypeError(f"this embedding holds {', '.join(names) or 'no array'}; take the one array that is meant")
+        return vectors[0] if vectors else next(iter(self.hidden_states))
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True, eq=False, repr=False)
+class TorchEmbedding:
+    """The arrays of an embedding as torch tensors, under the names of transformers' model outputs.
+
+    Attributes:
+        last_hidden_state: Shape: [text_count, length, hidden_size]; None if it was not asked for.
+        pooler_output: Shape: [text_count, hidden_size]; None if it was not asked for.
+        hidden_states: The held layers, ascending. Shape of each: [text_count, length, hidden_size].
+        pools: One for each asked-for pooling. Shape: [text_count, pool_size].
+        attention_mask: Shape: [text_count, length].
+    """
+
+    last_hidden_state: torch.Tensor | None
+    pooler_output: torch.Tensor | None
+    hidden_states: tuple[torch.Tensor, ...]
+    pools: tuple[torch.Tensor, ...]
+    attention_mask: torch.Tensor
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class LayerRows:
+    """Some texts of one layer, as they arrived.
+
+    Attributes:
+        layer: The absolute layer.
+        texts: The positions of the covered texts in the request.
+        rows: One array for each of them. Shape: [token_count, hidden_size].
+    """
+
+    layer: int
+    texts: range
+    rows: Sequence[FloatArray]
+
+    def __repr__(self) -> str:
+        """Shapes, never a page of numbers."""
+        return _repr.line("LayerRows", self._summary())
+
+    def _repr_html_(self) -> str:
+        return _repr.table("LayerRows", self._summary())
+
+    def _summary(self) -> list[tuple[str, str]]:
+        shapes = [list(rows.shape) for rows in self.rows]
+        return [("layer", str(self.layer)), ("texts", str(self.texts)), ("rows", " ".join(_repr.first(shapes)))]
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class StreamResult:
+    """The answer to one item of `embed_stream`: an embedding of one text, or an error.
+
+    Attributes:
+        index: The position of the item in what was given, from 0.
+        error: Why there is no embedding; None if there is one.
+    """
+
+    index: int
+    error: LayertapError | None
+    _embedding: Embedding | None
+
+    @property
+    def embedding(self) -> Embedding:
+        """The embedding, with text_count 1.
+
+        Raises:
+            LayertapError: The item's own error.
+        """
+        if self._embedding is None:
+            raise self.error or LayertapError("the item has no embedding")
+        return self._embedding
+
+    def __repr__(self) -> str:
+        """Its embedding or error."""
+        what = f"embedding={self._embedding!r}" if self.error is None else f"error={self.error!r}"
+        return f"StreamResult(index={self.index}, {what})"
+
+    def _repr_html_(self) -> str:
+        if self._embedding is not None:
+            return self._embedding._repr_html_()
+        return _repr.table(f"StreamResult {self.index}", [("error", str(self.error))])

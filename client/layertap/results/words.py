@@ -1,0 +1,98 @@
+"""The words of texts, with one vector each."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+
+from layertap import _repr
+from layertap.results import export
+from layertap.results.hidden_states import HiddenStates
+from layertap.results.mixed_rows import MixedRows
+from layertap.types import FloatArray, IntArray
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True, eq=False, repr=False)
+class Words:
+    """The words of the texts: where they are, and one vector each for every layer that was asked for.
+
+    Indexed by layer number like `HiddenStates`: `words[-1]` are the vectors of the model's last layer, padded.
+    Each item: Shape: [text_count, most words of a text, row_size], rows past a text's own words are 0.
+
+    A text that came as a list of words has exactly one row for each of them; a word of no pieces, or one that was cut
+    away, has a row of zeros and a piece count of 0. Of a str there are the words that the tokenizer finds and that
+    truncation has left; of a pair those of the first string, then those of the second.
+
+    Attributes:
+        word_counts: Shape: [text_count]; rows of each text.
+        piece_counts: One array a text: how many tokens make each word. Shape: [word_count].
+        offsets: One array a text: start and end of each word in its string (of a word that was given: in that word),
+            in Unicode code points. Shape: [word_count, 2].
+        sequence_ids: One array a text: 1 for words of the second string of a pair, else 0. Shape: [word_count].
+    """
+
+    word_counts: IntArray
+    piece_counts: tuple[IntArray, ...]
+    offsets: tuple[IntArray, ...]
+    sequence_ids: tuple[IntArray, ...]
+    _states: HiddenStates
+    _mixed: MixedRows | None
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """The held layers, absolute, ascending."""
+        return self._states.layers
+
+    @property
+    def mixed(self) -> MixedRows:
+        """The mix of layers, one row a word.
+
+        Raises:
+            LookupError: It was not asked for.
+        """
+        if self._mixed is None:
+            raise LookupError('no mix was asked for; pass mix=LayerMix("mean", layers=[-4, -3, -2, -1]) or another')
+        return self._mixed
+
+    def __getitem__(self, layer: int) -> FloatArray:
+        """Returns the vectors of one layer, padded. Shape: [text_count, most words of a text, row_size].
+
+        Raises:
+            IndexError: The layer is not held.
+        """
+        return self._states[layer]
+
+    def ragged(self, layer: int) -> list[FloatArray]:
+        """Returns views of one layer, one a text. Shape of each: [word_count, row_size].
+
+        Raises:
+            IndexError: The layer is not held.
+        """
+        return self._states.ragged(layer)
+
+    def __len__(self) -> int:
+        """The number of texts."""
+        return len(self.word_counts)
+
+    def __repr__(self) -> str:
+        """Shapes, never a page of numbers."""
+        return _repr.line("Words", self._summary())
+
+    def _repr_html_(self) -> str:
+        return _repr.table("Words", self._summary())
+
+    def _columns(self) -> list[export.Column]:
+        """Returns the words as columns of a table, one row a text."""
+        columns = [*self._states._columns(), *([] if self._mixed is None else self._mixed._columns())]
+        offsets = np.concatenate([np.zeros((0, 2), np.int64), *self.offsets])
+        return [
+            export.Column(name="word_counts", values=self.word_counts),
+            export.Column(name="word_offsets", values=offsets, counts=self.word_counts),
+            *(dataclasses.replace(column, name=f"words_{column.name}") for column in columns),
+        ]
+
+    def _summary(self) -> list[tuple[str, str]]:
+        """Returns in words how many there are, of which layers, and the dtype and shape of each."""
+        mixed = [] if self._mixed is None else [("mixed", self._mixed._summary()[-1][1])]
+        return [("word_count", str(int(self.word_counts.sum()))), *self._states._summary(), *mixed]

@@ -1,0 +1,199 @@
+"""`encode`: what users of sentence-transformers type, as a request of the contract and an array made of its answers.
+
+Pure. The server tells what the model's folder says about sentences (`SentenceConfig`); the options ask for exactly
+that, and what cannot be asked for (joining several pools, normalizing before cutting, fewer bits) is done here, in the
+order of sentence-transformers: pool, normalize if the model does, cut, normalize if the caller wants it, quantize.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, Final, TypeAlias, TypedDict
+
+import numpy as np
+import numpy.typing as npt
+
+from layertap import quantization
+from layertap._protocol import requests
+from layertap._protocol.inputs import check_items, to_message, to_messages
+from layertap._protocol.options import count, embed_options
+from layertap._protocol.stream_state import MAX_MESSAGE_COUNT, StreamLedger
+from layertap.errors import FailedPreconditionError, InvalidArgumentError
+from layertap.results.embedding import Embedding
+from layertap.types import FloatArray, ModelInfo, Pooling
+
+Array: TypeAlias = npt.NDArray[Any]
+
+SENTENCE: Final = "sentence_embedding"
+TOKENS: Final = "token_embeddings"
+
+_FEW_TEXTS: Final = 32
+_FEW_CHARACTERS: Final = 32 << 10
+"""What is asked for in one request: more would be a stream's, which no deadline can cut off."""
+
+_LEAST_LENGTH: Final = 1e-12
+"""A shorter vector is divided by this instead of its length, as torch does."""
+
+
+class EncodeOptions(TypedDict, total=False):
+    """What `encode` takes beside the sentences and output_value."""
+
+    prompt_name: str | None
+    prompt: str | None
+    batch_size: int | None
+    show_progress_bar: bool | None
+    precision: str
+    normalize_embeddings: bool | None
+    truncate_dim: int | None
+    timeout_s: float
+
+
+class Encoding:
+    """One `encode`: what to ask, and what the answers make.
+
+    Attributes:
+        texts: The sentences.
+        options: What is asked of each.
+    """
+
+    def __init__(
+        self,
+        sentences: str | Iterable[str],
+        info: ModelInfo,
+        *,
+        prompt_name: str | None,
+        prompt: str | None,
+        batch_size: int | None,
+        output_value: str,
+        precision: str,
+        normalize_embeddings: bool | None,
+        truncate_dim: int | None,
+    ) -> None:
+        """Checks the arguments of `Client.encode`.
+
+        Args:
+            sentences: As there, as all others.
+            info: The served model.
+            prompt_name: See sentences.
+            prompt: See sentences.
+            batch_size: See sentences.
+            output_value: See sentences.
+            precision: See sentences.
+            normalize_embeddings: See sentences.
+            truncate_dim: See sentences.
+
+        Raises:
+            InvalidArgumentError: An argument is at fault.
+            FailedPreconditionError: The model's sentence vectors cannot be had.
+        """
+        config = info.sentence_config
+        if config.unsupported is not None:
+            raise FailedPreconditionError(
+                f"encode cannot give what sentence-transformers gives with {info.model_id}: {config.unsupported}; ask "
+                "embed for layers or a pooling instead"
+            )
+        if output_value not in (SENTENCE, TOKENS):
+            raise InvalidArgumentError(f"output_value is {output_value!r}; pass {SENTENCE!r} or {TOKENS!r}")
+        self._info = info
+        self._single = isinstance(sentences, str)
+        self.texts = [sentences] if isinstance(sentences, str) else _texts(sentences)
+        self._message_count = count("batch_size", batch_size) or MAX_MESSAGE_COUNT
+        self._precision = quantization.check(precision)
+        self._normalize = bool(normalize_embeddings)
+        self._width = count("truncate_dim", truncate_dim) or config.truncate_dim
+        poolings = [Pooling(strategy) for strategy in config.poolings]
+        if len(poolings) == 1 and (self._normalize or not config.normalize):
+            # Cut before it travels. Not what a model normalizes before it is cut.
+            size = min(self._width or info.hidden_size, info.hidden_size)
+            poolings = [Pooling(config.poolings[0], dimensions=size)]
+        if prompt is None and prompt_name is None:
+            prompt_name = config.default_prompt_name
+        of_tokens = output_value == TOKENS
+        self.options = embed_options(
+            layers=[-1] if of_tokens else None,
+            pooler_output=False,
+            pooling=None if of_tokens else poolings,
+            dtype="float32",
+            truncation=config.truncation,
+            max_length=config.max_length,
+            return_tokens=False,
+            prompt=prompt,
+            prompt_name=prompt_name,
+            lower_case=config.lower_case,
+        )
+        self._vectors: FloatArray | None = None
+        self._tokens: list[FloatArray | None] | None = [None] * len(self.texts) if of_tokens else None
+
+    def ledger(self) -> StreamLedger:
+        """Returns what keeps account of them, if they go over a stream."""
+        return StreamLedger(self.options, ordered=False, message_count=self._message_count)
+
+    def request(self) -> requests.Embed | None:
+        """Returns all of it as one request if there are only few texts, else None."""
+        count = len(self.texts)
+        few = 0 < count <= min(_FEW_TEXTS, self._message_count, self._info.limits.max_text_count)
+        if not few or sum(map(len, self.texts)) > _FEW_CHARACTERS:
+            return None
+        if self._tokens is None and count * (64 + self._info.hidden_size * 4 * len(self.options.outputs)) > (
+            self._info.limits.max_response_bytes
+        ):
+            return None
+        return requests.Embed(to_messages(self.texts), self.options)
+
+    def note(self, first: int, embedding: Embedding) -> int:
+        """Takes the answer to some texts, of which the first is at that place; returns how many they are.
+
+        Raises:
+            FailedPreconditionError: Another model has answered than the one that was asked for its sentences.
+        """
+        if embedding.model.fingerprint != self._info.fingerprint:
+            raise FailedPreconditionError(
+                f"the server now serves another model ({embedding.model.model_id}); call again to encode with that one"
+            )
+        count = len(embedding)
+        if self._tokens is not None:
+            self._tokens[first : first + count] = embedding.ragged(-1)
+            return count
+        if self._vectors is None:
+            width = sum(pool.shape[1] for pool in embedding.pools)
+            self._vectors = np.empty((len(self.texts), width), np.float32)
+        np.concatenate(embedding.pools, axis=1, out=self._vectors[first : first + count])
+        return count
+
+    def answer(self) -> Array | list[Array]:
+        """Returns what `encode` returns, once every text is answered."""
+        if self._tokens is not None:
+            matrices: list[Array] = [matrix for matrix in self._tokens if matrix is not None]
+            if self._precision != "float32":
+                matrices = quantization.quantize_matrices(matrices, precision=self._precision)
+            return matrices[0] if self._single else matrices
+        if self._vectors is None:
+            return np.array([])
+        vectors: Array = self._vectors
+        if self._info.sentence_config.normalize and not self._normalize:
+            _normalize(vectors)
+        if self._width is not None:
+            vectors = np.ascontiguousarray(vectors[:, : self._width])
+        if self._normalize:
+            _normalize(vectors)
+        if self._precision != "float32":
+            vectors = quantization.quantize_embeddings(vectors, precision=self._precision)
+        return vectors[0] if self._single else vectors
+
+
+def _texts(sentences: Iterable[str]) -> list[str]:
+    check_items(sentences)
+    texts: list[str] = []
+    for index, text in enumerate(sentences):
+        message = to_message(text, index)
+        if not message.HasField("text"):
+            raise InvalidArgumentError(
+                f"inputs[{index}] is {message.WhichOneof('kind')}; encode takes only str, pass all else to embed"
+            )
+        texts.append(message.text)
+    return texts
+
+
+def _normalize(vectors: Array) -> None:
+    lengths = np.sqrt(np.einsum("ij,ij->i", vectors, vectors))
+    vectors /= np.maximum(lengths, _LEAST_LENGTH, dtype=np.float32)[:, None]

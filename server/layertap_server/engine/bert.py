@@ -1,0 +1,216 @@
+"""BERT's forward pass over packed rows, from one asked-for layer to the next.
+
+The residual stream and LayerNorm are float32 whatever the compute dtype: that costs little and keeps a third of the
+error of doing all in bfloat16. Parameter names are those of transformers' BertModel, with or without the prefix
+`bert.` and the old names gamma and beta.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Final, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch.nn import functional as F
+from transformers.activations import ACT2FN
+
+from layertap_server.engine.attention import Attention, Prepared
+from layertap_server.engine.block import Blocks, Norm, compiled, narrow, project, settle, widen
+from layertap_server.engine.block import Weights as BlockWeights
+from layertap_server.engine.linear import Dense, Linears, dense
+from layertap_server.engine.packing import Layout
+from layertap_server.model.checkpoint import CheckpointError
+
+Activation: TypeAlias = Callable[[torch.Tensor], torch.Tensor]
+Weights = dict[str, torch.Tensor]
+
+_OLD_NAMES: Final = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}
+
+
+class Bert:
+    """The weights of one model on one device, ready to run."""
+
+    def __init__(
+        self, settings: Mapping[str, Any], weights: Weights, *, device: torch.device, dtype: torch.dtype
+    ) -> None:
+        """Moves the weights to the device, taking each out of `weights`.
+
+        Raises:
+            CheckpointError: A weight is missing or has another shape, or the activation is unknown.
+        """
+        weights = {_name(name): tensor for name, tensor in weights.items()}
+        self.hidden_size: int = settings["hidden_size"]
+        self.layer_count: int = settings["num_hidden_layers"]
+        self._device = device
+        self._dtype = dtype
+        self._epsilon: float = settings.get("layer_norm_eps", 1e-12)
+        self._attention = Attention(
+            device=device, dtype=dtype, head_count=settings["num_attention_heads"], hidden_size=self.hidden_size
+        )
+        intermediate_size: int = settings["intermediate_size"]
+        self._activation = _activation(settings.get("hidden_act", "gelu"))
+        linears = Linears(device=device, dtype=dtype, hidden_size=self.hidden_size, intermediate_size=intermediate_size)
+        self._packed = linears.packed
+        self._padded = linears.padded
+
+        def take(name: str, *shape: int) -> torch.Tensor:
+            try:
+                tensor = weights.pop(name)
+            except KeyError as exc:
+                raise CheckpointError(f"the weights lack {name}; fetch the model again") from exc
+            if tuple(tensor.shape) != shape:
+                raise CheckpointError(
+                    f"{name} has shape {tuple(tensor.shape)}, config.json says {shape}; fetch the model again"
+                )
+            return tensor
+
+        def kept(name: str, *shape: int) -> torch.Tensor:
+            return take(name, *shape).to(device, torch.float32)
+
+        def norm(prefix: str) -> Norm:
+            return Norm(kept(f"{prefix}.LayerNorm.weight", hidden), kept(f"{prefix}.LayerNorm.bias", hidden))
+
+        def linear(name: str, out_size: int, in_size: int) -> Dense:
+            return linears.make(take(f"{name}.weight", out_size, in_size), take(f"{name}.bias", out_size))
+
+        hidden = self.hidden_size
+        self._words = kept("embeddings.word_embeddings.weight", settings["vocab_size"], hidden)
+        self._positions = kept("embeddings.position_embeddings.weight", settings["max_position_embeddings"], hidden)
+        self._types = kept("embeddings.token_type_embeddings.weight", settings.get("type_vocab_size", 2), hidden)
+        self._norm = norm("embeddings")
+        self._blocks: list[BlockWeights] = []
+        for index in range(self.layer_count):
+            prefix = f"encoder.layer.{index}"
+            names = [f"{prefix}.attention.self.{part}" for part in ("query", "key", "value")]
+            self._blocks.append(
+                BlockWeights(
+                    qkv=linears.make(
+                        torch.cat([take(f"{name}.weight", hidden, hidden) for name in names]),
+                        torch.cat([take(f"{name}.bias", hidden) for name in names]),
+                    ),
+                    attended=linear(f"{prefix}.attention.output.dense", hidden, hidden),
+                    attended_norm=norm(f"{prefix}.attention.output"),
+                    intermediate=linear(f"{prefix}.intermediate.dense", intermediate_size, hidden),
+                    output=linear(f"{prefix}.output.dense", hidden, intermediate_size),
+                    output_norm=norm(f"{prefix}.output"),
+                )
+            )
+        self._program: torch.jit.ScriptModule | None = None
+        # On cuda it is the device that steps are queued for; there compiling has nothing to save.
+        if device.type == "cpu" and self._activation is F.gelu:
+            heads = settings["num_attention_heads"]
+            self._program = compiled(Blocks(self._blocks, head_count=heads, packed=self._packed, epsilon=self._epsilon))
+            if self._program is not None:
+                self._blocks = []
+        self._pooler = linear("pooler.dense", hidden, hidden) if "pooler.dense.weight" in weights else None
+
+    @property
+    def has_pooler(self) -> bool:
+        """Whether the checkpoint brought pooler weights."""
+        return self._pooler is not None
+
+    def layers(self, layout: Layout, wanted: Sequence[int]) -> Iterator[tuple[int, torch.Tensor]]:
+        """Yields layers by number, while the next is not yet computed.
+
+        Args:
+            layout: The batch.
+            wanted: Which layers, ascending; the deepest of each text is among them.
+
+        Yields:
+            The layer and its rows. Shape: [layout.row_count(layer), hidden_size], float32.
+        """
+        rows = self._embed(layout)
+        attention = self._attention.prepare(layout.groups)
+        done = 0
+        for layer in wanted:
+            row_count = layout.row_count(layer)
+            rows = self._run(done, layer, rows[: self._padded(row_count)], attention)
+            done = layer
+            yield layer, rows[:row_count]
+
+    def pooler(self, first_rows: torch.Tensor) -> torch.Tensor:
+        """Applies the pooler to row 0 of texts. Shape: [text_count, hidden_size], float32 in and out."""
+        assert self._pooler is not None
+        return torch.tanh(dense(first_rows.to(self._dtype), self._pooler, self._packed, False)).float()
+
+    def _run(self, first: int, last: int, rows: torch.Tensor, attention: Prepared) -> torch.Tensor:
+        """Runs the blocks from `first` to before `last`. Shape: [row_count, hidden_size], float32, in and out."""
+        if self._program is not None:
+            found: torch.Tensor = self._program(rows, first, last, attention.shapes, attention.masks)
+            return found
+        packed, epsilon, fused = self._packed, self._epsilon, self._activation is F.gelu
+        for weights in self._blocks[first:last]:
+            rows = settle(attention(project(rows, weights, packed)), rows, weights, packed, epsilon)
+            wide = widen(rows, weights, packed, fused)
+            rows = narrow(wide if fused else self._activation(wide), rows, weights, packed, epsilon)
+        return rows
+
+    def _embed(self, layout: Layout) -> torch.Tensor:
+        """Returns layer 0, and behind it rows that are nobody's. Shape: [padded row count, hidden_size]."""
+        row_count = layout.row_count(0)
+        pad = np.zeros(self._padded(row_count) - row_count, np.int64)
+
+        def on_device(array: npt.NDArray[Any]) -> torch.Tensor:
+            padded = np.concatenate([array, pad], dtype=array.dtype) if len(pad) else array
+            return torch.from_numpy(padded).to(self._device, non_blocking=True)
+
+        rows = F.embedding(on_device(layout.input_ids), self._words)
+        if layout.token_type_ids is None:
+            rows += self._types[0]
+        else:
+            rows += F.embedding(on_device(layout.token_type_ids), self._types)
+        rows += F.embedding(on_device(layout.position_ids), self._positions)
+        return F.layer_norm(rows, rows.shape[-1:], *self._norm, self._epsilon)
+
+
+def dummy_weights(settings: Mapping[str, Any], seed: int) -> Weights:
+    """Returns random weights for a configuration, the same for the same seed.
+
+    Biases and LayerNorms are random too, so that a pass that forgets one gives other numbers.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    hidden, intermediate = settings["hidden_size"], settings["intermediate_size"]
+    spread: float = settings.get("initializer_range", 0.02)
+
+    def noise(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator) * spread
+
+    def norm(prefix: str) -> Weights:
+        return {f"{prefix}.LayerNorm.weight": 1 + noise(hidden), f"{prefix}.LayerNorm.bias": noise(hidden)}
+
+    def linear(name: str, out_size: int, in_size: int) -> Weights:
+        return {f"{name}.weight": noise(out_size, in_size), f"{name}.bias": noise(out_size)}
+
+    weights = {
+        "embeddings.word_embeddings.weight": noise(settings["vocab_size"], hidden),
+        "embeddings.position_embeddings.weight": noise(settings["max_position_embeddings"], hidden),
+        "embeddings.token_type_embeddings.weight": noise(settings.get("type_vocab_size", 2), hidden),
+        **norm("embeddings"),
+    }
+    for index in range(settings["num_hidden_layers"]):
+        prefix = f"encoder.layer.{index}"
+        for part in ("query", "key", "value"):
+            weights |= linear(f"{prefix}.attention.self.{part}", hidden, hidden)
+        weights |= linear(f"{prefix}.attention.output.dense", hidden, hidden) | norm(f"{prefix}.attention.output")
+        weights |= linear(f"{prefix}.intermediate.dense", intermediate, hidden)
+        weights |= linear(f"{prefix}.output.dense", hidden, intermediate) | norm(f"{prefix}.output")
+    return weights | linear("pooler.dense", hidden, hidden)
+
+
+def _name(name: str) -> str:
+    name = name.removeprefix("bert.")
+    for old, new in _OLD_NAMES.items():
+        if name.endswith(old):
+            return name.removesuffix(old) + new
+    return name
+
+
+def _activation(name: str) -> Activation:
+    if name == "gelu":
+        return F.gelu
+    if name not in ACT2FN:
+        raise CheckpointError(f"config.json says hidden_act {name!r}, which transformers does not know")
+    activation: Activation = ACT2FN[name]
+    return activation

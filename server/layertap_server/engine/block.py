@@ -1,0 +1,105 @@
+"""Encoder blocks, written so that torch can compile them.
+
+A block is two dozen small steps. Run one by one from Python, each takes its turn at the interpreter, and an instance
+waits at every step for whoever has it: other instances, and the loop that talks to the callers. Compiled, all blocks up
+to the next layer that somebody asked for are one step. The program has the weights to itself: references to tensors
+that Python knows too are counted with the interpreter's lock held.
+
+Where torch cannot compile it (a later torch, an activation of its own), the same functions run as they stand. Torch
+reads the annotations here, so they are objects and not strings.
+"""
+
+import logging
+import warnings
+from typing import List, NamedTuple, Optional, Tuple  # noqa: UP035  # the spellings that torch compiles
+
+import torch
+from torch.nn import functional as F
+
+from layertap_server.engine.attention import attend
+from layertap_server.engine.linear import Dense, dense
+
+log = logging.getLogger(__name__)
+
+
+class Norm(NamedTuple):
+    """The numbers of one LayerNorm. Shape of each: [hidden_size]."""
+
+    weight: torch.Tensor
+    bias: torch.Tensor
+
+
+class Weights(NamedTuple):
+    """The numbers of one block, under the names of BERT's parts; `qkv` is query, key and value in one."""
+
+    qkv: Dense
+    attended: Dense
+    attended_norm: Norm
+    intermediate: Dense
+    output: Dense
+    output_norm: Norm
+
+
+def project(rows: torch.Tensor, weights: Weights, packed: bool) -> torch.Tensor:
+    """Makes query, key and value. Shape: [row_count, hidden_size], float32, to [row_count, 3 · hidden_size]."""
+    return dense(rows.to(weights.qkv.bias.dtype), weights.qkv, packed, False)
+
+
+def settle(context: torch.Tensor, rows: torch.Tensor, weights: Weights, packed: bool, epsilon: float) -> torch.Tensor:
+    """Brings what was attended to into the rows. Shape: [row_count, hidden_size], float32."""
+    attended = dense(context, weights.attended, packed, False).float().add_(rows)
+    return F.layer_norm(attended, [rows.size(1)], weights.attended_norm.weight, weights.attended_norm.bias, epsilon)
+
+
+def widen(rows: torch.Tensor, weights: Weights, packed: bool, gelu: bool) -> torch.Tensor:
+    """Makes the intermediate values, GELU applied if asked. Shape: [row_count, intermediate_size]."""
+    return dense(rows.to(weights.qkv.bias.dtype), weights.intermediate, packed, gelu)
+
+
+def narrow(wide: torch.Tensor, rows: torch.Tensor, weights: Weights, packed: bool, epsilon: float) -> torch.Tensor:
+    """Brings the intermediate values into the rows. Shape: [row_count, hidden_size], float32."""
+    output = dense(wide, weights.output, packed, False).float().add_(rows)
+    return F.layer_norm(output, [rows.size(1)], weights.output_norm.weight, weights.output_norm.bias, epsilon)
+
+
+class Blocks(torch.nn.Module):
+    """All blocks of a model whose activation is GELU, and how they run."""
+
+    blocks: List[Weights]  # noqa: UP006
+
+    def __init__(self, blocks: List[Weights], *, head_count: int, packed: bool, epsilon: float) -> None:  # noqa: UP006
+        super().__init__()
+        self.blocks = blocks
+        self.head_count = head_count
+        self.packed = packed
+        self.epsilon = epsilon
+
+    def forward(
+        self,
+        rows: torch.Tensor,
+        first: int,
+        last: int,
+        shapes: List[Tuple[int, int, int]],  # noqa: UP006
+        masks: List[Optional[torch.Tensor]],  # noqa: UP006, UP045
+    ) -> torch.Tensor:
+        """Runs some blocks one after the other; `last` is the one past them.
+
+        Shape: [row_count, hidden_size], float32, in and out. `shapes` and `masks` are those of `attend`.
+        """
+        for weights in self.blocks[first:last]:
+            context = attend(project(rows, weights, self.packed), shapes, masks, self.head_count)
+            rows = settle(context, rows, weights, self.packed, self.epsilon)
+            rows = narrow(widen(rows, weights, self.packed, True), rows, weights, self.packed, self.epsilon)
+        return rows
+
+
+def compiled(blocks: Blocks) -> Optional[torch.jit.ScriptModule]:  # noqa: UP045
+    """Returns blocks as torch's own program, which holds the weights; None where torch cannot compile them."""
+    try:
+        with warnings.catch_warnings():
+            # torch calls this old, but offers nothing else that needs neither a C++ compiler nor fixed shapes.
+            warnings.simplefilter("ignore")
+            return torch.jit.script(blocks)
+    except Exception as exc:
+        log.info("torch %s does not compile the encoder blocks (%s); they run step by step", torch.__version__, exc)
+        return None

@@ -1,0 +1,72 @@
+"""Several layers as one, in float32 on the device, while the layers come by.
+
+A mix is a layer that the model does not have: once whole, it has the rows of its highest layer, in their order, and
+whatever can be made of a layer can be made of it. Until then only its accumulator is held. Requests that ask for the
+same mix share it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Final
+
+import torch
+
+from layertap_server.engine.packing import Layout
+from layertap_server.types import Mix, Mixing, OutOfMemoryError, Run
+
+_MOST_BYTES: Final = 1 << 30
+"""Of all accumulators of one batch: 64 sums over a full batch of bert-base on a CPU take a fifth of it."""
+
+
+class Mixes:
+    """The mixes of one batch."""
+
+    def __init__(self, batch: Sequence[Run], layout: Layout) -> None:
+        """Finds out which are asked for."""
+        self._layout = layout
+        mixes = (output.mix for run in batch for output in run.plan.outputs)
+        self._wanted = list(dict.fromkeys(mix for mix in mixes if mix is not None))
+        self._held: dict[Mix, torch.Tensor] = {}
+
+    def add(self, layer: int, rows: torch.Tensor) -> None:
+        """Takes the next layer, and lets go of what was whole before it.
+
+        Args:
+            layer: Its number.
+            rows: Shape: [row_count, hidden_size], float32.
+        """
+        for mix in self._wanted:
+            if mix.top < layer:
+                self._held.pop(mix, None)
+            elif layer in mix.layers:
+                self._add(mix, layer, rows[: self._layout.row_count(mix.top)])
+
+    def whole(self, mix: Mix) -> torch.Tensor:
+        """Returns a mix whose highest layer was the last to be added. Shape: [row_count, mixed_size], float32."""
+        return self._held[mix]
+
+    def _check_room(self, byte_count: int) -> None:
+        """Sees that accumulators stay small beside the answers that they become.
+
+        Raises:
+            OutOfMemoryError: They do not; a smaller batch may.
+        """
+        if sum(held.nbytes for held in self._held.values()) + byte_count > _MOST_BYTES:
+            raise OutOfMemoryError(f"the mixes of a batch take more than {_MOST_BYTES} bytes")
+
+    def _add(self, mix: Mix, layer: int, rows: torch.Tensor) -> None:
+        place, size = mix.layers.index(layer), rows.shape[1]
+        held = self._held.get(mix)
+        if held is None:
+            self._check_room(len(rows) * size * (len(mix.layers) if mix.mixing is Mixing.CONCAT else 1) * 4)
+        if mix.mixing is Mixing.CONCAT:
+            if held is None:
+                held = rows.new_empty(len(rows), len(mix.layers) * size)
+            held[:, place * size : (place + 1) * size] = rows
+        else:
+            weight = mix.weights[place] if mix.weights else 1.0
+            held = rows * weight if held is None else held.add_(rows, alpha=weight)
+            if mix.mixing is Mixing.MEAN and layer == mix.top:
+                held.div_(len(mix.layers))
+        self._held[mix] = held

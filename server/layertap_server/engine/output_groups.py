@@ -1,0 +1,79 @@
+"""Who gets what of a batch: what several runs ask for alike is made once, for all of them.
+
+Batches of many callers with a short text each are what a busy server has most of; a pool, a copy and a check of the
+numbers for each caller would take longer than the model.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Final
+
+from layertap_server.types import Output, OutputKind, Run
+
+_SMALL_BYTES: Final = 64 << 10
+"""Token rows of a run are brought with those of others up to here: they are copied once more, run by run."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Portion:
+    """What one run gets of something that is made.
+
+    Attributes:
+        run: The run.
+        run_index: Which run of the batch that is.
+        output_index: Which output of its plan.
+    """
+
+    run: Run
+    run_index: int
+    output_index: int
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Order:
+    """Something that is made once for each of its layers.
+
+    Attributes:
+        output: What it is.
+        dtype: The number format of the answers.
+        portions: Who gets it: their rows come one portion after the other, in this order.
+    """
+
+    output: Output
+    dtype: str
+    portions: list[Portion]
+
+    @property
+    def run_indices(self) -> list[int]:
+        """The runs that get it."""
+        return [portion.run_index for portion in self.portions]
+
+
+def orders(batch: Sequence[Run]) -> list[Order]:
+    """Returns all that is to be made of a batch."""
+    found: dict[object, Order] = {}
+    for run_index, run in enumerate(batch):
+        for output_index, output in enumerate(run.plan.outputs):
+            own = (run_index, output_index) if _is_large(run, output) else None
+            order = found.setdefault(
+                (output, run.plan.dtype, own), Order(output=output, dtype=run.plan.dtype, portions=[])
+            )
+            order.portions.append(Portion(run=run, run_index=run_index, output_index=output_index))
+    return list(found.values())
+
+
+def wanted_layers(batch: Sequence[Run]) -> list[int]:
+    """Returns the layers of which something is made, ascending."""
+    outputs = [output for run in batch for output in run.plan.outputs]
+    mixed = {layer for output in outputs if output.mix is not None for layer in output.mix.layers}
+    return sorted(mixed.union(*(output.layers for output in outputs)))
+
+
+def _is_large(run: Run, output: Output) -> bool:
+    """Whether rows of a run go straight into a buffer of its own."""
+    if run.plan.allocate is not None:
+        return True
+    token_count = sum(text.token_count for text in run.texts)
+    return output.kind is OutputKind.HIDDEN_STATES and token_count * run.plan.row_bytes(output) > _SMALL_BYTES

@@ -1,0 +1,159 @@
+"""Where each text lies inside a batch: packed rows, sorted so that the work is done in few, large pieces.
+
+Pure numpy. Texts are packed one after the other without padding. They are sorted so that those whose callers need the
+deepest layers come first: after each layer, the texts that are done are a tail to be cut off. Among those of one
+depth, texts of equal length lie together, so that attention runs over a whole group at once and needs no mask to keep
+texts apart.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from layertap_server.types import Pool, Run, Text
+
+Indices = npt.NDArray[np.int64]
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Group:
+    """Texts of equal length, one after the other.
+
+    Attributes:
+        start: The first row.
+        text_count: How many texts.
+        length: Tokens of each.
+        depth: The highest layer they are needed for.
+        attention_mask: Shape: [text_count, length]. None: nothing is masked.
+    """
+
+    start: int
+    text_count: int
+    length: int
+    depth: int
+    attention_mask: npt.NDArray[np.int32] | None
+
+    @property
+    def end(self) -> int:
+        """The row past the last."""
+        return self.start + self.text_count * self.length
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Bags:
+    """Which rows make which vector.
+
+    Attributes:
+        rows: The pooled rows, those of each vector one after the other.
+        counts: Shape: [vector_count]; how many rows each vector is made of. Words may have none.
+    """
+
+    rows: Indices
+    counts: Indices
+
+
+class Layout:
+    """One batch, packed and sorted."""
+
+    def __init__(self, runs: Sequence[Run]) -> None:
+        """Sorts the texts of all runs."""
+        self._runs = runs
+        texts = [text for run in runs for text in run.texts]
+        lengths = np.array([text.token_count for text in texts], np.int64)
+        depths = np.repeat([run.plan.depth for run in runs], [len(run.texts) for run in runs])
+        masked = np.array([text.attention_mask is not None for text in texts])
+        order = np.lexsort((lengths, masked, -depths))
+        ordered = [texts[n] for n in order]
+        starts = np.zeros(len(texts), np.int64)
+        starts[order] = np.concatenate([[0], np.cumsum(lengths[order])[:-1]])
+        self._lengths, self._starts = lengths, starts
+        self._run_ends = np.cumsum([len(run.texts) for run in runs])
+        self._depths_sorted = depths[order]
+        self._row_ends = np.cumsum(lengths[order])
+        self.input_ids: npt.NDArray[np.int32] = np.concatenate([text.input_ids for text in ordered])
+        self.position_ids: Indices = np.arange(len(self.input_ids)) - np.repeat(starts[order], lengths[order])
+        self.token_type_ids = _token_type_ids(ordered)
+        self.groups = _groups(ordered, lengths[order], masked[order], self._depths_sorted)
+
+    @property
+    def depth(self) -> int:
+        """The highest layer that anyone needs."""
+        return int(self._depths_sorted[0])
+
+    def row_count(self, layer: int) -> int:
+        """Returns how many rows, from the first, are needed at a layer."""
+        text_count = int(np.searchsorted(-self._depths_sorted, -layer, side="right"))
+        return int(self._row_ends[text_count - 1]) if text_count else 0
+
+    def first_rows(self, runs: Sequence[int]) -> Indices:
+        """Returns where the texts of some runs start, run by run in request order. Shape: [text_count]."""
+        return self._starts[self._texts(runs)]
+
+    def rows(self, runs: Sequence[int]) -> Indices:
+        """Returns the rows of some runs, run by run in request order. Shape: [token_count of the runs]."""
+        chosen = self._texts(runs)
+        return _ranges(self._starts[chosen], self._lengths[chosen])
+
+    def bags(self, runs: Sequence[int], pool: Pool) -> Bags:
+        """Returns what a pooling takes of each text of some runs, run by run in request order."""
+        taken = [pool.positions(text) for run in runs for text in self._runs[run].texts]
+        counts = np.array([len(positions) for positions in taken], np.int64)
+        rows = np.concatenate(taken) + np.repeat(self.first_rows(runs), counts)
+        return Bags(rows=rows, counts=counts)
+
+    def words(self, runs: Sequence[int]) -> Bags:
+        """Returns the rows of each word of some runs, run by run, texts in request order."""
+        words = [text.words for run in runs for text in self._runs[run].texts if text.words is not None]
+        counts = np.concatenate([one.piece_counts for one in words])
+        starts = np.concatenate([one.starts for one in words])
+        starts += np.repeat(self.first_rows(runs), [len(one.piece_counts) for one in words])
+        return Bags(rows=_ranges(starts, counts), counts=counts)
+
+    def _texts(self, runs: Sequence[int]) -> Indices:
+        """Returns which texts of the batch those of some runs are."""
+        return np.concatenate(
+            [np.arange(self._run_ends[run] - len(self._runs[run].texts), self._run_ends[run]) for run in runs]
+        )
+
+
+def _ranges(starts: Indices, lengths: Indices) -> Indices:
+    """Returns start, start + 1, … for each start, one after the other."""
+    ends = np.cumsum(lengths)
+    ranges: Indices = np.arange(int(lengths.sum())) + np.repeat(starts - (ends - lengths), lengths)
+    return ranges
+
+
+def _token_type_ids(ordered: Sequence[Text]) -> npt.NDArray[np.int32] | None:
+    if all(text.token_type_ids is None for text in ordered):
+        return None
+    return np.concatenate(
+        [
+            np.zeros(text.token_count, np.int32) if text.token_type_ids is None else text.token_type_ids
+            for text in ordered
+        ]
+    )
+
+
+def _groups(ordered: Sequence[Text], lengths: Indices, masked: npt.NDArray[np.bool_], depths: Indices) -> list[Group]:
+    keys = np.stack([lengths, masked, depths])
+    cuts = [0, *(np.flatnonzero((keys[:, 1:] != keys[:, :-1]).any(axis=0)) + 1).tolist(), len(ordered)]
+    groups, start = [], 0
+    for first, last in itertools.pairwise(cuts):
+        length = int(lengths[first])
+        masks = [text.attention_mask for text in ordered[first:last] if text.attention_mask is not None]
+        groups.append(
+            Group(
+                start=start,
+                text_count=last - first,
+                length=length,
+                depth=int(depths[first]),
+                attention_mask=np.stack(masks) if masks else None,
+            )
+        )
+        start += (last - first) * length
+    return groups

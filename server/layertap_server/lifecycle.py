@@ -1,0 +1,77 @@
+"""How a server ends: what makes it, and in which order it lets go.
+
+Health says so first, and nothing new is let in. Calls under way have a grace to finish; an EmbedStream answers what it
+has read. Whatever is left after that is told UNAVAILABLE, in the queue or not, and the engine ends.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import signal
+from collections.abc import Awaitable, Callable
+from typing import Final
+
+from layertap_server.rpc.admission import Gate
+from layertap_server.scheduler.batcher import Batcher
+
+log = logging.getLogger(__name__)
+
+_LAST_WORDS_S: Final = 2.0
+"""How long it may take to tell the callers that are left, and how long instances may take to end their batches."""
+_WATCH_S: Final = 1.0
+"""How often instances are looked at."""
+
+
+async def until_signalled() -> None:
+    """Waits for SIGTERM or SIGINT; the next one ends the process at once."""
+    signals = (signal.SIGTERM, signal.SIGINT)
+    stopped = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in signals:
+        loop.add_signal_handler(number, stopped.set)
+    try:
+        await stopped.wait()
+    finally:
+        for number in signals:
+            loop.remove_signal_handler(number)
+            # Python's own handler of SIGINT would wait for threads.
+            signal.signal(number, signal.SIG_DFL)
+
+
+async def until_lost(batcher: Batcher, *, timeout_s: float) -> None:
+    """Gives up instances that hang; returns when no instance is left.
+
+    Args:
+        batcher: Whose instances.
+        timeout_s: How long an instance may make no progress with its batch.
+    """
+    while batcher.live_instance_count:
+        await asyncio.sleep(min(_WATCH_S, timeout_s / 4))
+        batcher.lose_stuck(timeout_s)
+
+
+async def drain(
+    gate: Gate, batcher: Batcher, *, stop: Callable[[float | None], Awaitable[None]], grace_s: float
+) -> bool:
+    """Ends a server whose health says already that it stops.
+
+    Args:
+        gate: Where its calls are.
+        batcher: Where its texts are.
+        stop: Lets no more calls in at once, and cuts the connections after so many seconds, None: at once.
+        grace_s: How long calls under way may take.
+
+    Returns:
+        Whether all threads of the engine have ended.
+    """
+    gate.close()
+    stopping = asyncio.ensure_future(stop(grace_s + 2 * _LAST_WORDS_S))
+    if not await gate.emptied(grace_s):
+        log.warning("%d calls did not finish within %.0f s", gate.call_count, grace_s)
+        gate.cut()
+        await gate.emptied(_LAST_WORDS_S)
+    # What is still connected only watches health.
+    await stop(None)
+    await stopping
+    return await asyncio.to_thread(batcher.stop, _LAST_WORDS_S)

@@ -1,0 +1,236 @@
+"""Texts in, tokens out: the model's own tokenizer, as transformers runs it.
+
+Everything a text can be at fault for is refused here, by its label and never by its content. Thread-safe: `encode` and
+`decode` may run in several threads at once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import logging
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TypeAlias, cast
+
+import numpy as np
+import tokenizers
+import transformers
+from tokenizers import normalizers
+
+from layertap.errors import InvalidArgumentError, LayertapError
+from layertap_server.model import sentence_config
+from layertap_server.model.checkpoint import Checkpoint, CheckpointError
+from layertap_server.model.sentence_config import SentenceConfig
+from layertap_server.types import Indices, Text, Words
+
+Item: TypeAlias = "str | tuple[str, str] | list[str] | Text"
+"""A string, a pair, words, or token ids that need no tokenizing."""
+
+_PAIR_TAKES = 3
+_TEXT_TAKES = 2
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Tokenized:
+    """A text after tokenizing.
+
+    Attributes:
+        text: What the model sees.
+        truncated: Whether tokens were cut.
+        encoding: The tokenizer's own result; None for token ids.
+        given_word_count: How many words it came as; None: it did not come as words.
+    """
+
+    text: Text
+    truncated: bool = False
+    encoding: tokenizers.Encoding | None = None
+    given_word_count: int | None = None
+
+    def split(self) -> Tokenized:
+        """Returns it with the words of its text, which must not be token ids."""
+        assert self.encoding is not None
+        word_ids = np.array([-1 if word is None else word for word in self.encoding.word_ids], np.int64)
+        string_ids = np.array([-1 if string is None else string for string in self.encoding.sequence_ids], np.int64)
+        spans = np.array(self.encoding.offsets, np.int64).reshape(-1, 2)
+        inside = np.flatnonzero(word_ids >= 0)
+        # A word begins where its number or its string is not that of the token before.
+        names = np.stack([word_ids[inside], string_ids[inside]])
+        begins = np.flatnonzero((np.diff(names, axis=1, prepend=-1) != 0).any(axis=0))
+        starts, piece_counts = inside[begins], np.diff(begins, append=len(inside))
+        offsets = np.stack([spans[starts, 0], spans[starts + piece_counts - 1, 1]], axis=1)
+        first_word_count = int((string_ids[starts] == 0).sum())
+        if self.given_word_count is not None:
+            numbers, first_word_count = word_ids[starts], self.given_word_count
+            starts = _spread(starts, numbers, first_word_count)
+            piece_counts = _spread(piece_counts, numbers, first_word_count)
+            offsets = _spread(offsets, numbers, first_word_count)
+        words = Words(starts=starts, piece_counts=piece_counts, offsets=offsets, first_word_count=first_word_count)
+        return dataclasses.replace(self, text=dataclasses.replace(self.text, words=words))
+
+
+class _Engine:
+    """One way of tokenizing, with and without truncation."""
+
+    def __init__(self, whole: tokenizers.Tokenizer) -> None:
+        self._whole = whole
+        # Truncation is a state of a tokenizer: a second one, behind a lock, is for texts that need it.
+        self._cutter = tokenizers.Tokenizer.from_str(whole.to_str())
+        self._cutter_lock = threading.Lock()
+
+    def encode(
+        self, items: Sequence[Item], pretokenized: bool, add_special_tokens: bool
+    ) -> Sequence[tokenizers.Encoding]:
+        if len(items) == 1:  # Without other threads, and without letting go of the interpreter for a few microseconds.
+            first, second = items[0] if isinstance(items[0], tuple) else (items[0], None)
+            return [self._whole.encode(first, second, pretokenized, add_special_tokens)]
+        return self._whole.encode_batch(items, is_pretokenized=pretokenized, add_special_tokens=add_special_tokens)
+
+    def cut(
+        self, item: Item, label: str, max_length: int, direction: str, add_special_tokens: bool
+    ) -> Tokenized | LayertapError:
+        special = _PAIR_TAKES if isinstance(item, tuple) else _TEXT_TAKES
+        if add_special_tokens and max_length < special:
+            return InvalidArgumentError(
+                f"{label} needs {special} special tokens, max_length is {max_length}; raise max_length"
+            )
+        with self._cutter_lock:
+            self._cutter.enable_truncation(max_length, strategy="longest_first", direction=direction)
+            (encoding,) = self._cutter.encode_batch(
+                [item], is_pretokenized=isinstance(item, list), add_special_tokens=add_special_tokens
+            )
+        return _tokenized(encoding, item, True)
+
+
+class Tokenizer:
+    """The tokenizer of one model.
+
+    Attributes:
+        description: Its whole configuration, for the fingerprint.
+        vocab_size: How many ids it has.
+        special_token_ids: Those of its special tokens, ascending.
+        pad_token_id: The id that padding uses.
+        pad_token: How the vocabulary spells that.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        """Loads it from tokenizer.json or vocab.txt.
+
+        Raises:
+            CheckpointError: The folder has no tokenizer that can be read.
+        """
+        logging.getLogger("transformers").setLevel(logging.ERROR)
+        try:
+            loaded = transformers.AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+            self._tokenizer = tokenizers.Tokenizer.from_str(loaded.backend_tokenizer.to_str())
+        except Exception as exc:  # Libraries of two languages raise what they like here.
+            raise CheckpointError("the tokenizer of the model cannot be read; fetch the model again") from exc
+        self._decoder = loaded
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        self.description = self._tokenizer.to_str()
+        self._engine = _Engine(self._tokenizer)
+        self.vocab_size: int = self._tokenizer.get_vocab_size(with_added_tokens=True)
+        self.special_token_ids: tuple[int, ...] = tuple(sorted(set(loaded.all_special_ids)))
+        self.pad_token_id: int = loaded.pad_token_id if loaded.pad_token_id is not None else 0
+        self.pad_token: str = loaded.pad_token if loaded.pad_token is not None else "[PAD]"
+
+    def encode(
+        self,
+        items: Sequence[Item],
+        *,
+        labels: Sequence[str],
+        max_length: int,
+        truncation: str,
+        add_special_tokens: bool = True,
+        lower_case: bool = False,
+    ) -> list[Tokenized | LayertapError]:
+        """Tokenizes texts.
+
+        Args:
+            items: The texts.
+            labels: What to call each in an error, such as "inputs[3]".
+            max_length: The most tokens of one text, special tokens counted.
+            truncation: "error", "right" or "left".
+            add_special_tokens: Whether [CLS] and [SEP] are added.
+            lower_case: Whether strings are turned to lower case before anything else.
+
+        Returns:
+            For each text its tokens, or why it is refused.
+        """
+        engine = self._lowering if lower_case else self._engine
+        results: list[Tokenized | LayertapError | None] = [None] * len(items)
+        for pretokenized in (False, True):
+            chosen = [
+                n
+                for n, item in enumerate(items)
+                if not isinstance(item, Text) and isinstance(item, list) == pretokenized
+            ]
+            encodings = engine.encode([items[n] for n in chosen], pretokenized, add_special_tokens)
+            for n, encoding in zip(chosen, encodings, strict=True):
+                count = len(encoding)
+                if count <= max_length:
+                    results[n] = _tokenized(encoding, items[n], False)
+                elif truncation == "error":
+                    results[n] = InvalidArgumentError(
+                        f"{labels[n]} has {count} tokens, max_length is {max_length}; shorten it, or cut it with "
+                        "truncation right or left"
+                    )
+                else:
+                    results[n] = engine.cut(items[n], labels[n], max_length, truncation, add_special_tokens)
+        for n, item in enumerate(items):
+            if isinstance(item, Text):
+                results[n] = Tokenized(text=item)
+        return [result for result in results if result is not None]
+
+    def sentence_config(self, checkpoint: Checkpoint) -> SentenceConfig:
+        """Returns what a model's folder says about sentences, where it is silent with what its tokenizer says."""
+        return sentence_config.read(
+            checkpoint.folder,
+            max_length=self._decoder.model_max_length,
+            position_count=checkpoint.settings["max_position_embeddings"],
+            truncation=self._decoder.truncation_side,
+        )
+
+    def prompt_token_count(self, prompt: str, *, max_length: int, lower_case: bool) -> int:
+        """Returns how many tokens of a text its prompt takes, with those that the tokenizer puts before it.
+
+        Counted on the prompt alone, as sentence-transformers counts it.
+        """
+        engine = self._lowering if lower_case else self._engine
+        (encoding,) = engine.encode([prompt], False, True)
+        closed = not set(encoding.ids[-1:]).isdisjoint(self.special_token_ids)
+        return min(len(encoding), max_length) - closed
+
+    @functools.cached_property
+    def _lowering(self) -> _Engine:
+        """The same tokenizer behind a turn to lower case."""
+        lowering = tokenizers.Tokenizer.from_str(self.description)
+        normalizer = lowering.normalizer
+        first = normalizers.Lowercase()
+        lowering.normalizer = normalizers.Sequence([first, normalizer]) if normalizer else first
+        return _Engine(lowering)
+
+    def decode(self, texts: Sequence[Sequence[int]], *, skip_special_tokens: bool) -> list[str]:
+        """Turns token ids back into strings, as transformers' batch_decode does."""
+        # Of one list of ids `decode` makes one str; transformers types it for lists of lists too.
+        return [cast("str", self._decoder.decode(list(ids), skip_special_tokens=skip_special_tokens)) for ids in texts]
+
+    def pieces(self, text: Text) -> list[str]:
+        """Returns the vocabulary's spelling of token ids that came as ids."""
+        return [self._tokenizer.id_to_token(int(token_id)) or "" for token_id in text.input_ids]
+
+
+def _tokenized(encoding: tokenizers.Encoding, item: Item, truncated: bool) -> Tokenized:
+    types = encoding.type_ids
+    text = Text(np.array(encoding.ids, np.int32), token_type_ids=np.array(types, np.int32) if any(types) else None)
+    given_word_count = len(item) if isinstance(item, list) else None
+    return Tokenized(text=text, truncated=truncated, encoding=encoding, given_word_count=given_word_count)
+
+
+def _spread(values: Indices, places: Indices, count: int) -> Indices:
+    """Returns so many entries: values at their places, zeros elsewhere."""
+    spread = np.zeros((count, *values.shape[1:]), np.int64)
+    spread[places] = values
+    return spread

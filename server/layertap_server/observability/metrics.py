@@ -1,0 +1,269 @@
+"""What Prometheus is told: one registry of the server's own, and the HTTP server that shows it.
+
+Names follow text-embeddings-inference's `te_…` under our own prefix, and Prometheus' rules for units and counters. What
+can be looked up is read only when somebody asks for it; the rest costs a call a few microseconds at its end. The only
+module that knows prometheus_client.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Final
+
+import prometheus_client
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+from prometheus_client.metrics_core import Metric
+from prometheus_client.registry import Collector
+
+from layertap_server.observability.call_record import Record
+from layertap_server.scheduler.call import Taken
+from layertap_server.scheduler.hooks import REASONS
+
+_DURATIONS_S: Final = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
+_COUNTS: Final = tuple(2**n for n in range(12))
+_TOKENS: Final = tuple(2**n for n in range(3, 18))
+_SHARES: Final = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Server:
+    """What does not change while a server runs.
+
+    Attributes:
+        version: The server's own version.
+        model_id: The name of the model.
+        fingerprint: Its fingerprint.
+        methods: The RPCs.
+        max_batch_tokens: What a full batch holds.
+        max_output_bytes: What may be computed and unsent.
+    """
+
+    version: str
+    model_id: str
+    fingerprint: str
+    methods: Sequence[str]
+    max_batch_tokens: int
+    max_output_bytes: int
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class State:
+    """What a server is doing in this moment.
+
+    Attributes:
+        serving: Whether its health is SERVING.
+        queue_texts: Texts that wait.
+        queue_tokens: Their tokens.
+        output_bytes: Bytes computed or being computed, and unsent.
+        instances: Instances there were at the start.
+        live_instances: Instances that are not lost.
+        busy_instances: Instances with a batch.
+        device_memory: Bytes by device and kind; empty where the device is the CPU.
+    """
+
+    serving: bool
+    queue_texts: int
+    queue_tokens: int
+    output_bytes: int
+    instances: int
+    live_instances: int
+    busy_instances: int
+    device_memory: Mapping[tuple[str, str], int]
+
+
+class Metrics:
+    """The metrics of one server. Reads the journal, and observes the queue, the instances and the doors."""
+
+    def __init__(self, server: Server) -> None:
+        self.registry = prometheus_client.CollectorRegistry()
+        self._following = False
+        self._max_batch_tokens = server.max_batch_tokens
+        started = self._counter("request_started", "Calls that have come.", ("method",))
+        handled = self._counter("request_handled", "Calls that have their status.", ("method", "code"))
+        duration = self._histogram("request_duration_seconds", "From arrival to status.", _DURATIONS_S, ("method",))
+        refusals = self._counter("refusal", "Calls turned away before any work.", ("reason",))
+        self._started = {method: started.labels(method) for method in server.methods}
+        self._durations = {method: duration.labels(method) for method in server.methods}
+        self._refusals = {reason: refusals.labels(reason) for reason in REASONS}
+        # Children are kept: looking one up by its labels costs more than counting.
+        self._handled = {(method, "OK"): handled.labels(method, "OK") for method in server.methods}
+        self._handled_by = handled
+        self._stalls = self._counter("stall", "Calls dropped because their answer was not read.")
+        self._tokenization = self._histogram(
+            "request_tokenization_duration_seconds", "Texts of one call becoming tokens.", _DURATIONS_S
+        )
+        self._queueing = self._histogram(
+            "request_queue_duration_seconds", "From admission to a batch, for each call in each batch.", _DURATIONS_S
+        )
+        self._batch_texts = self._histogram("batch_texts", "Texts of a batch.", _COUNTS)
+        self._batch_tokens = self._histogram("batch_tokens", "Tokens of a batch.", _TOKENS)
+        self._batch_fill = self._histogram(
+            "batch_fill_ratio", "Tokens of a batch, of the most that one holds.", _SHARES
+        )
+        self._batch_duration = self._histogram(
+            "batch_inference_duration_seconds", "A batch in its instance, delivery included.", _DURATIONS_S
+        )
+        info = prometheus_client.Info("layertap_server", "What is served.", registry=self.registry)
+        info.info({"version": server.version, "model_id": server.model_id, "fingerprint": server.fingerprint})
+        self._totals = _Totals(server.methods)
+        self.registry.register(self._totals)
+        self._max_output_bytes = server.max_output_bytes
+        prometheus_client.ProcessCollector(registry=self.registry)
+
+    def follow(self, state: Callable[[], State]) -> None:
+        """Takes what tells the state of the server; called in a thread of the HTTP server whenever somebody asks.
+
+        Batches that ran before are the warm-up's and do not count.
+        """
+        self._following = True
+        self.registry.register(_States(state, self._max_output_bytes))
+
+    def serve(self, host: str, port: int) -> Endpoint:
+        """Shows the metrics over HTTP, in threads of their own.
+
+        Raises:
+            OSError: The address cannot be listened on.
+        """
+        return Endpoint(self.registry, host, port)
+
+    def started(self, record: Record) -> None:
+        """See `call_log.Reader`."""
+        self._started[record.method].inc()
+        self._totals.began(record)
+
+    def ended(self, record: Record) -> None:
+        """See `call_log.Reader`."""
+        key = record.method, record.code_name
+        handled = self._handled.get(key)
+        if handled is None:
+            handled = self._handled[key] = self._handled_by.labels(*key)
+        handled.inc()
+        self._durations[record.method].observe(record.duration_ns / 1e9)
+        if record.tokenize.started_at_ns:
+            self._tokenization.observe(record.tokenize.time_ns / 1e9)
+        if record.stalled:
+            self._stalls.inc()
+        self._totals.ended(record)
+
+    def ran(self, batch: Sequence[Taken], *, started_at_ns: int, compute_time_ns: int) -> None:
+        """See `hooks.Observer`."""
+        if not self._following:
+            return
+        tokens = sum(text.token_count for taken in batch for text in taken.texts)
+        self._batch_texts.observe(sum(len(taken.texts) for taken in batch))
+        self._batch_tokens.observe(tokens)
+        self._batch_fill.observe(tokens / self._max_batch_tokens)
+        self._batch_duration.observe(compute_time_ns / 1e9)
+        for taken in batch:
+            self._queueing.observe((started_at_ns - taken.admitted_at_ns) / 1e9)
+
+    def refused(self, reason: str) -> None:
+        """See `hooks.Observer`."""
+        self._refusals[reason].inc()
+
+    def _counter(self, name: str, about: str, labels: Sequence[str] = ()) -> prometheus_client.Counter:
+        return prometheus_client.Counter(f"layertap_{name}", about, labels, registry=self.registry)
+
+    def _histogram(
+        self, name: str, about: str, buckets: Sequence[float], labels: Sequence[str] = ()
+    ) -> prometheus_client.Histogram:
+        return prometheus_client.Histogram(f"layertap_{name}", about, labels, buckets=buckets, registry=self.registry)
+
+
+class Endpoint:
+    """The HTTP server of the metrics.
+
+    Attributes:
+        url: Where it is.
+    """
+
+    def __init__(self, registry: prometheus_client.CollectorRegistry, host: str, port: int) -> None:
+        """Listens.
+
+        Raises:
+            OSError: The address cannot be listened on.
+        """
+        self._server, self._thread = prometheus_client.start_http_server(port, addr=host, registry=registry)
+        shown = f"[{host}]" if ":" in host else host
+        self.url = f"http://{shown}:{self._server.server_port}/metrics"
+
+    def close(self) -> None:
+        """Stops listening."""
+        self._server.shutdown()
+        self._server.server_close()
+        self._thread.join()
+
+
+_TOTALS: Final = {
+    "request_texts": ("text_count", "Texts taken in: admitted, where there is a queue."),
+    "request_tokens": ("token_count", "Tokens of the texts taken in."),
+    "request_failed_texts": ("failed_text_count", "Texts of streams that were answered with an error of their own."),
+    "response_bytes": ("sent_bytes", "Bytes of the messages sent."),
+}
+"""By metric: the field of a record, and what it is."""
+
+
+class _Totals(Collector):
+    """What records add up to, those of calls under way included: a stream may last for days."""
+
+    def __init__(self, methods: Sequence[str]) -> None:
+        self._lock = threading.Lock()
+        self._live: set[Record] = set()
+        self._ended = {method: [0] * len(_TOTALS) for method in methods}
+
+    def began(self, record: Record) -> None:
+        with self._lock:
+            self._live.add(record)
+
+    def ended(self, record: Record) -> None:
+        with self._lock:
+            self._live.discard(record)
+            _add(self._ended[record.method], record)
+
+    def collect(self) -> Iterator[Metric]:
+        with self._lock:
+            sums = {method: list(values) for method, values in self._ended.items()}
+            for record in self._live:
+                _add(sums[record.method], record)
+        for n, (name, (_, about)) in enumerate(_TOTALS.items()):
+            family = CounterMetricFamily(f"layertap_{name}", about, labels=["method"])
+            for method, values in sums.items():
+                family.add_metric([method], values[n])
+            yield family
+
+
+def _add(sums: list[int], record: Record) -> None:
+    for n, (field, _) in enumerate(_TOTALS.values()):
+        sums[n] += getattr(record, field)
+
+
+class _States(Collector):
+    """What the server is doing in the moment of asking."""
+
+    def __init__(self, state: Callable[[], State], max_output_bytes: int) -> None:
+        self._state = state
+        self._max_output_bytes = max_output_bytes
+
+    def collect(self) -> Iterator[Metric]:
+        state = self._state()
+        for name, about, value in (
+            ("serving", "1 while the health is SERVING.", state.serving),
+            ("queue_size", "Texts that wait.", state.queue_texts),
+            ("queue_tokens", "Tokens that wait.", state.queue_tokens),
+            ("output_held_bytes", "Bytes computed or being computed, and unsent.", state.output_bytes),
+            ("output_limit_bytes", "The most of them.", self._max_output_bytes),
+            ("instances", "Instances at the start.", state.instances),
+            ("instances_live", "Instances that are not lost.", state.live_instances),
+            ("instances_busy", "Instances with a batch.", state.busy_instances),
+        ):
+            yield GaugeMetricFamily(f"layertap_{name}", about, value=float(value))
+        memory = GaugeMetricFamily(
+            "layertap_device_memory_bytes",
+            "Memory of a device: allocated for tensors, reserved by the allocator, free and total.",
+            labels=["device", "kind"],
+        )
+        for labels, value in state.device_memory.items():
+            memory.add_metric(labels, value)
+        yield memory

@@ -1,0 +1,1 @@
+"""`layertap-server parity`: compares a running server with transformers."""

@@ -1,0 +1,184 @@
+"""What a request asks for, as a plan: each output of the contract, checked and resolved for one model.
+
+Whatever is wrong with it is refused here, by field, limit and next step. Reads protobuf, like `validation`, which uses
+it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Final, TypeVar
+
+from layertap import wire
+from layertap.errors import FailedPreconditionError, InvalidArgumentError
+from layertap.v1 import embedding_pb2 as pb
+from layertap_server.types import Mix, Mixing, Output, OutputKind, Plan, Pool, Strategy, WordPooling
+
+KeyT = TypeVar("KeyT")
+ValueT = TypeVar("ValueT")
+
+MAX_OUTPUT_COUNT: Final = 64
+"""Outputs of one request."""
+
+MAX_WEIGHT: Final = 1e6
+"""The largest magnitude of a weight; with it no mix of finite layers can leave float32's range."""
+
+_STRATEGIES: Final = {number: Strategy[name.upper()] for name, number in wire.POOLING_STRATEGIES.items()}
+_MIXINGS: Final = {number: Mixing[name.upper()] for name, number in wire.MIX_STRATEGIES.items()}
+_WORD_POOLINGS: Final = {number: WordPooling[name.upper()] for name, number in wire.WORD_POOLINGS.items()}
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Model:
+    """What the checks need to know of the model.
+
+    Attributes:
+        layer_count: L.
+        hidden_size: Values a token row has.
+        vocab_size: Ids are below this.
+        type_vocab_size: Token types are below this.
+        max_length: The most tokens of one text.
+        has_pooler_output: Whether there are pooler weights.
+        special_token_ids: What pools without special tokens leave out.
+    """
+
+    layer_count: int
+    hidden_size: int
+    vocab_size: int
+    type_vocab_size: int
+    max_length: int
+    has_pooler_output: bool
+    special_token_ids: tuple[int, ...]
+
+
+def plan(options: pb.EmbedOptions, model: Model) -> Plan:
+    """Returns what is asked of each text.
+
+    Raises:
+        InvalidArgumentError: An option is at fault.
+        FailedPreconditionError: The model has no pooler.
+    """
+    if not options.outputs:
+        raise InvalidArgumentError("options.outputs is empty; ask for at least one output")
+    if len(options.outputs) > MAX_OUTPUT_COUNT:
+        raise InvalidArgumentError(
+            f"options.outputs has {len(options.outputs)} entries, the most is {MAX_OUTPUT_COUNT}; "
+            "ask in several requests"
+        )
+    outputs = tuple(_output(output, model, f"options.outputs[{n}]") for n, output in enumerate(options.outputs))
+    dtype = known("options.dtype", options.dtype or pb.DTYPE_FLOAT32, wire.DTYPE_NAMES)
+    return Plan(outputs=outputs, dtype=dtype, return_tokens=options.return_tokens)
+
+
+def known(field: str, value: KeyT, known: Mapping[KeyT, ValueT]) -> ValueT:
+    """Returns what the contract's name of something stands for.
+
+    Raises:
+        InvalidArgumentError: Nobody knows it.
+    """
+    if value not in known:
+        raise InvalidArgumentError(f"{field} has the unknown value {value}; use one that the contract names")
+    return known[value]
+
+
+def _output(output: pb.Output, model: Model, label: str) -> Output:
+    kind = output.WhichOneof("kind")
+    if kind == "hidden_states":
+        layers, mix, size = _layers(output.hidden_states, model, label)
+        return Output(kind=OutputKind.HIDDEN_STATES, layers=layers, row_size=size, mix=mix)
+    if kind == "word_vectors":
+        return _word_vectors(output.word_vectors, model, label)
+    if kind == "pooler_output":
+        if not model.has_pooler_output:
+            raise FailedPreconditionError("this model has no pooler weights; ask for a pooling such as cls instead")
+        return Output(kind=OutputKind.POOLER_OUTPUT, layers=(model.layer_count,), row_size=model.hidden_size)
+    if kind == "pooled_vectors":
+        return _pooled_vectors(output.pooled_vectors, model, label)
+    raise InvalidArgumentError(f"{label} has no kind; set hidden_states, pooler_output, pooled_vectors or word_vectors")
+
+
+def _layers(
+    asked: pb.HiddenStates | pb.WordVectors, model: Model, label: str
+) -> tuple[tuple[int, ...], Mix | None, int]:
+    """Returns the layers after which rows leave, the mix that they are of, and how many values a token row has."""
+    if asked.HasField("mix"):
+        if asked.all_layers or asked.layers:
+            raise InvalidArgumentError(f"{label} has both layers and a mix; ask for them as two outputs")
+        mix, size = _mix(asked.mix, model, f"{label}.mix")
+        return (mix.top,), mix, size
+    if asked.all_layers and asked.layers:
+        raise InvalidArgumentError(f"{label} has both layers and all_layers; set one of them")
+    everything = range(model.layer_count + 1)
+    layers = everything if asked.all_layers else {_layer(k, model, f"{label}.layers") for k in asked.layers or (-1,)}
+    return tuple(sorted(layers)), None, model.hidden_size
+
+
+def _mix(asked: pb.LayerMix, model: Model, label: str) -> tuple[Mix, int]:
+    """Returns a mix, and how many values its rows have."""
+    mixing = known(f"{label}.strategy", asked.strategy or pb.MIX_STRATEGY_MEAN, _MIXINGS)
+    if bool(asked.layers) == asked.all_layers:
+        raise InvalidArgumentError(f"{label} needs either layers or all_layers; set one of them")
+    everything = tuple(range(model.layer_count + 1))
+    layers = everything if asked.all_layers else tuple(_layer(k, model, f"{label}.layers") for k in asked.layers)
+    if len(set(layers)) < len(layers):
+        raise InvalidArgumentError(
+            f"{label}.layers names a layer twice; name each once, and use weights to count it more"
+        )
+    _check_weights(asked.weights, mixing, len(layers), f"{label}.weights")
+    size = model.hidden_size * (len(layers) if mixing is Mixing.CONCAT else 1)
+    return Mix(mixing=mixing, layers=layers, weights=tuple(asked.weights)), size
+
+
+def _check_weights(weights: Sequence[float], mixing: Mixing, layer_count: int, label: str) -> None:
+    if mixing is not Mixing.WEIGHTED and weights:
+        raise InvalidArgumentError(f"{label} belongs to the strategy weighted; use that, or leave the weights out")
+    if mixing is Mixing.WEIGHTED and len(weights) != layer_count:
+        raise InvalidArgumentError(f"{label} has {len(weights)} entries for {layer_count} layers; send one for each")
+    if not all(abs(weight) <= MAX_WEIGHT for weight in weights):  # NaN is no such number either.
+        raise InvalidArgumentError(
+            f"{label} has an entry that is not from {-MAX_WEIGHT:.0f} to {MAX_WEIGHT:.0f}; mend it"
+        )
+
+
+def _word_vectors(asked: pb.WordVectors, model: Model, label: str) -> Output:
+    pooling = known(f"{label}.pooling", asked.pooling or pb.WORD_POOLING_MEAN, _WORD_POOLINGS)
+    layers, mix, size = _layers(asked, model, label)
+    if pooling is WordPooling.FIRST_LAST:
+        size *= 2
+    return Output(kind=OutputKind.WORD_VECTORS, layers=layers, row_size=size, word_pooling=pooling, mix=mix)
+
+
+def _pooled_vectors(asked: pb.PooledVectors, model: Model, label: str) -> Output:
+    strategy = known(f"{label}.strategy", asked.strategy or pb.POOLING_STRATEGY_MEAN, _STRATEGIES)
+    if strategy is Strategy.CLS and asked.exclude_special_tokens:
+        raise InvalidArgumentError(f"{label} pools [CLS] and excludes special tokens; include them, or pool otherwise")
+    layer, mix, widest = model.layer_count, None, model.hidden_size
+    if asked.HasField("mix"):
+        if asked.HasField("layer"):
+            raise InvalidArgumentError(f"{label} has both a layer and a mix; set one of them")
+        mix, widest = _mix(asked.mix, model, f"{label}.mix")
+        layer = mix.top
+    elif asked.HasField("layer"):
+        layer = _layer(asked.layer, model, f"{label}.layer")
+    if strategy is Strategy.MEAN_MAX:
+        widest *= 2
+    if not 0 <= asked.dimensions <= widest:
+        raise InvalidArgumentError(f"{label}.dimensions is {asked.dimensions}; it runs from 1 to {widest}, 0 means all")
+    excluded = model.special_token_ids if asked.exclude_special_tokens else ()
+    return Output(
+        kind=OutputKind.POOLED_VECTORS,
+        layers=(layer,),
+        row_size=asked.dimensions or widest,
+        pool=Pool(strategy=strategy, excluded_ids=excluded, normalize=asked.normalize),
+        mix=mix,
+    )
+
+
+def _layer(layer: int, model: Model, label: str) -> int:
+    count = model.layer_count
+    if not -count - 1 <= layer <= count:
+        raise InvalidArgumentError(
+            f"{label} has {layer}; this model's layers run from 0 to {count}, or -{count + 1} to -1"
+        )
+    return layer if layer >= 0 else layer + count + 1

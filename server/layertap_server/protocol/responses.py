@@ -1,0 +1,207 @@
+"""Computed rows as messages of the contract: headers, tokens, frames, whole tensors. Those of EmbedStream: `results`.
+
+Pure, but for protobuf. What the batcher delivers for some texts goes in, serialized messages that keep below the
+frame size come out, each payload written once, behind its head.
+"""
+
+from __future__ import annotations
+
+import bisect
+import dataclasses
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TypeVar
+
+from layertap import wire
+from layertap.v1 import embedding_pb2 as pb
+from layertap_server.model.tokenizer import Tokenized, Tokenizer
+from layertap_server.observability.call_record import Record
+from layertap_server.scheduler.call import RowsReady
+from layertap_server.shared_memory.segment import Lending
+from layertap_server.types import Plan, Unit
+
+MessageT = TypeVar("MessageT", pb.TokenizedText, pb.SplitText)
+
+_UNITS = {Unit.TOKEN: pb.ROW_UNIT_TOKEN, Unit.WORD: pb.ROW_UNIT_WORD, Unit.TEXT: pb.ROW_UNIT_TEXT}
+
+WORD_BYTES = 12
+"""Room for what is told of one word."""
+
+HEAD_BYTES = 256
+"""Room in a message for all but its payload; larger lists are counted by themselves."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Identity:
+    """What opens every answer.
+
+    Attributes:
+        model_id: The name of the model.
+        fingerprint: Its fingerprint.
+        layer_count: L.
+        pad_token_id: The id that padding uses.
+    """
+
+    model_id: str
+    fingerprint: str
+    layer_count: int
+    pad_token_id: int
+
+
+def header(identity: Identity, plan: Plan, tokenized: Sequence[Tokenized] = ()) -> pb.EmbedHeader:
+    """Returns what opens an answer; without texts, that of an EmbedStream."""
+    return pb.EmbedHeader(
+        model_id=identity.model_id,
+        fingerprint=identity.fingerprint,
+        layer_count=identity.layer_count,
+        pad_token_id=identity.pad_token_id,
+        dtype=wire.DTYPES[plan.dtype],
+        outputs=[
+            pb.OutputHeader(
+                layers=output.layers,
+                row_size=output.row_size,
+                unit=_UNITS[output.unit],
+                mixed_layers=output.mix.layers if output.mix is not None else (),
+            )
+            for output in plan.outputs
+        ],
+        token_counts=[one.text.token_count for one in tokenized],
+        truncated=[one.truncated for one in tokenized],
+        word_counts=[one.text.word_count for one in tokenized] if plan.has_words else (),
+    )
+
+
+def timings(record: Record) -> pb.Timings:
+    """Returns where the time of a request went."""
+    return pb.Timings(
+        queue_time_ns=record.queue.time_ns,
+        tokenize_time_ns=record.tokenize.time_ns,
+        compute_time_ns=record.compute.time_ns,
+    )
+
+
+def tokens(one: Tokenized, tokenizer: Tokenizer, *, pad_to: int = 0) -> pb.TokenizedText:
+    """Returns one text as tokens, padded if asked."""
+    encoding, text = one.encoding, one.text
+    count = text.token_count
+    if encoding is None:
+        special = [int(token_id in tokenizer.special_token_ids) for token_id in text.input_ids.tolist()]
+        return pb.TokenizedText(
+            tokens=tokenizer.pieces(text),
+            input_ids=text.input_ids.tolist(),
+            attention_mask=[1] * count if text.attention_mask is None else text.attention_mask.tolist(),
+            token_type_ids=[0] * count if text.token_type_ids is None else text.token_type_ids.tolist(),
+            special_tokens_mask=special,
+            offset_mapping=[0] * (2 * count),
+            word_ids=[-1] * count,
+        )
+    pads = max(0, pad_to - count)
+    return pb.TokenizedText(
+        tokens=encoding.tokens + [tokenizer.pad_token] * pads,
+        input_ids=encoding.ids + [tokenizer.pad_token_id] * pads,
+        attention_mask=[1] * count + [0] * pads,
+        token_type_ids=encoding.type_ids + [0] * pads,
+        special_tokens_mask=encoding.special_tokens_mask + [1] * pads,
+        offset_mapping=[end for pair in encoding.offsets for end in pair] + [0] * (2 * pads),
+        word_ids=[-1 if word is None else word for word in encoding.word_ids] + [-1] * pads,
+        truncated=one.truncated,
+    )
+
+
+def token_groups(
+    tokenized: Sequence[Tokenized], tokenizer: Tokenizer, max_frame_bytes: int
+) -> Iterator[pb.EmbedLayersResponse]:
+    """Yields the tokens of all texts in messages below the frame size."""
+    for first, texts in _groups((tokens(one, tokenizer) for one in tokenized), max_frame_bytes):
+        yield pb.EmbedLayersResponse(tokens=pb.TokenizedTexts(first_text=first, texts=texts))
+
+
+def words(one: Tokenized) -> pb.SplitText:
+    """Returns one text as words."""
+    found = one.text.words
+    assert found is not None
+    return pb.SplitText(
+        piece_counts=found.piece_counts.tolist(),
+        offsets=found.offsets.ravel().tolist(),
+        first_word_count=found.first_word_count,
+    )
+
+
+def word_groups(tokenized: Sequence[Tokenized], max_frame_bytes: int) -> Iterator[pb.EmbedLayersResponse]:
+    """Yields the words of all texts in messages below the frame size."""
+    for first, texts in _groups(map(words, tokenized), max_frame_bytes):
+        yield pb.EmbedLayersResponse(words=pb.SplitTexts(first_text=first, texts=texts))
+
+
+def _groups(texts: Iterable[MessageT], max_frame_bytes: int) -> Iterator[tuple[int, list[MessageT]]]:
+    """Yields texts in groups below the frame size, each with the position of its first."""
+    group: list[MessageT] = []
+    first = size = 0
+    for text in texts:
+        own = text.ByteSize() + 8
+        if group and size + own > max_frame_bytes - HEAD_BYTES:
+            yield first, group
+            first, group, size = first + len(group), [], 0
+        group.append(text)
+        size += own
+    yield first, group
+
+
+def frames(ready: RowsReady, plan: Plan, max_frame_bytes: int, lending: Lending | None = None) -> Iterator[bytes]:
+    """Yields one layer of some texts as EmbedLayers messages below the frame size.
+
+    What lies in shared memory is one message, which says where.
+    """
+    output = plan.outputs[ready.rows.output_index]
+    row_bytes = plan.row_bytes(output)
+    starts = [0, *itertools.accumulate(output.row_counts(ready.texts))]
+    if shared := shared_rows([ready.rows.data], lending):
+        frame = pb.Frame(
+            output_index=ready.rows.output_index,
+            layer=ready.rows.layer,
+            first_text=ready.first_text,
+            row_count=starts[-1],
+        )
+        yield pb.EmbedLayersResponse(frame=frame, shared_rows=shared).SerializeToString()
+        return
+    for first, count in cuts(starts[-1], row_bytes, max_frame_bytes):
+        text = bisect.bisect_right(starts, first) - 1
+        frame = pb.Frame(
+            output_index=ready.rows.output_index,
+            layer=ready.rows.layer,
+            first_text=ready.first_text + text,
+            first_row=first - starts[text],
+            row_count=count,
+        )
+        data = ready.rows.data[first * row_bytes : (first + count) * row_bytes]
+        yield wire.join(pb.EmbedLayersResponse(frame=frame), data)
+
+
+def tensors(parts: Sequence[RowsReady], plan: Plan) -> Iterator[pb.LayerTensor]:
+    """Yields all layers of all texts as whole tensors, by output and layer."""
+    for output_index, output in enumerate(plan.outputs):
+        for layer in output.layers:
+            own = [p for p in parts if (p.rows.output_index, p.rows.layer) == (output_index, layer)]
+            own.sort(key=lambda part: part.first_text)
+            data = b"".join(part.rows.data for part in own)
+            shape = len(data) // plan.row_bytes(output), output.row_size
+            tensor = pb.Tensor(dtype=wire.DTYPES[plan.dtype], shape=shape, data=data)
+            yield pb.LayerTensor(output_index=output_index, layer=layer, tensor=tensor)
+
+
+def shared_rows(data: Sequence[memoryview], lending: Lending | None) -> pb.SharedRows | None:
+    """Returns where payloads lie if any of them lies in shared memory; a message must then be sent with it."""
+    if lending is None:
+        return None
+    offsets = [lending.offset_of(rows) for rows in data]
+    inside = [offset for offset in offsets if offset is not None]
+    if not inside or (slot := lending.send(inside)) is None:
+        return None
+    return pb.SharedRows(offsets=[-1 if offset is None else offset for offset in offsets], slot=slot)
+
+
+def cuts(row_count: int, row_bytes: int, max_frame_bytes: int) -> Iterator[tuple[int, int]]:
+    """Yields first row and row count of each frame; one row is the least."""
+    step = max(1, (max_frame_bytes - HEAD_BYTES) // row_bytes)
+    for first in range(0, row_count, step):
+        yield first, min(step, row_count - first)

@@ -1,0 +1,233 @@
+"""Results of an EmbedStream as messages: small ones packed together, large ones spread over frames of their own.
+
+Pure, but for protobuf, like `responses`, whose parts it uses.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+
+from layertap import wire
+from layertap.errors import LayertapError
+from layertap.v1 import embedding_pb2 as pb
+from layertap_server.model.tokenizer import Tokenized, Tokenizer
+from layertap_server.protocol import responses
+from layertap_server.scheduler.call import RowsReady
+from layertap_server.shared_memory.segment import Lending
+from layertap_server.types import Plan
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Result:
+    """One text of an EmbedStream: its rows by output and layer, or why there are none.
+
+    Attributes:
+        id: The caller's id.
+        tokenized: The text; None if it failed before it had tokens.
+        parts: For each output in order and each of its layers ascending: output index, layer, rows.
+        timings: Where the time went.
+        error: Why there is no result.
+        run: Whatever is the same for texts of the same run.
+        position: Which text of its run it is; its rows follow those of the one before.
+    """
+
+    id: int
+    tokenized: Tokenized | None = None
+    parts: Sequence[tuple[int, int, memoryview]] = ()
+    timings: pb.Timings | None = None
+    error: LayertapError | None = None
+    run: object = None
+    position: int = 0
+
+    @property
+    def byte_count(self) -> int:
+        """The bytes of its rows."""
+        return sum(len(rows) for _, _, rows in self.parts)
+
+
+def messages(
+    batch: Sequence[Result], plan: Plan, tokenizer: Tokenizer, max_frame_bytes: int, lending: Lending | None = None
+) -> Iterator[tuple[bytes, Sequence[Result]]]:
+    """Yields results as EmbedStream messages, each with the results that it completes.
+
+    Results whose rows lie one after the other in shared memory make one message, which says where. Of the others small
+    ones are packed together, large ones get frames of their own.
+    """
+    for stretch, lent in _stretches(batch, lending):
+        if lent:
+            yield from _lent(stretch, plan, tokenizer, max_frame_bytes, lent)
+        else:
+            yield from _sent(stretch, plan, tokenizer, max_frame_bytes)
+
+
+def _stretches(batch: Sequence[Result], lending: Lending | None) -> Iterator[tuple[Sequence[Result], Lending | None]]:
+    """Yields results that follow each other in shared memory, with what lends it, and all others between them."""
+    if lending is None:
+        yield batch, None
+        return
+    stretch: list[Result] = []
+    lent: Lending | None = None
+    for result in batch:
+        last = stretch[-1] if stretch else None
+        if last is None or result.run is not last.run or result.error is not None or last.error is not None:
+            lies_there = any(lending.offset_of(rows) is not None for _, _, rows in result.parts)
+            goes_on = last is not None and not lies_there and lent is None
+        else:
+            lies_there = lent is not None
+            goes_on = lent is None or result.position == last.position + 1
+        if not goes_on:
+            if stretch:
+                yield stretch, lent
+            stretch, lent = [], lending if lies_there else None
+        stretch.append(result)
+    if stretch:
+        yield stretch, lent
+
+
+def _lent(
+    batch: Sequence[Result], plan: Plan, tokenizer: Tokenizer, max_frame_bytes: int, lending: Lending
+) -> Iterator[tuple[bytes, Sequence[Result]]]:
+    """Yields results of consecutive texts of one run, which lie in shared memory, some of their outputs perhaps not."""
+    room = max_frame_bytes - responses.HEAD_BYTES
+    local = [n for n, rows in enumerate(_first_rows(batch)) if lending.offset_of(rows) is None]
+    packed: list[Result] = []
+    size = 0
+    for result in (*batch, None):
+        own = 0
+        if result is not None:
+            own = 64 + sum(len(result.parts[n][2]) for n in local) + _list_bytes(result, plan)
+        if packed and (result is None or size + own > room):
+            shared = responses.shared_rows(_first_rows(packed), lending) if size <= room else None
+            if shared is None:
+                yield from _sent(packed, plan, tokenizer, max_frame_bytes)
+            else:
+                yield _pack(packed, plan, tokenizer, shared), packed
+            packed, size = [], 0
+        if result is not None:
+            packed.append(result)
+            size += own
+
+
+def _first_rows(batch: Sequence[Result]) -> list[memoryview]:
+    """Returns, by output and layer, the first rows that there are in consecutive results; texts may have no words."""
+    columns = zip(*(result.parts for result in batch), strict=True)
+    return [next((rows for _, _, rows in column if len(rows)), column[0][2]) for column in columns]
+
+
+def _sent(
+    batch: Sequence[Result], plan: Plan, tokenizer: Tokenizer, max_frame_bytes: int
+) -> Iterator[tuple[bytes, Sequence[Result]]]:
+    """Yields results as messages with their rows."""
+    room = max_frame_bytes - responses.HEAD_BYTES
+    packed: list[Result] = []
+    size = 0
+    for result in batch:
+        own = result.byte_count + _list_bytes(result, plan) + 64
+        own += len(result.error.details.encode()) if result.error else 0
+        if packed and size + own > room:
+            yield _pack(packed, plan, tokenizer), packed
+            packed, size = [], 0
+        if own > room:
+            *frames, last = _spread(result, plan, tokenizer, max_frame_bytes)
+            yield from ((frame(), ()) for frame in frames)
+            yield last(), (result,)
+        else:
+            packed.append(result)
+            size += own
+    if packed:
+        yield _pack(packed, plan, tokenizer), packed
+
+
+def split_run(ready: Sequence[RowsReady], plan: Plan) -> list[list[tuple[int, int, memoryview]]]:
+    """Returns the rows of each text of a run, by output and layer."""
+    order = sorted(ready, key=lambda part: (part.rows.output_index, part.rows.layer))
+    texts: list[list[tuple[int, int, memoryview]]] = [[] for _ in order[0].texts]
+    for part in order:
+        output = plan.outputs[part.rows.output_index]
+        row_bytes, start = plan.row_bytes(output), 0
+        for own, row_count in zip(texts, output.row_counts(part.texts), strict=True):
+            end = start + row_bytes * row_count
+            own.append((part.rows.output_index, part.rows.layer, part.rows.data[start:end]))
+            start = end
+    return texts
+
+
+def failures_of(ready: Sequence[RowsReady]) -> Mapping[int, LayertapError]:
+    """Returns the texts, by position in the run, that failed, each with its first error."""
+    failures: dict[int, LayertapError] = {}
+    for part in ready:
+        for position, error in part.rows.failures.items():
+            failures.setdefault(position, error)
+    return failures
+
+
+def _list_bytes(result: Result, plan: Plan) -> int:
+    """Returns room for the tokens and the words of a result, as far as they were asked for."""
+    if result.tokenized is None:
+        return 0
+    text = result.tokenized.text
+    return 48 * text.token_count * plan.return_tokens + responses.WORD_BYTES * text.word_count
+
+
+def _pack(batch: Sequence[Result], plan: Plan, tokenizer: Tokenizer, shared: pb.SharedRows | None = None) -> bytes:
+    good = [result for result in batch if result.error is None]
+    message = pb.StreamResults(
+        ids=[result.id for result in good],
+        failures=[
+            pb.StreamFailure(id=result.id, code=int(result.error.code), message=result.error.details)
+            for result in batch
+            if result.error is not None
+        ],
+    )
+    has_words = plan.has_words
+    for result in good:
+        assert result.tokenized is not None and result.timings is not None
+        message.timings.append(result.timings)
+        message.token_counts.append(result.tokenized.text.token_count)
+        message.truncated.append(result.tokenized.truncated)
+        if plan.return_tokens:
+            message.tokens.append(responses.tokens(result.tokenized, tokenizer))
+        if has_words:
+            message.words.append(responses.words(result.tokenized))
+    tensors = list(zip(*(result.parts for result in good), strict=True))
+    if shared is not None:
+        tensors = [parts for parts, offset in zip(tensors, shared.offsets, strict=True) if offset == -1]
+    data = b"".join(rows for parts in tensors for _, _, rows in parts)
+    return wire.join(pb.EmbedStreamResponse(results=message, shared_rows=shared), data)
+
+
+def _spread(result: Result, plan: Plan, tokenizer: Tokenizer, max_frame_bytes: int) -> Iterator[Callable[[], bytes]]:
+    """Yields what makes the frames of one large result, each made only when its turn comes."""
+    assert result.tokenized is not None
+    text = result.tokenized.text
+    last = next(part for part in reversed(result.parts) if len(part[2]))
+    own_tokens = responses.tokens(result.tokenized, tokenizer) if plan.return_tokens else None
+    own_words = responses.words(result.tokenized) if plan.has_words else None
+    max_data_bytes = max_frame_bytes - sum(own.ByteSize() for own in (own_tokens, own_words) if own is not None)
+    for part in result.parts:
+        output_index, layer, rows = part
+        output = plan.outputs[output_index]
+        (row_count,) = output.row_counts([text])
+        row_bytes = plan.row_bytes(output)
+        for first, taken in responses.cuts(row_count, row_bytes, max_data_bytes):
+            frame = pb.StreamFrame(
+                id=result.id,
+                output_index=output_index,
+                layer=layer,
+                first_row=first,
+                row_count=taken,
+                token_count=text.token_count,
+                word_count=text.word_count,
+                truncated=result.tokenized.truncated,
+                done=part is last and first + taken == row_count,
+            )
+            if frame.done:
+                frame.timings.CopyFrom(result.timings or pb.Timings())
+                if own_tokens is not None:
+                    frame.tokens.CopyFrom(own_tokens)
+                if own_words is not None:
+                    frame.words.CopyFrom(own_words)
+            data = rows[first * row_bytes : (first + taken) * row_bytes]
+            yield partial(wire.join, pb.EmbedStreamResponse(frame=frame), data)

@@ -1,0 +1,242 @@
+"""Where calls come in and go out.
+
+How many at once, what an error becomes, how long an answer may stay unread, and how calls end when the server does.
+With `service` and `auth` the only file that knows a gRPC context. What happens to a call is noted in its record; see
+`call_log`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import Awaitable, Callable
+from typing import Any, Final, TypeVar
+
+import grpc
+import grpc.aio
+
+from layertap.errors import (
+    CancelledError,
+    DeadlineExceededError,
+    InternalError,
+    LayertapError,
+    ResourceExhaustedError,
+    UnavailableError,
+)
+from layertap_server.observability.call_log import REQUEST_ID, Journal
+from layertap_server.observability.call_record import Record
+from layertap_server.rpc import auth
+from layertap_server.scheduler.hooks import Observer
+
+log = logging.getLogger(__name__)
+
+Context = grpc.aio.ServicerContext[bytes, bytes]
+T = TypeVar("T")
+
+_STATUS: Final = {code.value[0]: code for code in grpc.StatusCode}
+
+_NEAR_S: Final = 0.05
+"""A caller's clock ends a call a little before ours does: what is cancelled so near to its deadline has met it."""
+
+
+class _CallerLeftError(Exception):
+    """A message could not be sent, because its call is gone."""
+
+
+class Caller:
+    """Who is at the other end of a call.
+
+    Attributes:
+        record: What is known of the call.
+    """
+
+    def __init__(self, context: Context, record: Record, *, stall_timeout_s: float) -> None:
+        """Takes gRPC's side of the call, its record, and how long an answer may stay unread, in seconds."""
+        self.record = record
+        self._context = context
+        self._stall_timeout_s = stall_timeout_s
+
+    @property
+    def client(self) -> str:
+        """Whose turn the call takes."""
+        return self.record.client
+
+    @property
+    def connection(self) -> str:
+        """What tells the client's connections apart."""
+        return auth.connection_of(self._context, self)
+
+    @property
+    def expires_at(self) -> float | None:
+        """When nobody waits for the call any more, by time.monotonic; None: it has no deadline."""
+        remaining = self._context.time_remaining()
+        # grpc-stubs does not know that a call without a deadline has None.
+        return None if remaining is None else time.monotonic() + remaining  # type: ignore[redundant-expr]
+
+    async def write(self, message: bytes) -> None:
+        """Sends one message; waits while the caller does not read, but not for ever."""
+        started_at_ns = time.monotonic_ns()
+        try:
+            async with asyncio.timeout(self._stall_timeout_s):
+                await self._context.write(message)
+        except TimeoutError as exc:
+            self.record.stalled = True
+            raise DeadlineExceededError(
+                f"the answer was not read for {self._stall_timeout_s} s; read faster, or ask for less"
+            ) from exc
+        except Exception as exc:  # gRPC's own; it has no public name.
+            raise _CallerLeftError from exc
+        self.record.send.note(started_at_ns, time.monotonic_ns())
+        self.record.sent_bytes += len(message)
+
+
+class Gate:
+    """What all calls of a server pass through.
+
+    Attributes:
+        closed: Whether no more calls are let in; long ones wait for it and end early.
+    """
+
+    def __init__(
+        self,
+        *,
+        max_call_count: int,
+        max_request_bytes: int,
+        stall_timeout_s: float,
+        journal: Journal,
+        observer: Observer,
+    ) -> None:
+        """Takes what bounds all calls together.
+
+        Args:
+            max_call_count: How many may be under way at once.
+            max_request_bytes: Bytes of their requests, streams aside.
+            stall_timeout_s: How long an answer may stay unread, in seconds.
+            journal: Keeps their records.
+            observer: Is told of refusals.
+        """
+        self._max_request_bytes = max_request_bytes
+        self._request_bytes = 0
+        self._max_call_count = max_call_count
+        self._stall_timeout_s = stall_timeout_s
+        self._journal = journal
+        self._observer = observer
+        self._calls: dict[asyncio.Task[Any], str] = {}
+        self.closed = asyncio.Event()
+        self._left = asyncio.Event()
+        self._cutting = False
+
+    @property
+    def call_count(self) -> int:
+        """Calls under way, until the last byte of their answers is handed to gRPC."""
+        return len(self._calls)
+
+    def close(self) -> None:
+        """Lets no more calls in."""
+        self.closed.set()
+
+    async def emptied(self, timeout_s: float) -> bool:
+        """Waits until no call is under way, but no longer than that; returns whether it is so."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(timeout_s):
+                while self._calls:
+                    self._left.clear()
+                    await self._left.wait()
+        return not self._calls
+
+    def cut(self) -> None:
+        """Ends the calls that are under way with UNAVAILABLE."""
+        self._cutting = True
+        for task in self._calls:
+            task.cancel()
+
+    def answered(
+        self, name: str, method: Callable[[Any, Caller], Awaitable[T]]
+    ) -> Callable[[Any, Context], Awaitable[T]]:
+        """Counts and records the calls of an RPC, and turns their errors into a status."""
+
+        async def call(request: Any, context: Context) -> T:
+            metadata = dict(context.invocation_metadata() or ())
+            record = self._journal.open(name, client=auth.client_of(context), metadata=metadata)
+            # Trailing: metadata sent ahead of an answer would cost small calls a quarter more.
+            request_id = (REQUEST_ID, record.request_id)
+            context.set_trailing_metadata((request_id,))
+            byte_count = len(request) if isinstance(request, bytes) else 0
+            self._request_bytes += byte_count
+            task = asyncio.current_task()
+            assert task is not None
+            self._calls[task] = record.client
+            task.add_done_callback(self._leave)
+            try:
+                if self.closed.is_set():
+                    self._observer.refused("stopping")
+                    raise UnavailableError("the server is stopping; try another, or again later", retry_after_s=1.0)
+                if len(self._calls) > self._call_share(record.client):
+                    self._observer.refused("calls")
+                    raise ResourceExhaustedError(
+                        f"the server is full: {self._max_call_count} calls are under way; try again later",
+                        retry_after_s=0.5,
+                    )
+                if self._request_bytes > self._max_request_bytes:
+                    self._observer.refused("request_bytes")
+                    raise ResourceExhaustedError(
+                        f"the server is full: the requests under way have more than {self._max_request_bytes} bytes; "
+                        "try again later",
+                        retry_after_s=0.5,
+                    )
+                caller = Caller(context, record, stall_timeout_s=self._stall_timeout_s)
+                answer = await method(request, caller)
+                if isinstance(answer, bytes):
+                    record.sent_bytes += len(answer)
+                return answer
+            except LayertapError as exc:
+                error = exc
+                record.fail(error)
+            except (_CallerLeftError, asyncio.CancelledError) as exc:
+                if not self._cutting or isinstance(exc, _CallerLeftError):
+                    record.fail(_left(context))
+                    raise asyncio.CancelledError from exc  # There is nobody to tell.
+                task.uncancel()
+                error = UnavailableError("the server could not finish in time; try another", retry_after_s=1.0)
+                record.fail(error)
+            except Exception:
+                log.exception("%s failed", name, extra={"fields": {"request_id": record.request_id}})
+                error = InternalError("the server failed; its log has the reason")
+                record.fail(error)
+            finally:
+                self._request_bytes -= byte_count
+                self._journal.close(record)
+            # gRPC's own word for "retry in so many milliseconds"; -1 means never.
+            wait_ms = -1 if error.retry_after_s is None else int(error.retry_after_s * 1000)
+            pushback = ("grpc-retry-pushback-ms", str(wait_ms))
+            try:
+                await context.abort(_STATUS[int(error.code)], error.details, (pushback, request_id))
+            except grpc.aio.AbortError:
+                raise
+            except Exception as exc:  # The connection is gone, and gRPC would call that a fault of ours.
+                raise asyncio.CancelledError from exc
+
+        return call
+
+    def _call_share(self, client: str) -> int:
+        """Returns how many calls there may be; the last eighth is kept for clients who have less than an eighth."""
+        eighth = self._max_call_count // 8
+        if len(self._calls) <= self._max_call_count - eighth:
+            return self._max_call_count
+        own = sum(one == client for one in self._calls.values())
+        return self._max_call_count if own <= max(eighth, 1) else self._max_call_count - eighth
+
+    def _leave(self, task: asyncio.Task[Any]) -> None:
+        self._calls.pop(task)
+        self._left.set()
+
+
+def _left(context: Context) -> LayertapError:
+    """Returns why a caller no longer waits."""
+    remaining = context.time_remaining()
+    # grpc-stubs does not know that a call without a deadline has None.
+    if remaining is not None and remaining < _NEAR_S:  # type: ignore[redundant-expr]
+        return DeadlineExceededError("the caller's deadline has passed")
+    return CancelledError("the caller has left")

@@ -1,0 +1,281 @@
+"""One EmbedStream call: texts come in and results go out at the same time, each bounded by the other.
+
+Reading stops while enough texts of this call wait in the queue to keep the instances full; HTTP/2 then holds the caller
+back. Results are held until they may be sent, in the order of the texts if the caller wants that, and their bytes are
+given back as they are sent: a caller who does not read is soon not computed for any more.
+
+When the server stops, reading stops too: what has been read is answered, and the call ends with UNAVAILABLE, so that
+the caller sends the rest elsewhere.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import logging
+import time
+from collections import defaultdict
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from typing import Final, TypeAlias
+
+from layertap.errors import InternalError, InvalidArgumentError, LayertapError, UnavailableError
+from layertap.v1 import embedding_pb2 as pb
+from layertap_server.model.tokenizer import Item, Tokenized, Tokenizer
+from layertap_server.observability.call_record import Record
+from layertap_server.protocol.preprocess import Reception, parse
+from layertap_server.protocol.stream_responses import Result, failures_of, split_run
+from layertap_server.protocol.stream_responses import messages as messages_of
+from layertap_server.protocol.validation import Intake
+from layertap_server.scheduler.call import Call, CallFailed, Event, RowsReady, RunDone
+from layertap_server.scheduler.event_queue import Inbox
+from layertap_server.shared_memory.lease import placed
+from layertap_server.shared_memory.segment import Lending
+
+log = logging.getLogger(__name__)
+
+Write = Callable[[bytes], Awaitable[None]]
+
+
+_MAX_ENTRY_COUNT: Final = 16384
+"""Texts that are not yet answered, bad ones too, above which reading stops."""
+
+_ADMITTED_AT_ONCE: Final = 256
+"""So many texts of a message are tokenized and queued before it is looked again whether there is room for more."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Refused:
+    """A text that never reached the queue."""
+
+    id: int
+    error: LayertapError
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _AllRead:
+    """No more is read: the caller has sent its last text, or the server is stopping."""
+
+    stopping: bool
+
+
+StreamEvent: TypeAlias = Event | _Refused | _AllRead
+
+
+@dataclasses.dataclass(slots=True, eq=False)
+class _Run:
+    """Texts of one batch whose results are not all sent."""
+
+    left: int
+
+
+@dataclasses.dataclass(slots=True, eq=False)
+class _Entry:
+    """One text, from its arrival until its result is sent."""
+
+    tokenized: Tokenized | None = None
+    tokenize_time_ns: int = 0
+    run: _Run | None = None
+    result: Result | None = None
+
+
+class Stream:
+    """The state of one call."""
+
+    def __init__(
+        self,
+        options: pb.StreamOptions,
+        *,
+        intake: Intake,
+        tokenizer: Tokenizer,
+        reception: Reception,
+        write: Write,
+        record: Record,
+        inbox: Inbox[StreamEvent],
+        stopping: asyncio.Event,
+        max_frame_bytes: int,
+        lookahead_tokens: int,
+        lending: Lending | None,
+    ) -> None:
+        """Checks the options.
+
+        Raises:
+            LayertapError: One is at fault.
+        """
+        if options.order not in (pb.RESULT_ORDER_UNSPECIFIED, pb.RESULT_ORDER_AS_SENT, pb.RESULT_ORDER_AS_FINISHED):
+            raise InvalidArgumentError(
+                f"options.order has the unknown value {options.order}; use one of the contract's"
+            )
+        self.plan = placed(intake.plan(options.options), lending)
+        self._lending = lending
+        self.inbox = inbox
+        self._in_order = options.order != pb.RESULT_ORDER_AS_FINISHED
+        self._max_length = intake.max_length(options.options.max_length, at_most=intake.model.max_length)
+        self._truncation = intake.truncation(options.options.truncation)
+        self._prompt = intake.prompt(options.options)
+        self._lower_case = options.options.lower_case
+        self._intake, self._tokenizer, self._reception = intake, tokenizer, reception
+        self._write, self._record, self._stopping = write, record, stopping
+        self._max_frame_bytes, self._lookahead_tokens = max_frame_bytes, lookahead_tokens
+        self._entries: dict[int, _Entry] = {}
+        self._queued: dict[int, int] = {}
+        self._queued_count = 0
+        self._parts: defaultdict[int, list[RowsReady]] = defaultdict(list)
+        self._finished: list[int] = []
+        self._all_read: _AllRead | None = None
+        self._ended = False
+        self._taken = asyncio.Event()
+
+    async def run(self, requests: AsyncIterator[bytes], call: Call) -> None:
+        """Answers every text of the call.
+
+        Raises:
+            LayertapError: The call as a whole is at fault, or nobody reads its answers.
+            UnavailableError: The server is stopping, and has answered what it had read.
+        """
+        reader = asyncio.create_task(self._read(requests, call))
+        try:
+            while not self._all_read or self._entries:
+                for event in await self.inbox.take():
+                    self._note(event)
+                self._taken.set()
+                await self._send(call)
+                self._taken.set()
+        finally:
+            reader.cancel()
+            await asyncio.gather(reader, return_exceptions=True)
+        if self._all_read.stopping:
+            raise UnavailableError("the server is stopping; send what is unanswered to another", retry_after_s=0.0)
+
+    async def _read(self, requests: AsyncIterator[bytes], call: Call) -> None:
+        try:
+            while (raw := await self._next(requests)) is not None:
+                request = await parse(pb.EmbedStreamRequest, raw)
+                if request.WhichOneof("kind") != "inputs":
+                    raise InvalidArgumentError("only the first message carries options; send inputs in each later one")
+                for first in range(0, len(request.inputs.inputs), _ADMITTED_AT_ONCE):
+                    while call.waiting_token_count > self._lookahead_tokens or len(self._entries) > _MAX_ENTRY_COUNT:
+                        self._taken.clear()
+                        await self._taken.wait()
+                    if self._stopping.is_set():
+                        self.inbox.put(_AllRead(stopping=True))
+                        return
+                    await self._admit(request.inputs.inputs[first : first + _ADMITTED_AT_ONCE], call)
+            self.inbox.put(_AllRead(stopping=not self._ended))
+        except LayertapError as exc:
+            self.inbox.put(CallFailed(exc))
+        except Exception:
+            log.exception("reading a stream failed")
+            self.inbox.put(CallFailed(InternalError("the server failed to read the stream; its log has the reason")))
+
+    async def _next(self, requests: AsyncIterator[bytes]) -> bytes | None:
+        """Waits for the next message; None: there is none, or the server is stopping."""
+
+        async def read() -> bytes | None:
+            return await anext(requests, None)
+
+        reading, stopping = asyncio.create_task(read()), asyncio.create_task(self._stopping.wait())
+        try:
+            await asyncio.wait({reading, stopping}, return_when=asyncio.FIRST_COMPLETED)
+            raw = reading.result() if reading.done() else None
+            self._ended = reading.done() and raw is None
+            return raw
+        finally:
+            reading.cancel()
+            stopping.cancel()
+
+    async def _admit(self, inputs: Sequence[pb.StreamInput], call: Call) -> None:
+        """Checks, tokenizes and queues texts; a bad one is answered for itself."""
+        good: list[tuple[int, Item]] = []
+        for one in inputs:
+            if one.id in self._entries:
+                raise InvalidArgumentError(
+                    f"id {one.id} is in use by a text that is not yet answered; number texts anew"
+                )
+            self._entries[one.id] = _Entry()
+            try:
+                good.append((one.id, self._intake.item(one.input, f"item {one.id}", prompt=self._prompt)))
+            except LayertapError as exc:
+                self.inbox.put(_Refused(one.id, exc))
+        started_at_ns = time.monotonic_ns()
+        labels = [f"item {number}" for number, _ in good]
+        results = await self._reception.encode(
+            [item for _, item in good],
+            labels=labels,
+            max_length=self._max_length,
+            truncation=self._truncation,
+            lower_case=self._lower_case,
+        )
+        ended_at_ns = time.monotonic_ns()
+        self._record.tokenize.note(started_at_ns, ended_at_ns)
+        texts = []
+        for (number, _), label, result in zip(good, labels, results, strict=True):
+            checked = self._intake.checked(self.plan, result, label)
+            if isinstance(checked, LayertapError):
+                self.inbox.put(_Refused(number, checked))
+                continue
+            entry = self._entries[number]
+            entry.tokenized, entry.tokenize_time_ns = checked, ended_at_ns - started_at_ns
+            self._queued[self._queued_count] = number
+            self._queued_count += 1
+            texts.append(checked.text)
+        call.add(texts, admitted=True)
+        self._record.take(texts)
+
+    def _note(self, event: StreamEvent) -> None:
+        if isinstance(event, CallFailed):
+            raise event.error
+        if isinstance(event, _AllRead):
+            self._all_read = event
+        elif isinstance(event, _Refused):
+            self._finish(event.id, Result(id=event.id, error=event.error))
+        elif isinstance(event, RowsReady):
+            self._parts[event.first_text].append(event)
+        else:
+            self._note_run(event)
+
+    def _note_run(self, done: RunDone) -> None:
+        self._record.run(done)
+        parts = self._parts.pop(done.first_text)
+        failures = failures_of(parts)
+        run = _Run(len(done.texts))
+        for position, rows in enumerate(split_run(parts, self.plan)):
+            number = self._queued.pop(done.first_text + position)
+            entry = self._entries[number]
+            entry.run = run
+            if error := failures.get(position):
+                self._finish(number, Result(id=number, error=type(error)(f"item {number}: {error.details}")))
+                continue
+            timings = pb.Timings(
+                queue_time_ns=done.queue_time_ns,
+                tokenize_time_ns=entry.tokenize_time_ns,
+                compute_time_ns=done.compute_time_ns,
+            )
+            result = Result(
+                id=number, tokenized=entry.tokenized, parts=rows, timings=timings, run=run, position=position
+            )
+            self._finish(number, result)
+
+    def _finish(self, number: int, result: Result) -> None:
+        self._record.failed_text_count += result.error is not None
+        self._entries[number].result = result
+        self._finished.append(number)
+
+    async def _send(self, call: Call) -> None:
+        """Sends what may be sent, and gives its bytes back."""
+        if self._in_order:
+            results = []
+            for entry in self._entries.values():
+                if entry.result is None:
+                    break
+                results.append(entry.result)
+        else:
+            results = [result for number in self._finished if (result := self._entries[number].result)]
+        self._finished.clear()
+        for message, sent in messages_of(results, self.plan, self._tokenizer, self._max_frame_bytes, self._lending):
+            # Whoever has an answer may use its id again, so the id is free before the answer leaves.
+            entries = [self._entries.pop(result.id) for result in sent]
+            await self._write(message)
+            for entry in entries:
+                if entry.run is not None and entry.tokenized is not None:
+                    entry.run.left -= 1
+                    call.release(call.bytes_of(entry.tokenized.text), run_done=not entry.run.left)

@@ -1,0 +1,281 @@
+"""The RPCs: each request from the socket to the batcher and its answer back, through the `admission`.
+
+Everything a user can get wrong is refused before the queue. Nothing here blocks the event loop: what may take long
+(parsing, tokenizing or packing much) runs in threads. Handlers take and give bytes, so that payloads are written
+once; see `layertap.wire`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import functools
+import time
+from collections import deque
+from collections.abc import AsyncIterator, Iterator, Sequence
+from typing import Any, Final
+
+import grpc
+import grpc.aio
+
+from layertap.errors import InvalidArgumentError
+from layertap.v1 import embedding_pb2 as pb
+from layertap_server.model.tokenizer import Tokenized, Tokenizer
+from layertap_server.protocol import responses
+from layertap_server.protocol.preprocess import LARGE_BYTES, Reception, offload, parse
+from layertap_server.protocol.validation import Intake
+from layertap_server.rpc.admission import Caller, Gate
+from layertap_server.rpc.embed_stream import Stream
+from layertap_server.scheduler.batcher import Batcher
+from layertap_server.scheduler.call import Call, CallFailed, Event, RowsReady, RunDone
+from layertap_server.scheduler.event_queue import Doorbell, Inbox
+from layertap_server.shared_memory.lease import Sharing, placed
+from layertap_server.shared_memory.segment import Lending
+from layertap_server.types import Plan
+
+SERVICE_NAME: Final = "layertap.v1.EmbeddingService"
+METHODS: Final = ("GetModelInfo", "Tokenize", "Decode", "Embed", "EmbedLayers", "EmbedStream", "ShareMemory")
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Bounds:
+    """What bounds a call.
+
+    Attributes:
+        max_response_bytes: Bytes of a unary answer.
+        max_frame_bytes: Bytes of a streamed message.
+        lookahead_tokens: How many tokens of one EmbedStream may wait in the queue.
+    """
+
+    max_response_bytes: int
+    max_frame_bytes: int
+    lookahead_tokens: int
+
+
+class EmbeddingService:
+    """Answers the RPCs of the contract."""
+
+    def __init__(
+        self,
+        *,
+        intake: Intake,
+        reception: Reception,
+        tokenizer: Tokenizer,
+        batcher: Batcher,
+        identity: responses.Identity,
+        info: pb.GetModelInfoResponse,
+        bounds: Bounds,
+        sharing: Sharing,
+        gate: Gate,
+    ) -> None:
+        """Takes all that it works with."""
+        self._intake = intake
+        self._reception = reception
+        self._tokenizer = tokenizer
+        self._batcher = batcher
+        self._identity = identity
+        self._info = info
+        self._bounds = bounds
+        self._sharing = sharing
+        self._gate = gate
+
+    def handler(self) -> grpc.GenericRpcHandler[bytes, bytes]:
+        """Returns what a gRPC server is given."""
+        answered = self._gate.answered
+        unary, answer_stream = grpc.unary_unary_rpc_method_handler, grpc.unary_stream_rpc_method_handler
+        handlers = {
+            "GetModelInfo": unary(answered("GetModelInfo", self._get_model_info)),
+            "Tokenize": unary(answered("Tokenize", self._tokenize)),
+            "Decode": unary(answered("Decode", self._decode)),
+            "Embed": unary(answered("Embed", self._embed)),
+            "EmbedLayers": answer_stream(answered("EmbedLayers", self._embed_layers)),
+            "EmbedStream": grpc.stream_stream_rpc_method_handler(answered("EmbedStream", self._embed_stream)),
+            "ShareMemory": answer_stream(answered("ShareMemory", self._share_memory)),
+        }
+        return grpc.method_handlers_generic_handler(SERVICE_NAME, handlers)
+
+    @functools.cached_property
+    def _doorbell(self) -> Doorbell:
+        """What wakes the loop that this service answers in, which runs only once the service is made."""
+        return Doorbell()
+
+    async def _get_model_info(self, raw: bytes, caller: Caller) -> bytes:
+        await parse(pb.GetModelInfoRequest, raw)
+        return self._info.SerializeToString()
+
+    async def _tokenize(self, raw: bytes, caller: Caller) -> bytes:
+        request = await parse(pb.TokenizeRequest, raw)
+        texts = await self._reception.tokenize(request, caller.record)
+        # 40 bytes hold a token with all its numbers, whatever the vocabulary; the answer itself is checked again.
+        large = sum(max(one.text.token_count, request.pad_to) for one in texts) * 40 > LARGE_BYTES
+
+        def answer() -> bytes:
+            tokens = [responses.tokens(one, self._tokenizer, pad_to=request.pad_to) for one in texts]
+            return pb.TokenizeResponse(texts=tokens, pad_token_id=self._tokenizer.pad_token_id).SerializeToString()
+
+        serialized = await offload(answer, in_thread=large)
+        if len(serialized) > self._bounds.max_response_bytes:
+            raise InvalidArgumentError(
+                f"the answer has {len(serialized)} bytes, the most is {self._bounds.max_response_bytes}; "
+                "send fewer texts at once"
+            )
+        return serialized
+
+    async def _decode(self, raw: bytes, caller: Caller) -> bytes:
+        request = await parse(pb.DecodeRequest, raw)
+        ids = self._intake.decodable(request.texts)
+        caller.record.text_count += len(ids)
+        caller.record.token_count += sum(map(len, ids))
+
+        def answer() -> bytes:
+            texts = self._tokenizer.decode(ids, skip_special_tokens=request.skip_special_tokens)
+            return pb.DecodeResponse(texts=texts).SerializeToString()
+
+        return await offload(answer, in_thread=len(raw) > 1024)
+
+    async def _embed(self, raw: bytes, caller: Caller) -> bytes:
+        request = await parse(pb.EmbedRequest, raw)
+        plan, tokenized = await self._reception.embed(request.inputs, request.options, caller.record)
+        texts = [one.text for one in tokenized]
+        size = sum(map(plan.byte_counts.of, texts)) + 64 * len(texts)
+        size += 48 * plan.return_tokens * sum(text.token_count for text in texts)
+        size += responses.WORD_BYTES * sum(text.word_count for text in texts)
+        if size > self._bounds.max_response_bytes:
+            raise InvalidArgumentError(
+                f"the answer would have about {size} bytes, the most of Embed is {self._bounds.max_response_bytes}; "
+                "send fewer texts at once, or use embed_stream (the RPC EmbedStream) or the RPC EmbedLayers"
+            )
+        parts: list[RowsReady] = []
+        inbox: Inbox[Event] = Inbox(self._doorbell)
+        with self._call(plan, tokenized, inbox, caller) as call:
+            left = len(tokenized)
+            while left:
+                for event in await inbox.take():
+                    if isinstance(event, RowsReady):
+                        parts.append(_good(event))
+                    else:
+                        done = _done(event)
+                        left -= caller.record.run(done)
+                        if left:  # What is computed is kept until all is; max_response_bytes bounds it.
+                            call.release(done.reserved_bytes, run_done=True)
+
+        def answer() -> bytes:
+            message = pb.EmbedResponse(
+                header=responses.header(self._identity, plan, tokenized),
+                tensors=responses.tensors(parts, plan),
+                timings=responses.timings(caller.record),
+            )
+            if plan.return_tokens:
+                message.tokens.extend(responses.tokens(one, self._tokenizer) for one in tokenized)
+            if plan.has_words:
+                message.words.extend(map(responses.words, tokenized))
+            return message.SerializeToString()
+
+        started_at_ns = time.monotonic_ns()
+        serialized = await offload(answer, in_thread=size > LARGE_BYTES)
+        caller.record.send.note(started_at_ns, time.monotonic_ns())
+        return serialized
+
+    async def _embed_layers(self, raw: bytes, caller: Caller) -> None:
+        request = await parse(pb.EmbedLayersRequest, raw)
+        plan, tokenized = await self._reception.embed(request.inputs, request.options, caller.record)
+        with self._sharing.lend(request.options) as lending:
+            plan = placed(plan, lending, [one.text for one in tokenized])
+            frame_count = await self._send_layers(plan, tokenized, caller, lending)
+        summary = pb.EmbedSummary(frame_count=frame_count, timings=responses.timings(caller.record))
+        await caller.write(pb.EmbedLayersResponse(summary=summary).SerializeToString())
+
+    async def _send_layers(
+        self, plan: Plan, tokenized: Sequence[Tokenized], caller: Caller, lending: Lending | None
+    ) -> int:
+        """Sends all of an EmbedLayers answer but its summary; returns how many frames that were."""
+        inbox: Inbox[Event] = Inbox(self._doorbell)
+        frame_count = 0
+        with self._call(plan, tokenized, inbox, caller) as call:
+            header = pb.EmbedLayersResponse(header=responses.header(self._identity, plan, tokenized))
+            await caller.write(header.SerializeToString())
+            if plan.return_tokens:
+                groups = responses.token_groups(tokenized, self._tokenizer, self._bounds.max_frame_bytes)
+                for group in await asyncio.to_thread(list, groups):
+                    await caller.write(group.SerializeToString())
+            if plan.has_words:
+                groups = responses.word_groups(tokenized, self._bounds.max_frame_bytes)
+                for group in await asyncio.to_thread(list, groups):
+                    await caller.write(group.SerializeToString())
+            left = len(tokenized)
+            while left:
+                events = deque(await inbox.take())
+                while events:
+                    event = events.popleft()
+                    if isinstance(event, RowsReady):
+                        byte_count = len(event.rows.data)
+                        for frame in responses.frames(_good(event), plan, self._bounds.max_frame_bytes, lending):
+                            await caller.write(frame)
+                            frame_count += 1
+                        del event  # Bytes are given back once nothing here holds them.
+                        call.release(byte_count)
+                    else:
+                        left -= caller.record.run(_done(event))
+                        call.release(0, run_done=True)
+        return frame_count
+
+    async def _embed_stream(self, requests: AsyncIterator[bytes], caller: Caller) -> None:
+        first = await parse(pb.EmbedStreamRequest, await anext(requests, b""))
+        if first.WhichOneof("kind") != "options":
+            raise InvalidArgumentError("the first message must carry options; send them once, before all inputs")
+        with self._sharing.lend(first.options.options) as lending:
+            stream = Stream(
+                first.options,
+                intake=self._intake,
+                tokenizer=self._tokenizer,
+                reception=self._reception,
+                write=caller.write,
+                record=caller.record,
+                inbox=Inbox(self._doorbell),
+                stopping=self._gate.closed,
+                max_frame_bytes=self._bounds.max_frame_bytes,
+                lookahead_tokens=self._bounds.lookahead_tokens,
+                lending=lending,
+            )
+            with self._call(stream.plan, (), stream.inbox, caller) as call:
+                header = pb.EmbedStreamResponse(header=responses.header(self._identity, stream.plan))
+                await caller.write(header.SerializeToString())
+                await stream.run(requests, call)
+
+    async def _share_memory(self, raw: bytes, caller: Caller) -> None:
+        await parse(pb.ShareMemoryRequest, raw)
+        await self._sharing.lease(caller.write)
+
+    @contextlib.contextmanager
+    def _call(self, plan: Plan, tokenized: Sequence[Tokenized], inbox: Inbox[Any], caller: Caller) -> Iterator[Call]:
+        """Queues the texts of a call, and gives up what is left of it at the end, however that comes."""
+        call = self._batcher.open(
+            plan,
+            client=caller.client,
+            connection=caller.connection,
+            deliver=inbox.put,
+            expires_at=caller.expires_at,
+        )
+        texts = [one.text for one in tokenized]
+        try:
+            call.add(texts)
+            caller.record.take(texts)
+            yield call
+        finally:
+            call.close()
+
+
+def _good(event: RowsReady) -> RowsReady:
+    """Returns rows if no text has failed, else raises the first failure under its place in the request."""
+    if event.rows.failures:
+        position = min(event.rows.failures)
+        error = event.rows.failures[position]
+        raise type(error)(f"inputs[{event.first_text + position}]: {error.details}", retry_after_s=error.retry_after_s)
+    return event
+
+
+def _done(event: RunDone | CallFailed) -> RunDone:
+    if isinstance(event, CallFailed):
+        raise event.error
+    return event
