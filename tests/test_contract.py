@@ -11,6 +11,7 @@ import sysconfig
 import textwrap
 import tomllib
 import types
+import typing
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoRe
 from support import Server
 
 import layertap
-from layertap import AsyncClient, Client, LayertapError, StatusCode, errors
+from layertap import AsyncClient, Client, LayertapError, StatusCode, errors, wire
 from layertap._transport.settings import DEFAULT_TIMEOUT_S
 from layertap.errors import from_status
 from layertap.v1 import embedding_pb2 as pb
@@ -94,7 +95,8 @@ def test_both_clients_take_the_same_arguments(name: str) -> None:
 @pytest.mark.parametrize("name", METHODS)
 def test_arguments_after_the_first_are_keyword_only_and_have_defaults(name: str) -> None:
     for one in list(inspect.signature(getattr(Client, name)).parameters.values())[2:]:
-        assert one.kind is inspect.Parameter.KEYWORD_ONLY and one.default is not inspect.Parameter.empty
+        named = one.kind is inspect.Parameter.KEYWORD_ONLY and one.default is not inspect.Parameter.empty
+        assert named or (one.kind is inspect.Parameter.VAR_KEYWORD and one.annotation.startswith("Unpack["))
 
 
 @pytest.mark.parametrize("name", CALLS)
@@ -103,7 +105,8 @@ def test_both_clients_return_the_same_but_for_waiting(name: str) -> None:
     awaited = inspect.signature(getattr(AsyncClient, name)).return_annotation
     assert awaited.replace("AsyncIterator", "Iterator") == sync
     method = getattr(AsyncClient, name)
-    assert inspect.isasyncgenfunction(method) or inspect.iscoroutinefunction(method)
+    assert awaited.startswith("AsyncIterator") != inspect.iscoroutinefunction(method)
+    assert not inspect.isasyncgenfunction(method), "it would check its arguments only when it is iterated"
 
 
 @pytest.mark.parametrize("name", CALLS)
@@ -111,6 +114,21 @@ def test_deadlines_are_the_clients_where_a_call_names_none(name: str) -> None:
     for one in inspect.signature(getattr(Client, name)).parameters.values():
         assert not one.name.endswith("timeout_s") or one.default is None
     assert 0 < DEFAULT_TIMEOUT_S < 3600
+
+
+@pytest.mark.parametrize(
+    ("literal", "names"),
+    [
+        (layertap.types.DtypeName, wire.DTYPES),
+        (layertap.types.TruncationName, wire.TRUNCATIONS),
+        (layertap.types.PoolingName, wire.POOLING_STRATEGIES),
+        (layertap.types.WordPoolingName, wire.WORD_POOLINGS),
+        (layertap.types.MixName, wire.MIX_STRATEGIES),
+        (layertap.quantization.Precision, layertap.quantization.PRECISIONS),
+    ],
+)
+def test_the_names_that_type_checkers_know_are_those_that_are_taken(literal: Any, names: Any) -> None:
+    assert set(typing.get_args(literal)) == set(names)
 
 
 # Codes and exceptions.

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Iterable, Sequence
 from types import TracebackType
 from typing import Any, Literal, Self, Unpack, overload
 
@@ -18,8 +18,8 @@ import numpy.typing as npt
 from layertap import progress
 from layertap._protocol import requests as calls
 from layertap._protocol.assembler import LayerAssembler
-from layertap._protocol.inputs import Inputs, to_messages
-from layertap._protocol.options import Layers, Poolings, embed_options, raises
+from layertap._protocol.inputs import Inputs, check_items
+from layertap._protocol.options import EmbedOptions, LayerOptions, OnError, TokenizeOptions, check_names, raises
 from layertap._protocol.stream_state import StreamLedger
 from layertap._shared_memory.mapping import SharedMemory
 from layertap._transport.embed_stream import Items, run_stream
@@ -28,8 +28,8 @@ from layertap._transport.transport import AsyncLink
 from layertap.errors import LayertapError
 from layertap.results.embedding import Embedding, LayerRows, StreamResult
 from layertap.results.tokens import Tokens
-from layertap.sentence_transformers import EncodeOptions, Encoding
-from layertap.types import LayerMix, ModelInfo, TokenIds
+from layertap.sentence_transformers import EncodeOptions, Encoding, OutputValue
+from layertap.types import ModelInfo
 
 
 class AsyncClient:
@@ -72,21 +72,17 @@ class AsyncClient:
         self,
         inputs: Inputs,
         *,
-        pad_to: int | None = None,
-        add_special_tokens: bool = True,
-        truncation: str = "error",
-        max_length: int | None = None,
         timeout_s: float | None = None,
+        **options: Unpack[TokenizeOptions],
     ) -> Tokens:
         """See `Client.tokenize`."""
-        requests = calls.tokenize(
-            inputs, pad_to=pad_to, add_special_tokens=add_special_tokens, truncation=truncation, max_length=max_length
-        )
+        check_names(options, TokenizeOptions)
+        requests = calls.tokenize(inputs, **options)
         return calls.read_tokens([await self._link.unary(request, timeout_s) for request in requests])
 
     async def decode(
         self,
-        ids: Tokens | TokenIds | npt.ArrayLike | Iterable[npt.ArrayLike],
+        ids: calls.TokenRows,
         *,
         skip_special_tokens: bool = True,
         timeout_s: float | None = None,
@@ -99,106 +95,37 @@ class AsyncClient:
         self,
         inputs: Inputs,
         *,
-        layers: Layers = None,
-        pooler_output: bool = False,
-        pooling: Poolings = None,
-        words: str | None = None,
-        mix: LayerMix | None = None,
-        dtype: str = "float32",
-        truncation: str = "error",
-        max_length: int | None = None,
-        return_tokens: bool = False,
-        prompt: str | None = None,
-        prompt_name: str | None = None,
         timeout_s: float | None = None,
+        **options: Unpack[EmbedOptions],
     ) -> Embedding:
         """See `Client.embed`."""
-        options = embed_options(
-            layers=layers,
-            pooler_output=pooler_output,
-            pooling=pooling,
-            words=words,
-            mix=mix,
-            dtype=dtype,
-            truncation=truncation,
-            max_length=max_length,
-            return_tokens=return_tokens,
-            prompt=prompt,
-            prompt_name=prompt_name,
-        )
-        return await self._embed(calls.Embed(to_messages(inputs), options), timeout_s)
+        return await self._embed(calls.embed(inputs, options), timeout_s)
 
-    async def embed_layers(
+    def embed_layers(
         self,
         inputs: Inputs,
         *,
-        layers: Layers = "all",
-        dtype: str = "float32",
-        truncation: str = "error",
-        max_length: int | None = None,
-        prompt: str | None = None,
-        prompt_name: str | None = None,
         timeout_s: float | None = None,
+        **options: Unpack[LayerOptions],
     ) -> AsyncIterator[LayerRows]:
         """See `Client.embed_layers`."""
-        options = embed_options(
-            layers=layers,
-            pooler_output=False,
-            pooling=None,
-            dtype=dtype,
-            truncation=truncation,
-            max_length=max_length,
-            return_tokens=False,
-            prompt=prompt,
-            prompt_name=prompt_name,
-        )
-        call = calls.Embed(to_messages(inputs), options)
-        assembler = LayerAssembler(call.messages, call.options)
-        async with contextlib.aclosing(self._link.layers(call.stream, timeout_s)) as parts:
-            async for message in parts:
-                for rows in assembler.feed(*message):
-                    yield rows
-        assembler.finish()
+        return self._layers(calls.embed_layers(inputs, options), timeout_s)
 
-    async def embed_stream(
+    def embed_stream(
         self,
         inputs: Items,
         *,
-        layers: Layers = None,
-        pooler_output: bool = False,
-        pooling: Poolings = None,
-        words: str | None = None,
-        mix: LayerMix | None = None,
-        dtype: str = "float32",
-        truncation: str = "error",
-        max_length: int | None = None,
-        return_tokens: bool = False,
-        prompt: str | None = None,
-        prompt_name: str | None = None,
         ordered: bool = True,
-        on_error: str = "return",
+        on_error: OnError = "return",
         item_timeout_s: float | None = None,
         reconnect_timeout_s: float | None = None,
+        **options: Unpack[EmbedOptions],
     ) -> AsyncIterator[StreamResult]:
         """See `Client.embed_stream`; `inputs` may also be an async iterable."""
-        options = embed_options(
-            layers=layers,
-            pooler_output=pooler_output,
-            pooling=pooling,
-            words=words,
-            mix=mix,
-            dtype=dtype,
-            truncation=truncation,
-            max_length=max_length,
-            return_tokens=return_tokens,
-            prompt=prompt,
-            prompt_name=prompt_name,
-        )
-        ledger = StreamLedger(options, ordered=ordered)
-        running = self._results(ledger, inputs, raises(on_error), item_timeout_s, reconnect_timeout_s)
-        async with contextlib.aclosing(running) as results:
-            async for result in results:
-                yield result
+        ledger = StreamLedger(calls.embed_stream(options), ordered=ordered)
+        if not isinstance(inputs, AsyncIterable):
+            check_items(inputs)
+        return self._results(ledger, inputs, raises(on_error), item_timeout_s, reconnect_timeout_s)
 
     @overload
     async def encode(
@@ -206,40 +133,34 @@ class AsyncClient:
         sentences: str | Iterable[str],
         *,
         output_value: Literal["sentence_embedding"] = ...,
+        show_progress_bar: bool | None = None,
+        timeout_s: float | None = None,
         **options: Unpack[EncodeOptions],
     ) -> npt.NDArray[Any]: ...
     @overload
     async def encode(
-        self, sentences: str | Iterable[str], *, output_value: str, **options: Unpack[EncodeOptions]
+        self,
+        sentences: str | Iterable[str],
+        *,
+        output_value: OutputValue,
+        show_progress_bar: bool | None = None,
+        timeout_s: float | None = None,
+        **options: Unpack[EncodeOptions],
     ) -> npt.NDArray[Any] | list[npt.NDArray[Any]]: ...
     async def encode(
         self,
         sentences: str | Iterable[str],
         *,
-        prompt_name: str | None = None,
-        prompt: str | None = None,
-        batch_size: int | None = None,
+        output_value: OutputValue = "sentence_embedding",
         show_progress_bar: bool | None = None,
-        output_value: str = "sentence_embedding",
-        precision: str = "float32",
-        normalize_embeddings: bool | None = None,
-        truncate_dim: int | None = None,
         timeout_s: float | None = None,
+        **options: Unpack[EncodeOptions],
     ) -> npt.NDArray[Any] | list[npt.NDArray[Any]]:
         """See `Client.encode`."""
+        check_names(options, EncodeOptions)
         try:
             self._model = self._model or await self.model_info(timeout_s=timeout_s)
-            encoding = Encoding(
-                sentences,
-                self._model,
-                prompt_name=prompt_name,
-                prompt=prompt,
-                batch_size=batch_size,
-                output_value=output_value,
-                precision=precision,
-                normalize_embeddings=normalize_embeddings,
-                truncate_dim=truncate_dim,
-            )
+            encoding = Encoding(sentences, self._model, output_value=output_value, **options)
             with progress.bar(total=len(encoding.texts), unit="text", shown=show_progress_bar) as advance:
                 if (request := encoding.request()) is not None:
                     advance(encoding.note(0, await self._embed(request, timeout_s)))
@@ -293,6 +214,14 @@ class AsyncClient:
             async for message in parts:
                 assembler.feed(*message)
         return assembler.finish()
+
+    async def _layers(self, call: calls.Embed, timeout_s: float | None) -> AsyncGenerator[LayerRows, None]:
+        assembler = LayerAssembler(call.messages, call.options)
+        async with contextlib.aclosing(self._link.layers(call.stream, timeout_s)) as parts:
+            async for message in parts:
+                for rows in assembler.feed(*message):
+                    yield rows
+        assembler.finish()
 
     async def _results(
         self,

@@ -18,8 +18,8 @@ import numpy.typing as npt
 from layertap import progress
 from layertap._protocol import requests as calls
 from layertap._protocol.assembler import LayerAssembler
-from layertap._protocol.inputs import InputItem, Inputs, to_messages
-from layertap._protocol.options import Layers, Poolings, embed_options, raises
+from layertap._protocol.inputs import InputItem, Inputs, check_items
+from layertap._protocol.options import EmbedOptions, LayerOptions, OnError, TokenizeOptions, check_names, raises
 from layertap._protocol.stream_state import StreamLedger
 from layertap._shared_memory.mapping import SharedMemory
 from layertap._transport.embed_stream import Groups, run_stream
@@ -29,8 +29,8 @@ from layertap._transport.transport import Link
 from layertap.errors import LayertapError
 from layertap.results.embedding import Embedding, LayerRows, StreamResult
 from layertap.results.tokens import Tokens
-from layertap.sentence_transformers import EncodeOptions, Encoding
-from layertap.types import LayerMix, ModelInfo, TokenIds
+from layertap.sentence_transformers import EncodeOptions, Encoding, OutputValue
+from layertap.types import ModelInfo
 
 
 class Client:
@@ -99,11 +99,8 @@ class Client:
         self,
         inputs: Inputs,
         *,
-        pad_to: int | None = None,
-        add_special_tokens: bool = True,
-        truncation: str = "error",
-        max_length: int | None = None,
         timeout_s: float | None = None,
+        **options: Unpack[TokenizeOptions],
     ) -> Tokens:
         """Turns texts into tokens, exactly as the model's transformers tokenizer does.
 
@@ -118,14 +115,13 @@ class Client:
         Raises:
             InvalidArgumentError: An input or option is at fault; the message names it.
         """
-        requests = calls.tokenize(
-            inputs, pad_to=pad_to, add_special_tokens=add_special_tokens, truncation=truncation, max_length=max_length
-        )
+        check_names(options, TokenizeOptions)
+        requests = calls.tokenize(inputs, **options)
         return calls.read_tokens([self._link.unary(request, timeout_s) for request in requests])
 
     def decode(
         self,
-        ids: Tokens | TokenIds | npt.ArrayLike | Iterable[npt.ArrayLike],
+        ids: calls.TokenRows,
         *,
         skip_special_tokens: bool = True,
         timeout_s: float | None = None,
@@ -147,18 +143,8 @@ class Client:
         self,
         inputs: Inputs,
         *,
-        layers: Layers = None,
-        pooler_output: bool = False,
-        pooling: Poolings = None,
-        words: str | None = None,
-        mix: LayerMix | None = None,
-        dtype: str = "float32",
-        truncation: str = "error",
-        max_length: int | None = None,
-        return_tokens: bool = False,
-        prompt: str | None = None,
-        prompt_name: str | None = None,
         timeout_s: float | None = None,
+        **options: Unpack[EmbedOptions],
     ) -> Embedding:
         """Embeds texts and returns everything that was asked for, from one forward pass.
 
@@ -189,74 +175,31 @@ class Client:
             DeadlineExceededError: timeout_s has passed.
             UnavailableError: No server answers.
         """
-        options = embed_options(
-            layers=layers,
-            pooler_output=pooler_output,
-            pooling=pooling,
-            words=words,
-            mix=mix,
-            dtype=dtype,
-            truncation=truncation,
-            max_length=max_length,
-            return_tokens=return_tokens,
-            prompt=prompt,
-            prompt_name=prompt_name,
-        )
-        return self._embed(calls.Embed(to_messages(inputs), options), timeout_s)
+        return self._embed(calls.embed(inputs, options), timeout_s)
 
     def embed_layers(
         self,
         inputs: Inputs,
         *,
-        layers: Layers = "all",
-        dtype: str = "float32",
-        truncation: str = "error",
-        max_length: int | None = None,
-        prompt: str | None = None,
-        prompt_name: str | None = None,
         timeout_s: float | None = None,
+        **options: Unpack[LayerOptions],
     ) -> Iterator[LayerRows]:
         """Embeds texts and yields the rows of each layer as they arrive, while later layers still compute.
 
         Arguments and errors are those of `embed`. Every text comes once in every layer, whole; layers ascend
         for each text, and texts of one request may come in several groups.
         """
-        options = embed_options(
-            layers=layers,
-            pooler_output=False,
-            pooling=None,
-            dtype=dtype,
-            truncation=truncation,
-            max_length=max_length,
-            return_tokens=False,
-            prompt=prompt,
-            prompt_name=prompt_name,
-        )
-        call = calls.Embed(to_messages(inputs), options)
-        assembler = LayerAssembler(call.messages, call.options)
-        for message in self._link.layers(call.stream, timeout_s):
-            yield from assembler.feed(*message)
-        assembler.finish()
+        return self._layers(calls.embed_layers(inputs, options), timeout_s)
 
     def embed_stream(
         self,
         inputs: Iterable[InputItem],
         *,
-        layers: Layers = None,
-        pooler_output: bool = False,
-        pooling: Poolings = None,
-        words: str | None = None,
-        mix: LayerMix | None = None,
-        dtype: str = "float32",
-        truncation: str = "error",
-        max_length: int | None = None,
-        return_tokens: bool = False,
-        prompt: str | None = None,
-        prompt_name: str | None = None,
         ordered: bool = True,
-        on_error: str = "return",
+        on_error: OnError = "return",
         item_timeout_s: float | None = None,
         reconnect_timeout_s: float | None = None,
+        **options: Unpack[EmbedOptions],
     ) -> Iterator[StreamResult]:
         """Embeds any number of texts over one call, without holding them all, and survives lost connections.
 
@@ -287,21 +230,9 @@ class Client:
             FailedPreconditionError: A restarted server serves another model.
             Exception: Whatever `inputs` raised, after the results of all that came before it.
         """
-        options = embed_options(
-            layers=layers,
-            pooler_output=pooler_output,
-            pooling=pooling,
-            words=words,
-            mix=mix,
-            dtype=dtype,
-            truncation=truncation,
-            max_length=max_length,
-            return_tokens=return_tokens,
-            prompt=prompt,
-            prompt_name=prompt_name,
-        )
-        ledger = StreamLedger(options, ordered=ordered)
-        yield from self._results(ledger, inputs, raises(on_error), item_timeout_s, reconnect_timeout_s)
+        ledger = StreamLedger(calls.embed_stream(options), ordered=ordered)
+        check_items(inputs)
+        return self._results(ledger, inputs, raises(on_error), item_timeout_s, reconnect_timeout_s)
 
     @overload
     def encode(
@@ -309,25 +240,28 @@ class Client:
         sentences: str | Iterable[str],
         *,
         output_value: Literal["sentence_embedding"] = ...,
+        show_progress_bar: bool | None = None,
+        timeout_s: float | None = None,
         **options: Unpack[EncodeOptions],
     ) -> npt.NDArray[Any]: ...
     @overload
     def encode(
-        self, sentences: str | Iterable[str], *, output_value: str, **options: Unpack[EncodeOptions]
+        self,
+        sentences: str | Iterable[str],
+        *,
+        output_value: OutputValue,
+        show_progress_bar: bool | None = None,
+        timeout_s: float | None = None,
+        **options: Unpack[EncodeOptions],
     ) -> npt.NDArray[Any] | list[npt.NDArray[Any]]: ...
     def encode(
         self,
         sentences: str | Iterable[str],
         *,
-        prompt_name: str | None = None,
-        prompt: str | None = None,
-        batch_size: int | None = None,
+        output_value: OutputValue = "sentence_embedding",
         show_progress_bar: bool | None = None,
-        output_value: str = "sentence_embedding",
-        precision: str = "float32",
-        normalize_embeddings: bool | None = None,
-        truncate_dim: int | None = None,
         timeout_s: float | None = None,
+        **options: Unpack[EncodeOptions],
     ) -> npt.NDArray[Any] | list[npt.NDArray[Any]]:
         """Makes one vector of each text, as `SentenceTransformer.encode` does with the same model.
 
@@ -359,19 +293,10 @@ class Client:
                 serves another model than at the last call.
             ModuleNotFoundError: A progress bar is wanted and tqdm is not installed.
         """
+        check_names(options, EncodeOptions)
         try:
             self._model = self._model or self.model_info(timeout_s=timeout_s)
-            encoding = Encoding(
-                sentences,
-                self._model,
-                prompt_name=prompt_name,
-                prompt=prompt,
-                batch_size=batch_size,
-                output_value=output_value,
-                precision=precision,
-                normalize_embeddings=normalize_embeddings,
-                truncate_dim=truncate_dim,
-            )
+            encoding = Encoding(sentences, self._model, output_value=output_value, **options)
             with progress.bar(total=len(encoding.texts), unit="text", shown=show_progress_bar) as advance:
                 if (request := encoding.request()) is not None:
                     advance(encoding.note(0, self._embed(request, timeout_s)))
@@ -430,6 +355,12 @@ class Client:
         for message in self._link.layers(call.stream, timeout_s):
             assembler.feed(*message)
         return assembler.finish()
+
+    def _layers(self, call: calls.Embed, timeout_s: float | None) -> Iterator[LayerRows]:
+        assembler = LayerAssembler(call.messages, call.options)
+        for message in self._link.layers(call.stream, timeout_s):
+            yield from assembler.feed(*message)
+        assembler.finish()
 
     def _results(
         self,

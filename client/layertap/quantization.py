@@ -8,7 +8,7 @@ corpus' `ranges`. One bit says whether a value is above 0, and depends on nothin
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Final, TypeAlias
+from typing import Any, Final, Literal, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -17,14 +17,17 @@ from layertap.errors import InvalidArgumentError
 
 Array: TypeAlias = npt.NDArray[Any]
 
-PRECISIONS: Final = ("float32", "int8", "uint8", "binary", "ubinary")
+Precision: TypeAlias = Literal["float32", "int8", "uint8", "binary", "ubinary"]
+"""The number format of quantized embeddings."""
+
+PRECISIONS: Final[tuple[Precision, ...]] = ("float32", "int8", "uint8", "binary", "ubinary")
 
 _BLOCK_ROWS: Final = 4096
 """How many embeddings are widened at once, whatever their number."""
 
 
 def quantize_embeddings(
-    embeddings: npt.ArrayLike, *, precision: str = "int8", ranges: npt.ArrayLike | None = None
+    embeddings: npt.ArrayLike, *, precision: Precision = "int8", ranges: npt.ArrayLike | None = None
 ) -> Array:
     """Returns embeddings in fewer bits.
 
@@ -60,7 +63,7 @@ def quantize_embeddings(
     return _bytes(array, lowest_and_highest, signed=precision == "int8")
 
 
-def quantize_matrices(matrices: Sequence[Array], *, precision: str) -> list[Array]:
+def quantize_matrices(matrices: Sequence[Array], *, precision: Precision) -> list[Array]:
     """Returns several matrices in fewer bits, with the ranges of all their rows together.
 
     Args:
@@ -72,7 +75,7 @@ def quantize_matrices(matrices: Sequence[Array], *, precision: str) -> list[Arra
     return [quantize_embeddings(matrix, precision=precision, ranges=ranges) for matrix in matrices]
 
 
-def check(precision: str) -> str:
+def check(precision: Precision) -> Precision:
     """Returns a precision if there is such a one.
 
     Raises:
@@ -83,7 +86,7 @@ def check(precision: str) -> str:
     return precision
 
 
-def _ranges(matrices: Sequence[Array], precision: str) -> Array:
+def _ranges(matrices: Sequence[Array], precision: Precision) -> Array:
     if sum(len(matrix) if matrix.ndim == 2 else 1 for matrix in matrices) == 1:
         raise InvalidArgumentError(
             f"one embedding alone has no ranges for precision {precision}; quantize several at once, or take float32 "

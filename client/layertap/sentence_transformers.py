@@ -8,7 +8,7 @@ order of sentence-transformers: pool, normalize if the model does, cut, normaliz
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any, Final, TypeAlias, TypedDict
+from typing import Any, Final, Literal, TypeAlias, TypedDict
 
 import numpy as np
 import numpy.typing as npt
@@ -19,10 +19,14 @@ from layertap._protocol.inputs import check_items, to_message, to_messages
 from layertap._protocol.options import count, embed_options
 from layertap._protocol.stream_state import MAX_MESSAGE_COUNT, StreamLedger
 from layertap.errors import FailedPreconditionError, InvalidArgumentError
+from layertap.quantization import Precision
 from layertap.results.embedding import Embedding
 from layertap.types import FloatArray, ModelInfo, Pooling
 
 Array: TypeAlias = npt.NDArray[Any]
+
+OutputValue: TypeAlias = Literal["sentence_embedding", "token_embeddings"]
+"""What `encode` returns of each text: a vector, or the rows of its tokens."""
 
 SENTENCE: Final = "sentence_embedding"
 TOKENS: Final = "token_embeddings"
@@ -36,16 +40,14 @@ _LEAST_LENGTH: Final = 1e-12
 
 
 class EncodeOptions(TypedDict, total=False):
-    """What `encode` takes beside the sentences and output_value."""
+    """The options of `Client.encode`, which documents them."""
 
     prompt_name: str | None
     prompt: str | None
     batch_size: int | None
-    show_progress_bar: bool | None
-    precision: str
+    precision: Precision
     normalize_embeddings: bool | None
     truncate_dim: int | None
-    timeout_s: float
 
 
 class Encoding:
@@ -61,13 +63,13 @@ class Encoding:
         sentences: str | Iterable[str],
         info: ModelInfo,
         *,
-        prompt_name: str | None,
-        prompt: str | None,
-        batch_size: int | None,
-        output_value: str,
-        precision: str,
-        normalize_embeddings: bool | None,
-        truncate_dim: int | None,
+        output_value: OutputValue = SENTENCE,
+        prompt_name: str | None = None,
+        prompt: str | None = None,
+        batch_size: int | None = None,
+        precision: Precision = "float32",
+        normalize_embeddings: bool | None = None,
+        truncate_dim: int | None = None,
     ) -> None:
         """Checks the arguments of `Client.encode`.
 
@@ -111,12 +113,9 @@ class Encoding:
         of_tokens = output_value == TOKENS
         self.options = embed_options(
             layers=[-1] if of_tokens else None,
-            pooler_output=False,
             pooling=None if of_tokens else poolings,
-            dtype="float32",
             truncation=config.truncation,
             max_length=config.max_length,
-            return_tokens=False,
             prompt=prompt,
             prompt_name=prompt_name,
             lower_case=config.lower_case,

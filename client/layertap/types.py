@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from typing import Literal, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -17,6 +18,21 @@ IntArray = npt.NDArray[np.int64]
 BoolArray = npt.NDArray[np.bool_]
 FloatArray = npt.NDArray[np.float32] | npt.NDArray[np.float16]
 """float32, or float16 where `dtype="float16"` was asked for."""
+
+DtypeName: TypeAlias = Literal["float32", "float16", "bfloat16"]
+"""A number format on the wire."""
+
+TruncationName: TypeAlias = Literal["error", "right", "left"]
+"""What happens to a text of more than `max_length` tokens: an error, or the side that is cut."""
+
+PoolingName: TypeAlias = Literal["mean", "cls", "max", "last", "mean_sqrt_len", "mean_max"]
+"""How the rows of a text become one vector."""
+
+WordPoolingName: TypeAlias = Literal["first", "last", "mean", "first_last"]
+"""How the rows of a word's tokens become one row."""
+
+MixName: TypeAlias = Literal["mean", "sum", "concat", "weighted"]
+"""How several layers become one."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -30,8 +46,8 @@ class LayerMix:
         weights: For "weighted" one for each layer, used as they are, whatever their sum.
     """
 
-    strategy: str
-    layers: str | Sequence[int]
+    strategy: MixName
+    layers: Literal["all"] | Sequence[int]
     weights: npt.ArrayLike | None = None
 
 
@@ -48,7 +64,7 @@ class Pooling:
         dimensions: Keeps the first values only; None keeps all.
     """
 
-    strategy: str
+    strategy: PoolingName
     layer: int | LayerMix = -1
     include_special_tokens: bool = True
     normalize: bool = False
@@ -157,11 +173,11 @@ class SentenceConfig:
         unsupported: What layertap cannot do of what the model asks for, so that `encode` refuses; None: nothing.
     """
 
-    poolings: tuple[str, ...]
+    poolings: tuple[PoolingName, ...]
     normalize: bool
     truncate_dim: int | None
     max_length: int
-    truncation: str
+    truncation: TruncationName
     lower_case: bool
     prompts: Mapping[str, str]
     default_prompt_name: str | None

@@ -7,36 +7,82 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, TypeAlias, TypeVar
+from typing import Any, Literal, TypeAlias, TypedDict, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
 from layertap import wire
 from layertap.errors import InvalidArgumentError
-from layertap.types import LayerMix, Pooling
+from layertap.types import DtypeName, LayerMix, Pooling, PoolingName, TruncationName, WordPoolingName
 from layertap.v1 import embedding_pb2 as pb
 
-Layers: TypeAlias = "str | Iterable[int] | None"
+Layers: TypeAlias = Literal["all"] | Iterable[int] | None
 """`"all"`, layer numbers, or None for the default."""
 
-Poolings: TypeAlias = "str | Pooling | Sequence[str | Pooling] | None"
+Poolings: TypeAlias = PoolingName | Pooling | Sequence[PoolingName | Pooling] | None
 """One pooling, several, or None."""
 
-NameT = TypeVar("NameT", bound=int)
+OnError: TypeAlias = Literal["return", "raise"]
+"""Whether the error of a stream's item is its result, or is raised."""
+
+
+class LengthOptions(TypedDict, total=False):
+    """How long a text may be; see `Client.embed`."""
+
+    truncation: TruncationName
+    max_length: int | None
+
+
+class TokenizeOptions(LengthOptions, total=False):
+    """The options of `Client.tokenize`, which documents them."""
+
+    pad_to: int | None
+    add_special_tokens: bool
+
+
+class LayerOptions(LengthOptions, total=False):
+    """The options of `Client.embed_layers`; `Client.embed` documents them."""
+
+    layers: Layers
+    dtype: DtypeName
+    prompt: str | None
+    prompt_name: str | None
+
+
+class EmbedOptions(LayerOptions, total=False):
+    """The options of `Client.embed`, which documents them."""
+
+    pooler_output: bool
+    pooling: Poolings
+    words: WordPoolingName | None
+    mix: LayerMix | None
+    return_tokens: bool
+
+
+class StreamOptions(EmbedOptions, total=False):
+    """The options of `Client.embed_stream`, which documents them."""
+
+    ordered: bool
+    on_error: OnError
+    item_timeout_s: float | None
+    reconnect_timeout_s: float | None
+
+
+NumberT = TypeVar("NumberT", bound=int)
 
 
 def embed_options(
     *,
-    layers: Layers,
-    pooler_output: bool,
-    pooling: Poolings,
-    words: str | None = None,
+    layers: Layers = None,
+    pooler_output: bool = False,
+    pooling: Poolings = None,
+    words: WordPoolingName | None = None,
     mix: LayerMix | None = None,
-    dtype: str,
-    truncation: str,
-    max_length: int | None,
-    return_tokens: bool,
+    dtype: DtypeName = "float32",
+    truncation: TruncationName = "error",
+    max_length: int | None = None,
+    return_tokens: bool = False,
     prompt: str | None = None,
     prompt_name: str | None = None,
     lower_case: bool = False,
@@ -79,14 +125,26 @@ def count(field: str, value: int | None) -> int:
     return value
 
 
-def raises(on_error: str) -> bool:
+def check_names(options: Mapping[str, object], kind: type) -> None:
+    """Checks that all options are among the keys of a `TypedDict`.
+
+    Raises:
+        TypeError: One is not.
+    """
+    for name in options:
+        if name not in kind.__annotations__:
+            known = ", ".join(sorted(kind.__annotations__))
+            raise TypeError(f"got an unexpected keyword argument {name!r}; the options are {known}")
+
+
+def raises(on_error: OnError) -> bool:
     """Returns whether a bad item of a stream is raised."""
     if on_error not in ("raise", "return"):
         raise InvalidArgumentError(f'on_error is {on_error!r}; pass "raise" or "return"')
     return on_error == "raise"
 
 
-def _rows(words: str | None, **layers: Any) -> pb.Output:
+def _rows(words: WordPoolingName | None, **layers: Any) -> pb.Output:
     """Asks for rows of some layers: one a token, or one a word."""
     if words is None:
         return pb.Output(hidden_states=pb.HiddenStates(**layers))
@@ -129,7 +187,7 @@ def _numbers(field: str, values: npt.ArrayLike) -> list[float]:
     return numbers
 
 
-def _pooled_vectors(pooling: str | Pooling) -> pb.PooledVectors:
+def _pooled_vectors(pooling: PoolingName | Pooling) -> pb.PooledVectors:
     pooling = Pooling(pooling) if isinstance(pooling, str) else pooling
     if not isinstance(pooling, Pooling):
         raise InvalidArgumentError(f"pooling is of type {type(pooling).__name__}; pass a name or a Pooling")
@@ -158,7 +216,7 @@ def _string(field: str, value: str | None) -> str:
     return value or ""
 
 
-def named(field: str, name: str, known: Mapping[str, NameT]) -> NameT:
+def named(field: str, name: str, known: Mapping[str, NumberT]) -> NumberT:
     """Returns what a name stands for."""
     if name not in list(known):  # A list, because a name that is no str may have no hash.
         raise InvalidArgumentError(f"{field} is {name!r}; pass one of {', '.join(known)}")

@@ -9,7 +9,7 @@ import dataclasses
 import functools
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Final, Generic, TypeVar
+from typing import Final, Generic, TypeAlias, TypeVar, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -18,7 +18,7 @@ from google.protobuf.message import Message
 from layertap import wire
 from layertap._protocol import assembler, responses
 from layertap._protocol.inputs import Inputs, to_messages
-from layertap._protocol.options import count, named
+from layertap._protocol.options import EmbedOptions, LayerOptions, check_names, count, embed_options, named
 from layertap.errors import (
     DataLossError,
     DeadlineExceededError,
@@ -28,12 +28,17 @@ from layertap.errors import (
     UnavailableError,
 )
 from layertap.results.tokens import Tokens
-from layertap.types import Limits, ModelInfo, SentenceConfig, TokenIds
+from layertap.types import Limits, ModelInfo, PoolingName, SentenceConfig, TokenIds, TruncationName
 from layertap.v1 import embedding_pb2 as pb
 
 SERVICE: Final = "/layertap.v1.EmbeddingService/"
 
-_STRATEGY_NAMES: Final = {number: name for name, number in wire.POOLING_STRATEGIES.items()}
+_STRATEGY_NAMES: Final[dict[int, PoolingName]] = {
+    number: cast("PoolingName", name) for name, number in wire.POOLING_STRATEGIES.items()
+}
+
+TokenRows: TypeAlias = Tokens | TokenIds | npt.ArrayLike | Iterable[npt.ArrayLike]
+"""The token ids of one text, or of several."""
 
 ResponseT = TypeVar("ResponseT", bound=Message)
 
@@ -73,7 +78,12 @@ def read_model_info(message: pb.GetModelInfoResponse) -> ModelInfo:
 
 
 def tokenize(
-    inputs: Inputs, *, pad_to: int | None, add_special_tokens: bool, truncation: str, max_length: int | None
+    inputs: Inputs,
+    *,
+    pad_to: int | None = None,
+    add_special_tokens: bool = True,
+    truncation: TruncationName = "error",
+    max_length: int | None = None,
 ) -> Iterator[Unary[pb.TokenizeResponse]]:
     """Asks for tokens, in as many requests as keep each answer small."""
     messages = to_messages(inputs)
@@ -99,9 +109,7 @@ def read_tokens(answers: Sequence[pb.TokenizeResponse]) -> Tokens:
     return responses.build_tokens([text for one in answers for text in one.texts], answers[0].pad_token_id)
 
 
-def decode(
-    ids: Tokens | TokenIds | npt.ArrayLike | Iterable[npt.ArrayLike], *, skip_special_tokens: bool
-) -> Unary[pb.DecodeResponse]:
+def decode(ids: TokenRows, *, skip_special_tokens: bool) -> Unary[pb.DecodeResponse]:
     """Asks for strings; `ids` is one text (1-D) or several."""
     if isinstance(ids, Tokens):
         rows = [row[:count].tolist() for row, count in zip(ids.input_ids, ids.token_counts, strict=True)]
@@ -141,6 +149,25 @@ class Embed:
     def assembler(self) -> assembler.EmbedAssembler:
         """Returns what puts the answer together."""
         return assembler.EmbedAssembler(self.messages, self.options)
+
+
+def embed(inputs: Inputs, options: EmbedOptions) -> Embed:
+    """Returns the request that `Client.embed` makes."""
+    check_names(options, EmbedOptions)
+    return Embed(to_messages(inputs), embed_options(**options))
+
+
+def embed_layers(inputs: Inputs, options: LayerOptions) -> Embed:
+    """Returns the request that `Client.embed_layers` makes."""
+    check_names(options, LayerOptions)
+    options.setdefault("layers", "all")
+    return Embed(to_messages(inputs), embed_options(**options))
+
+
+def embed_stream(options: EmbedOptions) -> pb.EmbedOptions:
+    """Returns what `Client.embed_stream` asks of each item."""
+    check_names(options, EmbedOptions)
+    return embed_options(**options)
 
 
 PASSING: Final = (UnavailableError, DeadlineExceededError, ResourceExhaustedError)

@@ -38,7 +38,7 @@ def _poolings(args: argparse.Namespace) -> list[Pooling] | None:
         "normalize": args.normalize,
         "dimensions": args.dimensions,
     }
-    if not args.pooling and Pooling("", **more) != Pooling(""):
+    if not args.pooling and Pooling("mean", **more) != Pooling("mean"):
         raise parsing.UsageError("there is no vector to shape; say which with --pooling")
     return [Pooling(strategy, **more) for strategy in args.pooling] if args.pooling else None
 

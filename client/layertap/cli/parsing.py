@@ -8,11 +8,11 @@ import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, BinaryIO, Final
+from typing import Any, BinaryIO, Final, Literal, cast
 
 from layertap import optional_deps, wire
 from layertap.jobs.readers import Arguments, JsonLines, Lines, Source
-from layertap.types import LayerMix
+from layertap.types import LayerMix, MixName
 
 NO_TEXT: Final = "there is no text; pass some as arguments, a file, or lines of stdin"
 SOME_ARE_BAD: Final = 3
@@ -58,10 +58,10 @@ def source(args: argparse.Namespace) -> Source:
     return found
 
 
-def layers(value: str) -> str | list[int]:
+def layers(value: str) -> Literal["all"] | list[int]:
     """Reads `all`, or layer numbers apart by commas."""
     try:
-        return value if value == "all" else [int(part) for part in value.split(",")]
+        return "all" if value == "all" else [int(part) for part in value.split(",")]
     except ValueError as exc:
         raise argparse.ArgumentTypeError("pass all, or numbers such as 0,6 or =-1,-2") from exc
 
@@ -76,7 +76,7 @@ def mix(value: str) -> LayerMix:
         factors = [float(part) for part in weights.split(",")] if weights else None
     except ValueError as exc:
         raise argparse.ArgumentTypeError("weights are numbers apart by commas, as in weighted:0,6:0.5,2") from exc
-    return LayerMix(strategy, layers=layers(numbers), weights=factors)
+    return LayerMix(cast("MixName", strategy), layers=layers(numbers), weights=factors)
 
 
 def layer_or_mix(value: str) -> int | LayerMix:
