@@ -13,6 +13,7 @@ MODEL_STAMP := .models/.fetched
 TOOLS_STAMP := .tools/.installed
 PEERS_STAMP := .bench/.installed
 EXAMPLES_STAMP := .venv/.examples
+DOCS_STAMP := .venv/.docs
 OLDEST_STAMP := .floors/oldest/.installed
 NEWEST_STAMP := .floors/newest/.installed
 
@@ -33,7 +34,7 @@ generate = PATH="$(CURDIR)/$(BIN):$$PATH" PYTHONPATH=.tools $(BIN)/python -m grp
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: bench-compute bench-callers bench-fuzz bench-gpu bench-jobs bench-load bench-streams bench-wire help install model protos protos-fresh lint format check test test-floors test-newest demo notebook serve bench clean
+.PHONY: bench-compute bench-callers bench-fuzz bench-gpu bench-jobs bench-load bench-streams bench-wire help install model protos protos-fresh lint format check test test-floors test-newest demo docs notebook serve bench clean
 
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z][a-z-]*:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -85,6 +86,9 @@ demo: $(INSTALL_STAMP) $(MODEL_STAMP)  ## Start a server, do the main job as a u
 notebook: $(INSTALL_STAMP) $(MODEL_STAMP) $(EXAMPLES_STAMP)  ## Make examples/layers.ipynb anew, and run it
 	$(BIN)/python examples/execute.py
 
+docs: $(DOCS_STAMP)  ## Build the documentation into .docs/site; a broken link fails
+	PYTHONPATH=client:server NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+
 serve: $(INSTALL_STAMP) $(MODEL_STAMP)  ## Serve the embedded model until interrupted
 	$(BIN)/layertap-server $(ARGS)
 
@@ -118,7 +122,7 @@ bench-gpu: $(INSTALL_STAMP)  ## Fidelity, ceilings and throughput on a GPU (need
 	$(BIN)/python bench/gpu.py $(ARGS)
 
 clean:  ## Remove all that make has made
-	rm -rf .venv .models .tools .bench .floors build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis \
+	rm -rf .venv .models .tools .bench .floors .docs build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis \
 		.import_linter_cache
 	find client server tests bench examples -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
 
@@ -154,6 +158,10 @@ $(PEERS_STAMP): bench/peers.txt constraints.txt
 
 $(EXAMPLES_STAMP): $(INSTALL_STAMP)
 	$(PIP) install -q -c constraints.txt -e '.[examples]'
+	@touch $@
+
+$(DOCS_STAMP): $(INSTALL_STAMP)
+	$(PIP) install -q -c constraints.txt -e '.[docs]'
 	@touch $@
 
 # Laid over .venv, whose other packages then want other versions than these: nothing runs there that minds.

@@ -397,21 +397,3 @@ def test_a_stock_client_speaks_with_the_server_by_reflection_alone(tiny_server: 
     )
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["texts"][0]["tokens"] == ["[CLS]", "i", "love", "paris", "[SEP]"]
-
-
-# The README.
-
-
-def test_the_python_of_the_readme_runs(real_server: Server, capsys: pytest.CaptureFixture[str]) -> None:
-    text = (ROOT / "README.md").read_text()
-    blocks = list(re.finditer(r"^```python\n(.*?)^```$", text, re.MULTILINE | re.DOTALL))
-    assert len(blocks) >= 4
-    namespace: dict[str, Any] = {"__name__": "readme"}
-    for block in blocks:
-        code = block[1].replace('"127.0.0.1:50051"', f'"{real_server.address}"')
-        for client in ("Client", "AsyncClient"):
-            for target in ('"localhost:50051"', ""):
-                code = re.sub(rf"\b{client}\({re.escape(target)}\)", f'{client}("{real_server.address}")', code)
-        assert "50051" not in code, "a block would talk to a server that is not the test's"
-        line = text.count("\n", 0, block.start(1))
-        exec(compile("\n" * line + code, str(ROOT / "README.md"), "exec"), namespace)

@@ -320,9 +320,10 @@ def test_a_connection_that_gets_too_old_is_replaced_without_an_error(tiny_folder
         client.close()
 
 
-def test_the_recipe_of_the_readme_makes_certificates(tiny_folder: Path, tmp_path: Path) -> None:
-    readme = (Path(__file__).parent.parent / "README.md").read_text()
-    (recipe,) = re.findall(r"^```sh\n((?:openssl .*\n){3})```$", readme, re.MULTILINE)
+def test_the_recipe_of_the_documents_makes_certificates(tiny_folder: Path, tmp_path: Path) -> None:
+    root = next(p for p in Path(__file__).parents if (p / "pyproject.toml").is_file())
+    page = (root / "docs/operate/tls-and-tokens.md").read_text()
+    (recipe,) = re.findall(r"^```sh\n((?:openssl .*\n){3})```$", page, re.MULTILINE)
     subprocess.run(["sh", "-ec", recipe], cwd=tmp_path, check=True, capture_output=True, timeout=60)
     ca, cert, key = (str(tmp_path / name) for name in ("ca.pem", "server.pem", "server.key"))
     flags = ("--tls-cert", cert, "--tls-key", key, "--tls-client-ca", ca, "--host", "0.0.0.0")

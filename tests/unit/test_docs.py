@@ -1,0 +1,72 @@
+"""What the documents say is true of the code: links, flags, limits, metrics of packages, the length of the README."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from pathlib import Path
+
+import pytest
+
+from layertap_server.config import Config, flag
+
+ROOT = Path(__file__).parents[2]
+PAGES = [*ROOT.glob("*.md"), *sorted((ROOT / "docs").rglob("*.md"))]
+FLAGS = {flag(field.name): field.default for field in dataclasses.fields(Config)}
+
+
+def test_the_readme_is_one_screen_long() -> None:
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 150
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_lead_to_files(page: Path) -> None:
+    generated = {ROOT / "docs/reference/flags.md", ROOT / "docs/reference/contract.md"}
+    for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", page.read_text()):
+        if "://" not in target:
+            path = (page.parent / target).resolve()
+            assert path.exists() or path in generated, f"{target} does not exist"
+
+
+def test_the_limits_of_the_documents_are_those_of_the_config() -> None:
+    page = (ROOT / "docs/operate/limits-and-sizing.md").read_text()
+    rows = re.findall(r"^\| .+? \| (.+?) \| `(--[a-z-]+)` \|$", page, re.MULTILINE)
+    assert len(rows) >= 17
+    for shown, name in rows:
+        assert _number(shown) == FLAGS[name], name
+
+
+def test_every_limit_of_the_config_is_in_the_documents() -> None:
+    page = (ROOT / "docs/operate/limits-and-sizing.md").read_text()
+    limits = {name for name in FLAGS if name.startswith("--max-") and "batch" not in name}
+    assert limits <= set(re.findall(r"--[a-z-]+", page))
+
+
+def test_flags_in_the_documents_exist() -> None:
+    for page in PAGES:
+        for line in page.read_text().splitlines():
+            if "layertap-server" in line and "parity" not in line:
+                found = set(re.findall(r"(?<![\w-])(--[a-z][a-z-]+)", line))
+                assert found <= {*FLAGS, "--version", "--help"}, f"{page.name}: {line}"
+
+
+def test_the_picture_and_the_table_of_the_design_have_the_packages() -> None:
+    page = (ROOT / "docs/design.md").read_text()
+    for half in ("server/layertap_server", "client/layertap"):
+        for package in (ROOT / half).iterdir():
+            if (package / "__init__.py").is_file() and package.name not in ("v1", "__pycache__"):
+                assert f"`{package.name}`" in page, package.name
+    picture = (ROOT / "docs/design.svg").read_text()
+    for name in re.findall(r'class="name">(\w+)<', picture):
+        assert f"`{name}`" in page
+
+
+def _number(shown: str) -> float:
+    """Reads a limit as the documents write it."""
+    if shown == "unlimited":
+        return 0.0
+    units = {"KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30, "s": 1}
+    total = 0.0
+    for sign, (number, unit) in zip((1, -1), re.findall(r"([\d,]+) ?([KMG]iB|s)?", shown), strict=False):
+        total += sign * float(number.replace(",", "")) * units.get(unit, 1)
+    return total
