@@ -15,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import psutil
+import servers
 from compute import ROOT, base_model
 from texts import workload
 
@@ -23,22 +23,6 @@ from layertap import AsyncClient, Client
 
 CALLERS = 64
 LONE = "I love Paris"
-
-
-class Server:
-    def __init__(self, folder: Path, *flags: str) -> None:
-        command = [sys.executable, "-m", "layertap_server.cli", "--port", "0", "--model-id", str(folder), *flags]
-        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
-        assert self.process.stdout is not None
-        self.address = self.process.stdout.readline().split()[-1]
-
-    @property
-    def memory_mb(self) -> float:
-        return psutil.Process(self.process.pid).memory_info().rss / 2**20
-
-    def stop(self) -> None:
-        self.process.terminate()
-        self.process.wait(timeout=60)
 
 
 def timed(work: Callable[[], Any]) -> float:
@@ -69,7 +53,7 @@ def concurrent(address: str, texts: list[str]) -> float:
 
 def many(folder: Path, count: int, rounds: int) -> None:
     """64 callers with one short text each, beside the same texts in bulk."""
-    server = Server(folder)
+    server = servers.real("--model-id", str(folder))
     texts, _ = workload("short", count)
     bulk(server.address, texts)
     concurrent(server.address, texts)
@@ -100,7 +84,7 @@ for line in sys.stdin:
 
 def lone(folder: Path, rounds: int) -> None:
     """One short text alone, beside transformers in a process of its own at the better of 1 and 2 threads."""
-    server = Server(folder)
+    server = servers.real("--model-id", str(folder))
     loop = subprocess.Popen(
         [sys.executable, "-W", "ignore", "-c", LOOP, str(folder), LONE],
         stdin=subprocess.PIPE,
@@ -136,7 +120,9 @@ def lone(folder: Path, rounds: int) -> None:
 
 def first_layer(folder: Path, rounds: int) -> None:
     """When layer 1 of a request that fills one batch of one instance arrives, beside the last."""
-    server = Server(folder, "--instances", "1", "--max-batch-tokens", "2048", "--max-batch-bytes", str(256 << 20))
+    server = servers.real(
+        "--model-id", str(folder), "--instances", "1", "--max-batch-tokens", "2048", "--max-batch-bytes", str(256 << 20)
+    )
     texts, _ = workload("uniform", 16)
     ratios = []
     with Client(server.address) as client:
@@ -152,7 +138,7 @@ def first_layer(folder: Path, rounds: int) -> None:
 
 def memory(folder: Path, count: int) -> None:
     """How far the server grows above its warm state, over bulk jobs of vectors and of all layers."""
-    server = Server(folder)
+    server = servers.real("--model-id", str(folder))
     texts, _ = workload("mixed", count)
     bulk(server.address, texts[:20])
     warm = peak = server.memory_mb

@@ -3,20 +3,35 @@
 from __future__ import annotations
 
 import subprocess
-import sys
 from pathlib import Path
 
 import psutil
 
+from layertap_server.testing import ServerProcess
+
 HERE = Path(__file__).resolve().parent
 
 
-class Server:
-    """A running server.
+class Server(ServerProcess):
+    """A running server, stopped at the end of a `with` block."""
 
-    Attributes:
-        address: Where it listens.
-    """
+    @property
+    def process_id(self) -> int:
+        return self.process.pid
+
+    @property
+    def memory_mb(self) -> float:
+        return psutil.Process(self.process.pid).memory_info().rss / 2**20
+
+    def __enter__(self) -> Server:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+
+class Peer:
+    """Another program that serves, run by a Python of its own."""
 
     def __init__(self, *command: str | Path) -> None:
         self._process = subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE, text=True)
@@ -26,25 +41,6 @@ class Server:
             raise SystemExit(f"{' '.join(map(str, command))} did not start")
         self.address = line[-1]
 
-    @property
-    def process_id(self) -> int:
-        return self._process.pid
-
-    @property
-    def memory_mb(self) -> float:
-        return psutil.Process(self._process.pid).memory_info().rss / 2**20
-
-    def __enter__(self) -> Server:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.stop()
-
-    def kill(self) -> None:
-        """Ends it as a crash would."""
-        self._process.kill()
-        self._process.wait(timeout=60)
-
     def stop(self) -> None:
         self._process.terminate()
         self._process.wait(timeout=60)
@@ -52,9 +48,9 @@ class Server:
 
 def real(*flags: str) -> Server:
     """Starts the server as users do."""
-    return Server(sys.executable, "-m", "layertap_server.cli", "--log-level", "error", *flags)
+    return Server("--log-level", "error", *flags)
 
 
 def stand_in(*flags: str) -> Server:
     """Starts a server whose encoder costs nothing; see stand_in.py."""
-    return Server(sys.executable, HERE / "stand_in.py", "--log-level", "error", *flags)
+    return Server("--log-level", "error", *flags, program=[str(HERE / "stand_in.py")])

@@ -73,7 +73,7 @@ SMALL = (
 )
 
 
-def start(key: str, rows: int, segment_bytes: int, scratch: Path) -> servers.Server:
+def start(key: str, rows: int, segment_bytes: int, scratch: Path) -> servers.Server | servers.Peer:
     if key == "tcp":
         return servers.stand_in("--shared-memory-bytes", str(segment_bytes))
     if key == "fresh":
@@ -81,7 +81,7 @@ def start(key: str, rows: int, segment_bytes: int, scratch: Path) -> servers.Ser
     if key == "unix":
         return servers.stand_in("--host", f"unix:{scratch}/layertap.sock")
     python = PEER_PYTHON if key == "flight" else sys.executable
-    return servers.Server(python, SIDES, "serve", key, "--rows", str(rows))
+    return servers.Peer(python, SIDES, "serve", key, "--rows", str(rows))
 
 
 def connect(side: Side, address: str, rows: int, requests: int, read: bool) -> Worker:
@@ -95,7 +95,7 @@ def measure(sides: list[Side], arguments: argparse.Namespace, requests: int) -> 
     """Returns the seconds of each side in each round."""
     ids = [[101, *([2293] * (arguments.tokens - 2)), 102]] * arguments.texts
     times: dict[str, list[float]] = {side.name: [] for side in sides}
-    running: dict[str, servers.Server] = {}
+    running: dict[str, servers.Server | servers.Peer] = {}
     workers: list[Worker] = []
     with tempfile.TemporaryDirectory() as scratch:
         order = Path(scratch) / "texts.json"

@@ -5,42 +5,11 @@ Run by `make demo`; needs no network and no GPU.
 
 from __future__ import annotations
 
-import contextlib
-import queue
-import signal
-import subprocess
 import sys
-import threading
 import time
-from collections.abc import Iterator
 
 from layertap import Client, Pooling
-
-START_DEADLINE_S = 120
-STOP_DEADLINE_S = 40
-
-
-@contextlib.contextmanager
-def running_server() -> Iterator[str]:
-    """Runs `layertap-server` on a free port; yields its address."""
-    command = [sys.executable, "-m", "layertap_server.cli", "--port", "0", "--log-level", "warning"]
-    server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-    lines: queue.Queue[str] = queue.Queue()
-    threading.Thread(target=lambda: lines.put(server.stdout.readline()), daemon=True).start()
-    try:
-        line = lines.get(timeout=START_DEADLINE_S)
-        _, found, address = line.strip().partition("layertap-server listens on ")
-        if not found:
-            raise SystemExit(f"the server did not start; its exit code is {server.wait(STOP_DEADLINE_S)}")
-        yield address
-        server.send_signal(signal.SIGTERM)
-        if code := server.wait(STOP_DEADLINE_S):
-            raise SystemExit(f"the server ended with exit code {code}")
-    except queue.Empty:
-        raise SystemExit(f"the server was not ready within {START_DEADLINE_S} s") from None
-    finally:
-        server.kill()
-        server.wait()
+from layertap_server.testing import running_server
 
 
 def title(text: str) -> None:
@@ -49,9 +18,11 @@ def title(text: str) -> None:
 
 def main() -> None:
     started = time.monotonic()
-    with running_server() as address, Client(address) as client:
+    with running_server("--log-level", "warning") as server, Client(server.address) as client:
         info = client.model_info()
-        print(f"{info.model_id} on {', '.join(info.devices)} at {address}, up in {time.monotonic() - started:.1f} s")
+        print(
+            f"{info.model_id} on {', '.join(info.devices)} at {server.address}, up in {time.monotonic() - started:.1f} s"
+        )
 
         title("Tokens: client.tokenize('I love Paris', pad_to=7)")
         tokens = client.tokenize("I love Paris", pad_to=7)

@@ -9,12 +9,6 @@ import asyncio
 import contextlib
 import inspect
 import json
-import os
-import selectors
-import signal
-import subprocess
-import sys
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -26,8 +20,8 @@ import transformers
 
 from layertap import AsyncClient, Client
 from layertap_server.parity.compare import BOUNDS
+from layertap_server.testing import ServerProcess
 
-START_TIMEOUT_S = 90.0
 STOP_TIMEOUT_S = 60.0
 
 BOUND = BOUNDS["float32"]
@@ -62,59 +56,17 @@ def poll(condition: Callable[[], bool], *, timeout_s: float = 60.0) -> None:
         time.sleep(0.01)
 
 
-class Server:
+class Server(ServerProcess):
     """A layertap-server, or a script that makes one, in a process of its own, on a free loopback port."""
 
     def __init__(self, *flags: str, environment: dict[str, str] | None = None, script: Path | None = None) -> None:
-        self.process = subprocess.Popen(
-            [sys.executable, *([script] if script else ["-m", "layertap_server.cli"]), "--port", "0", *flags],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            env={**os.environ, **(environment or {})},
-        )
-        self._log: list[bytes] = []
-        # A pipe that nobody reads would fill up and stop the server.
-        self._reader = threading.Thread(target=self._read_log, daemon=True)
-        self._reader.start()
-        self.address = self._wait_for_address()
+        program = {"program": [str(script)]} if script else {}
+        super().__init__(*flags, environment=environment, stop_timeout_s=STOP_TIMEOUT_S, **program)
 
     @property
     def log(self) -> bytes:
         """What it has logged so far."""
-        return b"".join(self._log)
-
-    def _read_log(self) -> None:
-        while chunk := os.read(self.process.stderr.fileno(), 1 << 16):
-            self._log.append(chunk)
-
-    def _wait_for_address(self) -> str:
-        with selectors.DefaultSelector() as selector:
-            selector.register(self.process.stdout, selectors.EVENT_READ)
-            line = self.process.stdout.readline() if selector.select(START_TIMEOUT_S) else b""
-        if not line:
-            self.kill()
-            raise AssertionError(f"the server did not start: {self.log.decode()}")
-        return line.decode().split()[-1]
-
-    def signal(self, number: int) -> None:
-        self.process.send_signal(number)
-
-    def stop(self) -> int:
-        """Stops it as a supervisor would; returns its exit code."""
-        if self.process.poll() is None:
-            self.signal(signal.SIGTERM)
-        return self._end()
-
-    def kill(self) -> None:
-        self.process.kill()
-        self._end()
-
-    def _end(self) -> int:
-        code = self.process.wait(timeout=STOP_TIMEOUT_S)
-        self._reader.join(timeout=STOP_TIMEOUT_S)
-        self.process.stdout.close()
-        self.process.stderr.close()
-        return code
+        return super().log.encode()
 
 
 @contextlib.contextmanager
