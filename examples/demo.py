@@ -20,9 +20,8 @@ def main() -> None:
     started = time.monotonic()
     with running_server("--log-level", "warning") as server, Client(server.address) as client:
         info = client.model_info()
-        print(
-            f"{info.model_id} on {', '.join(info.devices)} at {server.address}, up in {time.monotonic() - started:.1f} s"
-        )
+        devices, up_s = ", ".join(info.devices), time.monotonic() - started
+        print(f"{info.model_id} on {devices} at {server.address}, up in {up_s:.1f} s")
 
         title("Tokens: client.tokenize('I love Paris', pad_to=7)")
         tokens = client.tokenize("I love Paris", pad_to=7)
