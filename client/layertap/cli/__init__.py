@@ -1,8 +1,8 @@
-"""The command `layertap`: tokenize, decode, embed, info and health from a shell.
+"""The command `layertap`: tokenize, decode, embed, encode, info and health from a shell.
 
-Rules: answers go to stdout, lines on what went wrong to stderr. With `--json` each answer is one JSON object on a line
-of its own. `embed` sends texts as they are read, so a pipe may bring any number. Exit codes are in `help`. Knows no
-more of the server than any user of `Client` does.
+Rules: answers go to stdout, messages to stderr. With `--json` each answer is one JSON object on a line of its own.
+Whatever comes from files, servers and models is escaped before it reaches a terminal. Texts are sent as they are read,
+so that a pipe may bring any number. The exit codes are in `arguments`.
 """
 
 from __future__ import annotations
@@ -13,30 +13,43 @@ from collections.abc import Sequence
 
 from layertap import wire
 from layertap.cli import arguments
-from layertap.cli.parsing import UsageError
+from layertap.cli.parsing import UsageError, drop_stdout, warn
 from layertap.errors import LayertapError
-from layertap.jobs.refusal import JobError
+from layertap.jobs import JobError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command; returns its exit code."""
+    """Runs one command and returns its exit code."""
+    _open_standard_streams()
     args = arguments.build().parse_args(argv)
     wire.keep_pages()
     try:
         code: int = args.run(args)
-        sys.stdout.flush()
+        if sys.stdout is not None:
+            sys.stdout.flush()
         return code
     except BrokenPipeError:
-        # Whoever read us has left, as `head` does; nothing may be flushed into the pipe when the interpreter ends.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        drop_stdout()
         return 141
     except KeyboardInterrupt:
         return 130
-    except UnicodeError:
-        code, message = 1, "stdin or stdout is not UTF-8; convert the text, or set PYTHONUTF8=1"
+    except UnicodeEncodeError:
+        code, message = 1, "stdout cannot show what is not ASCII; use --json, or set PYTHONUTF8=1"
     except (UsageError, JobError, ImportError) as exc:
         code, message = 2, str(exc)
-    except (LayertapError, OSError) as exc:
+    except LayertapError as exc:
         code, message = 1, str(exc)
-    print(f"layertap: {message}", file=sys.stderr)
+    except OSError as exc:
+        drop_stdout()  # It may be what failed, and would fail again when the interpreter flushes it.
+        code, message = 1, f"{exc.filename}: {exc.strerror}" if exc.filename else exc.strerror or str(exc)
+    warn(message)
     return code
+
+
+def _open_standard_streams() -> None:
+    """Opens the null device for standard streams that are closed, or the next file would get their number."""
+    for descriptor in range(3):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)

@@ -1,15 +1,97 @@
-"""The arguments of the command line."""
+"""The arguments of the command line, and what `--help` says below them."""
 
 from __future__ import annotations
 
 import argparse
 import os
 from pathlib import Path
+from typing import Final
 
-from layertap import __version__, wire
+from layertap import __version__, quantization, wire
 from layertap._transport.settings import DEFAULT_TARGET
-from layertap.cli import commands, embed, help, parsing
+from layertap.cli import commands, parsing
 from layertap.jobs.job import DEFAULT_PART_ITEMS
+from layertap.jobs.readers import FORMATS
+from layertap.sentence_transformers import SENTENCE, TOKENS
+
+_TOKENIZE: Final = """\
+examples:
+  layertap tokenize 'I love Paris' --pad-to 7
+  layertap tokenize --json < texts.txt"""
+
+_DECODE: Final = """\
+examples:
+  layertap decode 101 1045 2293 3000 102
+  layertap decode --keep-special-tokens < ids.txt"""
+
+_FILES: Final = """
+
+OUT is made from parts in the folder OUT.parts, which is removed at the end. If the command is interrupted, the same
+command resumes after the last part and makes the same OUT. It refuses other settings, another model, and an input that
+has changed where it was done. Parts that are damaged are done again. Items that fail do not stop the others; the side
+file OUT.errors.jsonl has the number, id, code and reason of each."""
+
+_EMBED: Final = (
+    """\
+examples:
+  layertap embed 'I love Paris' --layers all
+  layertap embed --pooling mean --json < texts.txt
+  layertap embed corpus.txt --layers=-1,-2 --pooler-output -o out.npz
+  layertap embed corpus.jsonl.gz --id-field id --keep title,url --pooling mean -o out.parquet
+  layertap embed corpus.jsonl --words mean --mix mean:-4,-3,-2,-1 -o out.arrow
+  zstdcat corpus.jsonl.zst | layertap embed --input-format jsonl --pooling cls -o out.safetensors
+
+OUT holds ids, kept fields, token_counts, truncated, and what was asked for: layer_K, mixed, words_layer_K,
+words_mixed, pool_N, pooler_output. Rows of tokens and words lie one text after the other in .npz and .safetensors
+(divide them by token_counts and word_counts), in lists in .parquet and .arrow. .npy holds one matrix with a row a
+text, and no ids."""
+    + _FILES
+)
+
+_ENCODE: Final = (
+    """\
+examples:
+  layertap encode 'I love Paris' --json
+  layertap encode corpus.jsonl --id-field id -o out.parquet
+  layertap encode queries.txt --prompt-name query --normalize -o queries.npy
+  layertap encode corpus.csv --text-field body --precision int8 -o out.npz
+
+One vector a text, as Client.encode and sentence-transformers make it: the model's folder says how texts are pooled,
+normalized, cut and prompted. OUT holds ids, kept fields, token_counts, truncated, and sentence_embedding or
+token_embeddings."""
+    + _FILES
+)
+
+_INFO: Final = """\
+example:
+  layertap info --target 10.0.0.7:50051"""
+
+_HEALTH: Final = """\
+example:
+  layertap health --timeout-s 2 || restart"""
+
+_ALL: Final = """\
+examples:
+  layertap tokenize 'I love Paris'
+  layertap embed 'I love Paris' --layers all
+  layertap embed corpus.txt --pooling mean -o out.npz
+  layertap encode corpus.jsonl -o out.parquet
+  layertap decode 101 1045 2293 3000 102
+  layertap health && layertap info
+  layertap embed --help
+
+Texts are arguments, the lines of a file, or lines of stdin; an empty line is a text. An argument that looks like a file
+is one; --text says that it is a text. Before a text that begins with a dash write --, before negative layers =
+(--layers=-1,-2). LAYERTAP_TARGET and LAYERTAP_TIMEOUT_S replace the defaults; LAYERTAP_TLS_CA, LAYERTAP_TLS_CERT,
+LAYERTAP_TLS_KEY and LAYERTAP_TOKEN set encryption and identity.
+
+exit codes:
+  0    done; health: the server serves
+  1    the server refused, failed, did not answer or is not serving; or a file cannot be read or written
+  2    wrong usage, or a file would be lost
+  3    done, but some items failed
+  130  Ctrl-C
+  141  the reader of stdout closed it"""
 
 
 def build() -> argparse.ArgumentParser:
@@ -17,8 +99,9 @@ def build() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="layertap",
         description="Tokens, pooled vectors and every layer of a BERT, from a layertap server.",
-        epilog=help.ALL,
+        epilog=_ALL,
         formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=f"layertap {__version__}")
     commands_of = parser.add_subparsers(required=True, metavar="COMMAND")
@@ -30,17 +113,19 @@ def build() -> argparse.ArgumentParser:
             description=summary[0].upper() + summary[1:] + ".",
             epilog=examples,
             formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
         )
 
-    _tokenize(command("tokenize", "show texts as the model's tokens", help.TOKENIZE))
-    _decode(command("decode", "turn token ids back into text", help.DECODE))
-    _embed(command("embed", "get layers, pooler output and pooled vectors", help.EMBED))
-    _question(command("info", "show the served model and the limits", help.INFO)).set_defaults(run=commands.info)
-    _question(command("health", "exit with 0 if the server serves", help.HEALTH)).set_defaults(run=commands.health)
+    _tokenize(command("tokenize", "show texts as the model's tokens", _TOKENIZE))
+    _decode(command("decode", "turn token ids back into text", _DECODE))
+    _embed(command("embed", "get layers, pooler output and pooled vectors", _EMBED))
+    _encode(command("encode", "get one vector a text, as sentence-transformers does", _ENCODE))
+    _server(command("info", "show the served model and the limits", _INFO)).set_defaults(run=commands.info)
+    _server(command("health", "exit with 0 if the server serves", _HEALTH)).set_defaults(run=commands.health)
     return parser
 
 
-def _question(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+def _server(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     target = os.environ.get("LAYERTAP_TARGET") or DEFAULT_TARGET
     parser.add_argument("--target", default=target, help="the server, as host:port [%(default)s]")
     timeout_s = os.environ.get("LAYERTAP_TIMEOUT_S") or "60"
@@ -49,53 +134,32 @@ def _question(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     return parser
 
 
-def _texts(parser: argparse.ArgumentParser) -> None:
-    what = "texts; or one file: .txt, .jsonl, .parquet; none, or -: lines of stdin"
+def _texts(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
+    what = "texts; or one file: .txt, .jsonl, .csv, .tsv (each also with .gz), .parquet; none, or -: lines of stdin"
     parser.add_argument("texts", nargs="*", metavar="TEXT", help=what)
+    parser.add_argument("--text", action="store_true", help="the arguments are texts, whatever they look like")
+    reading = parser.add_argument_group("reading a file")
+    reading.add_argument("--input-format", choices=FORMATS, help="[by the ending; of stdin txt]")
+    what = "the field or column of the text, or of a list of its words [text]"
+    reading.add_argument("--text-field", metavar="NAME", help=what)
+    what = "the field or column of the id, a string or a whole number [the number of the line or row, from 1]"
+    reading.add_argument("--id-field", metavar="NAME", help=what)
+    return reading
+
+
+def _cutting(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--truncation", choices=wire.TRUNCATIONS, help="above --max-length [error]", default="error")
     parser.add_argument("--max-length", type=int, metavar="N", help="the most tokens of a text [the model's]")
-    reading = parser.add_argument_group("reading a file")
-    reading.add_argument("--input-format", choices=parsing.FORMATS, help="[by the ending; of stdin txt]")
-    what = "of .jsonl and .parquet: the text, or a list of its words [%(default)s]"
-    reading.add_argument("--text-field", default="text", metavar="NAME", help=what)
-    what = "of .jsonl and .parquet: strings or whole numbers [the number of the line or row, from 1]"
-    reading.add_argument("--id-field", metavar="NAME", help=what)
 
 
-def _tokenize(parser: argparse.ArgumentParser) -> None:
-    _texts(parser)
-    parser.add_argument("--pad-to", type=int, metavar="N", help="pad each text to so many tokens")
-    parser.add_argument("--no-special-tokens", action="store_true", help="leave [CLS] and [SEP] out")
-    _question(parser).set_defaults(run=commands.tokenize)
-
-
-def _decode(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("ids", nargs="*", metavar="ID", help="the ids of one text; none: a text each line of stdin")
-    parser.add_argument("--keep-special-tokens", action="store_true", help="show [CLS], [SEP] and [PAD] too")
-    _question(parser).set_defaults(run=commands.decode)
-
-
-def _embed(parser: argparse.ArgumentParser) -> None:
-    _texts(parser)
-    what = "all, or numbers such as 0,6 or =-1,-2 [the last, if nothing else is asked for]"
-    parser.add_argument("--layers", type=parsing.layers, help=what)
-    what = f"one row a word instead of a token: {', '.join(wire.WORD_POOLINGS)} of its tokens' rows"
-    parser.add_argument("--words", choices=wire.WORD_POOLINGS, metavar="POOLING", help=what)
-    what = "several layers as one, such as mean:-4,-3,-2,-1 or concat:-1,-2 or weighted:0,6:0.5,2"
-    parser.add_argument("--mix", type=parsing.mix, help=what)
-    what = "put before each text, as it stands"
-    parser.add_argument("--prompt", metavar="TEXT", help=what)
+def _prompts(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--prompt", metavar="TEXT", help="put before each text, as it stands")
     parser.add_argument("--prompt-name", metavar="NAME", help="the same, by its name in the model's folder")
-    parser.add_argument("--pooler-output", action="store_true", help="the model's own pooler")
-    parser.add_argument("--dtype", choices=wire.DTYPES, default="float32", help="on the wire [%(default)s]")
-    pooling = parser.add_argument_group("pooled vectors")
-    what = f"{', '.join(wire.POOLING_STRATEGIES)}; may be given several times"
-    pooling.add_argument("--pooling", action="append", choices=wire.POOLING_STRATEGIES, metavar="STRATEGY", help=what)
-    what = "the layer that is pooled, or a mix as in --mix [the last]"
-    pooling.add_argument("--pooling-layer", type=parsing.layer_or_mix, default=-1, metavar="K", help=what)
-    pooling.add_argument("--pool-no-special-tokens", action="store_true", help="leave [CLS] and [SEP] out of pools")
-    pooling.add_argument("--normalize", action="store_true", help="to length 1, after --dimensions")
-    pooling.add_argument("--dimensions", type=int, metavar="N", help="keep the first N values")
+
+
+def _writing(parser: argparse.ArgumentParser, reading: argparse._ArgumentGroup) -> None:
+    what = "fields or columns that are carried to OUT, with commas between them"
+    reading.add_argument("--keep", type=parsing.names, metavar="NAMES", help=what)
     writing = parser.add_argument_group("writing a file")
     what = "a new file: .npz, .npy, .safetensors, .parquet or .arrow (the last two need the extra arrow)"
     writing.add_argument("-o", "--output", type=Path, metavar="OUT", help=what)
@@ -103,9 +167,60 @@ def _embed(parser: argparse.ArgumentParser) -> None:
     writing.add_argument("--overwrite", action="store_true", help=what)
     what = "the most texts in a part, which is what a crash can cost [%(default)s]"
     writing.add_argument("--part-texts", type=_count, default=DEFAULT_PART_ITEMS, metavar="N", help=what)
-    what = "show how far it is (needs the extra progress) [on a terminal]"
+    what = "show progress (needs the extra progress) [on a terminal]"
     writing.add_argument("--progress", action=argparse.BooleanOptionalAction, help=what)
-    _question(parser).set_defaults(run=embed.embed)
+
+
+def _tokenize(parser: argparse.ArgumentParser) -> None:
+    _texts(parser)
+    _cutting(parser)
+    parser.add_argument("--pad-to", type=int, metavar="N", help="pad each text to so many tokens")
+    parser.add_argument("--no-special-tokens", action="store_true", help="leave [CLS] and [SEP] out")
+    _server(parser).set_defaults(run=commands.tokenize)
+
+
+def _decode(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("ids", nargs="*", metavar="ID", help="the ids of one text; none: a text each line of stdin")
+    parser.add_argument("--keep-special-tokens", action="store_true", help="show [CLS], [SEP] and [PAD] too")
+    _server(parser).set_defaults(run=commands.decode)
+
+
+def _embed(parser: argparse.ArgumentParser) -> None:
+    reading = _texts(parser)
+    _cutting(parser)
+    what = "all, or numbers such as 0,6 or =-1,-2 [the last, if nothing else is asked for]"
+    parser.add_argument("--layers", type=parsing.layers, help=what)
+    what = f"one row a word instead of a token: {', '.join(wire.WORD_POOLINGS)} of its tokens' rows"
+    parser.add_argument("--words", choices=wire.WORD_POOLINGS, metavar="POOLING", help=what)
+    what = "several layers as one, such as mean:-4,-3,-2,-1 or concat:-1,-2 or weighted:0,6:0.5,2"
+    parser.add_argument("--mix", type=parsing.mix, help=what)
+    _prompts(parser)
+    parser.add_argument("--pooler-output", action="store_true", help="the model's own pooler")
+    parser.add_argument("--dtype", choices=wire.DTYPES, default="float32", help="on the wire [%(default)s]")
+    pooling = parser.add_argument_group("pooled vectors (for what sentence-transformers gives, use layertap encode)")
+    what = f"{', '.join(wire.POOLING_STRATEGIES)}; may be given several times"
+    pooling.add_argument("--pooling", action="append", choices=wire.POOLING_STRATEGIES, metavar="STRATEGY", help=what)
+    what = "the layer that is pooled, or a mix as in --mix [the last]"
+    pooling.add_argument("--pooling-layer", type=parsing.layer_or_mix, default=-1, metavar="K", help=what)
+    pooling.add_argument("--pool-no-special-tokens", action="store_true", help="leave [CLS] and [SEP] out of pools")
+    pooling.add_argument("--normalize", action="store_true", help="to length 1, after --dimensions")
+    pooling.add_argument("--dimensions", type=int, metavar="N", help="keep the first N values")
+    _writing(parser, reading)
+    _server(parser).set_defaults(run=commands.embed)
+
+
+def _encode(parser: argparse.ArgumentParser) -> None:
+    reading = _texts(parser)
+    _prompts(parser)
+    parser.add_argument("--normalize", action="store_true", help="to length 1, also if the model does not")
+    what = "keep the first N values [what the model's folder says]"
+    parser.add_argument("--truncate-dim", type=int, metavar="N", help=what)
+    what = f"{', '.join(quantization.PRECISIONS)} [%(default)s]; int8 and uint8 by the ranges of all texts together"
+    parser.add_argument("--precision", choices=quantization.PRECISIONS, default="float32", metavar="KIND", help=what)
+    what = f"{SENTENCE}, or {TOKENS}: the last layer's rows [%(default)s]"
+    parser.add_argument("--output-value", choices=(SENTENCE, TOKENS), default=SENTENCE, metavar="WHAT", help=what)
+    _writing(parser, reading)
+    _server(parser).set_defaults(run=commands.encode)
 
 
 def _count(value: str) -> int:

@@ -1,21 +1,34 @@
-"""The commands that ask one question: tokenize, decode, info and health."""
+"""The commands: each asks the server, prints the answer or writes it to a file, and returns its exit code."""
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
-import sys
-from typing import Final
+from typing import Any, Final
 
 import grpc
+import numpy as np
 
+from layertap import quantization
 from layertap._transport.channel import open_channel, translate
 from layertap._transport.settings import settle
 from layertap.cli import parsing
-from layertap.client import Client
-from layertap.jobs.readers import BadItem
+from layertap.cli.parsing import connect
+from layertap.errors import InvalidArgumentError, LayertapError
+from layertap.jobs.items import BadItem
+from layertap.jobs.job import Job
+from layertap.jobs.readers import Lines, Source
+from layertap.jobs.runner import Answers
+from layertap.jobs.tasks import EmbedTask, EncodeTask, Task
+from layertap.sentence_transformers import EncodeOptions
+from layertap.types import Pooling
 
 _HEALTH: Final = ("UNKNOWN", "SERVING", "NOT_SERVING", "SERVICE_UNKNOWN")
+_EMBED_OPTIONS: Final = (
+    *("layers", "words", "mix", "pooler_output", "dtype", "truncation", "max_length"),
+    *("prompt", "prompt_name"),
+)
 
 
 def tokenize(args: argparse.Namespace) -> int:
@@ -27,62 +40,196 @@ def tokenize(args: argparse.Namespace) -> int:
         texts.append(item.content)
     if not texts:
         raise parsing.UsageError(parsing.NO_TEXT)
-    with Client(args.target) as client:
+    with connect(args) as client:
         options = {name: getattr(args, name) for name in ("pad_to", "truncation", "max_length", "timeout_s")}
         tokens = client.tokenize(texts, add_special_tokens=not args.no_special_tokens, **options)
     names = ("input_ids", "attention_mask", "token_type_ids", "word_ids", "offset_mapping", "special_tokens_mask")
     for n, count in enumerate(tokens.token_counts):
         columns = {name: getattr(tokens, name)[n, :count].tolist() for name in names}
         if args.json:
-            parsing.print_json(index=n, truncated=bool(tokens.truncated[n]), tokens=tokens.tokens[n], **columns)
+            parsing.say_json(index=n, truncated=bool(tokens.truncated[n]), tokens=tokens.tokens[n], **columns)
             continue
-        print("      id  mask  type  word    offsets  token")
+        parsing.say("      id  mask  type  word    offsets  token")
         for piece, number, mask, kind, word, (start, end), _ in zip(tokens.tokens[n], *columns.values(), strict=True):
-            print(f"{number:8}  {mask:4}  {kind:4}  {word:4}  {f'{start}:{end}':>9}  {piece}")
+            parsing.say(f"{number:8}  {mask:4}  {kind:4}  {word:4}  {f'{start}:{end}':>9}  {piece}")
     return 0
 
 
 def decode(args: argparse.Namespace) -> int:
     """Turns token ids back into text."""
+    lines = [" ".join(args.ids)] if args.ids else [_line(item) for item in Lines(path=None).items()]
     try:
-        rows = [parsing.token_ids(" ".join(args.ids))] if args.ids else [parsing.token_ids(line) for line in sys.stdin]
+        rows = list(map(parsing.token_ids, lines))
     except ValueError as exc:
-        raise parsing.UsageError("something is no token id; ids are whole numbers, apart by spaces or commas") from exc
+        raise parsing.UsageError("something is no token id; ids are whole numbers with spaces or commas") from exc
     if not rows:
         raise parsing.UsageError("there are no ids; pass those of one text as arguments, or a text each line of stdin")
-    with Client(args.target) as client:
+    with connect(args) as client:
         texts = client.decode(rows, skip_special_tokens=not args.keep_special_tokens, timeout_s=args.timeout_s)
     for n, text in enumerate(texts):
-        parsing.print_json(index=n, text=text) if args.json else print(text)
+        parsing.say_json(index=n, text=text) if args.json else parsing.say(text)
     return 0
 
 
 def info(args: argparse.Namespace) -> int:
     """Shows the served model and the limits."""
-    with Client(args.target) as client:
+    with connect(args) as client:
         facts = dataclasses.asdict(client.model_info(timeout_s=args.timeout_s))
     if args.json:
-        parsing.print_json(**facts)
+        parsing.say_json(**facts)
         return 0
     facts |= facts.pop("limits")
     facts |= {f"sentences.{name}": value for name, value in facts.pop("sentence_config").items()}
     for name, value in facts.items():
-        print(f"{name:30}", *(value if isinstance(value, tuple) else [value]))
+        parsing.say(" ".join([f"{name:30}", *map(str, value if isinstance(value, tuple) else [value])]))
     return 0
 
 
 def health(args: argparse.Namespace) -> int:
-    """Ends with 0 if the server serves."""
+    """Returns 0 if the server serves."""
     # The standard service without its package, which the client does not require. The empty request asks for the server
     # as a whole; the answer has one field, number 1, an enum: byte 0x08, then its value.
-    connection = settle(args.target, timeout_s=args.timeout_s)
+    try:
+        connection = settle(args.target, timeout_s=args.timeout_s)
+    except InvalidArgumentError as exc:
+        raise parsing.UsageError(str(exc)) from exc
     with open_channel(connection) as channel:
         check = channel.unary_unary("/grpc.health.v1.Health/Check", bytes, bytes)
         try:
             answer = check(b"", timeout=args.timeout_s)
         except grpc.RpcError as exc:
             error = translate(exc, connection, args.timeout_s)
-            raise type(error)(f"{args.target} does not tell its health: {error.details}") from exc
+            raise type(error)(f"{args.target} gave no health status: {error.details}") from exc
     status = _HEALTH[min(answer[1], 3) if answer[:1] == b"\x08" else 0]
-    parsing.print_json(status=status) if args.json else print(status)
+    parsing.mention(f'{{"status": "{status}"}}' if args.json else status)
     return 0 if status == "SERVING" else 1
+
+
+def embed(args: argparse.Namespace) -> int:
+    """Shows layers, words and pooled vectors, or writes them to a file."""
+    options = {name: getattr(args, name) for name in _EMBED_OPTIONS} | {"pooling": _poolings(args)}
+    return _answer(args, EmbedTask(options=options))
+
+
+def encode(args: argparse.Namespace) -> int:
+    """Shows sentence vectors, or writes them to a file."""
+    options: EncodeOptions = {
+        "prompt": args.prompt,
+        "prompt_name": args.prompt_name,
+        "normalize_embeddings": args.normalize,
+        "truncate_dim": args.truncate_dim,
+    }
+    return _answer(args, EncodeTask(options=options, output_value=args.output_value, precision=args.precision))
+
+
+def _poolings(args: argparse.Namespace) -> list[Pooling] | None:
+    more = {
+        "layer": args.pooling_layer,
+        "include_special_tokens": not args.pool_no_special_tokens,
+        "normalize": args.normalize,
+        "dimensions": args.dimensions,
+    }
+    if not args.pooling and Pooling("mean", **more) != Pooling("mean"):
+        raise parsing.UsageError("there is no pooled vector to shape; choose one with --pooling")
+    return [Pooling(strategy, **more) for strategy in args.pooling] if args.pooling else None
+
+
+def _answer(args: argparse.Namespace, task: Task) -> int:
+    source = parsing.source(args)
+    if args.output:
+        return _write(args, source, task)
+    if args.keep:
+        raise parsing.UsageError("--keep carries fields to a file; name it with -o")
+    return _show(args, source, task)
+
+
+def _write(args: argparse.Namespace, source: Source, task: Task) -> int:
+    job = Job(
+        source=source,
+        output=args.output,
+        task=task,
+        fields=parsing.fields(args),
+        input_format=args.input_format,
+        overwrite=args.overwrite,
+        part_items=args.part_texts,
+        timeout_s=args.timeout_s,
+        warn=parsing.warn,
+    )
+    try:
+        with connect(args) as client:
+            outcome = job.run(client, shown=args.progress)
+    except (KeyboardInterrupt, LayertapError, OSError):
+        if count := job.kept_count():
+            parsing.warn(f"{count} items are done and lie in {job.folder}; the same command resumes after them")
+        raise
+    if outcome.bad_count:
+        parsing.warn(f"{outcome.bad_count} items failed; {job.errors} has their reasons, the first:")
+        for reason in outcome.reasons:
+            parsing.warn(reason)
+    if args.json:
+        bad = {"bad_count": outcome.bad_count, "errors": str(job.errors) if outcome.bad_count else None}
+        facts = {"path": str(job.output), "text_count": outcome.text_count, **bad, "shapes": outcome.shapes}
+        parsing.mention(parsing.to_json(facts))
+    elif outcome.text_count:
+        shapes = (f"{name} {list(shape)}" for name, shape in outcome.shapes.items())
+        parsing.mention(f"{job.output}: {outcome.text_count} texts, {', '.join(shapes)}")
+    if not outcome.text_count:
+        parsing.warn(f"there is no good item, so {job.output} is not written")
+        return 1
+    return parsing.SOME_ARE_BAD if outcome.bad_count else 0
+
+
+def _show(args: argparse.Namespace, source: Source, task: Task) -> int:
+    count = bad_count = 0
+    # Ranges are those of all texts, so nothing can be shown before the last one.
+    held: list[tuple[dict[str, Any], dict[str, Any]]] | None = [] if task.precision.endswith("int8") else None
+    with connect(args) as client:
+        task.begin(client.model_info(timeout_s=args.timeout_s))
+        with contextlib.closing(Answers(client, task=task, timeout_s=args.timeout_s).of(source.items())) as found:
+            for count, answer in enumerate(found, 1):
+                if isinstance(answer.embedding, BadItem):
+                    bad_count += 1
+                    parsing.warn(f"item {answer.embedding.number}: {answer.embedding.reason}")
+                    continue
+                columns = {column.name: column for column in task.columns(answer.embedding)}
+                facts = {"index": count - 1, "id": answer.item.id, "token_count": int(answer.embedding.token_counts[0])}
+                facts["truncated"] = bool(answer.embedding.truncated[0])
+                arrays = {
+                    name: np.asarray(one.values if one.counts is not None else one.values[0])
+                    for name, one in columns.items()
+                    if np.ndim(one.values) > 1
+                }
+                if held is not None:
+                    held.append((facts, arrays))
+                else:
+                    _print(args, facts, _quantized(arrays, task.precision))
+    if held:
+        (name,) = held[0][1]
+        matrices = quantization.quantize_matrices([arrays[name] for _, arrays in held], precision=task.precision)
+        for (facts, _), matrix in zip(held, matrices, strict=True):
+            _print(args, facts, {name: matrix})
+    if not count:
+        raise parsing.UsageError(parsing.NO_TEXT)
+    return parsing.SOME_ARE_BAD if bad_count else 0
+
+
+def _quantized(arrays: dict[str, Any], precision: str) -> dict[str, Any]:
+    if precision == "float32":
+        return arrays
+    return {name: quantization.quantize_embeddings(array, precision=precision) for name, array in arrays.items()}
+
+
+def _print(args: argparse.Namespace, facts: dict[str, Any], arrays: dict[str, Any]) -> None:
+    if args.json:
+        parsing.say_json(**facts, **{name: array.tolist() for name, array in arrays.items()})
+        return
+    parsing.say(f"text {facts['id']}: {facts['token_count']} tokens{' (cut)' if facts['truncated'] else ''}")
+    for name, array in arrays.items():
+        values = (f"{value:8.4f}" if array.dtype.kind == "f" else f"{value:4}" for value in array.flat[:5])
+        parsing.say(" ".join([f"  {name:13} {array.shape!s:10}", *values, "…"]))
+
+
+def _line(item: Any) -> str:
+    if isinstance(item, BadItem):
+        raise parsing.UsageError(f"line {item.number}: {item.reason}")
+    return str(item.content)

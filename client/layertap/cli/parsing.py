@@ -1,65 +1,85 @@
-"""What the commands share: texts and numbers from the command line, one JSON object a line, and wrong usage."""
+"""What the commands share: texts and numbers from the command line, printing, and wrong usage."""
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
 import json
+import os
+import re
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, BinaryIO, Final, Literal, cast
+from typing import Any, Final, Literal, cast
 
 from layertap import optional_deps, wire
-from layertap.jobs.readers import Arguments, JsonLines, Lines, Source
+from layertap.client import Client
+from layertap.errors import InvalidArgumentError
+from layertap.jobs.items import Fields
+from layertap.jobs.readers import FORMATS, Arguments, Csv, JsonLines, Lines, Source
 from layertap.types import LayerMix, MixName
 
 NO_TEXT: Final = "there is no text; pass some as arguments, a file, or lines of stdin"
 SOME_ARE_BAD: Final = 3
-"""The exit code of what is done but for some items that could not be."""
+"""The exit code if some items failed and the others are done."""
 
-FORMATS: Final = ("txt", "jsonl", "parquet")
-"""What files of texts may be, and how their names end."""
+_LOOKS_LIKE_A_PATH: Final = re.compile(r"\S*[/\\]\S*|\S+\.[A-Za-z]\w{0,9}")
+"""A word with a separator of folders, or with an ending. Endings of formats count in texts of several words too."""
 
-_STDIN: Final = 0
+_COMPRESSED: Final = ".gz"
 
 
 class UsageError(Exception):
-    """The command cannot be meant as it stands."""
+    """The command cannot run as it was given."""
+
+
+def connect(args: argparse.Namespace) -> Client:
+    """Returns a client of the server that the arguments name.
+
+    Raises:
+        UsageError: if the target or a LAYERTAP_… variable is wrong.
+    """
+    try:
+        return Client(args.target, timeout_s=args.timeout_s)
+    except InvalidArgumentError as exc:
+        raise UsageError(str(exc)) from exc
+
+
+def fields(args: argparse.Namespace) -> Fields:
+    """Returns which fields of a file mean what."""
+    default = Fields()
+    return Fields(text=args.text_field or default.text, id=args.id_field, keep=getattr(args, "keep", None) or ())
 
 
 def source(args: argparse.Namespace) -> Source:
     """Returns where the texts come from: the arguments, the file that the only one names, or stdin.
 
     Raises:
-        UsageError: The arguments are neither texts nor one file.
-        ModuleNotFoundError: Parquet needs a package that is missing.
+        UsageError: if the arguments are neither texts nor one file.
+        JobError: if a Parquet file does not have the columns.
+        ModuleNotFoundError: if Parquet needs a package that is missing.
     """
     given: list[str] = args.texts
-    if given in ([], ["-"]):
+    if given in ([], ["-"]) and not args.text:
         if args.input_format == "parquet":
             raise UsageError("Parquet cannot be read from a pipe; name the file")
-        # A reader of its own: a thread that still waits in sys.stdin would not let the interpreter end.
-        return _lines(args, args.input_format or "txt", lambda: open(_STDIN, "rb", closefd=False), False)
-    named = [text for text in given if Path(text).suffix.removeprefix(".") in FORMATS]
-    if not named and not args.input_format:
-        return Arguments(given)
+        return _reader(args, None, args.input_format or "txt")
+    paths = [] if args.text else [text for text in given if args.input_format or _is_path(text)]
+    if not paths:
+        _refuse_fields(args, "texts of the command line")
+        return Arguments(texts=given)
     if len(given) > 1:
-        raise UsageError("pass texts, or one file; texts that end like a file can come by stdin")
-    path = Path(given[0])
-    if not path.exists() or path.is_dir():
-        raise UsageError(f"there is no file {path}; a text that ends like a file can come by stdin")
-    kind = args.input_format or path.suffix.removeprefix(".")
-    if kind != "parquet":
-        return _lines(args, kind, lambda: path.open("rb"), path.is_file())
-    optional_deps.load("pyarrow", extra="arrow", purpose="Parquet")
-    rows = importlib.import_module("layertap.jobs.arrow").ParquetRows
-    found: Source = rows(path=path, text_field=args.text_field, id_field=args.id_field)
-    return found
+        raise UsageError(f"{paths[0]} looks like a file; pass one file, or with --text texts whatever they look like")
+    path = Path(paths[0])
+    if path.is_dir():
+        raise UsageError(f"{path} is a folder; name a file in it, or pass it as a text with --text")
+    if not path.exists():
+        raise UsageError(f"there is no file {path}; to pass it as a text, use --text")
+    return _reader(args, path, args.input_format or _format(path))
 
 
 def layers(value: str) -> Literal["all"] | list[int]:
-    """Reads `all`, or layer numbers apart by commas."""
+    """Reads `all`, or layer numbers with commas between them."""
     try:
         return "all" if value == "all" else [int(part) for part in value.split(",")]
     except ValueError as exc:
@@ -75,7 +95,7 @@ def mix(value: str) -> LayerMix:
     try:
         factors = [float(part) for part in weights.split(",")] if weights else None
     except ValueError as exc:
-        raise argparse.ArgumentTypeError("weights are numbers apart by commas, as in weighted:0,6:0.5,2") from exc
+        raise argparse.ArgumentTypeError("weights are numbers with commas, as in weighted:0,6:0.5,2") from exc
     return LayerMix(cast("MixName", strategy), layers=layers(numbers), weights=factors)
 
 
@@ -87,22 +107,113 @@ def layer_or_mix(value: str) -> int | LayerMix:
         return mix(value)
 
 
+def names(value: str) -> tuple[str, ...]:
+    """Reads names with commas between them, each once."""
+    found = [name for part in value.split(",") if (name := part.strip())]
+    if not found or len(set(found)) < len(found) or "ids" in found:
+        raise argparse.ArgumentTypeError("pass field names such as title,url, each once; ids is the name of the ids")
+    return tuple(found)
+
+
 def token_ids(value: str) -> list[int]:
-    """Reads whole numbers apart by spaces or commas."""
+    """Reads whole numbers with spaces or commas between them."""
     return [int(part) for part in value.replace(",", " ").split()]
 
 
-def print_json(**fields: Any) -> None:
+def escaped(text: object) -> str:
+    """Returns a text in which everything that does not print is escaped, so that it cannot steer a terminal."""
+    found = str(text)
+    if found.isprintable():
+        return found
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in found)
+
+
+def say(line: str) -> None:
+    """Prints a line to stdout.
+
+    Raises:
+        OSError: if stdout is closed.
+    """
+    if sys.stdout is None:
+        raise OSError("stdout is closed; redirect it to a file")
+    print(escaped(line))
+
+
+def say_json(**fields: Any) -> None:
     """Prints one JSON object on a line of its own."""
-    print(json.dumps(fields))
+    say(to_json(fields))
+
+
+def to_json(fields: dict[str, Any]) -> str:
+    """Returns JSON that is ASCII and has nothing that steers a terminal."""
+    return json.dumps(fields).replace("\x7f", "\\u007f")
+
+
+def mention(line: str) -> None:
+    """Prints a line to stdout if that is possible, for commands whose exit code or file is the answer."""
+    try:
+        say(line)
+        sys.stdout.flush()
+    except OSError:
+        drop_stdout()
 
 
 def warn(message: str) -> None:
-    """Prints a line to stderr."""
-    print(f"layertap: {message}", file=sys.stderr)
+    """Prints a line to stderr, if there is one."""
+    if sys.stderr is not None:
+        with contextlib.suppress(OSError):  # Nothing is left to say it with; the exit code says it.
+            print(f"layertap: {escaped(message)}", file=sys.stderr)
 
 
-def _lines(args: argparse.Namespace, kind: str, opened: Callable[[], BinaryIO], repeatable: bool) -> Source:
+def drop_stdout() -> None:
+    """Prints what is still buffered, or lets it vanish, so that the interpreter does not fail on it when it ends."""
+    if sys.stdout is None:
+        return
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _is_path(text: str) -> bool:
+    path = Path(text.removesuffix(_COMPRESSED))
+    if path.suffix.removeprefix(".") in FORMATS or _LOOKS_LIKE_A_PATH.fullmatch(text):
+        return True
+    try:
+        return Path(text).is_file()
+    except (OSError, ValueError):  # Too long for a name, or with a NUL.
+        return False
+
+
+def _format(path: Path) -> str:
+    ending = (path.with_suffix("") if path.suffix == _COMPRESSED else path).suffix.removeprefix(".")
+    if ending not in FORMATS or (ending == "parquet" and path.suffix == _COMPRESSED):
+        raise UsageError(
+            f"{path} is of no format that can be read; use .txt, .jsonl, .csv, .tsv (each also with .gz) or .parquet, "
+            "say which it is with --input-format, or pass it as a text with --text"
+        )
+    return ending
+
+
+def _reader(args: argparse.Namespace, path: Path | None, kind: str) -> Source:
     if kind == "txt":
-        return Lines(opened, repeatable=repeatable)
-    return JsonLines(opened, repeatable=repeatable, text_field=args.text_field, id_field=args.id_field)
+        _refuse_fields(args, "lines of text")
+        return Lines(path=path)
+    if kind == "jsonl":
+        return JsonLines(path=path, fields=fields(args))
+    if kind in ("csv", "tsv"):
+        return Csv(path=path, fields=fields(args), delimiter="," if kind == "csv" else "\t")
+    optional_deps.load("pyarrow", extra="arrow", purpose="Parquet")
+    rows = importlib.import_module("layertap.jobs.arrow").ParquetRows(path=path, fields=fields(args))
+    rows.check()
+    found: Source = rows
+    return found
+
+
+def _refuse_fields(args: argparse.Namespace, what: str) -> None:
+    for flag in ("--text-field", "--id-field", "--keep"):
+        if getattr(args, flag.strip("-").replace("-", "_"), None):
+            raise UsageError(
+                f"{flag} names a field, and {what} have none; it is for .jsonl, .csv, .tsv and .parquet (for other "
+                "endings and stdin say --input-format)"
+            )

@@ -1,6 +1,10 @@
-"""Long jobs: a corpus in, a file of vectors out, in bounded memory, and nothing lost when the process dies.
+"""Long jobs: a corpus in, one file of vectors out, in bounded memory, and nothing lost when the process dies.
 
-The way of a text: `readers` reads it, `Client.embed_stream` embeds it, `parts` keeps it on disk, `formats` puts the
-parts together as one file. `job` is the only one that knows them all. What comes out depends on the input, the settings
-and the model alone, not on how often the job was broken off.
+A text passes these modules in this order: `readers` reads it as one of `items`, `runner` embeds it as a `task` says,
+`parts` keeps the rows on disk, `table` and `formats` put the parts together as one file. `job` alone knows them all.
+The output depends on the input, the settings and the model, not on how often the job was interrupted.
 """
+
+
+class JobError(Exception):
+    """The job cannot start or go on as it stands, because it would lose or mix data; nothing is lost."""

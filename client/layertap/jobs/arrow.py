@@ -7,23 +7,27 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, ClassVar, Final
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from layertap.jobs.readers import BadItem, Item, from_fields
-from layertap.jobs.refusal import JobError
-from layertap.jobs.table import IDS, Block, Table
+from layertap.jobs import JobError
+from layertap.jobs.items import BadItem, Fields, Item, from_fields
+from layertap.jobs.readers import missing_column
+from layertap.jobs.table import Block, Table
 from layertap.results import export
 
 _ROWS: Final = 1024
 """Rows of the input that are read at a time."""
 
 _BUFFER_BYTES: Final = 1 << 20
+
+_TYPES: Final = {"bool": pa.bool_(), "integer": pa.int64(), "number": pa.float64()}
+"""The types of columns that are kept; all others are strings."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,31 +36,49 @@ class ParquetRows:
 
     Attributes:
         path: The file.
-        text_field: The column of the texts, strings or lists of words.
-        id_field: The column of the ids; None: rows are counted.
+        fields: Which columns mean what.
     """
 
     repeatable: ClassVar[bool] = True
 
     path: Path
-    text_field: str
-    id_field: str | None
+    fields: Fields
+
+    def check(self) -> None:
+        """Refuses a file that does not have the columns.
+
+        Raises:
+            JobError: if it is no Parquet, or a column is missing or of another type.
+        """
+        with self._readable():
+            schema = pq.read_schema(self.path)
+        if missing := [name for name in self.fields.names if name not in schema.names]:
+            raise missing_column(str(self.path), missing[0], schema.names)
+        kind = _value_type(schema.field(self.fields.text).type)
+        if not _is_string(_value_type(kind.value_type) if _is_list(kind) else kind):
+            self._refuse(self.fields.text, kind, "texts are strings, or lists of strings", "--text-field")
+        if self.fields.id is not None:
+            kind = _value_type(schema.field(self.fields.id).type)
+            if not (_is_string(kind) or pa.types.is_integer(kind)):
+                self._refuse(self.fields.id, kind, "ids are strings or whole numbers", "--id-field")
+        for name in self.fields.keep:
+            kind = _value_type(schema.field(name).type)
+            if pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_fixed_size_binary(kind):
+                self._refuse(name, kind, "bytes cannot be kept", "--keep")
 
     def items(self) -> Iterator[Item | BadItem]:
-        """Yields all rows in order."""
-        wanted = [self.text_field, *([] if self.id_field is None else [self.id_field])]
+        """Yields all rows in order.
+
+        Raises:
+            JobError: if the file is damaged.
+        """
         with self._readable(), pq.ParquetFile(self.path, buffer_size=_BUFFER_BYTES, pre_buffer=False) as file:
-            names = file.schema_arrow.names
-            if missing := [name for name in wanted if name not in names]:
-                raise JobError(
-                    f"{self.path} has no column {missing[0]} (it has {', '.join(names)}); "
-                    "name others with --text-field and --id-field"
-                )
             number = 0
-            for batch in file.iter_batches(_ROWS, columns=wanted, use_threads=False):
-                for fields in batch.to_pylist():
+            for batch in file.iter_batches(_ROWS, columns=self.fields.names, use_threads=False):
+                columns = {name: _values(batch.column(name)) for name in self.fields.names}
+                for row in range(batch.num_rows):
                     number += 1
-                    yield from_fields(number, fields, text_field=self.text_field, id_field=self.id_field)
+                    yield from_fields(number, {name: column[row] for name, column in columns.items()}, self.fields)
 
     def count(self) -> int | None:
         """Returns how many rows there are."""
@@ -64,12 +86,19 @@ class ParquetRows:
             rows: int = pq.read_metadata(self.path).num_rows
         return rows
 
+    def stat(self) -> os.stat_result:
+        """Returns which file is read."""
+        return self.path.stat()
+
+    def _refuse(self, name: str, kind: Any, rule: str, flag: str) -> None:
+        raise JobError(f"{self.path}: the column {name} is of type {kind}; {rule}; choose another with {flag}")
+
     @contextlib.contextmanager
     def _readable(self) -> Iterator[None]:
         try:
             yield
         except pa.ArrowException as exc:
-            raise JobError(f"{self.path} cannot be read as Parquet; see whether it is whole") from exc
+            raise JobError(f"{self.path} cannot be read as Parquet; is it whole?") from exc
 
 
 def write_parquet(table: Table, file: BinaryIO) -> None:
@@ -77,7 +106,7 @@ def write_parquet(table: Table, file: BinaryIO) -> None:
     blocks = _tables(table)
     first = next(blocks)
     # Vectors hardly ever repeat: neither a dictionary nor a range of values says anything of them.
-    flat = [IDS, *(column.name for column in table.columns if not column.row_shape)]
+    flat = [*(label.name for label in table.labels), *(column.name for column in table.columns if not column.row_shape)]
     with pq.ParquetWriter(file, first.schema, use_dictionary=flat, write_statistics=flat) as writer:
         writer.write_table(first)
         for one in blocks:
@@ -99,7 +128,6 @@ def _tables(table: Table) -> Iterator[Any]:
 
 
 def _table(table: Table, block: Block) -> Any:
-    ids = export.Column(name=IDS, values=block.ids if isinstance(block.ids[0], str) else np.array(block.ids))
     columns = [
         export.Column(
             name=column.name,
@@ -108,4 +136,42 @@ def _table(table: Table, block: Block) -> Any:
         )
         for column in table.columns
     ]
-    return export.to_arrow([ids, *columns], table.metadata)
+    found = export.to_arrow(columns, table.metadata)
+    for place, label in enumerate(table.labels):
+        values = pa.array(block.labels[label.name], _TYPES.get(label.kind, pa.string()))
+        found = found.add_column(place, label.name, values)
+    return found
+
+
+def _values(column: Any) -> list[Any]:
+    try:
+        values: list[Any] = column.to_pylist()
+    except UnicodeDecodeError:  # Not every writer checks its strings. One that is no UTF-8 makes its own item bad only.
+        if pa.types.is_dictionary(column.type):
+            column = column.dictionary_decode()
+        values = _decoded(column.cast(_binary(column.type)).to_pylist())
+    return values
+
+
+def _binary(kind: Any) -> Any:
+    if _is_list(kind):
+        return pa.large_list(_binary(kind.value_type)) if pa.types.is_large_list(kind) else pa.list_(pa.binary())
+    return pa.large_binary() if pa.types.is_large_string(kind) else pa.binary()
+
+
+def _decoded(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_decoded(one) for one in value]
+    return value.decode("utf-8", "surrogateescape") if isinstance(value, bytes) else value
+
+
+def _value_type(kind: Any) -> Any:
+    return kind.value_type if pa.types.is_dictionary(kind) else kind
+
+
+def _is_string(kind: Any) -> bool:
+    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_null(kind))
+
+
+def _is_list(kind: Any) -> bool:
+    return bool(pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind))

@@ -1,4 +1,4 @@
-"""Files that are there as a whole or not at all, whenever the process or the machine stops."""
+"""Files that exist as a whole or not at all, whenever the process or the machine stops, and the lock of a folder."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, Final
 
-from layertap.jobs.refusal import JobError
+from layertap.jobs import JobError
 
-TEMPORARY: str = ".tmp"
-"""What ends the name of a file that is not whole yet."""
+TEMPORARY: Final = ".tmp"
+"""The suffix of a file that is not whole yet."""
 
 
 @contextlib.contextmanager
 def writing(path: Path) -> Iterator[BinaryIO]:
-    """Opens a file that takes its name, and the place of any file of that name, once it is whole and on the disk."""
+    """Opens a file that takes its name, and replaces a file of that name, once it is whole and on the disk."""
     temporary = path.with_name(path.name + TEMPORARY)
     with temporary.open("wb") as file:
         yield file
@@ -27,15 +27,15 @@ def writing(path: Path) -> Iterator[BinaryIO]:
 
 
 def rename(old: Path, new: Path) -> None:
-    """Gives a file another name, for good."""
+    """Renames a file and makes the new name durable."""
     os.replace(old, new)
     for folder in {old.parent, new.parent}:
-        sync(folder)
+        sync_folder(folder)
 
 
-def sync(folder: Path) -> None:
-    """Puts the names in a folder on the disk."""
-    if sys.platform == "win32":  # Which cannot, and keeps names safe itself.
+def sync_folder(folder: Path) -> None:
+    """Writes the names in a folder to the disk."""
+    if sys.platform == "win32":  # Folders cannot be opened there, and the file system keeps names safe itself.
         return
     descriptor = os.open(folder, os.O_RDONLY)
     try:
@@ -45,11 +45,11 @@ def sync(folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def alone(path: Path) -> Iterator[None]:
-    """Keeps other processes out as long as the context, or this process, lasts.
+def locked(path: Path) -> Iterator[None]:
+    """Holds a lock file against other processes as long as the context, or this process, lasts.
 
     Raises:
-        JobError: Another process is in.
+        JobError: if another process holds it.
     """
     with path.open("ab") as file:
         try:
@@ -62,5 +62,5 @@ def alone(path: Path) -> Iterator[None]:
 
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as exc:
-            raise JobError(f"another process is at work in {path.parent}; wait for its end") from exc
+            raise JobError(f"another process works in {path.parent}; wait until it ends") from exc
         yield

@@ -10,41 +10,45 @@ from __future__ import annotations
 import importlib
 import json
 import struct
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import BinaryIO, Final, TypeAlias
+from typing import Any, BinaryIO, Final, TypeAlias
+
+import numpy as np
 
 from layertap import optional_deps
-from layertap.jobs import npy
-from layertap.jobs.npy import Member
-from layertap.jobs.parts import Column
-from layertap.jobs.refusal import JobError
-from layertap.jobs.table import Table
+from layertap.jobs import JobError
+from layertap.jobs.columns import Column
+from layertap.jobs.table import Member, Table
 
-Sink: TypeAlias = Callable[[Table, BinaryIO], None]
+Writer: TypeAlias = Callable[[Table, BinaryIO], None]
 
 MATRIX: Final = ".npy"
 """The format that holds one matrix and nothing else."""
 
-_SAFETENSORS_NAMES: Final = {"<f4": "F32", "<f2": "F16", "<i8": "I64", "|u1": "U8", "|b1": "BOOL"}
+_SAFETENSORS_NAMES: Final = {
+    **{"<f8": "F64", "<f4": "F32", "<f2": "F16", "<i8": "I64"},
+    **{"|u1": "U8", "|i1": "I8", "|b1": "BOOL"},
+}
 
 
-def sink_of(path: Path) -> Sink:
+def writer_of(path: Path) -> Writer:
     """Returns what writes a file with this name.
 
     Raises:
-        JobError: No format has this ending.
-        ModuleNotFoundError: A package that the format needs is missing.
+        JobError: if no format has this ending.
+        ModuleNotFoundError: if a package that the format needs is missing.
     """
     if path.suffix in (".parquet", ".arrow"):
         optional_deps.load("pyarrow", extra="arrow", purpose=path.suffix)
         arrow = importlib.import_module("layertap.jobs.arrow")
-        sink: Sink = arrow.write_parquet if path.suffix == ".parquet" else arrow.write_arrow
-        return sink
-    sinks: dict[str, Sink] = {".npz": _write_npz, MATRIX: _write_npy, ".safetensors": _write_safetensors}
-    if path.suffix not in sinks:
+        writer: Writer = arrow.write_parquet if path.suffix == ".parquet" else arrow.write_arrow
+        return writer
+    writers: dict[str, Writer] = {".npz": _write_npz, MATRIX: _write_npy, ".safetensors": _write_safetensors}
+    if path.suffix not in writers:
         raise JobError(f"{path} has no ending that is known; use .npz, .npy, .safetensors, .parquet or .arrow")
-    return sinks[path.suffix]
+    return writers[path.suffix]
 
 
 def held(table: Table, *, suffix: str) -> list[Member]:
@@ -52,12 +56,14 @@ def held(table: Table, *, suffix: str) -> list[Member]:
     return [member for member in table.members() if suffix != MATRIX or len(member.shape) == 2]
 
 
-def check_columns(path: Path, columns: tuple[Column, ...]) -> None:
-    """Refuses columns that a format has no place for.
+def check_columns(path: Path, columns: tuple[Column, ...], keep: tuple[str, ...] = ()) -> None:
+    """Refuses columns that a format has no place for, and fields whose names the output uses itself.
 
     Raises:
-        JobError: More or less than one matrix is to go into .npy.
+        JobError: if more or less than one matrix is to go into .npy, or two columns have one name.
     """
+    if taken := [column.name for column in columns if column.name in keep]:
+        raise JobError(f"--keep {taken[0]} is the name of a column of the output; rename the field in the input")
     matrices = [column.name for column in columns if column.row_shape]
     if path.suffix == MATRIX and (len(matrices) != 1 or any(column.counts for column in columns)):
         raise JobError(
@@ -67,18 +73,29 @@ def check_columns(path: Path, columns: tuple[Column, ...]) -> None:
 
 
 def _write_npz(table: Table, file: BinaryIO) -> None:
-    npy.write_npz(file, [table.ids(), *table.members()])
+    """Writes arrays as .npz, not compressed, dated 1980."""
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
+        for member in [*table.label_members(has_strings=True), *table.members()]:
+            with archive.open(zipfile.ZipInfo(member.name + ".npy"), "w", force_zip64=True) as entry:
+                _write_array(entry, member)
 
 
 def _write_npy(table: Table, file: BinaryIO) -> None:
     (matrix,) = held(table, suffix=MATRIX)
-    npy.write_npy(file, matrix)
+    _write_array(file, matrix)
+
+
+def _write_array(file: Any, member: Member) -> None:
+    header = {"descr": member.dtype.str, "fortran_order": False, "shape": member.shape}
+    np.lib.format.write_array_header_1_0(file, header)
+    for buffer in member.buffers():
+        file.write(buffer)
 
 
 def _write_safetensors(table: Table, file: BinaryIO) -> None:
-    ids = [table.ids()] if table.ids_are_integers else table.ids_as_bytes()
     # Wide values first, so that each array begins at a multiple of the size of its values.
-    members = sorted([*ids, *table.members()], key=lambda member: -member.dtype.itemsize)
+    members = [*table.label_members(has_strings=False), *table.members()]
+    members.sort(key=lambda member: -member.dtype.itemsize)
     header: dict[str, object] = {"__metadata__": table.metadata}
     end = 0
     for member in members:

@@ -1,32 +1,57 @@
-"""One job: a source, an output, what to ask of the model; begun, taken up again, ended.
+"""One job: a source, an output, what to ask of the model; begun, resumed, finished.
 
-What is done lies in `OUTPUT.parts` beside the output. Whenever the process dies, the same job takes up at the end of
-the last part and ends with the same bytes, as far as the server computes the same numbers. It refuses where it would
-not: other settings, another model, other items than those that were done. Bad items end nothing; they are told in a
-side file.
+What is done lies in `OUTPUT.parts` beside the output. Whenever the process dies, the same job resumes after the last
+part and ends with the same bytes, as far as the server computes the same numbers. It refuses where it would not: other
+settings, another model, other items than those that were done. Whatever can be refused is refused before anything is
+computed, and nothing is replaced or removed that a job did not write, but for the output when overwriting is allowed.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator, Mapping
+import filecmp
+import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Final
 
 from layertap import progress
 from layertap.client import Client
 from layertap.errors import FailedPreconditionError
-from layertap.jobs import atomic_files, formats
-from layertap.jobs.parts import Manifest, Outcome, PartBuilder, Parts
-from layertap.jobs.readers import BadItem, Digest, Item, Source
-from layertap.jobs.refusal import JobError
-from layertap.jobs.rows import rows_of
+from layertap.jobs import JobError, atomic_files, formats
+from layertap.jobs.columns import rows_of
+from layertap.jobs.items import BadItem, Digest, Fields, Item
+from layertap.jobs.parts import MANIFEST, Manifest, PartBuilder, Parts
+from layertap.jobs.readers import Source
 from layertap.jobs.runner import Answers
 from layertap.jobs.table import Table
+from layertap.jobs.tasks import Task
 from layertap.results.embedding import Embedding
 
 DEFAULT_PART_ITEMS: Final = 1024
+
+LEAST_BAD_COUNT: Final = 100
+"""After so many items without a good one the whole input is taken to be wrong."""
+
+_REASONS_SHOWN: Final = 3
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Outcome:
+    """How a job ended.
+
+    Attributes:
+        text_count: Texts in the output.
+        bad_count: Items in the side file.
+        shapes: The shape of each array, all texts together.
+        reasons: What is wrong with the first bad items.
+    """
+
+    text_count: int
+    bad_count: int
+    shapes: dict[str, tuple[int, ...]]
+    reasons: list[str]
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,20 +61,24 @@ class Job:
     Attributes:
         source: The items.
         output: The file that is made; its ending says the format.
-        options: What to ask of `Client.embed_stream`.
-        reading: How the source was read, as far as that decides what comes out.
+        task: What to ask of the model.
+        fields: Which fields of the source mean what.
+        input_format: The format of the source.
         overwrite: Whether a file of that name, and an unfinished job of another kind, may be replaced.
         part_items: How many items a part has at most: what a crash may cost.
         timeout_s: How long to wait for an answer, or for a server that is gone, in seconds.
+        warn: Called with what the user should know, one line each.
     """
 
     source: Source
     output: Path
-    options: Mapping[str, Any]
-    reading: Mapping[str, Any]
+    task: Task
+    fields: Fields
+    input_format: str | None
     overwrite: bool = False
     part_items: int = DEFAULT_PART_ITEMS
     timeout_s: float
+    warn: Callable[[str], None]
 
     @property
     def folder(self) -> Path:
@@ -58,118 +87,146 @@ class Job:
 
     @property
     def errors(self) -> Path:
-        """Where bad items are told: one JSON object a line."""
-        return self.output.with_suffix(".errors.jsonl")
-
-    @property
-    def kept_count(self) -> int:
-        """Items that are done and lie in the folder."""
-        return Parts(self.folder).item_count
+        """The side file, which names bad items: one JSON object a line."""
+        return self.output.with_name(self.output.name + ".errors.jsonl")
 
     @property
     def settings(self) -> dict[str, Any]:
-        """All that decides what comes out, besides input and model, as JSON has it."""
-        asked = {name: _plain(value) for name, value in self.options.items()}
-        return {**asked, **self.reading, "part_items": self.part_items}
+        """All that decides the output, besides input and model, as JSON has it."""
+        reading = {"text_field": self.fields.text, "id_field": self.fields.id, "keep": list(self.fields.keep)}
+        return {**self.task.settings, **reading, "input_format": self.input_format, "part_items": self.part_items}
 
     def run(self, client: Client, *, shown: bool | None = None) -> Outcome:
         """Does it, or what is left of it.
 
         Args:
-            client: Who embeds.
+            client: The connection.
             shown: Whether to show a progress bar; None: on a terminal.
 
         Raises:
-            JobError: It would spoil or mix something; the message says what.
-            ModuleNotFoundError: A package that the format needs is missing.
-            LayertapError: The server refuses or is gone; what is done is kept.
-            OSError: A file cannot be read or written; what is done is kept.
+            JobError: if it would lose or mix something; the message says what.
+            ModuleNotFoundError: if a package that the format needs is missing.
+            LayertapError: if the server refuses or is gone; what is done is kept.
+            OSError: if a file cannot be read or written; what is done is kept.
         """
-        sink = formats.sink_of(self.output)
+        writer = formats.writer_of(self.output)
+        self._check_paths()
         with self._parts() as parts:
-            if parts.outcome is not None and parts.manifest is not None and parts.manifest.settings != self.settings:
+            if parts.is_complete and parts.manifest and parts.manifest.settings != self.settings:
                 self._give_up("holds a finished job with other settings")
                 parts.clear()
-            if (outcome := parts.outcome) is None:
+            if not parts.is_complete:
                 self._embed(parts, client, shown)
-                outcome = self._assemble(parts, sink)
-            self._publish(parts, outcome)
-            return outcome
+            return self._finish(parts, writer)
+
+    def kept_count(self) -> int:
+        """Returns how many items are done and lie in the folder."""
+        return Parts(self.folder).item_count if (self.folder / MANIFEST).exists() else 0
+
+    def _check_paths(self) -> None:
+        """Refuses names that cannot be written, or that belong to something else."""
+        if not self.output.parent.is_dir():
+            raise JobError(f"there is no folder {self.output.parent}; create it, or name another with -o")
+        if self.output.suffix == formats.MATRIX and self.fields.keep:
+            raise JobError(f"{formats.MATRIX} holds one matrix and nothing else; leave --keep out, or write .npz")
+        read = self.source.stat()
+        for path in (self.output, self.errors):
+            if path.is_dir():
+                raise JobError(f"{path} is a folder; name a file with -o")
+            if read is not None and path.exists() and os.path.samestat(read, path.stat()):
+                raise JobError(f"{path} is the input itself; name another file with -o")
+        if self.folder.is_symlink() or (self.folder.exists() and not self.folder.is_dir()):
+            raise JobError(f"{self.folder} is not a folder of this command, which needs that name; move it away")
+        if self.folder.is_dir() and Parts.is_foreign(self.folder):
+            raise JobError(
+                f"{self.folder} was not made by this command (it has no {MANIFEST}), which needs that name; move it "
+                "away, or name another file with -o"
+            )
 
     @contextlib.contextmanager
     def _parts(self) -> Iterator[Parts]:
-        """Opens the folder, alone; removes it if nothing in it is worth keeping."""
+        """Opens the folder under its lock; removes it if nothing in it is worth keeping."""
         if not self.folder.is_dir():
             self._refuse_existing()
             self.folder.mkdir()
-            atomic_files.sync(self.folder.parent)
-        with atomic_files.alone(Parts.lock(self.folder)):
+            atomic_files.sync_folder(self.folder.parent)
+        with atomic_files.locked(Parts.lock(self.folder)):
             parts = Parts(self.folder)
             done = False
             try:
-                if parts.outcome is None:
+                if not parts.is_complete:
                     self._refuse_existing()
                 yield parts
                 done = True
             finally:
-                if done or not parts.facts:
+                if done or not (parts.text_count or parts.damage):
                     parts.remove()
 
     def _refuse_existing(self) -> None:
         for path in (self.output, self.errors):
-            if path.exists() and not self.overwrite:
+            if os.path.lexists(path) and not self.overwrite:
                 raise JobError(f"{path} is there already; name another file, remove it, or say --overwrite")
 
     def _embed(self, parts: Parts, client: Client, shown: bool | None) -> None:
         """Makes all parts that are not there yet."""
         model = client.model_info(timeout_s=self.timeout_s)
+        self.task.begin(model)
         manifest = Manifest(settings=self.settings, model_id=model.model_id, fingerprint=model.fingerprint)
-        if parts.facts:
-            self._compare(parts, manifest)
-        if not parts.facts:
+        if parts.damage:
+            self.warn(parts.damage)
+        if not parts.facts or not self._is_continued(parts, manifest):
             parts.begin(manifest)
         digest, items = Digest(), self.source.items()
         if not self._skip(parts, items, digest):
             parts.begin(manifest)
             if not self.source.repeatable:
-                raise JobError(f"{self.folder} was of other items and is emptied; run the same again")
+                raise JobError(f"{self.folder} held other items and is emptied; run the same again")
             digest, items = Digest(), self.source.items()
         watched = progress.on_terminal() if shown is None else shown
         total = self.source.count() if watched else None
         with progress.bar(total=total, unit="text", shown=shown, done=parts.item_count) as advance:
             builder = self._builder()
-            for answer in Answers(client, options=self.options, timeout_s=self.timeout_s).of(items):
+            for answer in Answers(client, task=self.task, timeout_s=self.timeout_s).of(items):
                 digest.add(answer.item)
                 if isinstance(answer.embedding, BadItem):
                     builder.add_bad(answer.embedding)
                 elif isinstance(answer.item, Item):
-                    _check(answer.embedding, manifest.fingerprint)
-                    builder.add(answer.item, *rows_of(answer.embedding))
+                    _check_model(answer.embedding, manifest.fingerprint)
+                    builder.add(answer.item, *rows_of(self.task.columns(answer.embedding)))
                 advance(1)
                 if builder.is_full:
-                    parts.add(builder, digest.text())
+                    self._add(parts, builder, digest)
                     builder = self._builder()
             if builder.item_count:
                 parts.add(builder, digest.text())
 
-    def _compare(self, parts: Parts, manifest: Manifest) -> None:
-        """Sees whether parts are of this job; forgets them if they are not and that is allowed."""
+    def _add(self, parts: Parts, builder: PartBuilder, digest: Digest) -> None:
+        """Adds a full part, unless it shows that the input as a whole is wrong."""
+        if not parts.text_count and not builder.text_count and parts.item_count + builder.item_count >= LEAST_BAD_COUNT:
+            shown = "; ".join(map(_reason, builder.bad[:_REASONS_SHOWN]))
+            raise JobError(f"none of the first {parts.item_count + builder.item_count} items is good: {shown}")
+        is_first = not parts.facts
+        parts.add(builder, digest.text())
+        if is_first and (empty := [one.name for one in parts.facts[0].labels if one.kind == "null"]):
+            self.warn(f"--keep {empty[0]}: none of the first {builder.item_count} items has that field")
+
+    def _is_continued(self, parts: Parts, manifest: Manifest) -> bool:
+        """Returns whether parts are of this job; of another one they are given up, if that is allowed."""
         known = parts.manifest
         assert known is not None
-        reason = ""
         if known.settings != manifest.settings:
             names = sorted(known.settings.keys() | manifest.settings.keys())
             name = next(name for name in names if known.settings.get(name) != manifest.settings.get(name))
             was, now = known.settings.get(name), manifest.settings.get(name)
-            reason = f"was begun with {name} {was!r}, now it is {now!r}"
-        elif known.fingerprint != manifest.fingerprint:
-            reason = (
+            self._give_up(f"was begun with {name} {was!r}, now it is {now!r}")
+            return False
+        if known.fingerprint != manifest.fingerprint:
+            self._give_up(
                 f"was begun with the model {known.model_id}, fingerprint {known.fingerprint[:12]}; "
                 f"the server has {manifest.model_id}, {manifest.fingerprint[:12]}"
             )
-        if reason:
-            self._give_up(reason)
-            parts.clear()
+            return False
+        return True
 
     def _skip(self, parts: Parts, items: Iterator[Item | BadItem], digest: Digest) -> bool:
         """Passes over what is done; returns whether it is what was done then."""
@@ -186,56 +243,62 @@ class Job:
     def _give_up(self, reason: str) -> None:
         if not self.overwrite:
             raise JobError(
-                f"{self.folder} {reason}; end it as it was begun, or say --overwrite to lose it and begin anew"
+                f"{self.folder} {reason}; finish it as it was begun, or say --overwrite to lose it and begin anew"
             )
 
     def _builder(self) -> PartBuilder:
         return PartBuilder(
-            max_item_count=self.part_items, accept=lambda columns: formats.check_columns(self.output, columns)
+            max_item_count=self.part_items,
+            keep=self.fields.keep,
+            accept=lambda columns: formats.check_columns(self.output, columns, self.fields.keep),
         )
 
-    def _assemble(self, parts: Parts, sink: formats.Sink) -> Outcome:
-        """Writes output and side file into the folder, and notes that they are whole."""
+    def _finish(self, parts: Parts, writer: formats.Writer) -> Outcome:
+        """Writes output and side file into the folder, and gives them their names."""
         if not parts.item_count:
             raise JobError("there is no text; the input is empty")
-        bad_count = sum(facts.bad_count for facts in parts.facts)
-        text_count = parts.item_count - bad_count
+        assert parts.manifest is not None
+        bad_count = parts.item_count - parts.text_count
         shapes: dict[str, tuple[int, ...]] = {}
         if bad_count:
             with atomic_files.writing(parts.errors) as file:
                 for lines in parts.bad_lines():
                     file.write(lines)
-        if text_count:
-            table = Table(parts)
+        if parts.text_count:
+            table = Table(parts, precision=self.task.precision)
             shapes = {member.name: member.shape for member in formats.held(table, suffix=self.output.suffix)}
             with atomic_files.writing(parts.output) as file:
-                sink(table, file)
-        outcome = Outcome(text_count=text_count, bad_count=bad_count, shapes=shapes)
-        assert parts.manifest is not None
-        parts.note(dataclasses.replace(parts.manifest, outcome=outcome))
-        return outcome
+                writer(table, file)
+        bad = (one for part in range(len(parts.facts)) for one in parts.bad(part))
+        reasons = [_reason(one) for one, _ in zip(bad, range(_REASONS_SHOWN), strict=False)]
+        if not parts.is_complete:
+            parts.note(dataclasses.replace(parts.manifest, is_complete=True))
+        self._publish(parts, bad_count)
+        return Outcome(text_count=parts.text_count, bad_count=bad_count, shapes=shapes, reasons=reasons)
 
-    def _publish(self, parts: Parts, outcome: Outcome) -> None:
+    def _publish(self, parts: Parts, bad_count: int) -> None:
         """Gives output and side file their names; what has its name already is passed over."""
-        named = ((parts.errors, self.errors), (parts.output, self.output))
-        if not self.overwrite and (taken := [name for path, name in named if path.exists() and name.exists()]):
+        files = [(path, name) for path, name in ((parts.errors, self.errors), (parts.output, self.output))]
+        files = [(path, name) for path, name in files if path.exists() and not _is_same(path, name)]
+        if not self.overwrite and (taken := [name for _, name in files if os.path.lexists(name)]):
             raise JobError(f"{taken[0]} has come meanwhile; move it away and run the same again, or say --overwrite")
-        if self.overwrite and not outcome.bad_count:
+        if self.overwrite and not bad_count:
             self.errors.unlink(missing_ok=True)
-        for path, name in named:
-            if path.exists():
-                atomic_files.rename(path, name)
+        for path, name in files:
+            atomic_files.rename(path, name)
 
 
-def _check(embedding: Embedding, fingerprint: str) -> None:
+def _is_same(one: Path, other: Path) -> bool:
+    return other.is_file() and filecmp.cmp(one, other, shallow=False)
+
+
+def _reason(item: BadItem) -> str:
+    return f"item {item.number}: {item.reason}"
+
+
+def _check_model(embedding: Embedding, fingerprint: str) -> None:
     if embedding.model.fingerprint != fingerprint:
         raise FailedPreconditionError(
             f"the server now serves another model ({embedding.model.model_id}, fingerprint "
             f"{embedding.model.fingerprint[:12]}, before {fingerprint[:12]}); bring the first one back"
         )
-
-
-def _plain(value: Any) -> Any:
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return dataclasses.asdict(value)
-    return [_plain(one) for one in value] if isinstance(value, (list, tuple)) else value

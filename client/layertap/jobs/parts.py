@@ -1,52 +1,41 @@
-"""What a job has done so far, on the disk: a folder of parts and a manifest that says what they are parts of.
+"""What a job has done so far, on the disk: a folder of parts, and a manifest that says what they are parts of.
 
-A part holds what came of a run of items: arrays, ids, bad items. It is closed by count or size, which the items alone
-decide, so parts are the same wherever a job was broken off. It is written once, as a whole. The parts that count are
-those from 0 on without a gap.
+A part holds what came of a run of items: rows, ids, kept values, bad items. It is closed by count or size, which the
+items alone decide, so parts are the same wherever a job was interrupted. It is written once, as a whole. Every file
+carries its checksum: the parts that count are those from 0 on up to the first that is missing or damaged. The folder is
+known by its manifest, also by a damaged one; nothing in a folder without one is ever touched.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
-import zipfile
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
 
-from layertap.jobs import atomic_files, npy
-from layertap.jobs.npy import Array
-from layertap.jobs.readers import BadItem, Item
-from layertap.jobs.refusal import JobError
+from layertap.jobs import JobError, atomic_files
+from layertap.jobs.columns import IDS, Array, Column, Label
+from layertap.jobs.items import BadItem, Item, Value, json_line
 
-LAYOUT: Final = 1
-"""The number of this layout of parts; a job begun in another one is not taken up."""
+LAYOUT: Final = 2
+"""The number of this layout of parts; a job begun in another one is done again."""
 
 MAX_PART_BYTES: Final = 16 << 20
 """A part that has as much is closed."""
 
-_MANIFEST: Final = "manifest.json"
+MANIFEST: Final = "layertap-job.json"
+
 _LOCK: Final = "lock"
-_FACTS, _IDS, _BAD = "facts.json", "ids.json", "bad.jsonl"
-
-
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Column:
-    """One array of the output.
-
-    Attributes:
-        name: What it is called.
-        dtype: The type of its values, as numpy writes it.
-        row_shape: The shape of one row.
-        counts: The column that says how many rows each text has; empty: one each.
-    """
-
-    name: str
-    dtype: str
-    row_shape: tuple[int, ...]
-    counts: str = ""
+_OUTPUT: Final = "output"
+_ERRORS: Final = "errors.jsonl"
+_OWN: Final = re.compile(rf"(part-\d{{8}}|{_OUTPUT}|{_ERRORS}|{MANIFEST})({atomic_files.TEMPORARY})?")
+_HEADER: Final = re.compile(rb"layertap job (\d+) ([0-9a-f]{64})\n")
+_CHUNK_BYTES: Final = 1 << 20
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,9 +48,7 @@ class Facts:
         digest: The sum over all items up to its end.
         columns: Its arrays; none if all items are bad.
         row_counts: The rows of each of them.
-        id_characters: Those of the longest id.
-        id_bytes: Of all ids in UTF-8, one after the other.
-        ids_are_integers: Whether all ids are whole numbers of 64 bits.
+        labels: Its ids and kept values.
     """
 
     item_count: int
@@ -69,29 +56,17 @@ class Facts:
     digest: str
     columns: tuple[Column, ...]
     row_counts: tuple[int, ...]
-    id_characters: int
-    id_bytes: int
-    ids_are_integers: bool
+    labels: tuple[Label, ...]
 
     @property
     def text_count(self) -> int:
         """Good items."""
         return self.item_count - self.bad_count
 
-
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Outcome:
-    """How a job ended.
-
-    Attributes:
-        text_count: Texts in the output.
-        bad_count: Items in the side file.
-        shapes: The shape of each column, all texts together.
-    """
-
-    text_count: int
-    bad_count: int
-    shapes: dict[str, tuple[int, ...]]
+    @property
+    def byte_count(self) -> int:
+        """Bytes of its arrays."""
+        return sum(count * column.row_bytes for count, column in zip(self.row_counts, self.columns, strict=True))
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -99,35 +74,48 @@ class Manifest:
     """What parts are parts of.
 
     Attributes:
-        settings: All that decides what comes out, besides input and model.
+        settings: All that decides the output, besides input and model.
         model_id: The name of the model.
         fingerprint: Which model it is.
-        outcome: How the job ended, once output and side file are whole, and have their names or are about to.
+        is_complete: Whether all items are done and the files are about to get their names.
     """
 
     settings: dict[str, Any]
     model_id: str
     fingerprint: str
-    outcome: Outcome | None = None
+    is_complete: bool = False
 
 
 class PartBuilder:
-    """Gathers what comes of items until it is enough for a part."""
+    """Gathers the results of items until they are enough for a part."""
 
-    def __init__(self, *, max_item_count: int, accept: Callable[[tuple[Column, ...]], None]) -> None:
-        """Takes how many items a part has at most, and what refuses columns that the output cannot hold."""
+    def __init__(
+        self, *, max_item_count: int, keep: tuple[str, ...], accept: Callable[[tuple[Column, ...]], None]
+    ) -> None:
+        """Starts an empty part.
+
+        Args:
+            max_item_count: How many items a part has at most.
+            keep: The names of the kept values.
+            accept: Raises if the output cannot hold some columns.
+        """
         self._max_item_count = max_item_count
         self._accept = accept
-        self._ids: list[int | str] = []
-        self._bad: list[BadItem] = []
+        self._labels: dict[str, list[Value]] = {name: [] for name in (IDS, *keep)}
+        self.bad: list[BadItem] = []
         self._arrays: dict[str, list[Array]] = {}
         self._columns: tuple[Column, ...] = ()
         self._byte_count = 0
 
     @property
+    def text_count(self) -> int:
+        """How many good items it has."""
+        return len(self._labels[IDS])
+
+    @property
     def item_count(self) -> int:
         """How many items it has."""
-        return len(self._ids) + len(self._bad)
+        return self.text_count + len(self.bad)
 
     @property
     def is_full(self) -> bool:
@@ -135,50 +123,45 @@ class PartBuilder:
         return self.item_count >= self._max_item_count or self._byte_count >= MAX_PART_BYTES
 
     def add(self, item: Item, columns: tuple[Column, ...], arrays: list[Array]) -> None:
-        """Takes what came of an item: the rows of each column."""
+        """Adds the rows that each column has of an item."""
         if columns != self._columns:
             if self._columns:
                 raise JobError(f"item {item.number} came with other arrays than those before it; remove the parts")
             self._accept(columns)
             self._columns = columns
-        self._ids.append(item.id)
+        for name, value in zip(self._labels, (item.id, *item.kept), strict=True):
+            self._labels[name].append(value)
+            self._byte_count += len(value) if isinstance(value, str) else 8
         for column, array in zip(columns, arrays, strict=True):
             self._arrays.setdefault(column.name, []).append(array)
             self._byte_count += array.nbytes
 
     def add_bad(self, item: BadItem) -> None:
-        """Takes an item of which nothing came."""
-        self._bad.append(item)
+        """Adds an item without a result."""
+        self.bad.append(item)
 
-    def facts(self, digest: str) -> Facts:
-        """Returns what is in it; digest is the sum over all items up to its end."""
-        names = [str(one) for one in self._ids]
-        return Facts(
+    def write(self, path: Path, digest: str) -> Facts:
+        """Writes it, as a whole or not at all; digest is the sum over all items up to its end."""
+        facts = Facts(
             item_count=self.item_count,
-            bad_count=len(self._bad),
+            bad_count=len(self.bad),
             digest=digest,
             columns=self._columns,
             row_counts=tuple(sum(map(len, self._arrays[column.name])) for column in self._columns),
-            id_characters=max(map(len, names), default=0),
-            id_bytes=sum(len(name.encode()) for name in names),
-            ids_are_integers=all(isinstance(one, int) and -(2**63) <= one < 2**63 for one in self._ids),
+            labels=tuple(Label.of(name, values) for name, values in self._labels.items()),
         )
-
-    def write(self, path: Path, facts: Facts) -> None:
-        """Writes it, as a whole or not at all."""
-        members = [
-            npy.Member(
-                name=column.name,
-                dtype=np.dtype(column.dtype),
-                shape=(row_count, *column.row_shape),
-                pieces=self._arrays[column.name].__iter__,
-            )
-            for column, row_count in zip(facts.columns, facts.row_counts, strict=True)
-        ]
-        lines = "".join(json.dumps(dataclasses.asdict(bad), ensure_ascii=False) + "\n" for bad in self._bad)
-        texts = {_FACTS: json.dumps(dataclasses.asdict(facts)), _IDS: json.dumps(self._ids), _BAD: lines}
-        with atomic_files.writing(path) as file:
-            npy.write_npz(file, members, extra={name: text.encode() for name, text in texts.items()})
+        head = {
+            "facts": dataclasses.asdict(facts),
+            "labels": self._labels,
+            "bad": list(map(dataclasses.asdict, self.bad)),
+        }
+        arrays = (
+            np.ascontiguousarray(array, column.dtype).reshape(-1).view(np.uint8).data
+            for column in self._columns
+            for array in self._arrays[column.name]
+        )
+        _write_sealed(path, [json.dumps(head).encode() + b"\n", *arrays])
+        return facts
 
 
 class Parts:
@@ -186,26 +169,30 @@ class Parts:
 
     Attributes:
         folder: Where it is.
-        output: The output, from when it is whole until it gets its name.
+        output: The output, until it gets its name.
         errors: The side file, likewise.
         manifest: What the parts are parts of; None if nothing is begun.
         facts: What is in each part.
+        damage: What was found damaged and will be done again, as a phrase; empty: nothing.
     """
 
     def __init__(self, folder: Path) -> None:
-        """Reads what is there; the caller keeps others out."""
+        """Reads what is there; the caller holds the lock."""
         self.folder = folder
-        self.output = folder / "output"
-        self.errors = folder / "errors.jsonl"
-        self.manifest = self._read_manifest()
+        self.output = folder / _OUTPUT
+        self.errors = folder / _ERRORS
         self.facts: list[Facts] = []
-        while self.manifest is not None and (path := self._path(len(self.facts))).exists():
-            self.facts.append(_read_facts(path))
+        self.damage = ""
+        self.manifest = self._read_manifest()
+        if self.manifest is not None:
+            self._read_parts()
+            if self.damage and self.manifest.is_complete:
+                self.manifest = dataclasses.replace(self.manifest, is_complete=False)
 
     @property
-    def outcome(self) -> Outcome | None:
-        """How the job ended; None while it has not."""
-        return None if self.manifest is None else self.manifest.outcome
+    def is_complete(self) -> bool:
+        """Whether all items are done."""
+        return self.manifest is not None and self.manifest.is_complete
 
     @property
     def item_count(self) -> int:
@@ -213,84 +200,128 @@ class Parts:
         return sum(facts.item_count for facts in self.facts)
 
     @property
+    def text_count(self) -> int:
+        """Good items."""
+        return sum(facts.text_count for facts in self.facts)
+
+    @property
     def digest(self) -> str | None:
         """The sum over all items done; None if there is none."""
         return self.facts[-1].digest if self.facts else None
 
     def begin(self, manifest: Manifest) -> None:
-        """Forgets all parts and begins those of another job."""
+        """Removes all parts and begins those of another job."""
         self.clear()
         self.note(manifest)
 
     def note(self, manifest: Manifest) -> None:
-        """Writes the manifest anew."""
-        with atomic_files.writing(self.folder / _MANIFEST) as file:
-            file.write(json.dumps({"layout": LAYOUT, **dataclasses.asdict(manifest)}, indent=1).encode())
+        """Writes the manifest."""
+        _write_sealed(self.folder / MANIFEST, [json.dumps(dataclasses.asdict(manifest), indent=1).encode()])
         self.manifest = manifest
 
     def add(self, builder: PartBuilder, digest: str) -> None:
         """Writes the next part."""
-        facts = builder.facts(digest)
-        builder.write(self._path(len(self.facts)), facts)
-        self.facts.append(facts)
+        self.facts.append(builder.write(self._path(len(self.facts)), digest))
 
-    def ids(self, part: int) -> list[int | str]:
-        """Returns the ids of one part."""
-        with zipfile.ZipFile(self._path(part)) as archive:
-            ids: list[int | str] = json.loads(archive.read(_IDS))
-        return ids
+    def labels(self, part: int) -> dict[str, list[Value]]:
+        """Returns the ids and kept values of one part."""
+        labels: dict[str, list[Value]] = self._head(part)["labels"]
+        return labels
+
+    def bad(self, part: int) -> list[BadItem]:
+        """Returns the bad items of one part."""
+        return [BadItem(**fields) for fields in self._head(part)["bad"]] if self.facts[part].bad_count else []
 
     def array(self, part: int, name: str) -> Array:
         """Returns one array of one part."""
-        with zipfile.ZipFile(self._path(part)) as archive, archive.open(name + ".npy") as file:
-            array: Array = np.lib.format.read_array(file, allow_pickle=False)
-        return array
+        with self._path(part).open("rb") as file:
+            file.readline()
+            file.readline()
+            for column, row_count in zip(self.facts[part].columns, self.facts[part].row_counts, strict=True):
+                data = file.read(row_count * column.row_bytes)
+                if column.name == name:
+                    return np.frombuffer(data, column.dtype).reshape(row_count, *column.row_shape)
+        raise KeyError(name)
 
     def bad_lines(self) -> Iterator[bytes]:
-        """Yields the lines on bad items, part by part."""
-        for part, facts in enumerate(self.facts):
-            if facts.bad_count:
-                with zipfile.ZipFile(self._path(part)) as archive:
-                    yield archive.read(_BAD)
+        """Yields the lines of the side file, part by part."""
+        for part in range(len(self.facts)):
+            yield b"".join(json_line(dataclasses.asdict(bad)).encode() + b"\n" for bad in self.bad(part))
 
     def clear(self) -> None:
-        """Removes all that is its own from the folder, the manifest first: parts without one are nobody's."""
+        """Removes all that this package wrote but the lock, the manifest first: parts without one do not count."""
         self.facts, self.manifest = [], None
-        own = [*self.folder.glob("part-*"), *self.folder.glob("*" + atomic_files.TEMPORARY), self.output, self.errors]
-        for path in [self.folder / _MANIFEST, *own]:
+        own = [path for path in self.folder.iterdir() if _OWN.fullmatch(path.name)]
+        for path in [self.folder / MANIFEST, *own]:
             path.unlink(missing_ok=True)
 
     def remove(self) -> None:
-        """Removes the folder; what is not its own stays, and the folder with it."""
+        """Removes the folder; what this package did not write stays, and the folder with it."""
         self.clear()
-        (self.folder / _LOCK).unlink(missing_ok=True)
+        self.lock(self.folder).unlink(missing_ok=True)
         if not any(self.folder.iterdir()):
             self.folder.rmdir()
 
     @staticmethod
     def lock(folder: Path) -> Path:
-        """Returns the file by which others are kept out."""
+        """Returns the file that is locked while a process works in a folder."""
         return folder / _LOCK
 
+    @staticmethod
+    def is_foreign(folder: Path) -> bool:
+        """Returns whether a folder was not made for a job: no manifest lies in it, but something else."""
+        names = {path.name for path in folder.iterdir()}
+        return MANIFEST not in names and not names <= {_LOCK, MANIFEST + atomic_files.TEMPORARY}
+
     def _path(self, part: int) -> Path:
-        return self.folder / f"part-{part:08}.npz"
+        return self.folder / f"part-{part:08}"
+
+    def _head(self, part: int) -> dict[str, Any]:
+        with self._path(part).open("rb") as file:
+            file.readline()
+            head: dict[str, Any] = json.loads(file.readline())
+        return head
 
     def _read_manifest(self) -> Manifest | None:
-        try:
-            fields = json.loads((self.folder / _MANIFEST).read_bytes())
-        except FileNotFoundError:
+        path = self.folder / MANIFEST
+        if not path.exists():
             return None
-        if fields.pop("layout") != LAYOUT:
-            raise JobError(f"{self.folder} was begun by another version of layertap; end it with that, or remove it")
-        outcome = fields.pop("outcome")
-        return Manifest(**fields, outcome=None if outcome is None else Outcome(**outcome))
+        if reason := _unsealed(path):
+            self.damage = f"{path} {reason}; the whole job is done again"
+            return None
+        return Manifest(**json.loads(path.read_bytes().partition(b"\n")[2]))
+
+    def _read_parts(self) -> None:
+        while (path := self._path(len(self.facts))).exists():
+            if reason := _unsealed(path):
+                self.damage = f"{path} {reason}; it and the parts after it are done again"
+                return
+            fields = self._head(len(self.facts))["facts"]
+            columns = tuple(Column(**{**one, "row_shape": tuple(one["row_shape"])}) for one in fields.pop("columns"))
+            labels = tuple(Label(**one) for one in fields.pop("labels"))
+            row_counts = tuple(fields.pop("row_counts"))
+            self.facts.append(Facts(columns=columns, row_counts=row_counts, labels=labels, **fields))
 
 
-def _read_facts(path: Path) -> Facts:
-    try:
-        with zipfile.ZipFile(path) as archive:
-            fields = json.loads(archive.read(_FACTS))
-    except (zipfile.BadZipFile, KeyError, ValueError) as exc:
-        raise JobError(f"{path} is damaged; remove it and all parts after it, and they will be made again") from exc
-    columns = tuple(Column(**{**one, "row_shape": tuple(one["row_shape"])}) for one in fields.pop("columns"))
-    return Facts(columns=columns, row_counts=tuple(fields.pop("row_counts")), **fields)
+def _write_sealed(path: Path, pieces: list[bytes | memoryview]) -> None:
+    checksum = hashlib.sha256()
+    for piece in pieces:
+        checksum.update(piece)
+    with atomic_files.writing(path) as file:
+        file.write(f"layertap job {LAYOUT} {checksum.hexdigest()}\n".encode())
+        for piece in pieces:
+            file.write(piece)
+
+
+def _unsealed(path: Path) -> str:
+    """Returns why a file is not as it was written; empty: it is."""
+    with path.open("rb") as file:
+        header = _HEADER.fullmatch(file.readline(_CHUNK_BYTES))
+        if header is None:
+            return "is damaged"
+        if int(header[1]) != LAYOUT:
+            return "is of another version of layertap"
+        checksum = hashlib.sha256()
+        while chunk := file.read(_CHUNK_BYTES):
+            checksum.update(chunk)
+    return "" if checksum.hexdigest().encode() == header[2] else "is damaged (its checksum differs)"

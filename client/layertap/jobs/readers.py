@@ -1,61 +1,46 @@
-"""Where texts come from: arguments, lines of text, lines of JSON; Parquet is in `arrow`.
+"""Where texts come from: arguments, lines of text, lines of JSON, CSV; Parquet is in `arrow`.
 
-An item is a text, or words already split, with its number (from 1, in files the line) and its id, which is the number
-unless a field says otherwise. What cannot be read is an item too, with its reason, so that a bad line ends nothing.
-Sources hold one item at a time.
+Files are UTF-8, with or without a byte order mark, and may be compressed with gzip. Sources hold one item at a time. A
+bad line is a bad item; a file that is something else as a whole is refused once, with how to convert it.
 """
 
 from __future__ import annotations
 
 import codecs
 import contextlib
+import csv
 import dataclasses
-import hashlib
+import gzip
 import json
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, BinaryIO, Final, Protocol, TypeAlias
+import os
+import zlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import BinaryIO, ClassVar, Final, Protocol, cast
+
+from layertap.jobs import JobError
+from layertap.jobs.items import BadItem, Fields, Item, bad, checked, fields_there, from_fields
+
+FORMATS: Final = ("txt", "jsonl", "csv", "tsv", "parquet")
+"""What files of texts may be, and how their names end."""
 
 MAX_LINE_BYTES: Final = 16 << 20
 """A longer line is a bad item: no text that a server takes needs it, and it would have to be held."""
 
-MAX_ID_CHARACTERS: Final = 1024
-
 _CHUNK_BYTES: Final = 1 << 20
+_STDIN: Final = 0
 
-Content: TypeAlias = "str | list[str]"
-"""A text, or its words."""
-
-
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Item:
-    """Something to embed.
-
-    Attributes:
-        number: Its place in the input, from 1; in files that of its line or row.
-        id: What the user calls it.
-        content: The text, or its words.
-    """
-
-    number: int
-    id: int | str
-    content: Content
-
-
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class BadItem:
-    """Something that cannot be read or embedded.
-
-    Attributes:
-        number: As in `Item`.
-        id: As in `Item`; None where even that cannot be read.
-        code: The name of a status code.
-        reason: What is wrong with it, without the text.
-    """
-
-    number: int
-    id: int | str | None
-    code: str
-    reason: str
+_ICONV: Final = "convert it first: iconv -f {0} -t UTF-8 OLD > NEW, or in PowerShell Get-Content OLD | Set-Content NEW"
+_FOREIGN: Final = {
+    codecs.BOM_UTF32_LE: "UTF-32, not UTF-8; " + _ICONV.format("UTF-32"),
+    codecs.BOM_UTF16_LE: "UTF-16, not UTF-8; " + _ICONV.format("UTF-16") + " -Encoding utf8",
+    codecs.BOM_UTF16_BE: "UTF-16, not UTF-8; " + _ICONV.format("UTF-16") + " -Encoding utf8",
+    b"\x1f\x8b": "compressed with gzip; name the file with the ending .gz, or unpack it: zcat",
+    b"PAR1": "Parquet; name the file, with the ending .parquet or --input-format parquet",
+    b"PK\x03\x04": "a zip archive; unpack it first",
+    b"(\xb5/\xfd": "compressed with zstd; unpack it first: zstdcat",
+}
+"""What a file begins with that is no lines of UTF-8, and what to do."""
 
 
 class Source(Protocol):
@@ -69,72 +54,131 @@ class Source(Protocol):
         """Yields all items in order."""
 
     def count(self) -> int | None:
-        """Returns how many items there are, or None if only reading tells."""
+        """Returns how many items there are, or None if only reading would tell."""
+
+    def stat(self) -> os.stat_result | None:
+        """Returns which file is read; None: no file."""
 
 
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Arguments:
-    """Texts that are there already."""
+    """Texts of the command line."""
 
-    repeatable = True
+    repeatable: ClassVar[bool] = True
 
-    def __init__(self, texts: Sequence[str]) -> None:
-        """Takes the texts."""
-        self._texts = texts
+    texts: Sequence[str]
 
     def items(self) -> Iterator[Item | BadItem]:
         """Yields all items in order."""
-        return (checked(number, number, text) for number, text in enumerate(self._texts, 1))
+        return (checked(number, number, text) for number, text in enumerate(self.texts, 1))
 
     def count(self) -> int | None:
         """Returns how many there are."""
-        return len(self._texts)
+        return len(self.texts)
+
+    def stat(self) -> None:
+        """Returns None: there is no file."""
 
 
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Lines:
-    """The lines of a file; each is a text, also an empty one."""
+    """The lines of a file; each is a text, also an empty one.
 
-    def __init__(self, opened: Callable[[], BinaryIO], *, repeatable: bool) -> None:
-        """Takes what opens the file, and whether that can be done again."""
-        self.repeatable = repeatable
-        self._opened = opened
+    Attributes:
+        path: The file; None: stdin.
+    """
+
+    path: Path | None
+
+    @property
+    def name(self) -> str:
+        """What messages call it."""
+        return "stdin" if self.path is None else str(self.path)
+
+    @property
+    def repeatable(self) -> bool:
+        """Whether it can be read again: a file can, a pipe cannot."""
+        return self.path is not None and self.path.is_file()
 
     def items(self) -> Iterator[Item | BadItem]:
-        """Yields all items in order."""
-        with contextlib.closing(self._opened()) as file:
-            for number, line in enumerate(_lines(file), 1):
-                if line is None:
-                    yield _bad(number, None, f"the line is longer than {MAX_LINE_BYTES} bytes; shorten it")
-                elif (item := self._item(number, line)) is not None:
+        """Yields all items in order.
+
+        Raises:
+            JobError: if the file is no UTF-8 at all, or is damaged.
+        """
+        with self._open() as file:
+            for number, line in enumerate(self._lines(file), 1):
+                if not line.endswith(b"\n") and len(line) > MAX_LINE_BYTES:
+                    yield bad(number, None, f"the line is longer than {MAX_LINE_BYTES} bytes; shorten it")
+                elif (item := self._item(number, line.removesuffix(b"\n").removesuffix(b"\r"))) is not None:
                     yield item
 
     def count(self) -> int | None:
-        """Returns how many lines there are."""
-        if not self.repeatable:
+        """Returns how many lines there are; None of what cannot be read twice, or would have to be unpacked."""
+        if not self.repeatable or self._is_compressed:
             return None
         count, last = 0, b"\n"
-        with contextlib.closing(self._opened()) as file:
+        with self._open() as file:
             while chunk := file.read(_CHUNK_BYTES):
                 count += chunk.count(b"\n")
                 last = chunk[-1:]
         return count + (last != b"\n")
 
+    def stat(self) -> os.stat_result | None:
+        """Returns which file is read."""
+        return os.fstat(_STDIN) if self.path is None else self.path.stat()
+
     def _item(self, number: int, line: bytes) -> Item | BadItem | None:
         try:
             return checked(number, number, line.decode())
         except UnicodeDecodeError as exc:
-            return _bad(number, None, f"the line is not UTF-8 at byte {exc.start}; convert the file")
+            return bad(number, None, f"the line is not UTF-8 at byte {exc.start}; convert the file")
+
+    @property
+    def _is_compressed(self) -> bool:
+        return self.path is not None and self.path.suffix == ".gz"
+
+    @contextlib.contextmanager
+    def _open(self) -> Iterator[BinaryIO]:
+        with contextlib.ExitStack() as stack:
+            if self.path is None:
+                # A reader of its own: a thread that still waits in sys.stdin would not let the interpreter end.
+                file: BinaryIO = stack.enter_context(open(_STDIN, "rb", closefd=False))
+            elif self._is_compressed:
+                file = cast("BinaryIO", stack.enter_context(gzip.open(self.path, "rb")))
+            else:
+                file = stack.enter_context(self.path.open("rb"))
+            try:
+                yield file
+            except (EOFError, zlib.error, gzip.BadGzipFile) as exc:
+                raise JobError(f"{self.name} cannot be unpacked as gzip; is it whole? (gzip -t tells)") from exc
+
+    def _lines(self, file: BinaryIO) -> Iterator[bytes]:
+        """Yields lines with their ends; of one that is too long only the beginning, without its end."""
+        number = 0
+        while line := file.readline(MAX_LINE_BYTES + 2):
+            number += 1
+            if number == 1:
+                if why := next((why for magic, why in _FOREIGN.items() if line.startswith(magic)), ""):
+                    raise JobError(f"{self.name} is {why}")
+                line = line.removeprefix(codecs.BOM_UTF8)
+            if number <= 2 and line.count(0) * 3 > len(line) > 1:
+                raise JobError(f"{self.name} is {_FOREIGN[codecs.BOM_UTF16_LE]}")
+            yield line
+            if not line.endswith(b"\n") and len(line) > MAX_LINE_BYTES:
+                while (rest := file.readline(_CHUNK_BYTES)) and not rest.endswith(b"\n"):
+                    pass
 
 
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class JsonLines(Lines):
-    """One JSON object a line; empty lines are none."""
+    """One JSON object a line; empty lines are no items.
 
-    def __init__(
-        self, opened: Callable[[], BinaryIO], *, repeatable: bool, text_field: str, id_field: str | None
-    ) -> None:
-        """Takes, beside what `Lines` takes, which fields hold the text (or the words) and the id."""
-        super().__init__(opened, repeatable=repeatable)
-        self._text_field = text_field
-        self._id_field = id_field
+    Attributes:
+        fields: Which fields mean what.
+    """
+
+    fields: Fields
 
     def _item(self, number: int, line: bytes) -> Item | BadItem | None:
         if not line.strip():
@@ -142,86 +186,59 @@ class JsonLines(Lines):
         try:
             fields = json.loads(line)
         except (ValueError, RecursionError):
-            return _bad(number, None, "the line is no JSON; write one object a line, in UTF-8")
+            return bad(number, None, "the line is not JSON; write one object a line, in UTF-8")
         if not isinstance(fields, dict):
-            return _bad(number, None, "the line is no JSON object; write one object a line")
-        return from_fields(number, fields, text_field=self._text_field, id_field=self._id_field)
+            return bad(number, None, "the line is not a JSON object; write one object a line")
+        return from_fields(number, fields, self.fields)
 
 
-def from_fields(number: int, fields: dict[str, Any], *, text_field: str, id_field: str | None) -> Item | BadItem:
-    """Returns what the fields of a line or row make."""
-    identity = number if id_field is None else fields.get(id_field)
-    if isinstance(identity, bool) or not isinstance(identity, (int, str)):
-        return _bad(number, None, f"the field {id_field} is missing, or neither a string nor a whole number")
-    if text_field not in fields:
-        return checked(number, identity, None, f"the field {text_field} is missing; name another with --text-field")
-    return checked(
-        number, identity, fields[text_field], f"the field {text_field} is neither a string nor a list of them"
-    )
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Csv(Lines):
+    """The rows of a CSV file below its first, which names the columns; a value in quotes may span lines.
 
-
-def checked(number: int, identity: int | str, content: object, otherwise: str = "") -> Item | BadItem:
-    """Returns an item if its id can be kept and its content can be sent.
-
-    Args:
-        number: Its number.
-        identity: Its id.
-        content: What is to be a text or words.
-        otherwise: The reason if it is neither.
+    Attributes:
+        fields: Which columns mean what.
+        delimiter: What stands between values.
     """
-    try:
-        size = len(str(identity).encode())
-    except (UnicodeEncodeError, ValueError):
-        return _bad(number, None, "the id cannot be written in UTF-8; replace it")
-    if size > MAX_ID_CHARACTERS or "\0" in str(identity):
-        return _bad(number, None, f"the id has a NUL, or more than {MAX_ID_CHARACTERS} bytes; use a shorter one")
-    if isinstance(content, str):
-        pieces = [content]
-    elif isinstance(content, list) and content and all(isinstance(word, str) for word in content):
-        pieces = content
-    else:
-        return _bad(number, identity, otherwise)
-    try:
-        for piece in pieces:
-            piece.encode()
-    except UnicodeEncodeError:
-        return _bad(number, identity, "the text has a lone surrogate, which UTF-8 cannot carry; replace it")
-    return Item(number=number, id=identity, content=content)
+
+    fields: Fields
+    delimiter: str
+
+    def items(self) -> Iterator[Item | BadItem]:
+        """Yields all rows in order; the first below the names is number 1.
+
+        Raises:
+            JobError: if a column is missing, or the file is no UTF-8 at all or damaged.
+        """
+        csv.field_size_limit(MAX_LINE_BYTES)
+        with self._open() as file:
+            # What is no UTF-8 becomes surrogates, which make the one item bad.
+            lines = (line.decode("utf-8", "surrogateescape") for line in self._lines(file))
+            rows = csv.reader(lines, delimiter=self.delimiter)
+            names = next(rows, [])
+            if names and (missing := [name for name in self.fields.names if name not in names]):
+                raise missing_column(self.name, missing[0], names)
+            number = 0
+            while True:
+                try:
+                    row = next(rows, None)
+                except csv.Error as exc:
+                    number += 1
+                    yield bad(number, None, f"the row is not CSV: {exc}; is a quote missing?")
+                    continue
+                if row is None:
+                    return
+                if row:
+                    number += 1
+                    yield from_fields(number, dict(zip(names, row, strict=False)), self.fields)
+
+    def count(self) -> int | None:
+        """Returns None: rows are not lines."""
+        return None
 
 
-class Digest:
-    """Tells whether items are those that were read before: a sum over all that decides what comes out."""
-
-    def __init__(self) -> None:
-        """Begins before the first item."""
-        self._sum = hashlib.sha256()
-
-    def add(self, item: Item | BadItem) -> None:
-        """Takes the next item."""
-        content = item.content if isinstance(item, Item) else None
-        reason = item.reason if isinstance(item, BadItem) else None
-        self._sum.update(json.dumps([item.number, item.id, content, reason]).encode())
-
-    def text(self) -> str:
-        """Returns the sum over all items so far, in hex."""
-        return self._sum.hexdigest()
-
-
-def _bad(number: int, identity: int | str | None, reason: str) -> BadItem:
-    return BadItem(number=number, id=identity, code="INVALID_ARGUMENT", reason=reason)
-
-
-def _lines(file: BinaryIO) -> Iterator[bytes | None]:
-    """Yields lines without their ends, and None for each that is too long, without holding it."""
-    first = True
-    while line := file.readline(MAX_LINE_BYTES + 2):
-        if first:
-            line, first = line.removeprefix(codecs.BOM_UTF8), False
-        whole = line.endswith(b"\n")
-        line = line.removesuffix(b"\n").removesuffix(b"\r")
-        if whole or len(line) <= MAX_LINE_BYTES:
-            yield line
-            continue
-        while (rest := file.readline(_CHUNK_BYTES)) and not rest.endswith(b"\n"):
-            pass
-        yield None
+def missing_column(name: str, column: str, names: Sequence[str]) -> JobError:
+    """Returns the refusal of a file that lacks a column."""
+    return JobError(
+        f"{name} has no column {column}; {fields_there(names)}; choose with --text-field, --id-field and --keep"
+    )

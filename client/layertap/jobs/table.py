@@ -3,19 +3,52 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
-from typing import Final
+import functools
+import math
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, Final
 
 import numpy as np
 
-from layertap.jobs.npy import Array, Member
-from layertap.jobs.parts import Column, Parts
-
-IDS: Final = "ids"
+from layertap import quantization
+from layertap.jobs.columns import IDS, Array, Column, Label, as_string
+from layertap.jobs.items import Value
+from layertap.jobs.parts import Parts
 
 _BLOCK_BYTES: Final = 8 << 20
 _BLOCK_TEXTS: Final = 16_384
 """Small parts are put together up to this, so that files of many rows do not come in crumbs."""
+
+_WIDEST_STRING: Final = 1024
+"""Longer strings are not written as arrays of strings, in which each value takes as much as the longest."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Member:
+    """One array of a file.
+
+    Attributes:
+        name: What it is called.
+        dtype: The type of its values.
+        shape: Its shape, all pieces together.
+        pieces: Gives it piece by piece, along the first axis.
+    """
+
+    name: str
+    dtype: np.dtype[Any]
+    shape: tuple[int, ...]
+    pieces: Callable[[], Iterable[Array]]
+
+    @property
+    def byte_count(self) -> int:
+        """How many bytes its values take."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    def buffers(self) -> Iterator[memoryview]:
+        """Yields its bytes, row-major."""
+        for piece in self.pieces():
+            if piece.size:
+                yield np.ascontiguousarray(piece, self.dtype).reshape(-1).view(np.uint8).data
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -23,69 +56,57 @@ class Block:
     """Some texts that follow each other.
 
     Attributes:
-        ids: Integers, or strings.
+        labels: Their ids and kept values, by name.
         arrays: The rows of these texts in each column.
     """
 
-    ids: list[int] | list[str]
+    labels: dict[str, list[Value]]
     arrays: dict[str, Array]
 
 
 class Table:
     """What a job has made of its good items, in order."""
 
-    def __init__(self, parts: Parts) -> None:
-        """Takes parts of which at least one has a good item."""
+    def __init__(self, parts: Parts, *, precision: str = "float32") -> None:
+        """Reads what the columns are.
+
+        Args:
+            parts: Parts of which at least one has a good item.
+            precision: What the matrices are quantized to; see `quantization`.
+        """
         self._parts = parts
+        self._precision = precision
         self._numbers = [n for n, facts in enumerate(parts.facts) if facts.text_count]
         facts = [parts.facts[n] for n in self._numbers]
-        self.columns: tuple[Column, ...] = facts[0].columns
+        self._stored = facts[0].columns
+        self.columns = tuple(map(self._quantized, self._stored))
         self.text_count = sum(one.text_count for one in facts)
-        self.ids_are_integers = all(one.ids_are_integers for one in facts)
-        self._id_bytes = sum(one.id_bytes for one in facts)
-        self._id_characters = max(one.id_characters for one in facts)
+        joined = [functools.reduce(Label.joined, labels) for labels in zip(*(one.labels for one in facts), strict=True)]
+        # Ids are whole numbers if all of them are, else strings.
+        self.labels = tuple(
+            dataclasses.replace(one, kind="string") if one.name == IDS and one.kind != "integer" else one
+            for one in joined
+        )
 
     @property
     def metadata(self) -> dict[str, str]:
-        """What tells, in a file, which model the numbers are of."""
+        """What says, in a file, which model the numbers are of."""
         manifest = self._parts.manifest
         assert manifest is not None
         return {"model_id": manifest.model_id, "fingerprint": manifest.fingerprint}
 
     def members(self) -> list[Member]:
-        """Returns all columns, each from end to end; without ids."""
-        return [self._member(n, column) for n, column in enumerate(self.columns)]
+        """Returns all columns, each from end to end; without ids and kept values."""
+        return [self._member(position, column) for position, column in enumerate(self.columns)]
 
-    def ids(self) -> Member:
-        """Returns the ids as one array, of integers or of strings. Shape: [text_count]."""
-        dtype = np.dtype(np.int64) if self.ids_are_integers else np.dtype(f"<U{max(1, self._id_characters)}")
-        return Member(
-            name=IDS,
-            dtype=dtype,
-            shape=(self.text_count,),
-            pieces=lambda: (np.array(ids, dtype) for ids in self._all_ids()),
-        )
+    def label_members(self, *, has_strings: bool) -> list[Member]:
+        """Returns ids and kept values as arrays.
 
-    def ids_as_bytes(self) -> list[Member]:
-        """Returns ids of strings for files that have none: all of them in UTF-8, and where each ends.
-
-        Shapes: [byte_count] and [text_count].
+        Numbers with nulls are floats, and NaN where they are null; a null among strings is the empty string. Strings
+        are one array, or for files that have none (and where one is very long) two: `NAME_utf8`, all of them in UTF-8,
+        and `NAME_ends`, where each ends.
         """
-
-        def data() -> Iterator[Array]:
-            return (np.frombuffer("".join(map(str, ids)).encode(), np.uint8) for ids in self._all_ids())
-
-        def ends() -> Iterator[Array]:
-            end = 0
-            for ids in self._all_ids():
-                ends = end + np.cumsum([len(str(one).encode()) for one in ids], dtype=np.int64)
-                end = int(ends[-1])
-                yield ends
-
-        return [
-            Member(name="ids_utf8", dtype=np.dtype(np.uint8), shape=(self._id_bytes,), pieces=data),
-            Member(name="ids_ends", dtype=np.dtype(np.int64), shape=(self.text_count,), pieces=ends),
-        ]
+        return [member for label in self.labels for member in self._label(label, has_strings)]
 
     def blocks(self) -> Iterator[Block]:
         """Yields all texts, block by block."""
@@ -93,26 +114,25 @@ class Table:
         size = texts = 0
         for number in self._numbers:
             facts = self._parts.facts[number]
-            part_bytes = sum(
-                rows * np.dtype(column.dtype).itemsize * int(np.prod(column.row_shape))
-                for rows, column in zip(facts.row_counts, facts.columns, strict=True)
-            )
-            if held and (size + part_bytes > _BLOCK_BYTES or texts + facts.text_count > _BLOCK_TEXTS):
+            if held and (size + facts.byte_count > _BLOCK_BYTES or texts + facts.text_count > _BLOCK_TEXTS):
                 yield self._block(held)
                 held, size, texts = [], 0, 0
             held.append(number)
-            size += part_bytes
+            size += facts.byte_count
             texts += facts.text_count
         yield self._block(held)
 
     def _block(self, numbers: list[int]) -> Block:
-        ids = [one for number in numbers for one in self._parts.ids(number)]
+        parts = [self._parts.labels(number) for number in numbers]
+        labels: dict[str, list[Value]] = {}
+        for label in self.labels:
+            values = [value for part in parts for value in part[label.name]]
+            is_string = label.kind in ("string", "null")
+            labels[label.name] = [as_string(one) if is_string and one is not None else one for one in values]
+        arrays = {column.name: [self._array(number, column) for number in numbers] for column in self._stored}
         return Block(
-            ids=[int(one) for one in ids] if self.ids_are_integers else [str(one) for one in ids],
-            arrays={
-                column.name: _joined([self._parts.array(number, column.name) for number in numbers])
-                for column in self.columns
-            },
+            labels=labels,
+            arrays={name: one[0] if len(one) == 1 else np.concatenate(one) for name, one in arrays.items()},
         )
 
     def _member(self, position: int, column: Column) -> Member:
@@ -121,12 +141,65 @@ class Table:
             name=column.name,
             dtype=np.dtype(column.dtype),
             shape=(row_count, *column.row_shape),
-            pieces=lambda: (self._parts.array(number, column.name) for number in self._numbers),
+            pieces=lambda: (self._array(number, self._stored[position]) for number in self._numbers),
         )
 
-    def _all_ids(self) -> Iterator[list[int | str]]:
-        return (self._parts.ids(number) for number in self._numbers)
+    def _label(self, label: Label, has_strings: bool) -> list[Member]:
+        def values() -> Iterator[list[Value]]:
+            return (self._parts.labels(number)[label.name] for number in self._numbers)
 
+        def member(suffix: str, dtype: object, count: int, pieces: Callable[[], Iterable[Array]]) -> Member:
+            return Member(name=label.name + suffix, dtype=np.dtype(dtype), shape=(count,), pieces=pieces)  # type: ignore[call-overload]
 
-def _joined(arrays: list[Array]) -> Array:
-    return arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
+        if label.kind not in ("string", "null"):
+            dtype = {"bool": np.bool_, "integer": np.int64, "number": np.float64}[label.kind]
+            dtype = np.float64 if label.null_count else dtype
+            return [member("", dtype, self.text_count, lambda: (np.array(part, dtype) for part in values()))]
+        if has_strings and label.characters <= _WIDEST_STRING:
+            kind = f"<U{max(1, label.characters)}"
+            return [
+                member("", kind, self.text_count, lambda: (np.array(list(map(as_string, v)), kind) for v in values()))
+            ]
+
+        def data() -> Iterator[Array]:
+            return (np.frombuffer("".join(map(as_string, part)).encode(), np.uint8) for part in values())
+
+        def ends() -> Iterator[Array]:
+            end = 0
+            for part in values():
+                ends = end + np.cumsum([len(as_string(one).encode()) for one in part], dtype=np.int64)
+                end = int(ends[-1])
+                yield ends
+
+        return [
+            member("_utf8", np.uint8, label.byte_count, data),
+            member("_ends", np.int64, self.text_count, ends),
+        ]
+
+    def _array(self, number: int, column: Column) -> Array:
+        array = self._parts.array(number, column.name)
+        if self._precision == "float32" or not column.row_shape:
+            return array
+        ranges = self._ranges[column.name] if self._precision.endswith("int8") else None
+        return quantization.quantize_embeddings(array, precision=self._precision, ranges=ranges)
+
+    def _quantized(self, column: Column) -> Column:
+        if self._precision == "float32" or not column.row_shape:
+            return column
+        ranges = np.zeros((2, *column.row_shape), np.float32) if self._precision.endswith("int8") else None
+        sample = np.zeros((1, *column.row_shape), np.float32)
+        found = quantization.quantize_embeddings(sample, precision=self._precision, ranges=ranges)
+        return dataclasses.replace(column, dtype=found.dtype.str, row_shape=found.shape[1:])
+
+    @functools.cached_property
+    def _ranges(self) -> dict[str, Array]:
+        """The least and the greatest value of each dimension, over all texts. Shape of each: [2, dim]."""
+        found: dict[str, Array] = {}
+        for column in self._stored:
+            if column.row_shape:
+                arrays = (self._parts.array(number, column.name) for number in self._numbers)
+                pairs = [np.stack([one.min(axis=0), one.max(axis=0)]) for one in arrays if len(one)]
+                found[column.name] = np.stack(
+                    [np.min([low for low, _ in pairs], axis=0), np.max([high for _, high in pairs], axis=0)]
+                )
+        return found

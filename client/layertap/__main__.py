@@ -1,4 +1,4 @@
-"""`python -m layertap.cli` is the command `layertap`."""
+"""`python -m layertap` is the command `layertap`."""
 
 import sys
 

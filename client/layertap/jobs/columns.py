@@ -1,0 +1,122 @@
+"""The columns of an output: arrays with rows of numbers, and labels, which are ids and kept values.
+
+Pure. Says what the values of many parts are together, so that each format can choose how to write them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterable
+from typing import Any, Final, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from layertap.jobs.items import Value
+from layertap.results.export import Column as ResultColumn
+
+Array: TypeAlias = npt.NDArray[Any]
+
+IDS: Final = "ids"
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Column:
+    """One array of the output.
+
+    Attributes:
+        name: What it is called.
+        dtype: The type of its values, as numpy writes it.
+        row_shape: The shape of one row.
+        counts: The column that says how many rows each text has; empty: one each.
+    """
+
+    name: str
+    dtype: str
+    row_shape: tuple[int, ...]
+    counts: str = ""
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one row."""
+        return int(np.prod(self.row_shape, dtype=np.int64)) * np.dtype(self.dtype).itemsize
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Label:
+    """One column of ids or kept values, which are no arrays: what must be known to write it.
+
+    Attributes:
+        name: What it is called.
+        kind: "bool", "integer", "number", "string", or "null" if all are null.
+        null_count: Values that are null.
+        characters: Those of the longest value as a string.
+        byte_count: Of all values as strings in UTF-8, one after the other.
+    """
+
+    name: str
+    kind: str = "null"
+    null_count: int = 0
+    characters: int = 0
+    byte_count: int = 0
+
+    @classmethod
+    def of(cls, name: str, values: Iterable[Value]) -> Label:
+        """Returns what some values are."""
+        found = cls(name=name)
+        for value in values:
+            text = as_string(value)
+            found = found.joined(
+                cls(
+                    name=name,
+                    kind=_kind(value),
+                    null_count=int(value is None),
+                    characters=len(text),
+                    byte_count=len(text.encode()),
+                )
+            )
+        return found
+
+    def joined(self, other: Label) -> Label:
+        """Returns what these values and others are together."""
+        kinds = {self.kind, other.kind} - {"null"}
+        if len(kinds) > 1:
+            kinds = {"number"} if kinds == {"integer", "number"} else {"string"}
+        return Label(
+            name=self.name,
+            kind=kinds.pop() if kinds else "null",
+            null_count=self.null_count + other.null_count,
+            characters=max(self.characters, other.characters),
+            byte_count=self.byte_count + other.byte_count,
+        )
+
+
+def rows_of(columns: Iterable[ResultColumn]) -> tuple[tuple[Column, ...], list[Array]]:
+    """Returns the columns of one text as a part has them, and the rows of each."""
+    named = [(column.name, np.asarray(column.values), column.counts) for column in columns]
+    found = tuple(
+        Column(
+            name=name,
+            dtype=rows.dtype.str,
+            row_shape=rows.shape[1:],
+            counts="" if counts is None else next(other for other, values, _ in named if values is counts),
+        )
+        for name, rows, counts in named
+    )
+    return found, [rows for _, rows, _ in named]
+
+
+def as_string(value: Value) -> str:
+    """Returns an id or kept value as a string; null is the empty one."""
+    return value if isinstance(value, str) else "" if value is None else json.dumps(value)
+
+
+def _kind(value: Value) -> str:
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return "bool"
+    if isinstance(value, int):
+        return "integer" if -(2**63) <= value < 2**63 else "string"
+    return "number" if isinstance(value, float) else "string"

@@ -1,0 +1,143 @@
+"""What to ask of the model for each text, and which rows of the answer to keep: `embed`'s choice, or `encode`'s."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, Protocol
+
+import numpy as np
+
+from layertap._protocol.inputs import InputItem
+from layertap._protocol.stream_state import StreamLedger
+from layertap.client import Client
+from layertap.jobs.items import Item
+from layertap.results.embedding import Embedding, StreamResult
+from layertap.results.export import Column
+from layertap.sentence_transformers import TOKENS, EncodeOptions, Encoding
+from layertap.types import ModelInfo
+
+
+class Task(Protocol):
+    """What to do with each text."""
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """All that decides the rows, as JSON has it."""
+
+    @property
+    def precision(self) -> str:
+        """What all rows together are quantized to at the end."""
+
+    def begin(self, model: ModelInfo) -> None:
+        """Prepares for a model.
+
+        Raises:
+            LayertapError: if the model cannot do this.
+        """
+
+    def refusal(self, item: Item) -> str:
+        """Returns why an item cannot be asked for; empty: it can."""
+
+    def stream(self, client: Client, contents: Iterable[InputItem], timeout_s: float) -> Iterator[StreamResult]:
+        """Embeds contents in their order."""
+
+    def columns(self, embedding: Embedding) -> list[Column]:
+        """Returns the rows of one text."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class EmbedTask:
+    """Layers, words, pooled vectors: what `Client.embed_stream` gives.
+
+    Attributes:
+        options: Its keyword arguments.
+    """
+
+    options: Mapping[str, Any]
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The options, as JSON has them."""
+        return {name: _plain(value) for name, value in self.options.items()}
+
+    @property
+    def precision(self) -> str:
+        """Rows stay as they are."""
+        return "float32"
+
+    def begin(self, model: ModelInfo) -> None:
+        """Does nothing: the server judges the options."""
+
+    def refusal(self, item: Item) -> str:
+        """Returns nothing: the server judges the items."""
+        return ""
+
+    def stream(self, client: Client, contents: Iterable[InputItem], timeout_s: float) -> Iterator[StreamResult]:
+        """Embeds contents in their order."""
+        return client.embed_stream(contents, **self.options, item_timeout_s=timeout_s, reconnect_timeout_s=timeout_s)
+
+    def columns(self, embedding: Embedding) -> list[Column]:
+        """Returns all that was asked for."""
+        return embedding.columns()
+
+
+@dataclasses.dataclass(slots=True, kw_only=True)
+class EncodeTask:
+    """Sentence vectors: what `Client.encode` gives.
+
+    Attributes:
+        options: Its keyword arguments but precision.
+        output_value: As there.
+        precision: As there; applied to all texts together, when they are done.
+    """
+
+    options: EncodeOptions
+    output_value: str
+    precision: str
+    _encoding: Encoding | None = None
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The options, as JSON has them."""
+        return {"output_value": self.output_value, "precision": self.precision, **self.options}
+
+    def begin(self, model: ModelInfo) -> None:
+        """Reads what the model's folder says about sentences."""
+        options: dict[str, Any] = {"prompt": None, "prompt_name": None, "batch_size": None, **self.options}
+        self._encoding = Encoding([""], model, output_value=self.output_value, precision="float32", **options)
+
+    def refusal(self, item: Item) -> str:
+        """Returns why an item is no sentence."""
+        return "" if isinstance(item.content, str) else "encode needs a string, this is a list of words; use embed"
+
+    def stream(self, client: Client, contents: Iterable[InputItem], timeout_s: float) -> Iterator[StreamResult]:
+        """Embeds contents in their order."""
+        assert self._encoding is not None
+        ledger = StreamLedger(self._encoding.options, ordered=True)
+        return client._results(ledger, contents, False, timeout_s, timeout_s)
+
+    def columns(self, embedding: Embedding) -> list[Column]:
+        """Returns the sentence vector, or the rows of the last layer."""
+        assert self._encoding is not None
+        self._encoding.note(0, embedding)
+        # A copy: the next text is written into the same array.
+        rows = (
+            np.concatenate(list(self._encoding.answer())) if self._is_of_tokens else np.array(self._encoding.answer())
+        )
+        counts = embedding.token_counts
+        return [
+            Column(name="token_counts", values=counts),
+            Column(name="truncated", values=embedding.truncated),
+            Column(name=self.output_value, values=rows, counts=counts if self._is_of_tokens else None),
+        ]
+
+    @property
+    def _is_of_tokens(self) -> bool:
+        return self.output_value == TOKENS
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return dataclasses.asdict(value)
+    return [_plain(one) for one in value] if isinstance(value, (list, tuple)) else value
