@@ -76,7 +76,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=arguments.folder) as folder, servers.stand_in() as server:
         corpus, output = Path(folder) / "corpus.txt", Path(folder) / "out.parquet"
         write_corpus(corpus, arguments.texts)
-        command = [sys.executable, "-m", "layertap.cli", "embed", str(corpus), "-o", str(output), "--pooling", "mean"]
+        command = [sys.executable, "-m", "layertap", "embed", str(corpus), "-o", str(output), "--pooling", "mean"]
         command += ["--target", server.address, "--part-texts", str(PART_TEXTS), "--no-progress"]
         started = time.perf_counter()
         seen = list(samples(command, output.with_name(output.name + ".parts")))

@@ -19,7 +19,7 @@ from support import Server
 from layertap import Client
 from layertap.cli import main
 
-COMMANDS = ["tokenize", "decode", "embed", "info", "health"]
+COMMANDS = ["tokenize", "decode", "embed", "encode", "info", "health"]
 WAIT_S = 60.0
 
 HEEDING_CTRL_C = ("env", "--default-signal=INT")
@@ -36,7 +36,7 @@ def target(tiny_server: Server, monkeypatch: pytest.MonkeyPatch) -> str:
 def start(*arguments: str) -> subprocess.Popen[str]:
     """Starts the command in a process of its own."""
     return subprocess.Popen(
-        [*HEEDING_CTRL_C, sys.executable, "-m", "layertap.cli", *arguments],
+        [*HEEDING_CTRL_C, sys.executable, "-m", "layertap", *arguments],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -134,7 +134,7 @@ def test_info_and_health_tell_about_the_server(target: str, capsys: pytest.Captu
 def test_without_a_server_it_says_so_in_one_line_and_ends_with_1(
     command: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    given = {"tokenize": ["x"], "decode": ["1"], "embed": ["x"]}.get(command, [])
+    given = {"tokenize": ["x"], "decode": ["1"], "embed": ["x"], "encode": ["x"]}.get(command, [])
     assert main([command, *given, "--target", "127.0.0.1:1", "--timeout-s", "5"]) == 1
     found = capsys.readouterr()
     assert not found.out and found.err.startswith("layertap: ") and found.err.count("\n") == 1
@@ -145,9 +145,9 @@ def test_without_a_server_it_says_so_in_one_line_and_ends_with_1(
     ("arguments", "reason"),
     [
         (["embed", "nowhere.txt"], "there is no file nowhere.txt"),
-        (["embed", "a.txt", "b"], "pass texts, or one file"),
+        (["embed", "a.txt", "b"], "pass one file"),
         (["embed", "-", "--input-format", "parquet"], "name the file"),
-        (["embed", "x", "--normalize"], "say which with --pooling"),
+        (["embed", "x", "--normalize"], "choose one with --pooling"),
         (["embed", "x", "-o", "out.csv"], "use .npz, .npy, .safetensors, .parquet or .arrow"),
         (["decode", "x"], "no token id"),
     ],
@@ -225,7 +225,7 @@ def endless(target: str) -> Iterator[subprocess.Popen[str]]:
     with (
         source,
         subprocess.Popen(
-            [*HEEDING_CTRL_C, sys.executable, "-m", "layertap.cli", "embed", "--pooling", "mean", "--target", target],
+            [*HEEDING_CTRL_C, sys.executable, "-m", "layertap", "embed", "--pooling", "mean", "--target", target],
             stdin=source.stdout,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,

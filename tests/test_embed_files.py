@@ -68,7 +68,7 @@ class Run:
         self.folder = output.with_name(output.name + ".parts")
         arguments = [str(corpus), "--id-field", "id", "-o", str(output), "--part-texts", str(PART), *flags]
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "layertap.cli", "embed", "--target", server.address, *arguments],
+            [sys.executable, "-m", "layertap", "embed", "--target", server.address, *arguments],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -83,7 +83,7 @@ class Run:
         return self.process.poll() is None
 
     def part_count(self) -> int:
-        return sum(1 for _ in self.folder.glob("part-*.npz"))
+        return sum(1 for _ in self.folder.glob("part-????????"))
 
     def finish(self) -> tuple[int, str]:
         with self.process:
@@ -124,7 +124,7 @@ def unbroken(
 
 def test_a_file_has_what_the_client_gets(server: Server, corpus: Path, tmp_path: Path) -> None:
     assert run(server, corpus, tmp_path / "out.npz", *LAYERS) == 3
-    assert sorted(os.listdir(tmp_path)) == ["out.errors.jsonl", "out.npz"]
+    assert sorted(os.listdir(tmp_path)) == ["out.npz", "out.npz.errors.jsonl"]
     good = [
         (fields["id"], fields["text"])
         for n, line in enumerate(corpus.read_text().splitlines())
@@ -147,7 +147,7 @@ def test_a_file_has_what_the_client_gets(server: Server, corpus: Path, tmp_path:
 def test_bad_items_are_told_with_number_id_code_and_reason(
     unbroken: Callable[[str, tuple[str, ...]], dict[str, bytes]],
 ) -> None:
-    found = [json.loads(line) for line in unbroken("out.npz", LAYERS)["out.errors.jsonl"].splitlines()]
+    found = [json.loads(line) for line in unbroken("out.npz", LAYERS)["out.npz.errors.jsonl"].splitlines()]
     assert [(one["number"], one["id"], one["code"]) for one in found] == [
         (18, "long", "INVALID_ARGUMENT"),
         (334, None, "INVALID_ARGUMENT"),
@@ -218,7 +218,7 @@ def test_a_job_with_no_good_item_writes_no_file(
     corpus.write_text("{}\n{}\n")
     assert run(server, corpus, tmp_path / "out.npz", *POOLED) == 1
     assert "there is no good item" in capsys.readouterr().err
-    assert sorted(os.listdir(tmp_path)) == ["bad.jsonl", "out.errors.jsonl"]
+    assert sorted(os.listdir(tmp_path)) == ["bad.jsonl", "out.npz.errors.jsonl"]
 
 
 def test_an_answer_in_json(server: Server, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -250,7 +250,7 @@ def broken(server: Server, corpus: Path, tmp_path: Path) -> Path:
 def test_what_is_there_is_not_overwritten(
     server: Server, corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for name in ("out.npz", "out.errors.jsonl"):
+    for name in ("out.npz", "out.npz.errors.jsonl"):
         (tmp_path / name).write_bytes(b"mine")
         assert run(server, corpus, tmp_path / "out.npz", *POOLED) == 2
         assert f"{name} is there already" in capsys.readouterr().err
@@ -294,9 +294,9 @@ def test_a_job_is_not_taken_up_with_another_model(
 def test_two_are_never_at_work_on_one_output(
     server: Server, corpus: Path, broken: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with atomic_files.alone(Parts.lock(broken.with_name("out.npz.parts"))):
+    with atomic_files.locked(Parts.lock(broken.with_name("out.npz.parts"))):
         assert run(server, corpus, broken, *LAYERS) == 2
-    assert "another process is at work" in capsys.readouterr().err
+    assert "another process works" in capsys.readouterr().err
 
 
 def test_what_cannot_begin_leaves_nothing(server: Server, corpus: Path, tmp_path: Path) -> None:
@@ -394,7 +394,7 @@ def test_dead_at_any_step_of_the_end_it_makes_the_same_file(
             break
         except Died:
             death.left = -1
-        finished = (folder / "out.npz").exists() and not (folder / "out.npz.parts/manifest.json").exists()
+        finished = (folder / "out.npz").exists() and not (folder / "out.npz.parts/layertap-job.json").exists()
         assert run(server, corpus, folder / "out.npz", *POOLED) == (2 if finished else 3), f"step {step}"
         assert made(folder) == made(whole) and len(os.listdir(folder)) == 2, f"step {step}"
         shutil.rmtree(folder)
@@ -408,7 +408,7 @@ class Held:
     def __init__(self, server: Server, output: Path, *flags: str) -> None:
         self.texts = "".join(f"text {n}\n" for n in range(400))
         own = ["--target", server.address, "-o", str(output), "--part-texts", "50", *POOLED, *flags]
-        self.command = [*HEEDING_CTRL_C, sys.executable, "-m", "layertap.cli", "embed", *own]
+        self.command = [*HEEDING_CTRL_C, sys.executable, "-m", "layertap", "embed", *own]
         self.process = subprocess.Popen(
             self.command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
         )
@@ -416,7 +416,7 @@ class Held:
         self.process.stdin.write(self.texts[: len(self.texts) // 2])
         self.process.stdin.flush()
         folder, deadline = output.with_name(output.name + ".parts"), time.monotonic() + WAIT_S
-        while not folder.is_dir() or sum(1 for _ in folder.glob("part-*.npz")) < 2:
+        while not folder.is_dir() or sum(1 for _ in folder.glob("part-????????")) < 2:
             assert time.monotonic() < deadline and self.process.poll() is None
             time.sleep(0.001)
 

@@ -18,7 +18,7 @@ STATUS = health_pb2.HealthCheckResponse
 
 
 def health_command(target: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "layertap.cli", "health", "--target", target, "--timeout-s", "10"]
+    command = [sys.executable, "-m", "layertap", "health", "--target", target, "--timeout-s", "10"]
     return subprocess.run(command, capture_output=True, text=True, timeout=WAIT_S)
 
 

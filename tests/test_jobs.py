@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import io
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,23 +15,37 @@ import pytest
 import safetensors.numpy
 from safetensors import safe_open
 
-from layertap.jobs import arrow, atomic_files, formats, parts, readers
-from layertap.jobs.parts import Column, Manifest, PartBuilder, Parts
-from layertap.jobs.readers import Arguments, BadItem, Digest, Item, JsonLines, Lines
-from layertap.jobs.refusal import JobError
+from layertap.jobs import JobError, arrow, atomic_files, formats, parts, readers
+from layertap.jobs.columns import Column
+from layertap.jobs.items import BadItem, Digest, Fields, Item
+from layertap.jobs.parts import MANIFEST, Manifest, PartBuilder, Parts
+from layertap.jobs.readers import Arguments, JsonLines, Lines
 from layertap.jobs.table import Table
 
 # Sources.
 
 
-def lines_of(data: bytes) -> Lines:
-    return Lines(lambda: io.BytesIO(data), repeatable=True)
+@pytest.fixture
+def file(tmp_path: Path) -> Callable[[bytes], Path]:
+    """Writes a file."""
+
+    def write(data: bytes) -> Path:
+        path = tmp_path / "corpus"
+        path.write_bytes(data)
+        return path
+
+    return write
 
 
-def json_of(*lines: str, id_field: str | None = "id") -> list[Item | BadItem]:
-    data = "".join(line + "\n" for line in lines).encode("utf-8", "surrogatepass")
-    source = JsonLines(lambda: io.BytesIO(data), repeatable=True, text_field="text", id_field=id_field)
-    return list(source.items())
+@pytest.fixture
+def json_of(file: Callable[[bytes], Path]) -> Callable[..., list[Item | BadItem]]:
+    """Reads lines of JSON."""
+
+    def read(*lines: str, id_field: str | None = "id") -> list[Item | BadItem]:
+        data = "".join(line + "\n" for line in lines).encode("utf-8", "surrogatepass")
+        return list(JsonLines(path=file(data), fields=Fields(id=id_field)).items())
+
+    return read
 
 
 @pytest.mark.parametrize(
@@ -47,23 +60,23 @@ def json_of(*lines: str, id_field: str | None = "id") -> list[Item | BadItem]:
         ("a\u2028b\x0bc\x85d\n".encode(), ["a\u2028b\x0bc\x85d"]),
     ],
 )
-def test_a_line_is_a_text(data: bytes, texts: list[str]) -> None:
-    source = lines_of(data)
+def test_a_line_is_a_text(data: bytes, texts: list[str], file: Callable[[bytes], Path]) -> None:
+    source = Lines(path=file(data))
     items = list(source.items())
     assert items == [Item(number=n, id=n, content=text) for n, text in enumerate(texts, 1)]
     assert source.count() == len(texts)
 
 
-def test_a_line_that_is_not_utf_8_or_too_long_is_bad_and_the_others_go_on() -> None:
+def test_a_line_that_is_not_utf_8_or_too_long_is_bad_and_the_others_go_on(file: Callable[[bytes], Path]) -> None:
     long = b"x" * (readers.MAX_LINE_BYTES + 3_000_000)
-    good, invalid, endless, last = lines_of(b"good\nb\xff\n" + long + b"\nlast").items()
+    good, invalid, endless, last = Lines(path=file(b"good\nb\xff\n" + long + b"\nlast")).items()
     assert isinstance(good, Item) and isinstance(last, Item) and (last.number, last.content) == (4, "last")
     assert isinstance(invalid, BadItem) and (invalid.number, invalid.id) == (2, None)
     assert "UTF-8 at byte 1" in invalid.reason
     assert isinstance(endless, BadItem) and endless.number == 3 and "longer than" in endless.reason
 
 
-def test_json_lines_carry_texts_words_and_ids() -> None:
+def test_json_lines_carry_texts_words_and_ids(json_of: Callable[..., list[Item | BadItem]]) -> None:
     assert json_of(
         '{"id": "a", "text": "one", "more": [1]}', "", '{"text": ["two", "words"], "id": 7}', '{"id": "é", "text": ""}'
     ) == [
@@ -77,9 +90,9 @@ def test_json_lines_carry_texts_words_and_ids() -> None:
 @pytest.mark.parametrize(
     ("line", "known", "reason"),
     [
-        ("{", None, "no JSON"),
-        ("[" * 100_000, None, "no JSON"),
-        ('["text"]', None, "no JSON object"),
+        ("{", None, "not JSON"),
+        ("[" * 100_000, None, "not JSON"),
+        ('["text"]', None, "not a JSON object"),
         ('{"text": "x"}', None, "field id is missing"),
         ('{"id": true, "text": "x"}', None, "field id is missing, or neither"),
         ('{"id": 1.5, "text": "x"}', None, "field id is missing, or neither"),
@@ -94,7 +107,7 @@ def test_json_lines_carry_texts_words_and_ids() -> None:
     ],
 )
 def test_a_bad_line_of_json_is_told_with_its_number_and_never_its_text(
-    line: str, known: int | None, reason: str
+    line: str, known: int | None, reason: str, json_of: Callable[..., list[Item | BadItem]]
 ) -> None:
     good, bad = json_of('{"id": 0, "text": "fine"}', line)
     assert isinstance(good, Item) and isinstance(bad, BadItem)
@@ -106,7 +119,7 @@ def test_the_rows_of_a_parquet_file_are_items(tmp_path: Path) -> None:
     path = tmp_path / "corpus.parquet"
     texts = ["one", None, "", "four"] + [f"text {n}" for n in range(3000)]
     pq.write_table(pa.table({"name": [f"row {n}" for n in range(3004)], "body": texts}), path, row_group_size=700)
-    source = arrow.ParquetRows(path=path, text_field="body", id_field="name")
+    source = arrow.ParquetRows(path=path, fields=Fields(text="body", id="name"))
     items = list(source.items())
     assert source.count() == len(items) == 3004
     assert items[0] == Item(number=1, id="row 0", content="one")
@@ -114,10 +127,10 @@ def test_the_rows_of_a_parquet_file_are_items(tmp_path: Path) -> None:
     assert items[-1] == Item(number=3004, id="row 3003", content="text 2999")
     words = tmp_path / "words.parquet"
     pq.write_table(pa.table({"text": [["a", "b"], ["c"]]}), words)
-    found = arrow.ParquetRows(path=words, text_field="text", id_field=None).items()
+    found = arrow.ParquetRows(path=words, fields=Fields()).items()
     assert list(found) == [Item(number=1, id=1, content=["a", "b"]), Item(number=2, id=2, content=["c"])]
     with pytest.raises(JobError, match="no column text"):
-        next(arrow.ParquetRows(path=path, text_field="text", id_field=None).items())
+        arrow.ParquetRows(path=path, fields=Fields()).check()
 
 
 def test_a_digest_tells_every_change_that_matters() -> None:
@@ -134,6 +147,7 @@ def test_a_digest_tells_every_change_that_matters() -> None:
         (Item(number=1, id="1", content="a"),),
         (Item(number=1, id=1, content="b"),),
         (Item(number=1, id=1, content=["a"]),),
+        (Item(number=1, id=1, content="a", kept=("b",)),),
         (BadItem(number=1, id=1, code="INVALID_ARGUMENT", reason="a"),),
         (one, one),
     ]
@@ -157,12 +171,12 @@ def test_a_file_that_is_not_written_to_its_end_changes_nothing(tmp_path: Path) -
 
 def test_only_one_is_at_work_in_a_folder(tmp_path: Path) -> None:
     with (
-        atomic_files.alone(tmp_path / "lock"),
-        pytest.raises(JobError, match="another process is at work"),
-        atomic_files.alone(tmp_path / "lock"),
+        atomic_files.locked(tmp_path / "lock"),
+        pytest.raises(JobError, match="another process works"),
+        atomic_files.locked(tmp_path / "lock"),
     ):
         pass
-    with atomic_files.alone(tmp_path / "lock"):
+    with atomic_files.locked(tmp_path / "lock"):
         pass
 
 
@@ -187,7 +201,7 @@ def rows_of(number: int) -> list[np.ndarray]:
 
 
 def builder(limit: int = 1000) -> PartBuilder:
-    return PartBuilder(max_item_count=limit, accept=lambda columns: None)
+    return PartBuilder(max_item_count=limit, keep=(), accept=lambda columns: None)
 
 
 def filled(folder: Path, ids: list[int | str], *, part_items: int = 3) -> Parts:
@@ -226,9 +240,9 @@ def same(found: dict[str, Any], wanted: dict[str, np.ndarray]) -> None:
         assert found[name].dtype == array.dtype and np.array_equal(found[name], array), name
 
 
-def written(sink: formats.Sink, table: Table, path: Path) -> Path:
+def written(writer: formats.Writer, table: Table, path: Path) -> Path:
     with atomic_files.writing(path) as file:
-        sink(table, file)
+        writer(table, file)
     return path
 
 
@@ -238,22 +252,10 @@ def test_parts_are_found_again_up_to_the_first_gap(tmp_path: Path) -> None:
     assert again.facts == made.facts and len(again.facts) == 4
     assert (again.item_count, again.digest, again.manifest) == (10, "the end", made.manifest)
     assert [json.loads(line)["number"] for line in b"".join(again.bad_lines()).splitlines()] == [99, 99]
-    (made.folder / "part-00000002.npz").unlink()
+    (made.folder / "part-00000002").unlink()
     assert [facts.digest for facts in Parts(made.folder).facts] == ["only bad", "to 2"]
-    (made.folder / "manifest.json").unlink()
+    (made.folder / MANIFEST).unlink()
     assert Parts(made.folder).facts == []
-
-
-def test_a_damaged_part_and_another_layout_are_refused(tmp_path: Path) -> None:
-    made = filled(tmp_path / "parts", [1])
-    path = made.folder / "part-00000001.npz"
-    path.write_bytes(path.read_bytes()[:100])
-    with pytest.raises(JobError, match="damaged"):
-        Parts(made.folder)
-    manifest = made.folder / "manifest.json"
-    manifest.write_text(manifest.read_text().replace('"layout": 1', '"layout": 999'))
-    with pytest.raises(JobError, match="another version"):
-        Parts(made.folder)
 
 
 def test_a_folder_is_removed_with_all_that_is_its_own_and_nothing_else(tmp_path: Path) -> None:
@@ -281,7 +283,7 @@ def test_a_part_is_full_by_count_or_by_size() -> None:
 
 
 def test_npz_is_what_numpy_reads(table: Table, tmp_path: Path) -> None:
-    path = written(formats.sink_of(Path("x.npz")), table, tmp_path / "out.npz")
+    path = written(formats.writer_of(Path("x.npz")), table, tmp_path / "out.npz")
     with np.load(path) as found:
         same(dict(found), {"ids": np.arange(0, 80, 10), **expected(8)})
 
@@ -299,20 +301,20 @@ def test_npy_holds_the_only_matrix(tmp_path: Path) -> None:
         counts, truncated, _, pool = rows_of(number)
         part.add(Item(number=number, id=number, content="x"), (*COLUMNS[:2], COLUMNS[3]), [counts, truncated, pool])
     made.add(part, "the end")
-    found = np.load(written(formats.sink_of(path), Table(made), tmp_path / "out.npy"))
+    found = np.load(written(formats.writer_of(path), Table(made), tmp_path / "out.npy"))
     assert np.array_equal(found, expected(5)["pool_0"]) and found.dtype == np.float16
 
 
 def test_safetensors_is_what_its_library_reads(table: Table, tmp_path: Path) -> None:
-    path = written(formats.sink_of(Path("x.safetensors")), table, tmp_path / "out.safetensors")
+    path = written(formats.writer_of(Path("x.safetensors")), table, tmp_path / "out.safetensors")
     same(safetensors.numpy.load_file(path), {"ids": np.arange(0, 80, 10), **expected(8)})
     with safe_open(path, "numpy") as file:
         assert file.metadata() == {"model_id": "a-model", "fingerprint": "f" * 64}
 
 
 def test_parquet_and_arrow_have_a_row_a_text(table: Table, tmp_path: Path) -> None:
-    found = pq.read_table(written(formats.sink_of(Path("x.parquet")), table, tmp_path / "out.parquet"))
-    path = written(formats.sink_of(Path("x.arrow")), table, tmp_path / "out.arrow")
+    found = pq.read_table(written(formats.writer_of(Path("x.parquet")), table, tmp_path / "out.parquet"))
+    path = written(formats.writer_of(Path("x.arrow")), table, tmp_path / "out.arrow")
     with pa.OSFile(str(path)) as file:
         assert pa.ipc.open_file(file).read_all().equals(found)
     wanted = expected(8)
@@ -332,36 +334,36 @@ def test_parquet_and_arrow_have_a_row_a_text(table: Table, tmp_path: Path) -> No
 def test_ids_are_integers_if_all_are_else_strings(ids: list[int | str], tmp_path: Path) -> None:
     table = Table(filled(tmp_path / "parts", ids, part_items=2))
     texts = [str(one) for one in ids]
-    with np.load(written(formats.sink_of(Path("x.npz")), table, tmp_path / "out.npz")) as found:
+    with np.load(written(formats.writer_of(Path("x.npz")), table, tmp_path / "out.npz")) as found:
         assert found["ids"].tolist() == texts
-    found = safetensors.numpy.load_file(written(formats.sink_of(Path("x.safetensors")), table, tmp_path / "out.st"))
+    found = safetensors.numpy.load_file(written(formats.writer_of(Path("x.safetensors")), table, tmp_path / "out.st"))
     data, ends = found["ids_utf8"].tobytes(), found["ids_ends"].tolist()
     assert [data[begin:end].decode() for begin, end in zip([0, *ends], ends, strict=False)] == texts
-    rows = pq.read_table(written(formats.sink_of(Path("x.parquet")), table, tmp_path / "out.parquet"))
+    rows = pq.read_table(written(formats.writer_of(Path("x.parquet")), table, tmp_path / "out.parquet"))
     assert rows["ids"].to_pylist() == texts
 
 
 @pytest.mark.parametrize("ending", ["npz", "safetensors", "parquet", "arrow"])
 def test_the_same_parts_give_the_same_bytes(ending: str, table: Table, tmp_path: Path) -> None:
-    sink = formats.sink_of(Path(f"x.{ending}"))
-    one, other = written(sink, table, tmp_path / "one"), written(sink, table, tmp_path / "other")
+    writer = formats.writer_of(Path(f"x.{ending}"))
+    one, other = written(writer, table, tmp_path / "one"), written(writer, table, tmp_path / "other")
     assert one.read_bytes() == other.read_bytes()
 
 
 def test_an_unknown_ending_is_refused() -> None:
     with pytest.raises(JobError, match=r"use \.npz, \.npy"):
-        formats.sink_of(Path("out.csv"))
+        formats.writer_of(Path("out.csv"))
 
 
 def test_arguments_are_numbered_from_1() -> None:
-    source = Arguments(["a", "b"])
+    source = Arguments(texts=["a", "b"])
     assert list(source.items()) == [Item(number=1, id=1, content="a"), Item(number=2, id=2, content="b")]
     assert source.count() == 2
 
 
 def test_large_tables_come_in_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def sizes(table: Table) -> Iterator[int]:
-        return (len(block.ids) for block in table.blocks())
+        return (len(block.labels["ids"]) for block in table.blocks())
 
     table = Table(filled(tmp_path / "parts", list(range(8))))
     assert list(sizes(table)) == [8]

@@ -21,6 +21,7 @@ from layertap.jobs.job import Job
 from layertap.jobs.readers import Lines, Source
 from layertap.jobs.runner import Answers
 from layertap.jobs.tasks import EmbedTask, EncodeTask, Task
+from layertap.quantization import Precision
 from layertap.sentence_transformers import EncodeOptions
 from layertap.types import Pooling
 
@@ -213,7 +214,7 @@ def _show(args: argparse.Namespace, source: Source, task: Task) -> int:
     return parsing.SOME_ARE_BAD if bad_count else 0
 
 
-def _quantized(arrays: dict[str, Any], precision: str) -> dict[str, Any]:
+def _quantized(arrays: dict[str, Any], precision: Precision) -> dict[str, Any]:
     if precision == "float32":
         return arrays
     return {name: quantization.quantize_embeddings(array, precision=precision) for name, array in arrays.items()}

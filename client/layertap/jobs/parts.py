@@ -29,11 +29,13 @@ MAX_PART_BYTES: Final = 16 << 20
 """A part that has as much is closed."""
 
 MANIFEST: Final = "layertap-job.json"
+_CLEARED: Final = "layertap-job.cleared"
+"""What the manifest is called while a folder is emptied, so that it is still known, but no part of it counts."""
 
 _LOCK: Final = "lock"
 _OUTPUT: Final = "output"
 _ERRORS: Final = "errors.jsonl"
-_OWN: Final = re.compile(rf"(part-\d{{8}}|{_OUTPUT}|{_ERRORS}|{MANIFEST})({atomic_files.TEMPORARY})?")
+_OWN: Final = re.compile(rf"(part-\d{{8}}|{_OUTPUT}|{_ERRORS}|{MANIFEST}|{_CLEARED})({atomic_files.TEMPORARY})?")
 _HEADER: Final = re.compile(rb"layertap job (\d+) ([0-9a-f]{64})\n")
 _CHUNK_BYTES: Final = 1 << 20
 
@@ -249,11 +251,13 @@ class Parts:
             yield b"".join(json_line(dataclasses.asdict(bad)).encode() + b"\n" for bad in self.bad(part))
 
     def clear(self) -> None:
-        """Removes all that this package wrote but the lock, the manifest first: parts without one do not count."""
+        """Removes all that this package wrote but the lock."""
         self.facts, self.manifest = [], None
-        own = [path for path in self.folder.iterdir() if _OWN.fullmatch(path.name)]
-        for path in [self.folder / MANIFEST, *own]:
-            path.unlink(missing_ok=True)
+        if (self.folder / MANIFEST).exists():
+            atomic_files.rename(self.folder / MANIFEST, self.folder / _CLEARED)
+        for path in [path for path in self.folder.iterdir() if _OWN.fullmatch(path.name) and path.name != _CLEARED]:
+            path.unlink()
+        (self.folder / _CLEARED).unlink(missing_ok=True)
 
     def remove(self) -> None:
         """Removes the folder; what this package did not write stays, and the folder with it."""
@@ -271,7 +275,7 @@ class Parts:
     def is_foreign(folder: Path) -> bool:
         """Returns whether a folder was not made for a job: no manifest lies in it, but something else."""
         names = {path.name for path in folder.iterdir()}
-        return MANIFEST not in names and not names <= {_LOCK, MANIFEST + atomic_files.TEMPORARY}
+        return not names & {MANIFEST, _CLEARED} and not names <= {_LOCK, MANIFEST + atomic_files.TEMPORARY}
 
     def _path(self, part: int) -> Path:
         return self.folder / f"part-{part:08}"

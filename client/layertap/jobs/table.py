@@ -14,6 +14,7 @@ from layertap import quantization
 from layertap.jobs.columns import IDS, Array, Column, Label, as_string
 from layertap.jobs.items import Value
 from layertap.jobs.parts import Parts
+from layertap.quantization import Precision
 
 _BLOCK_BYTES: Final = 8 << 20
 _BLOCK_TEXTS: Final = 16_384
@@ -67,7 +68,7 @@ class Block:
 class Table:
     """What a job has made of its good items, in order."""
 
-    def __init__(self, parts: Parts, *, precision: str = "float32") -> None:
+    def __init__(self, parts: Parts, *, precision: Precision = "float32") -> None:
         """Reads what the columns are.
 
         Args:

@@ -12,9 +12,10 @@ from layertap._protocol.inputs import InputItem
 from layertap._protocol.stream_state import StreamLedger
 from layertap.client import Client
 from layertap.jobs.items import Item
+from layertap.quantization import Precision
 from layertap.results.embedding import Embedding, StreamResult
 from layertap.results.export import Column
-from layertap.sentence_transformers import TOKENS, EncodeOptions, Encoding
+from layertap.sentence_transformers import TOKENS, EncodeOptions, Encoding, OutputValue
 from layertap.types import ModelInfo
 
 
@@ -26,7 +27,7 @@ class Task(Protocol):
         """All that decides the rows, as JSON has it."""
 
     @property
-    def precision(self) -> str:
+    def precision(self) -> Precision:
         """What all rows together are quantized to at the end."""
 
     def begin(self, model: ModelInfo) -> None:
@@ -62,7 +63,7 @@ class EmbedTask:
         return {name: _plain(value) for name, value in self.options.items()}
 
     @property
-    def precision(self) -> str:
+    def precision(self) -> Precision:
         """Rows stay as they are."""
         return "float32"
 
@@ -93,8 +94,8 @@ class EncodeTask:
     """
 
     options: EncodeOptions
-    output_value: str
-    precision: str
+    output_value: OutputValue
+    precision: Precision
     _encoding: Encoding | None = None
 
     @property
@@ -104,8 +105,7 @@ class EncodeTask:
 
     def begin(self, model: ModelInfo) -> None:
         """Reads what the model's folder says about sentences."""
-        options: dict[str, Any] = {"prompt": None, "prompt_name": None, "batch_size": None, **self.options}
-        self._encoding = Encoding([""], model, output_value=self.output_value, precision="float32", **options)
+        self._encoding = Encoding([""], model, output_value=self.output_value, **self.options)
 
     def refusal(self, item: Item) -> str:
         """Returns why an item is no sentence."""
