@@ -34,7 +34,7 @@ generate = PATH="$(CURDIR)/$(BIN):$$PATH" PYTHONPATH=.tools $(BIN)/python -m grp
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: bench-compute bench-callers bench-fuzz bench-gpu bench-jobs bench-load bench-streams bench-wire help install model protos protos-fresh lint format check test test-floors test-newest demo docs notebook serve bench clean
+.PHONY: bench-compute bench-callers bench-fuzz bench-gpu bench-jobs bench-load bench-streams bench-wire help install model protos protos-fresh lint format check test test-unit test-model test-e2e test-floors test-newest demo docs notebook serve bench clean
 
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z][a-z-]*:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -71,8 +71,17 @@ format: $(INSTALL_STAMP)  ## Format the code and apply the safe fixes of ruff
 
 check: lint protos-fresh  ## Run all that is checked without running the code
 
-test: $(INSTALL_STAMP) $(MODEL_STAMP)  ## Run the tests
+test: $(INSTALL_STAMP) $(MODEL_STAMP)  ## Run all tests
 	$(BIN)/python -m pytest $(ARGS)
+
+test-unit: $(INSTALL_STAMP) $(MODEL_STAMP)  ## Run the tests that need neither torch nor a server (20 s)
+	$(BIN)/python -m pytest tests/unit $(ARGS)
+
+test-model: $(INSTALL_STAMP) $(MODEL_STAMP)  ## Run the tests that compare numbers with transformers'
+	$(BIN)/python -m pytest tests/model $(ARGS)
+
+test-e2e: $(INSTALL_STAMP) $(MODEL_STAMP)  ## Run the tests that start real servers
+	$(BIN)/python -m pytest tests/e2e $(ARGS)
 
 test-floors: $(INSTALL_STAMP) $(MODEL_STAMP) $(OLDEST_STAMP)  ## Run the client on the oldest numpy, grpcio and protobuf
 	$(BIN)/python tests/floors.py $(dir $(OLDEST_STAMP))

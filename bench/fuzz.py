@@ -23,7 +23,7 @@ from layertap import Client
 
 sys.path.append(str(Path(__file__).resolve().parent.parent / "tests"))
 
-from fuzzing import Fuzzer
+from support.fuzzing import Fuzzer
 
 GOOD = ["I love Paris", "Hello"]
 SETTINGS = {

@@ -1,4 +1,7 @@
-"""Fixtures: the embedded model, a tiny one, and one running server for each, shared by the whole session."""
+"""Fixtures of all rings: the embedded model, a tiny one, and one running server for each, shared by the whole session.
+
+Importing this imports no torch, because the unit tests run without it.
+"""
 
 from __future__ import annotations
 
@@ -8,21 +11,15 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # Before transformers is imported: no test m
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
-import torch
-import transformers
-from support import TINY_SETTINGS, Oracle, Server, open_client, running
+from support import TINY_SETTINGS, Server, open_client, running
 
 from layertap_server.model.checkpoint import EMBEDDED_MODEL
 
-DEVICES = [
-    "cpu",
-    pytest.param(
-        "cuda", marks=[pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no cuda")]
-    ),
-]
+if TYPE_CHECKING:
+    from support.oracle import Oracle
 
 
 @pytest.fixture(scope="session")
@@ -33,11 +30,18 @@ def real_folder() -> Path:
 
 @pytest.fixture(scope="session")
 def real_oracle(real_folder: Path) -> Oracle:
+    from support.oracle import Oracle
+
     return Oracle.load(real_folder)
 
 
-@pytest.fixture(scope="session", params=DEVICES)
+@pytest.fixture(scope="session", params=["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
 def device(request: pytest.FixtureRequest) -> str:
+    if request.param == "cuda":
+        import torch
+
+        if not torch.cuda.is_available():
+            pytest.skip("there is no cuda")
     return str(request.param)
 
 
@@ -50,6 +54,9 @@ def real_server(device: str, real_folder: Path) -> Iterator[Server]:
 @pytest.fixture(scope="session")
 def tiny_folder(tmp_path_factory: pytest.TempPathFactory, real_folder: Path) -> Path:
     """A small random BERT with weights of its own and the embedded vocabulary."""
+    import torch
+    import transformers
+
     folder = tmp_path_factory.mktemp("tiny-bert")
     torch.manual_seed(0)
     transformers.BertModel(transformers.BertConfig(**TINY_SETTINGS)).save_pretrained(folder)
@@ -60,6 +67,8 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory, real_folder: Path) -> 
 
 @pytest.fixture(scope="session")
 def tiny_oracle(tiny_folder: Path) -> Oracle:
+    from support.oracle import Oracle
+
     return Oracle.load(tiny_folder)
 
 

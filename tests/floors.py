@@ -14,7 +14,7 @@ from pathlib import Path
 from support import running
 
 TESTS = Path(__file__).parent
-PURE = ("test_wire.py", "test_assembler.py", "test_ledger.py", "test_results.py")
+PURE = ("test_wire.py", "protocol", "results")
 VERSIONS = """
 import google.protobuf, grpc, numpy
 for one in (numpy, grpc, google.protobuf):
@@ -29,7 +29,9 @@ def main(folder: str) -> int:
     def python(*arguments: str) -> int:
         return subprocess.run([sys.executable, *arguments], env=environment, check=False).returncode
 
-    if code := python("-c", VERSIONS) or python("-m", "pytest", "-q", *(str(TESTS / name) for name in PURE)):
+    if code := python("-c", VERSIONS) or python(
+        "-m", "pytest", "-q", *(str(TESTS / "unit" / "client" / name) for name in PURE)
+    ):
         return code
     with running() as server:
         return python("-W", "error", str(TESTS / "typing" / "sample.py"), server.address, "--without-extras")

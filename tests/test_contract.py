@@ -22,7 +22,7 @@ from google.protobuf import descriptor_pb2
 from google.protobuf.descriptor import Descriptor, FieldDescriptor
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
-from support import Server
+from support import ROOT, Server
 
 import layertap
 from layertap import AsyncClient, Client, LayertapError, StatusCode, errors, wire
@@ -31,7 +31,6 @@ from layertap.errors import from_status
 from layertap.v1 import embedding_pb2 as pb
 from layertap.v1 import embedding_pb2_grpc
 
-ROOT = Path(__file__).parent.parent
 BUF = Path(sysconfig.get_path("scripts")) / "buf"
 SERVICE = "layertap.v1.EmbeddingService"
 

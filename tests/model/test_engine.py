@@ -12,8 +12,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from support import Oracle
-from test_fidelity import POOLINGS
+from support.oracle import POOLINGS, Oracle
 
 from layertap_server.engine import cpu_threads
 from layertap_server.engine.encoder import Encoder

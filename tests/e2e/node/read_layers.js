@@ -9,7 +9,7 @@ const path = require('node:path');
 const grpc = require('@grpc/grpc-js');
 const loader = require('@grpc/proto-loader');
 
-const PROTO = path.join(__dirname, '../../protos/layertap/v1/embedding.proto');
+const PROTO = path.join(__dirname, '../../../protos/layertap/v1/embedding.proto');
 const FLOAT32 = 1;
 const TOKEN = 1;
 

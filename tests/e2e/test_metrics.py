@@ -18,7 +18,7 @@ from typing import Any
 import grpc
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
-from support import Server, poll, running
+from support import ROOT, Server, poll, running
 
 from layertap._protocol.inputs import to_messages
 from layertap._protocol.options import embed_options
@@ -30,7 +30,7 @@ from layertap_server.observability.metrics import Server as Facts
 from layertap_server.rpc.service import METHODS
 
 WAIT_S = 30.0
-RULES = Path(__file__).parents[1] / "deploy" / "prometheus.rules.yml"
+RULES = ROOT / "deploy" / "prometheus.rules.yml"
 
 LONG = "paris " * 510
 """512 tokens, 64 KiB a layer of the tiny model."""

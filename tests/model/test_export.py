@@ -15,7 +15,7 @@ import pandas as pd
 import pyarrow as pa
 import pytest
 import torch
-from results import FULL, SIZE, embedding, tokens
+from support.results import FULL, SIZE, embedding, tokens
 
 from layertap import InvalidArgumentError, TokenIds
 from layertap._protocol.inputs import check_items, to_messages

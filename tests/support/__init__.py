@@ -1,6 +1,6 @@
-"""What the tests share: real servers in processes of their own, both clients behind one face, and the oracle.
+"""What the tests share: servers in processes of their own, both clients behind one interface, sizes and bounds.
 
-The oracle is transformers with eager attention in float32 on the CPU.
+Nothing in this module imports torch, because the unit tests use it; `support.oracle` is for the other rings.
 """
 
 from __future__ import annotations
@@ -10,17 +10,18 @@ import contextlib
 import inspect
 import json
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-import transformers
 
 from layertap import AsyncClient, Client
 from layertap_server.parity.compare import BOUNDS
 from layertap_server.testing import ServerProcess
+
+ROOT = Path(__file__).parents[2]
+"""The checkout."""
 
 STOP_TIMEOUT_S = 60.0
 
@@ -114,58 +115,10 @@ def open_client(kind: str, target: str, **options: Any) -> Any:
     return Client(target, **options) if kind == "sync" else BlockingAsyncClient(target, **options)
 
 
-class Oracle:
-    """What transformers computes."""
-
-    def __init__(self, model: transformers.BertModel, tokenizer_folder: Path) -> None:
-        self.model = model.float().eval()
-        self.tokenizer = transformers.AutoTokenizer.from_pretrained(str(tokenizer_folder))
-
-    @classmethod
-    def load(cls, folder: Path, tokenizer_folder: Path | None = None) -> Oracle:
-        model = transformers.BertModel.from_pretrained(str(folder), attn_implementation="eager")
-        return cls(model, tokenizer_folder or folder)
-
-    def ids(self, item: Any) -> dict[str, list[int]]:
-        """Tokenizes one text, pair or list of words."""
-        if isinstance(item, tuple):
-            return dict(self.tokenizer(*item))
-        return dict(self.tokenizer(item, is_split_into_words=isinstance(item, list)))
-
-    @torch.inference_mode()
-    def run(
-        self, ids: Sequence[int], mask: Sequence[int] | None = None, types: Sequence[int] | None = None
-    ) -> tuple[list[np.ndarray], np.ndarray]:
-        """Returns all hidden states of one text, each [token_count, hidden_size], and its pooler output."""
-        count = len(ids)
-        out = self.model(
-            input_ids=torch.tensor([list(ids)]),
-            attention_mask=torch.tensor([list(mask) if mask is not None else [1] * count]),
-            token_type_ids=torch.tensor([list(types) if types is not None else [0] * count]),
-            output_hidden_states=True,
-        )
-        return [layer[0].numpy() for layer in out.hidden_states], out.pooler_output[0].numpy()
-
-    def text(self, item: Any) -> tuple[list[np.ndarray], np.ndarray]:
-        """Tokenizes and runs one text."""
-        encoded = self.ids(item)
-        return self.run(encoded["input_ids"], encoded["attention_mask"], encoded["token_type_ids"])
-
-
 def write_settings(folder: Path, settings: dict[str, Any]) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(settings))
     return folder
-
-
-def dummy_oracle(settings: dict[str, Any], seed: int, tokenizer_folder: Path) -> Oracle:
-    """Returns the oracle with the weights that --load-format dummy gives."""
-    from layertap_server.engine.bert import dummy_weights
-
-    config = transformers.BertConfig(**settings, attn_implementation="eager")
-    model = transformers.BertModel(config)
-    model.load_state_dict(dummy_weights(settings, seed), strict=False)
-    return Oracle(model, tokenizer_folder)
 
 
 def worst(found: np.ndarray, wanted: np.ndarray) -> float:

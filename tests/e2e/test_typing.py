@@ -8,11 +8,11 @@ import runpy
 from pathlib import Path
 
 import pytest
-from support import Server
+from support import ROOT, Server
 
 import layertap
 
-SAMPLE = Path(__file__).parent / "typing" / "sample.py"
+SAMPLE = ROOT / "tests" / "typing" / "sample.py"
 CLASSES = [
     *(layertap.Client, layertap.AsyncClient, layertap.LayertapError, layertap.ModelInfo, layertap.Tokens),
     *(layertap.Embedding, layertap.HiddenStates, layertap.LayerRows, layertap.StreamResult, layertap.TorchEmbedding),

@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from results import COUNTS, SIZE, embedding, numbers, tokens
-from support import Server
+from support import ROOT, Server
+from support.results import COUNTS, SIZE, embedding, numbers, tokens
 
 from layertap import Embedding, Tokens
 from layertap_server import cli
@@ -19,7 +19,7 @@ from layertap_server.parity import compare
 from layertap_server.parity.compare import BOUNDS, Comparison
 from layertap_server.parity.reference import Wanted
 
-BENCHMARKS = next(p for p in Path(__file__).parents if (p / "pyproject.toml").is_file()) / "docs/benchmarks.md"
+BENCHMARKS = ROOT / "docs" / "benchmarks.md"
 
 
 def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:

@@ -12,11 +12,11 @@ import textwrap
 import threading
 from collections.abc import Iterator
 
-import answers
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from support import ROOT, answers
 
 from layertap import DataLossError, FailedPreconditionError, ResourceExhaustedError
 from layertap._protocol.assembler import EmbedAssembler
@@ -242,9 +242,9 @@ def test_places_outside_the_segment_are_refused(segment: Segment) -> None:
 def test_a_forked_child_gives_nothing_back() -> None:
     code = """
         import os
-        from layertap.shm import Mapping, SharedMemory
+        from layertap._shared_memory.mapping import Mapping, SharedMemory
         from layertap.v1 import embedding_pb2 as pb
-        from layertap_server.shm import Segment
+        from layertap_server.shared_memory.segment import Segment
         import test_segment as t
         segment = Segment(t.SIZE)
         call = t.mapped(segment).begin()
@@ -266,6 +266,7 @@ def test_a_forked_child_gives_nothing_back() -> None:
         text=True,
         timeout=60,
         cwd=os.path.dirname(__file__),
+        env=os.environ | {"PYTHONPATH": str(ROOT / "tests")},
     )
     assert done.stdout == "well\n", done.stderr
 

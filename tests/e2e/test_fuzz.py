@@ -11,10 +11,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from fuzzing import Fuzzer
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from support import Server, running
+from support.fuzzing import Fuzzer
 
 from layertap import Client
 

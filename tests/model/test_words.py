@@ -11,7 +11,8 @@ from typing import Any
 import grpc
 import numpy as np
 import pytest
-from support import BOUND, Oracle, Server, open_client, running, worst
+from support import BOUND, Server, open_client, running, worst
+from support.oracle import Oracle
 
 from layertap import Embedding, LayerMix, Pooling, wire
 from layertap.v1 import embedding_pb2 as pb

@@ -13,9 +13,10 @@ import grpc
 import numpy as np
 import pytest
 import torch
-from faulty import Demand
 from grpc_health.v1 import health_pb2, health_pb2_grpc
-from support import Oracle, Server, running, worst
+from support import Server, faulty, running, worst
+from support.faulty import Demand
+from support.oracle import Oracle
 
 from layertap import Client, ResourceExhaustedError, StreamResult, UnavailableError
 from layertap._protocol.inputs import to_messages
@@ -27,7 +28,7 @@ from layertap_server.engine.host_copy import Handover
 from layertap_server.engine.output_groups import orders
 from layertap_server.types import OutOfMemoryError, Output, OutputKind, Plan, Run, Text
 
-SCRIPT = Path(__file__).with_name("faulty.py")
+SCRIPT = Path(faulty.__file__)
 WAIT_S = 60.0
 BOUND = 2e-5
 SERVING = health_pb2.HealthCheckResponse.SERVING

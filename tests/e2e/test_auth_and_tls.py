@@ -15,10 +15,10 @@ from typing import Any
 
 import grpc
 import pytest
-from authority import Authority
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
-from support import Server, open_client, running
+from support import ROOT, Server, open_client, running
+from support.authority import Authority
 
 from layertap import TLS, Client, LayertapError, UnauthenticatedError, UnavailableError
 from layertap.v1 import embedding_pb2 as pb
@@ -321,8 +321,7 @@ def test_a_connection_that_gets_too_old_is_replaced_without_an_error(tiny_folder
 
 
 def test_the_recipe_of_the_documents_makes_certificates(tiny_folder: Path, tmp_path: Path) -> None:
-    root = next(p for p in Path(__file__).parents if (p / "pyproject.toml").is_file())
-    page = (root / "docs/operate/tls-and-tokens.md").read_text()
+    page = (ROOT / "docs/operate/tls-and-tokens.md").read_text()
     (recipe,) = re.findall(r"^```sh\n((?:openssl .*\n){3})```$", page, re.MULTILINE)
     subprocess.run(["sh", "-ec", recipe], cwd=tmp_path, check=True, capture_output=True, timeout=60)
     ca, cert, key = (str(tmp_path / name) for name in ("ca.pem", "server.pem", "server.key"))

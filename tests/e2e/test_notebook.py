@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from support import Server
+from support import ROOT, Server
 
-EXAMPLES = Path(__file__).parent.parent / "examples"
+EXAMPLES = ROOT / "examples"
 SCRIPT = EXAMPLES / "layers.py"
 NOTEBOOK = EXAMPLES / "layers.ipynb"
 MAX_BYTES = 1_000_000

@@ -22,7 +22,8 @@ import pytest
 import safetensors.torch
 import torch
 import transformers
-from support import BOUND, TINY_SETTINGS, Oracle, open_client, running, worst, write_settings
+from support import BOUND, TINY_SETTINGS, open_client, running, worst, write_settings
+from support.oracle import Oracle
 
 from layertap.errors import FailedPreconditionError, InvalidArgumentError
 from layertap_server import cli

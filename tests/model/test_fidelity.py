@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from support import BASE_SETTINGS, BOUND, Oracle, dummy_oracle, open_client, running, worst, write_settings
+from support import BASE_SETTINGS, BOUND, open_client, running, worst, write_settings
+from support.oracle import POOLINGS, Oracle, dummy_oracle
 
 from layertap import Embedding, Pooling, TokenIds
 
@@ -100,16 +101,6 @@ def test_all_thirteen_hidden_states_of_a_bert_base_shape(tmp_path: Path, real_fo
             _check(found, [oracle.run(PARIS_IDS, PARIS_MASK)])
             last, _, hidden_states = found.to_tuple()
             assert np.array_equal(last, hidden_states[12]) and len(hidden_states) == 13
-
-
-POOLINGS = {
-    "mean": lambda rows: rows.mean(0),
-    "cls": lambda rows: rows[0],
-    "max": lambda rows: rows.max(0),
-    "last": lambda rows: rows[-1],
-    "mean_sqrt_len": lambda rows: rows.sum(0) / np.sqrt(len(rows)),
-    "mean_max": lambda rows: np.concatenate([rows.mean(0), rows.max(0)]),
-}
 
 
 @pytest.mark.parametrize("strategy", POOLINGS)

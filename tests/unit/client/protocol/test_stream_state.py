@@ -13,12 +13,12 @@ from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from types import FrameType
 from typing import Any
 
-import answers
 import numpy as np
 import pytest
-from answers import Answer
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support import answers
+from support.answers import Answer
 
 from layertap import DataLossError, FailedPreconditionError, InvalidArgumentError, StreamResult, UnavailableError
 from layertap._protocol import stream_state

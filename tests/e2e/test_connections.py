@@ -13,8 +13,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from proxy import Proxy
 from support import Server, poll, running
+from support.proxy import Proxy
 
 from layertap import Client, DeadlineExceededError, Embedding, UnavailableError
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from results import FULL, MODEL, NASTY, SIZE, embedding, numbers, tokens
+from support.results import FULL, MODEL, NASTY, SIZE, embedding, numbers, tokens
 
 from layertap import Embedding, LayerRows, Limits, ModelInfo, SentenceConfig, StreamResult, TokenIds, Tokens
 from layertap.errors import DataLossError
