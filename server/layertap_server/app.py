@@ -19,18 +19,18 @@ from layertap_server.config import Config, ConfigError
 from layertap_server.engine import cpu_threads, encoder
 from layertap_server.model import checkpoint
 from layertap_server.model.tokenizer import Tokenizer
-from layertap_server.observability.call_log import Journal
+from layertap_server.observability.call_log import CallLog
 from layertap_server.observability.metrics import Endpoint, Metrics, Server, State
 from layertap_server.protocol import responses
 from layertap_server.protocol.model_info import info_of, model_of
 from layertap_server.protocol.preprocess import Reception
 from layertap_server.protocol.validation import Intake, Limits
 from layertap_server.rpc import server as listen
-from layertap_server.rpc.admission import Gate
+from layertap_server.rpc.admission import Admission
 from layertap_server.rpc.service import METHODS, SERVICE_NAME, Bounds, EmbeddingService
 from layertap_server.scheduler.batcher import Batcher
-from layertap_server.scheduler.call import CallFailed, Event, RunDone
-from layertap_server.scheduler.hooks import Nobody
+from layertap_server.scheduler.events import CallFailed, Event, RunDone
+from layertap_server.scheduler.hooks import NoHooks
 from layertap_server.shared_memory.lease import Sharing
 from layertap_server.shared_memory.segment import Segments
 from layertap_server.types import Output, OutputKind, Plan, Text
@@ -122,7 +122,7 @@ class App:
                     max_output_bytes=config.max_output_bytes,
                 )
             )
-        observer = self._metrics or Nobody()
+        hooks = self._metrics or NoHooks()
         self._tracing = _tracing() if config.traces == "otlp" else None
         self._encoders = encoders
         self.batcher = Batcher(
@@ -134,7 +134,7 @@ class App:
             max_queue_tokens=config.max_queue_token_count,
             max_output_bytes=config.max_output_bytes,
             max_call_output_bytes=config.max_call_output_bytes,
-            observer=observer,
+            hooks=hooks,
         )
         identity = responses.Identity(
             model_id=found.name,
@@ -151,12 +151,12 @@ class App:
                 pin=encoder.pin if encoders[0].device.type == "cuda" else None,
             )
         )
-        self._gate = Gate(
+        self._admission = Admission(
             max_call_count=config.max_concurrent_call_count,
             max_request_bytes=config.max_queue_bytes,
             stall_timeout_s=config.stall_timeout_s,
-            journal=Journal([reader for reader in (self._metrics, self._tracing) if reader is not None]),
-            observer=observer,
+            call_log=CallLog([reader for reader in (self._metrics, self._tracing) if reader is not None]),
+            hooks=hooks,
         )
         intake = Intake(
             model=self.model,
@@ -181,7 +181,7 @@ class App:
                 max_frame_bytes=config.max_frame_bytes,
                 lookahead_tokens=batch_tokens * (self.batcher.instance_count + 1),
             ),
-            gate=self._gate,
+            admission=self._admission,
         )
         _timed("warmed the engine", self._warm)
 
@@ -201,7 +201,7 @@ class App:
         """
         config = self._config
         endpoint = self._show_metrics()
-        server = listen.make_server(config, self._metrics or Nobody())
+        server = listen.make_server(config, self._metrics or NoHooks())
         server.add_generic_rpc_handlers((self._service.handler(),))
         set_health = listen.add_standard_services(server, SERVICE_NAME) if standard_services else None
 
@@ -222,7 +222,7 @@ class App:
         log.info("stopping: running calls have %.0f s to finish", config.grace_s)
         await set_serving(False)
         self._sharing.stop()
-        ended = await lifecycle.drain(self._gate, self.batcher, stop=server.stop, grace_s=config.grace_s)
+        ended = await lifecycle.drain(self._admission, self.batcher, stop=server.stop, grace_s=config.grace_s)
         if endpoint:
             endpoint.close()
         if self._tracing:

@@ -12,7 +12,7 @@ import signal
 from collections.abc import Awaitable, Callable
 from typing import Final
 
-from layertap_server.rpc.admission import Gate
+from layertap_server.rpc.admission import Admission
 from layertap_server.scheduler.batcher import Batcher
 
 log = logging.getLogger(__name__)
@@ -52,12 +52,12 @@ async def until_lost(batcher: Batcher, *, timeout_s: float) -> None:
 
 
 async def drain(
-    gate: Gate, batcher: Batcher, *, stop: Callable[[float | None], Awaitable[None]], grace_s: float
+    admission: Admission, batcher: Batcher, *, stop: Callable[[float | None], Awaitable[None]], grace_s: float
 ) -> bool:
     """Ends a server whose health says already that it stops.
 
     Args:
-        gate: Where its calls are.
+        admission: Where its calls are.
         batcher: Where its texts are.
         stop: Lets no more calls in at once, and cuts the connections after so many seconds, None: at once.
         grace_s: How long calls under way may take.
@@ -65,12 +65,12 @@ async def drain(
     Returns:
         Whether all threads of the engine have ended.
     """
-    gate.close()
+    admission.close()
     stopping = asyncio.ensure_future(stop(grace_s + 2 * _LAST_WORDS_S))
-    if not await gate.emptied(grace_s):
-        log.warning("%d calls did not finish within %.0f s", gate.call_count, grace_s)
-        gate.cut()
-        await gate.emptied(_LAST_WORDS_S)
+    if not await admission.emptied(grace_s):
+        log.warning("%d calls did not finish within %.0f s", admission.call_count, grace_s)
+        admission.cut()
+        await admission.emptied(_LAST_WORDS_S)
     # What is still connected only watches health.
     await stop(None)
     await stopping

@@ -19,7 +19,7 @@ from layertap._protocol.inputs import to_messages
 from layertap._protocol.options import embed_options
 from layertap.v1 import embedding_pb2 as pb
 from layertap.v1 import embedding_pb2_grpc
-from layertap_server.observability.call_log import Journal
+from layertap_server.observability.call_log import CallLog
 from layertap_server.observability.log_format import JsonFormatter, TextFormatter
 
 WAIT_S = 30.0
@@ -46,13 +46,13 @@ def calls_of(server: Server) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize("sent", ["a", "job-7.item_3", "A/b:c+d=e@f", "0" * 128])
 def test_a_plain_request_id_is_kept(sent: str) -> None:
-    assert Journal().open("Embed", client="me", metadata={"x-request-id": sent}).request_id == sent
+    assert CallLog().open("Embed", client="me", metadata={"x-request-id": sent}).request_id == sent
 
 
 @pytest.mark.parametrize("sent", [None, "", "-", "0" * 129, "two words", "line\nbreak", 'quo"te', "ünï", b"bytes"])
 def test_any_other_request_id_is_replaced_by_one_of_our_own(sent: Any) -> None:
     metadata = {} if sent is None else {"x-request-id": sent}
-    made = {Journal().open("Embed", client="me", metadata=metadata).request_id for _ in range(100)}
+    made = {CallLog().open("Embed", client="me", metadata=metadata).request_id for _ in range(100)}
     assert len(made) == 100 and sent not in made
     assert all(len(one) == 16 and int(one, 16) >= 0 for one in made)
 

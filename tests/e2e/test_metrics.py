@@ -24,7 +24,7 @@ from layertap._protocol.inputs import to_messages
 from layertap._protocol.options import embed_options
 from layertap._protocol.requests import SERVICE
 from layertap.v1 import embedding_pb2 as pb
-from layertap_server.observability.call_log import Journal
+from layertap_server.observability.call_log import CallLog
 from layertap_server.observability.metrics import Metrics
 from layertap_server.observability.metrics import Server as Facts
 from layertap_server.rpc.service import METHODS
@@ -286,8 +286,8 @@ def test_promtool_accepts_the_metrics(url: str) -> None:
 def test_a_closed_endpoint_listens_no_more_and_leaves_no_thread() -> None:
     facts = Facts(version="1", model_id="m", fingerprint="f", methods=METHODS, max_batch_tokens=8, max_output_bytes=9)
     metrics = Metrics(facts)
-    journal = Journal([metrics])
-    journal.close(journal.open("Embed", client="me", metadata={}))
+    call_log = CallLog([metrics])
+    call_log.close(call_log.open("Embed", client="me", metadata={}))
     endpoint = metrics.serve("127.0.0.1", 0)
     assert Exposed(endpoint.url)("request_handled_total", method="Embed", code="OK") == 1
     endpoint.close()

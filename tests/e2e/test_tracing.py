@@ -22,7 +22,7 @@ from layertap._protocol.inputs import to_messages
 from layertap.errors import CancelledError, InvalidArgumentError, LayertapError
 from layertap.v1 import embedding_pb2 as pb
 from layertap.v1 import embedding_pb2_grpc
-from layertap_server.observability.call_log import Journal
+from layertap_server.observability.call_log import CallLog
 from layertap_server.observability.tracing import Tracing
 
 WAIT_S = 30.0
@@ -126,13 +126,13 @@ def recorded(error: LayertapError | None, *, metadata: dict[str, str], share: fl
     provider = TracerProvider(sampler=ParentBased(TraceIdRatioBased(share)), shutdown_on_exit=False)
     provider.add_span_processor(SimpleSpanProcessor(exporter))
     tracing = Tracing(provider)
-    journal = Journal([tracing])
-    record = journal.open("Embed", client="me", metadata=dict(metadata))
+    call_log = CallLog([tracing])
+    record = call_log.open("Embed", client="me", metadata=dict(metadata))
     now = time.monotonic_ns()
     record.tokenize.note(now, now + 1)
     if error is not None:
         record.fail(error)
-    journal.close(record)
+    call_log.close(record)
     spans = exporter.get_finished_spans()
     tracing.close()
     return spans

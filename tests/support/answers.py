@@ -15,7 +15,7 @@ from layertap.types import FloatArray
 from layertap.v1 import embedding_pb2 as pb
 from layertap_server.model.tokenizer import Tokenized
 from layertap_server.protocol import responses
-from layertap_server.scheduler.call import RowsReady
+from layertap_server.scheduler.events import RowsReady
 from layertap_server.types import (
     Mix,
     Mixing,

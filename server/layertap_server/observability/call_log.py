@@ -1,11 +1,15 @@
-"""The journal of calls: opens a record as a call comes, and when it ends shows it to all who read.
+"""One record for each call: written where things happen, read by the log, the metrics and the traces.
 
-One line of the log for each call is the journal's own; other readers are handed in. Request ids come from the caller's
-metadata if they are short and plain, so that nobody can write into the log what is not an id; else they are made here.
+Rules:
+- A record is written in the call's own event loop; other threads may read it. It has nothing of a text but its length.
+- Each call is one line of the log; metrics and traces listen.
+- Request ids come from the caller's metadata if they are short and plain, so that a caller cannot write anything else
+  into the log; otherwise they are made here.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import os
 import re
@@ -13,33 +17,125 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Final, Protocol
 
-from layertap_server.observability.call_record import Record
+from layertap.errors import LayertapError, StatusCode
+from layertap_server.scheduler.events import RunDone
+from layertap_server.types import Text
 
 log = logging.getLogger(__name__)
 
 REQUEST_ID: Final = "x-request-id"
-"""The metadata key under which callers name a call, and answers say its name."""
+"""The metadata key of a request id, in requests and in answers."""
 
 _REQUEST_ID_FORM: Final = re.compile(r"[0-9A-Za-z][0-9A-Za-z._:/+=@-]{0,127}", re.ASCII)
 _TRACE_HEADERS: Final = ("traceparent", "tracestate")
 
 
-class Reader(Protocol):
-    """Who is shown each call. Called in the event loop, so it must be quick."""
+@dataclasses.dataclass(slots=True)
+class Phase:
+    """One part of a call's way, which it may come through several times: in several batches, say.
+
+    Attributes:
+        started_at_ns: When the call first came into it, by time.monotonic_ns; 0: it did not.
+        ended_at_ns: When the call last left it.
+        time_ns: How long it was there in all. What overlaps counts twice.
+    """
+
+    started_at_ns: int = 0
+    ended_at_ns: int = 0
+    time_ns: int = 0
+
+    def note(self, started_at_ns: int, ended_at_ns: int) -> None:
+        """Takes note of one stay."""
+        if not self.started_at_ns or started_at_ns < self.started_at_ns:
+            self.started_at_ns = started_at_ns
+        self.ended_at_ns = max(self.ended_at_ns, ended_at_ns)
+        self.time_ns += ended_at_ns - started_at_ns
+
+
+@dataclasses.dataclass(slots=True, kw_only=True, eq=False)
+class Record:
+    """One call, from its arrival to its status.
+
+    Attributes:
+        method: The RPC, such as "Embed".
+        request_id: What the caller, the answer and the log name this call by.
+        client: Whose it is.
+        trace: What the caller's tracing sent along: the headers traceparent and tracestate.
+        text_count: Texts taken in: tokenized, and admitted where there is a queue.
+        failed_text_count: Texts of an EmbedStream that were answered with an error of their own.
+        token_count: Tokens of the texts taken in.
+        sent_bytes: Bytes of the messages sent.
+        tokenize: Texts becoming tokens.
+        queue: From admission to the first batch.
+        compute: The batches the call had a share in.
+        send: Writing the answer: packing it if it is one message, waiting for the reader if it is several.
+        stalled: Whether the caller was dropped because it did not read.
+        code: The status; None: OK, or still under way.
+        error: The status's message; empty where there is none.
+        started_at_ns: When the call came, by time.monotonic_ns.
+        ended_at_ns: When it had its status; 0: not yet.
+    """
+
+    method: str
+    request_id: str
+    client: str
+    trace: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    text_count: int = 0
+    failed_text_count: int = 0
+    token_count: int = 0
+    sent_bytes: int = 0
+    tokenize: Phase = dataclasses.field(default_factory=Phase)
+    queue: Phase = dataclasses.field(default_factory=Phase)
+    compute: Phase = dataclasses.field(default_factory=Phase)
+    send: Phase = dataclasses.field(default_factory=Phase)
+    stalled: bool = False
+    code: StatusCode | None = None
+    error: str = ""
+    started_at_ns: int = dataclasses.field(default_factory=time.monotonic_ns)
+    ended_at_ns: int = 0
+
+    @property
+    def code_name(self) -> str:
+        """The status as gRPC spells it."""
+        return "OK" if self.code is None else self.code.name
+
+    @property
+    def duration_ns(self) -> int:
+        """How long the call took, or has taken so far."""
+        return (self.ended_at_ns or time.monotonic_ns()) - self.started_at_ns
+
+    def take(self, texts: Sequence[Text]) -> None:
+        """Takes note of texts that were taken in."""
+        self.text_count += len(texts)
+        self.token_count += sum(text.token_count for text in texts)
+
+    def run(self, done: RunDone) -> int:
+        """Takes note of a run; returns how many texts it had."""
+        if not self.queue.started_at_ns:
+            self.queue.note(done.started_at_ns - done.queue_time_ns, done.started_at_ns)
+        self.compute.note(done.started_at_ns, done.started_at_ns + done.compute_time_ns)
+        return len(done.texts)
+
+    def fail(self, error: LayertapError) -> None:
+        """Takes note of what the call ends with."""
+        self.code, self.error = error.code, error.details
+
+
+class Listener(Protocol):
+    """Called for each call, in the event loop; must be quick."""
 
     def started(self, record: Record) -> None:
-        """Is shown a call that has come."""
+        """A call has arrived."""
 
     def ended(self, record: Record) -> None:
-        """Is shown a call that has its status."""
+        """A call has its status."""
 
 
-class Journal:
+class CallLog:
     """The records of one server's calls."""
 
-    def __init__(self, readers: Sequence[Reader] = ()) -> None:
-        """Takes who else is shown each call."""
-        self._readers = readers
+    def __init__(self, listeners: Sequence[Listener] = ()) -> None:
+        self._listeners = listeners
 
     def open(self, method: str, *, client: str, metadata: Mapping[str, str | bytes]) -> Record:
         """Begins the record of a call."""
@@ -48,15 +144,15 @@ class Journal:
             request_id = os.urandom(8).hex()
         trace = {name: value for name in _TRACE_HEADERS if isinstance(value := metadata.get(name), str)}
         record = Record(method=method, request_id=request_id, client=client, trace=trace)
-        for reader in self._readers:
-            reader.started(record)
+        for listener in self._listeners:
+            listener.started(record)
         return record
 
     def close(self, record: Record) -> None:
-        """Ends the record of a call and shows it to the readers."""
+        """Ends the record of a call and shows it to the listeners."""
         record.ended_at_ns = time.monotonic_ns()
-        for reader in self._readers:
-            reader.ended(record)
+        for listener in self._listeners:
+            listener.ended(record)
         if log.isEnabledFor(logging.INFO):
             log.info("call ended", extra={"fields": _fields(record)})
 

@@ -17,8 +17,8 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
-from layertap_server.observability.call_record import Record
-from layertap_server.scheduler.call import Taken
+from layertap_server.observability.call_log import Record
+from layertap_server.scheduler.call import BatchPart
 from layertap_server.scheduler.hooks import REASONS
 
 _DURATIONS_S: Final = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
@@ -129,12 +129,12 @@ class Metrics:
         return Endpoint(self.registry, host, port)
 
     def started(self, record: Record) -> None:
-        """See `call_log.Reader`."""
+        """See `call_log.Listener`."""
         self._started[record.method].inc()
         self._totals.began(record)
 
     def ended(self, record: Record) -> None:
-        """See `call_log.Reader`."""
+        """See `call_log.Listener`."""
         key = record.method, record.code_name
         handled = self._handled.get(key)
         if handled is None:
@@ -147,20 +147,20 @@ class Metrics:
             self._stalls.inc()
         self._totals.ended(record)
 
-    def ran(self, batch: Sequence[Taken], *, started_at_ns: int, compute_time_ns: int) -> None:
-        """See `hooks.Observer`."""
+    def ran(self, batch: Sequence[BatchPart], *, started_at_ns: int, compute_time_ns: int) -> None:
+        """See `hooks.Hooks`."""
         if not self._following:
             return
-        tokens = sum(text.token_count for taken in batch for text in taken.texts)
-        self._batch_texts.observe(sum(len(taken.texts) for taken in batch))
+        tokens = sum(text.token_count for part in batch for text in part.texts)
+        self._batch_texts.observe(sum(len(part.texts) for part in batch))
         self._batch_tokens.observe(tokens)
         self._batch_fill.observe(tokens / self._max_batch_tokens)
         self._batch_duration.observe(compute_time_ns / 1e9)
-        for taken in batch:
-            self._queueing.observe((started_at_ns - taken.admitted_at_ns) / 1e9)
+        for part in batch:
+            self._queueing.observe((started_at_ns - part.admitted_at_ns) / 1e9)
 
     def refused(self, reason: str) -> None:
-        """See `hooks.Observer`."""
+        """See `hooks.Hooks`."""
         self._refusals[reason].inc()
 
     def _counter(self, name: str, about: str, labels: Sequence[str] = ()) -> prometheus_client.Counter:

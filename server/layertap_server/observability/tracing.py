@@ -19,7 +19,7 @@ from opentelemetry.sdk.trace.export import BatchSpanProcessor
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
 from layertap.errors import StatusCode
-from layertap_server.observability.call_record import Record
+from layertap_server.observability.call_log import Record
 
 _SERVICE: Final = "layertap.v1.EmbeddingService"
 _PHASES: Final = ("tokenize", "queue", "compute", "send")
@@ -45,10 +45,10 @@ class Tracing:
         self._propagator = TraceContextTextMapPropagator()
 
     def started(self, record: Record) -> None:
-        """See `call_log.Reader`."""
+        """See `call_log.Listener`."""
 
     def ended(self, record: Record) -> None:
-        """See `call_log.Reader`."""
+        """See `call_log.Listener`."""
         # Spans tell the time of day, records a clock that is never set.
         offset_ns = time.time_ns() - time.monotonic_ns()
         span = self._tracer.start_span(

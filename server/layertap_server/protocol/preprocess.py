@@ -16,7 +16,7 @@ from google.protobuf.message import DecodeError, Message
 from layertap.errors import InvalidArgumentError, LayertapError
 from layertap.v1 import embedding_pb2 as pb
 from layertap_server.model.tokenizer import Item, Tokenized, Tokenizer
-from layertap_server.observability.call_record import Record
+from layertap_server.observability.call_log import Record
 from layertap_server.protocol.validation import Intake
 from layertap_server.types import Plan, Text
 

@@ -15,8 +15,8 @@ from typing import TypeVar
 from layertap import wire
 from layertap.v1 import embedding_pb2 as pb
 from layertap_server.model.tokenizer import Tokenized, Tokenizer
-from layertap_server.observability.call_record import Record
-from layertap_server.scheduler.call import RowsReady
+from layertap_server.observability.call_log import Record
+from layertap_server.scheduler.events import RowsReady
 from layertap_server.shared_memory.segment import Lending
 from layertap_server.types import Plan, Unit
 

@@ -14,7 +14,7 @@ from layertap.errors import LayertapError
 from layertap.v1 import embedding_pb2 as pb
 from layertap_server.model.tokenizer import Tokenized, Tokenizer
 from layertap_server.protocol import responses
-from layertap_server.scheduler.call import RowsReady
+from layertap_server.scheduler.events import RowsReady
 from layertap_server.shared_memory.segment import Lending
 from layertap_server.types import Plan
 

@@ -25,10 +25,9 @@ from layertap.errors import (
     ResourceExhaustedError,
     UnavailableError,
 )
-from layertap_server.observability.call_log import REQUEST_ID, Journal
-from layertap_server.observability.call_record import Record
+from layertap_server.observability.call_log import REQUEST_ID, CallLog, Record
 from layertap_server.rpc import auth
-from layertap_server.scheduler.hooks import Observer
+from layertap_server.scheduler.hooks import Hooks
 
 log = logging.getLogger(__name__)
 
@@ -92,7 +91,7 @@ class Caller:
         self.record.sent_bytes += len(message)
 
 
-class Gate:
+class Admission:
     """What all calls of a server pass through.
 
     Attributes:
@@ -105,8 +104,8 @@ class Gate:
         max_call_count: int,
         max_request_bytes: int,
         stall_timeout_s: float,
-        journal: Journal,
-        observer: Observer,
+        call_log: CallLog,
+        hooks: Hooks,
     ) -> None:
         """Takes what bounds all calls together.
 
@@ -114,15 +113,15 @@ class Gate:
             max_call_count: How many may be under way at once.
             max_request_bytes: Bytes of their requests, streams aside.
             stall_timeout_s: How long an answer may stay unread, in seconds.
-            journal: Keeps their records.
-            observer: Is told of refusals.
+            call_log: Keeps their records.
+            hooks: Is told of refusals.
         """
         self._max_request_bytes = max_request_bytes
         self._request_bytes = 0
         self._max_call_count = max_call_count
         self._stall_timeout_s = stall_timeout_s
-        self._journal = journal
-        self._observer = observer
+        self._call_log = call_log
+        self._hooks = hooks
         self._calls: dict[asyncio.Task[Any], str] = {}
         self.closed = asyncio.Event()
         self._left = asyncio.Event()
@@ -159,7 +158,7 @@ class Gate:
 
         async def call(request: Any, context: Context) -> T:
             metadata = dict(context.invocation_metadata() or ())
-            record = self._journal.open(name, client=auth.client_of(context), metadata=metadata)
+            record = self._call_log.open(name, client=auth.client_of(context), metadata=metadata)
             # Trailing: metadata sent ahead of an answer would cost small calls a quarter more.
             request_id = (REQUEST_ID, record.request_id)
             context.set_trailing_metadata((request_id,))
@@ -171,16 +170,16 @@ class Gate:
             task.add_done_callback(self._leave)
             try:
                 if self.closed.is_set():
-                    self._observer.refused("stopping")
+                    self._hooks.refused("stopping")
                     raise UnavailableError("the server is stopping; try another, or again later", retry_after_s=1.0)
                 if len(self._calls) > self._call_share(record.client):
-                    self._observer.refused("calls")
+                    self._hooks.refused("calls")
                     raise ResourceExhaustedError(
                         f"the server is full: {self._max_call_count} calls are under way; try again later",
                         retry_after_s=0.5,
                     )
                 if self._request_bytes > self._max_request_bytes:
-                    self._observer.refused("request_bytes")
+                    self._hooks.refused("request_bytes")
                     raise ResourceExhaustedError(
                         f"the server is full: the requests under way have more than {self._max_request_bytes} bytes; "
                         "try again later",
@@ -207,7 +206,7 @@ class Gate:
                 record.fail(error)
             finally:
                 self._request_bytes -= byte_count
-                self._journal.close(record)
+                self._call_log.close(record)
             # gRPC's own word for "retry in so many milliseconds"; -1 means never.
             wait_ms = -1 if error.retry_after_s is None else int(error.retry_after_s * 1000)
             pushback = ("grpc-retry-pushback-ms", str(wait_ms))

@@ -1,12 +1,22 @@
-"""Who may come in, and as whom.
+"""Authentication: bearer tokens, and the client that a call belongs to.
 
-Where the server has tokens, a call without one is refused before its request is read; health alone stays open. Each
-call belongs to a client: by the name of its token, else by its certificate's, else by its address. Clients take turns.
+Rules:
+- Where the server has tokens, a call without one is refused before its request is read; health alone stays open.
+- A call belongs to a client: by the name of its token, else by its certificate's, else by its address.
+- The file of tokens has one `name token` or `name:token` on a line, `#` for remarks. A name may have several tokens, so
+  that a new one can be handed out before the old one goes.
+- Only digests are kept; a token is compared with all of them in constant time. No message has a token in it.
 """
 
 from __future__ import annotations
 
 import contextvars
+import hashlib
+import hmac
+import logging
+import os
+import re
+import stat
 import urllib.parse
 from collections.abc import Awaitable, Callable
 from typing import Any, Final
@@ -14,9 +24,14 @@ from typing import Any, Final
 import grpc
 import grpc.aio
 
-from layertap_server.rpc.file_reload import Watched
-from layertap_server.rpc.tokens import Tokens
-from layertap_server.scheduler.hooks import Observer
+from layertap_server.rpc.file_reload import ReloadedFiles
+from layertap_server.scheduler.hooks import Hooks
+
+log = logging.getLogger(__name__)
+
+MIN_TOKEN_LENGTH: Final = 16
+
+_LINE: Final = re.compile(r"(?P<name>[^\s:#]+)(?:\s*:\s*|\s+)(?P<token>[!-~]+)")
 
 _HEALTH: Final = "/grpc.health.v1.Health/"
 _SCHEME: Final = "bearer "
@@ -25,18 +40,72 @@ _NEVER: Final = (("grpc-retry-pushback-ms", "-1"),)
 _token_name: contextvars.ContextVar[str | None] = contextvars.ContextVar("token_name", default=None)
 
 
-class Guard(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # generic in grpc-stubs alone
-    """Lets in who has a token."""
+class Tokens:
+    """Tokens and the names of their clients."""
 
-    def __init__(self, tokens: Watched[Tokens], observer: Observer) -> None:
-        """Takes the tokens, and who is told of each call that is not let in."""
+    def __init__(self, text: str) -> None:
+        """Reads the text of a file.
+
+        Raises:
+            ValueError: A line is at fault; the message has its number and nothing of its content.
+        """
+        self._digests: list[tuple[str, bytes]] = []
+        for number, line in enumerate(text.splitlines(), 1):
+            line = line.strip()
+            if not line or line.startswith("#"):
+                continue
+            found = _LINE.fullmatch(line)
+            if found is None:
+                raise ValueError(f"line {number} is neither `name token` nor `name:token`; correct it")
+            if len(found["token"]) < MIN_TOKEN_LENGTH:
+                raise ValueError(
+                    f"line {number} has a token of fewer than {MIN_TOKEN_LENGTH} characters; "
+                    "make one with: openssl rand -hex 32"
+                )
+            digest = _digest(found["token"])
+            if any(digest == other and found["name"] != name for name, other in self._digests):
+                raise ValueError(f"line {number} gives a token to a second name; make another one")
+            self._digests.append((found["name"], digest))
+        if not self._digests:
+            raise ValueError("it has no token; add a line `name token`")
+
+    def name_of(self, token: str) -> str | None:
+        """Returns the name of the client that has this token. None: it is unknown."""
+        given, found = _digest(token), None
+        for name, digest in self._digests:
+            if hmac.compare_digest(given, digest):
+                found = name
+        return found
+
+
+def read_tokens(path: str) -> Tokens:
+    """Reads a file of tokens; warns if users other than its owner and group may read it.
+
+    Raises:
+        OSError: It cannot be read.
+        ValueError: A line is at fault.
+    """
+    with open(path, encoding="utf-8") as file:
+        if os.fstat(file.fileno()).st_mode & stat.S_IROTH:
+            log.warning("the token file can be read by every user of this host; run chmod o-rwx on it")
+        return Tokens(file.read())
+
+
+def _digest(token: str) -> bytes:
+    return hashlib.sha256(token.encode()).digest()
+
+
+class AuthInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # generic in grpc-stubs alone
+    """Refuses calls without a valid token."""
+
+    def __init__(self, tokens: ReloadedFiles[Tokens], hooks: Hooks) -> None:
         self._tokens = tokens
-        self._observer = observer
+        self._hooks = hooks
 
     async def intercept_service(
         self, continuation: Callable[[Any], Awaitable[Any]], handler_call_details: grpc.HandlerCallDetails
     ) -> Any:
-        """Returns what answers a call: the method itself, or a refusal."""
+        """Returns the handler of a call: the method itself, or a refusal."""
         if handler_call_details.method.startswith(_HEALTH):
             return await continuation(handler_call_details)
         given = dict(handler_call_details.invocation_metadata).get("authorization")
@@ -46,13 +115,13 @@ class Guard(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # generic in
             return self._refusal("the authorization is no bearer token; send authorization: Bearer <token>")
         name = self._tokens.get().name_of(given[len(_SCHEME) :].strip())
         if name is None:
-            return self._refusal("the token is none of this server's, or no longer; ask its operator for one")
+            return self._refusal("the token is not valid here, or no longer; ask the operator of the server for one")
         _token_name.set(name)
         return await continuation(handler_call_details)
 
     def _refusal(self, details: str) -> Any:
         async def refuse(_: Any, context: grpc.aio.ServicerContext[Any, Any]) -> None:
-            self._observer.refused("unauthenticated")
+            self._hooks.refused("unauthenticated")
             await context.abort(grpc.StatusCode.UNAUTHENTICATED, details, _NEVER)
 
         # Whatever the method is: as a stream, nothing of the request is read.
@@ -60,7 +129,7 @@ class Guard(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # generic in
 
 
 def client_of(context: grpc.aio.ServicerContext[Any, Any]) -> str:
-    """Returns whose call this is."""
+    """Returns the client that a call belongs to."""
     if (name := _token_name.get()) is not None:
         return name
     for name_bytes in context.auth_context().get("x509_common_name", ()):

@@ -21,13 +21,13 @@ from typing import Final, TypeAlias
 from layertap.errors import InternalError, InvalidArgumentError, LayertapError, UnavailableError
 from layertap.v1 import embedding_pb2 as pb
 from layertap_server.model.tokenizer import Item, Tokenized, Tokenizer
-from layertap_server.observability.call_record import Record
+from layertap_server.observability.call_log import Record
 from layertap_server.protocol.preprocess import Reception, parse
 from layertap_server.protocol.stream_responses import Result, failures_of, split_run
 from layertap_server.protocol.stream_responses import messages as messages_of
 from layertap_server.protocol.validation import Intake
-from layertap_server.scheduler.call import Call, CallFailed, Event, RowsReady, RunDone
-from layertap_server.scheduler.event_queue import Inbox
+from layertap_server.scheduler.call import Call
+from layertap_server.scheduler.events import CallFailed, Event, EventQueue, RowsReady, RunDone
 from layertap_server.shared_memory.lease import placed
 from layertap_server.shared_memory.segment import Lending
 
@@ -90,7 +90,7 @@ class Stream:
         reception: Reception,
         write: Write,
         record: Record,
-        inbox: Inbox[StreamEvent],
+        inbox: EventQueue[StreamEvent],
         stopping: asyncio.Event,
         max_frame_bytes: int,
         lookahead_tokens: int,

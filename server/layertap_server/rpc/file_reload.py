@@ -19,7 +19,7 @@ T = TypeVar("T")
 _State = tuple[tuple[int, int, int], ...]
 
 
-class Watched(Generic[T]):
+class ReloadedFiles(Generic[T]):
     """What some files say. To be asked from any thread; a question costs a look at the files, no reading of them."""
 
     def __init__(self, what: str, paths: Sequence[str], read: Callable[[], T]) -> None:

@@ -15,20 +15,20 @@ import grpc
 import grpc.aio
 
 from layertap_server.config import Config, ConfigError
-from layertap_server.rpc import tls, tokens
-from layertap_server.rpc.auth import Guard
-from layertap_server.rpc.file_reload import Watched
-from layertap_server.scheduler.hooks import Observer
+from layertap_server.rpc import tls
+from layertap_server.rpc.auth import AuthInterceptor, read_tokens
+from layertap_server.rpc.file_reload import ReloadedFiles
+from layertap_server.scheduler.hooks import Hooks
 
 log = logging.getLogger(__name__)
 
 
-def make_server(config: Config, observer: Observer) -> grpc.aio.Server:
+def make_server(config: Config, hooks: Hooks) -> grpc.aio.Server:
     """Returns a server that listens nowhere yet, and lets in only who has a token if there are tokens.
 
     Args:
         config: The knobs.
-        observer: Is told of who is not let in.
+        hooks: Is told of who is not let in.
 
     Raises:
         ConfigError: The file of tokens cannot be used.
@@ -38,10 +38,10 @@ def make_server(config: Config, observer: Observer) -> grpc.aio.Server:
     if not config.is_local and not config.tls_cert:
         log.warning("tokens cross the network unencrypted; give --tls-cert and --tls-key")
     try:
-        found = Watched("the token file", [config.token_file], lambda: tokens.read(config.token_file))
+        found = ReloadedFiles("the token file", [config.token_file], lambda: read_tokens(config.token_file))
     except (OSError, ValueError) as exc:
         raise ConfigError(f"--token-file {config.token_file} cannot be used: {_why(exc)}") from exc
-    return grpc.aio.server(options=_options(config), interceptors=[Guard(found, observer)])
+    return grpc.aio.server(options=_options(config), interceptors=[AuthInterceptor(found, hooks)])
 
 
 def bind(server: grpc.aio.Server, config: Config) -> str:

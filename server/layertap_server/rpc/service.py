@@ -25,11 +25,11 @@ from layertap_server.model.tokenizer import Tokenized, Tokenizer
 from layertap_server.protocol import responses
 from layertap_server.protocol.preprocess import LARGE_BYTES, Reception, offload, parse
 from layertap_server.protocol.validation import Intake
-from layertap_server.rpc.admission import Caller, Gate
+from layertap_server.rpc.admission import Admission, Caller
 from layertap_server.rpc.embed_stream import Stream
 from layertap_server.scheduler.batcher import Batcher
-from layertap_server.scheduler.call import Call, CallFailed, Event, RowsReady, RunDone
-from layertap_server.scheduler.event_queue import Doorbell, Inbox
+from layertap_server.scheduler.call import Call
+from layertap_server.scheduler.events import CallFailed, Event, EventQueue, LoopWaker, RowsReady, RunDone
 from layertap_server.shared_memory.lease import Sharing, placed
 from layertap_server.shared_memory.segment import Lending
 from layertap_server.types import Plan
@@ -67,7 +67,7 @@ class EmbeddingService:
         info: pb.GetModelInfoResponse,
         bounds: Bounds,
         sharing: Sharing,
-        gate: Gate,
+        admission: Admission,
     ) -> None:
         """Takes all that it works with."""
         self._intake = intake
@@ -78,11 +78,11 @@ class EmbeddingService:
         self._info = info
         self._bounds = bounds
         self._sharing = sharing
-        self._gate = gate
+        self._admission = admission
 
     def handler(self) -> grpc.GenericRpcHandler[bytes, bytes]:
         """Returns what a gRPC server is given."""
-        answered = self._gate.answered
+        answered = self._admission.answered
         unary, answer_stream = grpc.unary_unary_rpc_method_handler, grpc.unary_stream_rpc_method_handler
         handlers = {
             "GetModelInfo": unary(answered("GetModelInfo", self._get_model_info)),
@@ -96,9 +96,9 @@ class EmbeddingService:
         return grpc.method_handlers_generic_handler(SERVICE_NAME, handlers)
 
     @functools.cached_property
-    def _doorbell(self) -> Doorbell:
+    def _waker(self) -> LoopWaker:
         """What wakes the loop that this service answers in, which runs only once the service is made."""
-        return Doorbell()
+        return LoopWaker()
 
     async def _get_model_info(self, raw: bytes, caller: Caller) -> bytes:
         await parse(pb.GetModelInfoRequest, raw)
@@ -147,7 +147,7 @@ class EmbeddingService:
                 "send fewer texts at once, or use embed_stream (the RPC EmbedStream) or the RPC EmbedLayers"
             )
         parts: list[RowsReady] = []
-        inbox: Inbox[Event] = Inbox(self._doorbell)
+        inbox: EventQueue[Event] = EventQueue(self._waker)
         with self._call(plan, tokenized, inbox, caller) as call:
             left = len(tokenized)
             while left:
@@ -190,7 +190,7 @@ class EmbeddingService:
         self, plan: Plan, tokenized: Sequence[Tokenized], caller: Caller, lending: Lending | None
     ) -> int:
         """Sends all of an EmbedLayers answer but its summary; returns how many frames that were."""
-        inbox: Inbox[Event] = Inbox(self._doorbell)
+        inbox: EventQueue[Event] = EventQueue(self._waker)
         frame_count = 0
         with self._call(plan, tokenized, inbox, caller) as call:
             header = pb.EmbedLayersResponse(header=responses.header(self._identity, plan, tokenized))
@@ -232,8 +232,8 @@ class EmbeddingService:
                 reception=self._reception,
                 write=caller.write,
                 record=caller.record,
-                inbox=Inbox(self._doorbell),
-                stopping=self._gate.closed,
+                inbox=EventQueue(self._waker),
+                stopping=self._admission.closed,
                 max_frame_bytes=self._bounds.max_frame_bytes,
                 lookahead_tokens=self._bounds.lookahead_tokens,
                 lending=lending,
@@ -248,7 +248,9 @@ class EmbeddingService:
         await self._sharing.lease(caller.write)
 
     @contextlib.contextmanager
-    def _call(self, plan: Plan, tokenized: Sequence[Tokenized], inbox: Inbox[Any], caller: Caller) -> Iterator[Call]:
+    def _call(
+        self, plan: Plan, tokenized: Sequence[Tokenized], inbox: EventQueue[Any], caller: Caller
+    ) -> Iterator[Call]:
         """Queues the texts of a call, and gives up what is left of it at the end, however that comes."""
         call = self._batcher.open(
             plan,

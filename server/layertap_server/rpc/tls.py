@@ -10,7 +10,7 @@ import ssl
 
 import grpc
 
-from layertap_server.rpc.file_reload import Watched
+from layertap_server.rpc.file_reload import ReloadedFiles
 
 
 def credentials(*, cert: str, key: str, client_ca: str) -> grpc.ServerCredentials:
@@ -29,7 +29,7 @@ def credentials(*, cert: str, key: str, client_ca: str) -> grpc.ServerCredential
     def read() -> grpc.ServerCertificateConfiguration:
         return _read(cert, key, client_ca)
 
-    files = Watched("the certificate", [path for path in (cert, key, client_ca) if path], read)
+    files = ReloadedFiles("the certificate", [path for path in (cert, key, client_ca) if path], read)
     return grpc.dynamic_ssl_server_credentials(
         files.get(),
         files.changed,  # type: ignore[arg-type]  # grpc-stubs does not know that None means no change

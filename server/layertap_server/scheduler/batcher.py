@@ -1,34 +1,37 @@
-"""The only queue: texts of many calls in, batches for free instances out, answers back to their calls.
+"""The only queue: texts of many calls in, batches for free instances out, events back to the calls.
 
 Rules:
 - Work-conserving: a free instance takes what is queued at once; no timer, no polling.
-- A batch is a prefix of the queue: in turns between clients (see `fair_queue`), up to a budget of tokens and of output
-  bytes. While other instances idle, an instance takes only its share.
+- A batch is a prefix of the queue (see `fair_queue`), up to a budget of tokens and of output bytes. While other
+  instances idle, an instance takes only its share.
 - Output bytes are reserved before a batch starts and given back when the call has sent them (`Call.release`). A call
-  that has too much unsent is passed over, so an instance never waits for a reader.
-- A full queue refuses at once; its last quarter is kept for clients who have less than a quarter of it. What nobody
-  waits for any more is dropped before it costs anything.
-- An instance that is lost takes its batch with it and nothing else. When the last one is, whoever waits is told.
+  that has too much unsent leaves the order until it releases some, so an instance never waits for a reader.
+- A full queue refuses at once; see `budget` for what is kept for light clients. A call whose deadline has passed is
+  dropped when it comes first, before it costs anything; one whose caller has left is removed at once (`Call.close`).
+- Under the lock, taking a batch costs as much as it takes, whatever waits; only calls that the memory of all outputs
+  together has no room for are looked at again for each batch.
+- A lost instance fails the calls of its batch and no others. When the last one is lost, all waiting calls fail.
 
-Knows neither torch nor gRPC nor protobuf: `encode` is handed in, events go out through each call's `deliver`.
+Knows neither torch nor gRPC nor protobuf: `encode` is an argument, events leave through each call's `deliver`.
 """
 
 from __future__ import annotations
 
 import functools
+import itertools
 import logging
 import threading
 import time
-from collections import Counter, deque
 from collections.abc import Callable, Sequence
 
 from layertap.errors import DeadlineExceededError, ResourceExhaustedError, UnavailableError
-from layertap_server.scheduler.bells import Bells
-from layertap_server.scheduler.call import Call, CallFailed, Event, Taken
-from layertap_server.scheduler.fair_queue import Turns
-from layertap_server.scheduler.hooks import Nobody, Observer
-from layertap_server.scheduler.oom_retry import in_halves
-from layertap_server.scheduler.worker import RETRY_AFTER_S, Worker
+from layertap_server.scheduler.budget import Budget
+from layertap_server.scheduler.call import BatchPart, Call
+from layertap_server.scheduler.events import CallFailed, Event
+from layertap_server.scheduler.fair_queue import FairQueue
+from layertap_server.scheduler.hooks import Hooks, NoHooks
+from layertap_server.scheduler.oom_retry import with_oom_retry
+from layertap_server.scheduler.worker import RETRY_AFTER_S, IdleInstances, Worker
 from layertap_server.types import Encode, Plan, Text
 
 log = logging.getLogger(__name__)
@@ -55,7 +58,7 @@ class Batcher:
         max_queue_tokens: int,
         max_output_bytes: int,
         max_call_output_bytes: int,
-        observer: Observer | None = None,
+        hooks: Hooks | None = None,
     ) -> None:
         """Starts one instance, a thread, for each `encode`.
 
@@ -68,32 +71,30 @@ class Batcher:
             max_queue_tokens: Tokens that may wait.
             max_output_bytes: Bytes computed or being computed and not yet sent, all calls together.
             max_call_output_bytes: Likewise for one call, but always one text.
-            observer: Is told of batches and refusals.
+            hooks: Called for batches and refusals.
         """
         self._max_batch_tokens = max_batch_tokens
         self._max_batch_bytes = max_batch_bytes
         self._min_share_tokens = min_share_tokens
-        self._max_queue_texts = max_queue_texts
-        self._max_queue_tokens = max_queue_tokens
-        self._max_output_bytes = max_output_bytes
         self._max_call_output_bytes = max_call_output_bytes
-        self._observer = observer or Nobody()
+        self._hooks = hooks or NoHooks()
         self._lock = threading.Lock()
-        self._bells = Bells(self._lock, len(encodes))
-        self._turns = Turns()
-        self._waiting_texts = 0
-        self._waiting_tokens = 0
-        self._held_bytes = 0
-        self._held_of: Counter[str] = Counter()
+        self._idle = IdleInstances(self._lock, len(encodes))
+        self._queue = FairQueue()
+        self._full_calls: dict[Call, None] = {}
+        self._arrivals = itertools.count()
+        self._texts = Budget(max_queue_texts)
+        self._tokens = Budget(max_queue_tokens)
+        self._output_bytes = Budget(max_output_bytes)
         self._stopping = False
         self._live_instance_count = self.instance_count = len(encodes)
         self._instances = [
             Worker(
                 f"instance-{n}",
-                in_halves(encode),
+                with_oom_retry(encode),
                 next_batch=functools.partial(self._next_batch, n),
                 on_lost=self._instance_lost,
-                observer=self._observer,
+                hooks=self._hooks,
             )
             for n, encode in enumerate(encodes)
         ]
@@ -106,22 +107,22 @@ class Batcher:
     @property
     def idle_instance_count(self) -> int:
         """How many instances have no batch."""
-        return self._bells.idle_count
+        return self._idle.count
 
     @property
     def waiting_text_count(self) -> int:
         """Texts in the queue."""
-        return self._waiting_texts
+        return self._texts.used
 
     @property
     def waiting_token_count(self) -> int:
         """Their tokens."""
-        return self._waiting_tokens
+        return self._tokens.used
 
     @property
     def held_bytes(self) -> int:
         """Output bytes that are reserved."""
-        return self._held_bytes
+        return self._output_bytes.used
 
     def open(
         self,
@@ -135,11 +136,11 @@ class Batcher:
         """Returns a new call.
 
         Args:
-            plan: What is asked of its texts.
-            client: Whose it is; clients take turns.
-            connection: Over which of the client's connections it comes; these take turns within the client.
-            deliver: Gets its events, in the thread of an instance; must not block.
-            expires_at: When nobody waits for it any more, by time.monotonic.
+            plan: The outputs of its texts.
+            client: Its client; see `fair_queue`.
+            connection: Its connection among those of the client.
+            deliver: Called with each event, in the thread of an instance; must not block.
+            expires_at: Its deadline, by time.monotonic. None: it has none.
 
         Raises:
             ResourceExhaustedError: The queue is full.
@@ -157,7 +158,7 @@ class Batcher:
                 log.error("%s has made no progress for %.0f s and is given up", instance.name, timeout_s)
 
     def stop(self, timeout_s: float) -> bool:
-        """Answers what waits with UNAVAILABLE and ends the instances after their batches.
+        """Fails waiting calls with UNAVAILABLE and ends the instances after their batches.
 
         Args:
             timeout_s: How long to wait for them.
@@ -167,7 +168,7 @@ class Batcher:
         """
         with self._lock:
             self._stopping = True
-            self._bells.wake(self.instance_count)
+            self._idle.wake(self.instance_count)
         self._fail_waiting(UnavailableError(_STOPPING, retry_after_s=RETRY_AFTER_S))
         deadline = time.monotonic() + timeout_s
         return all(
@@ -186,30 +187,24 @@ class Batcher:
 
     def _fail_waiting(self, error: UnavailableError) -> None:
         with self._lock:
-            calls = list(self._turns)
+            calls = [*self._queue, *self._full_calls]
         for call in calls:
             call.deliver(CallFailed(error))
             call.close()
 
     def _check_alive(self) -> None:
         if self._stopping or not self._live_instance_count:
-            self._observer.refused("stopping" if self._stopping else "no_instances")
+            self._hooks.refused("stopping" if self._stopping else "no_instances")
             raise UnavailableError(_STOPPING if self._stopping else _LOST, retry_after_s=RETRY_AFTER_S)
 
     def _check_room(self, client: str, text_count: int, token_count: int) -> None:
-        own_texts, own_tokens = self._turns.waiting_of(client)
-        if self._waiting_texts + text_count > _share(self._max_queue_texts, own_texts, text_count):
-            reason, full = "queue_texts", f"{self._waiting_texts} texts wait, the queue holds {self._max_queue_texts}"
-        elif self._waiting_texts and self._waiting_tokens + token_count > _share(
-            self._max_queue_tokens, own_tokens, token_count
-        ):
-            reason, full = (
-                "queue_tokens",
-                f"{self._waiting_tokens} tokens wait, the queue holds {self._max_queue_tokens}",
-            )
+        if not self._texts.has_room(client, text_count):
+            reason, full = "queue_texts", f"{self._texts.used} texts wait, the queue holds {self._texts.limit}"
+        elif self._texts.used and not self._tokens.has_room(client, token_count):
+            reason, full = "queue_tokens", f"{self._tokens.used} tokens wait, the queue holds {self._tokens.limit}"
         else:
             return
-        self._observer.refused(reason)
+        self._hooks.refused(reason)
         raise ResourceExhaustedError(f"the server is full: {full}; try again later", retry_after_s=0.5)
 
     def add(self, call: Call, texts: Sequence[Text], admitted: bool) -> None:
@@ -223,11 +218,10 @@ class Batcher:
             if call.closed or not texts:
                 return
             if not call.waiting:
-                self._turns.add(call)
+                call.arrival = next(self._arrivals)
+                self._queue.add(call)
             call.waiting.extend((text, now) for text in texts)
-            call.waiting_token_count += token_count
-            self._waiting_texts += len(texts)
-            self._waiting_tokens += token_count
+            self._count_waiting(call, len(texts), token_count)
             self._wake()
 
     def release(self, call: Call, byte_count: int, run_done: bool) -> None:
@@ -237,6 +231,9 @@ class Batcher:
                 return
             call.held_run_count -= run_done
             self._hold(call, -byte_count)
+            if call in self._full_calls:
+                del self._full_calls[call]
+                self._queue.add(call)
             self._wake()
 
     def close(self, call: Call) -> None:
@@ -246,39 +243,17 @@ class Batcher:
                 return
             call.closed = True
             self._hold(call, -call.held_bytes)
-            if call.waiting:
-                self._forget(call)
+            self._drop_waiting(call)
             self._wake()
 
-    def _hold(self, call: Call, byte_count: int) -> None:
-        """Counts output bytes of a call that are reserved, or with a negative number given back."""
-        call.held_bytes += byte_count
-        self._held_bytes += byte_count
-        self._held_of[call.client] += byte_count
-        if not self._held_of[call.client]:
-            del self._held_of[call.client]
-
-    def _forget(self, call: Call) -> None:
-        """Takes a call out of the queue, with all that waits in it."""
-        self._waiting_texts -= len(call.waiting)
-        self._waiting_tokens -= call.waiting_token_count
-        call.waiting.clear()
-        call.waiting_token_count = 0
-        self._turns.remove(call)
-
-    def _wake(self) -> None:
-        """Wakes instances for what waits, unless enough are on their way to it."""
-        if self._waiting_texts:
-            self._bells.wake(-(-self._waiting_tokens // self._min_share_tokens))
-
-    def _next_batch(self, instance: int) -> list[Taken] | None:
-        """Waits for a batch, in the thread of an instance; None: the batcher has stopped."""
+    def _next_batch(self, instance: int) -> list[BatchPart] | None:
+        """Waits for a batch, in the thread of an instance. None: the batcher has stopped."""
         while True:
             expired: list[Call] = []
             with self._lock:
-                with self._bells.looking():
+                with self._idle.looking():
                     while not (batch := self._take(expired)) and not expired and not self._stopping:
-                        self._bells.sleep(instance)
+                        self._idle.sleep(instance)
                 self._wake()
             for call in expired:
                 call.deliver(
@@ -289,66 +264,79 @@ class Batcher:
             if self._stopping:
                 return None
 
-    def _take(self, expired: list[Call]) -> list[Taken]:
-        """Takes the next batch off the queue; calls whose deadline has passed come back in `expired`."""
-        now = time.monotonic()
-        for one in self._turns:
-            if one.expires_at is not None and one.expires_at <= now:
-                self._forget(one)
-                expired.append(one)
-        share = max(-(-self._waiting_tokens // self._bells.idle_count), self._min_share_tokens)
+    def _take(self, expired: list[Call]) -> list[BatchPart]:
+        """Takes the next batch off the queue; adds calls whose deadline has passed to `expired`."""
+        share = max(-(-self._tokens.used // self._idle.count), self._min_share_tokens)
         token_budget, byte_budget = min(share, self._max_batch_tokens), self._max_batch_bytes
-        batch: dict[Call, Taken] = {}
-        turn = deque(self._turns.clients)
-        while turn:
-            client = turn.popleft()
-            call = next((call for call in self._turns.of(client) if self._may_take(call, batch)), None)
-            if call is None:
-                continue
+        parts: dict[Call, BatchPart] = {}
+        passed_over: list[Call] = []
+        now = time.monotonic()
+        while (call := self._queue.first) is not None:
             text, admitted_at_ns = call.waiting[0]
             byte_count = call.bytes_of(text)
-            if batch and (text.token_count > token_budget or byte_count > byte_budget):
+            if call.expires_at is not None and call.expires_at <= now:
+                self._drop_waiting(call)
+                expired.append(call)
+                continue
+            if not self._may_hold(call, byte_count, is_in_batch=call in parts):
+                self._queue.remove(call)
+                self._full_calls[call] = None
+                continue
+            if not self._output_bytes.has_room(call.client, byte_count):
+                self._queue.remove(call)
+                passed_over.append(call)
+                continue
+            if parts and (text.token_count > token_budget or byte_count > byte_budget):
                 break
             token_budget -= text.token_count
             byte_budget -= byte_count
-            self._take_one(call, text, byte_count, admitted_at_ns, batch)
-            # Whoever has had a turn comes last, in this batch and the next.
-            self._turns.served(call)
-            if client in self._turns:
-                turn.append(client)
-        return list(batch.values())
+            if call not in parts:
+                parts[call] = BatchPart(call, call.next_text, [], 0, admitted_at_ns)
+                call.held_run_count += 1
+            parts[call].texts.append(text)
+            parts[call].reserved_bytes += byte_count
+            self._hold(call, byte_count)
+            self._count_waiting(call, -1, -text.token_count)
+            call.next_text += 1
+            call.waiting.popleft()
+            if not call.waiting:
+                self._queue.remove(call)
+            self._queue.rotate(call.client, call.connection)
+        for call in reversed(passed_over):
+            self._queue.put_back(call)
+        return list(parts.values())
 
-    def _may_take(self, call: Call, batch: dict[Call, Taken]) -> bool:
-        """Whether the call's next text finds room among the output bytes."""
-        byte_count = call.bytes_of(call.waiting[0][0])
-        if self._held_bytes + byte_count > _share(self._max_output_bytes, self._held_of[call.client], byte_count):
-            return False
+    def _may_hold(self, call: Call, byte_count: int, *, is_in_batch: bool) -> bool:
+        """Returns whether a call may have so many more bytes unsent; one text it may always have."""
         if not call.held_bytes:
             return True
-        if call not in batch and call.held_run_count > self.instance_count:
+        if not is_in_batch and call.held_run_count > self.instance_count:
             return False
         return call.held_bytes + byte_count <= self._max_call_output_bytes
 
-    def _take_one(self, call: Call, text: Text, byte_count: int, admitted_at_ns: int, batch: dict[Call, Taken]) -> None:
-        if call not in batch:
-            batch[call] = Taken(call, call.next_text, [], 0, admitted_at_ns)
-            call.held_run_count += 1
-        taken = batch[call]
-        taken.texts.append(text)
-        taken.reserved_bytes += byte_count
-        call.next_text += 1
-        self._hold(call, byte_count)
-        call.waiting.popleft()
-        call.waiting_token_count -= text.token_count
-        self._waiting_texts -= 1
-        self._waiting_tokens -= text.token_count
+    def _hold(self, call: Call, byte_count: int) -> None:
+        """Counts output bytes that a call reserves, or with a negative number gives back."""
+        call.held_bytes += byte_count
+        self._output_bytes.add(call.client, byte_count)
+
+    def _count_waiting(self, call: Call, text_count: int, token_count: int) -> None:
+        """Counts texts that a call queues, or with negative numbers takes out."""
+        call.waiting_token_count += token_count
+        self._texts.add(call.client, text_count)
+        self._tokens.add(call.client, token_count)
+
+    def _drop_waiting(self, call: Call) -> None:
+        """Removes the waiting texts of a call."""
         if not call.waiting:
-            self._forget(call)
+            return
+        if call in self._full_calls:
+            del self._full_calls[call]
+        else:
+            self._queue.remove(call)
+        self._count_waiting(call, -len(call.waiting), -call.waiting_token_count)
+        call.waiting.clear()
 
-
-def _share(limit: int, own: int, more: int) -> int:
-    """Returns how full the queue, or the memory for outputs, may get by a client who has `own` in it and adds `more`.
-
-    Whoever has nothing in it may fill it, so that any request can be admitted.
-    """
-    return limit if not own or own + more <= limit // 4 else limit - limit // 4
+    def _wake(self) -> None:
+        """Wakes instances for what waits, unless enough are on their way to it."""
+        if self._queue:
+            self._idle.wake(-(-self._tokens.used // self._min_share_tokens))

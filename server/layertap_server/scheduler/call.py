@@ -1,6 +1,6 @@
-"""One caller's texts in the queue, and what an instance tells the caller of them.
+"""One caller's texts in the queue.
 
-Pure: the state of a call is changed by the batcher, under its lock, and by nobody else.
+Pure; the batcher changes the state of a call, under its lock.
 """
 
 from __future__ import annotations
@@ -8,10 +8,10 @@ from __future__ import annotations
 import dataclasses
 from collections import deque
 from collections.abc import Callable, Sequence
-from typing import Protocol, TypeAlias
+from typing import Protocol
 
-from layertap.errors import LayertapError
-from layertap_server.types import Plan, Rows, Text
+from layertap_server.scheduler.events import Event
+from layertap_server.types import Plan, Text
 
 
 class Queue(Protocol):
@@ -21,45 +21,22 @@ class Queue(Protocol):
         """Queues texts of a call."""
 
     def release(self, call: Call, byte_count: int, run_done: bool) -> None:
-        """Takes back what a call held."""
+        """Gives back output bytes of a call."""
 
     def close(self, call: Call) -> None:
-        """Forgets a call."""
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class RowsReady:
-    """One layer of one output of some texts is there. `first_text` is their position in the call."""
-
-    first_text: int
-    texts: Sequence[Text]
-    rows: Rows
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class RunDone:
-    """All outputs of some texts have been delivered. `started_at_ns`: when their batch began, by time.monotonic_ns."""
-
-    first_text: int
-    texts: Sequence[Text]
-    started_at_ns: int
-    queue_time_ns: int
-    compute_time_ns: int
-    reserved_bytes: int
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class CallFailed:
-    """The call will get nothing more."""
-
-    error: LayertapError
-
-
-Event: TypeAlias = RowsReady | RunDone | CallFailed
+        """Removes a call."""
 
 
 class Call:
-    """One caller's texts, from admission to the last answer. Made by `Batcher.open`."""
+    """One caller's texts, from admission to the last answer. Made by `Batcher.open`.
+
+    Attributes:
+        waiting: Texts in the queue, each with the time when it was queued, by time.monotonic_ns.
+        arrival: The number of the call among all that were queued.
+        next_text: The position of the first waiting text.
+        held_bytes: Output bytes that are reserved or not yet sent.
+        held_run_count: Runs that hold them.
+    """
 
     def __init__(
         self,
@@ -78,6 +55,7 @@ class Call:
         self.expires_at = expires_at
         self.waiting: deque[tuple[Text, int]] = deque()
         self.waiting_token_count = 0
+        self.arrival = 0
         self.next_text = 0
         self.held_bytes = 0
         self.held_run_count = 0
@@ -112,8 +90,16 @@ class Call:
 
 
 @dataclasses.dataclass(slots=True)
-class Taken:
-    """What one batch takes of one call."""
+class BatchPart:
+    """The texts of one call in one batch.
+
+    Attributes:
+        call: The call.
+        first_text: The position of the first text in the call.
+        texts: The texts.
+        reserved_bytes: The output bytes reserved for them.
+        admitted_at_ns: When the first of them was queued, by time.monotonic_ns.
+    """
 
     call: Call
     first_text: int

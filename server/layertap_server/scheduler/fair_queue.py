@@ -1,65 +1,73 @@
-"""The calls that wait, in the order in which they are served: clients take turns, and so do the connections of each.
+"""The order in which calls are served: round robin between clients, then between the connections of a client.
 
-A client is whoever the server takes a caller for; see `auth`. One who opens many connections gets no more for it, and
-two programs that come as the same client do not hold each other up. Within a connection calls are served as they came.
+Rules:
+- A client that opens many connections gets no more for it, and two programs that come as one client do not hold each
+  other up. What a client is, `rpc.auth` decides.
+- Calls of one connection are served first come, first served.
+- Each operation costs the same however many calls wait, but for a binary search among those of one connection.
 
-Pure: changed by the batcher, under its lock, and by nobody else.
+Pure; the batcher changes it, under its lock.
 """
 
 from __future__ import annotations
 
-from collections import OrderedDict, deque
+import bisect
+import operator
+from collections import OrderedDict
 from collections.abc import Iterator
 
 from layertap_server.scheduler.call import Call
 
+_ARRIVAL = operator.attrgetter("arrival")
 
-class Turns:
-    """Who comes next."""
+
+class FairQueue:
+    """Calls in the order in which they are served."""
 
     def __init__(self) -> None:
-        self._clients: OrderedDict[str, OrderedDict[str, deque[Call]]] = OrderedDict()
+        self._clients: OrderedDict[str, OrderedDict[str, list[Call]]] = OrderedDict()
 
     def __iter__(self) -> Iterator[Call]:
-        """Every call that waits; calls may be removed meanwhile."""
-        return iter([call for client in self._clients for call in self.of(client)])
+        """Yields every call."""
+        for connections in self._clients.values():
+            for calls in connections.values():
+                yield from calls
 
-    def __contains__(self, client: str) -> bool:
-        """Whether a client has a call that waits."""
-        return client in self._clients
+    def __bool__(self) -> bool:
+        return bool(self._clients)
 
     @property
-    def clients(self) -> list[str]:
-        """The clients, whoever is next first."""
-        return list(self._clients)
-
-    def of(self, client: str) -> Iterator[Call]:
-        """Yields the calls of a client, the next one first."""
-        for calls in self._clients[client].values():
-            yield from calls
-
-    def waiting_of(self, client: str) -> tuple[int, int]:
-        """Returns how many texts and tokens of a client wait."""
-        calls = [call for calls in self._clients.get(client, {}).values() for call in calls]
-        return sum(len(call.waiting) for call in calls), sum(call.waiting_token_count for call in calls)
+    def first(self) -> Call | None:
+        """The call that is served next. None: the queue is empty."""
+        for connections in self._clients.values():
+            for calls in connections.values():
+                return calls[0]
+        return None
 
     def add(self, call: Call) -> None:
-        """Puts a call at the end of its connection's line."""
-        self._clients.setdefault(call.client, OrderedDict()).setdefault(call.connection, deque()).append(call)
+        """Adds a call to its connection by its arrival; a client or connection that had none comes last."""
+        calls = self._clients.setdefault(call.client, OrderedDict()).setdefault(call.connection, [])
+        bisect.insort(calls, call, key=_ARRIVAL)
+
+    def put_back(self, call: Call) -> None:
+        """Adds a call that was removed without being served; its client and connection come first."""
+        self.add(call)
+        self._clients.move_to_end(call.client, last=False)
+        self._clients[call.client].move_to_end(call.connection, last=False)
 
     def remove(self, call: Call) -> None:
-        """Takes a call out."""
+        """Removes a call."""
         connections = self._clients[call.client]
         calls = connections[call.connection]
-        calls.remove(call)
+        del calls[bisect.bisect_left(calls, call.arrival, key=_ARRIVAL)]
         if not calls:
             del connections[call.connection]
         if not connections:
             del self._clients[call.client]
 
-    def served(self, call: Call) -> None:
-        """Notes that a call has had its turn: its connection and its client now come last."""
-        if call.client in self._clients:
-            self._clients.move_to_end(call.client)
-            if call.connection in self._clients[call.client]:
-                self._clients[call.client].move_to_end(call.connection)
+    def rotate(self, client: str, connection: str) -> None:
+        """Moves a client that has been served, and its connection, to the end."""
+        if client in self._clients:
+            self._clients.move_to_end(client)
+            if connection in self._clients[client]:
+                self._clients[client].move_to_end(connection)

@@ -1,40 +1,47 @@
-"""Who is told, beside the callers, what becomes of batches and of those who are turned away.
+"""What the server calls when a batch has run or a call is refused.
 
-Pure. The queue, the instances and the doors know an `Observer` and nothing of what it does with what it is told.
+The queue, the instances and the admission of calls know `Hooks` and nothing of what is behind it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Final, Protocol
 
-from layertap_server.scheduler.call import Taken
+from layertap_server.scheduler.call import BatchPart
+
+REASONS: Final = (
+    "calls",
+    "request_bytes",
+    "queue_texts",
+    "queue_tokens",
+    "stopping",
+    "no_instances",
+    "unauthenticated",
+)
+"""Why calls are refused."""
 
 
-class Observer(Protocol):
-    """Is told of what no single call knows. May be called from any thread; must be quick."""
+class Hooks(Protocol):
+    """Called from any thread; must be quick."""
 
-    def ran(self, batch: Sequence[Taken], *, started_at_ns: int, compute_time_ns: int) -> None:
-        """Is told of a batch that an instance has run.
+    def ran(self, batch: Sequence[BatchPart], *, started_at_ns: int, compute_time_ns: int) -> None:
+        """An instance has run a batch.
 
         Args:
-            batch: What was in it.
+            batch: Its parts.
             started_at_ns: When the instance began, by time.monotonic_ns.
             compute_time_ns: How long it took.
         """
 
     def refused(self, reason: str) -> None:
-        """Is told that a call was turned away, and in one word by what: see `REASONS`."""
+        """A call was refused; the reason is one of `REASONS`."""
 
 
-REASONS = ("calls", "request_bytes", "queue_texts", "queue_tokens", "stopping", "no_instances", "unauthenticated")
-"""What calls are turned away by."""
+class NoHooks:
+    """Hooks that do nothing."""
 
-
-class Nobody:
-    """An observer that does not care."""
-
-    def ran(self, batch: Sequence[Taken], *, started_at_ns: int, compute_time_ns: int) -> None:
+    def ran(self, batch: Sequence[BatchPart], *, started_at_ns: int, compute_time_ns: int) -> None:
         """Does nothing."""
 
     def refused(self, reason: str) -> None:

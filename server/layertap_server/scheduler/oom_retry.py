@@ -1,4 +1,4 @@
-"""Batches that a device has no memory for, in halves.
+"""Runs again in halves what a device has no memory for.
 
 An `encode` that runs out of memory runs again for each half of its texts, and so on down to one text alone, which then
 fails for itself and harms no neighbour. Tensors that the batch has yielded are not yielded again; those of its halves
@@ -22,7 +22,7 @@ _Place: TypeAlias = tuple[int, int, int]
 """Run index, output index, layer."""
 
 
-def in_halves(encode: Encode) -> Encode:
+def with_oom_retry(encode: Encode) -> Encode:
     """Returns an `encode` that goes on where the given one runs out of memory."""
 
     def encode_all(batch: Sequence[Run]) -> Iterator[Rows]:

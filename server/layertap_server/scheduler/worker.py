@@ -1,33 +1,79 @@
-"""One engine thread: takes batches, runs them, tells their callers; and can be given up.
+"""Instances: engine threads that take batches, run them and report to the calls.
 
-An instance is lost when its device is, when its thread ends by an error that nobody foresaw, and when it makes no
-progress for too long: a thread that hangs in a driver cannot be ended from outside. The callers of its batch are told
-at once; should it come back after all, it notices and ends.
+Rules:
+- An instance is lost when its device is, when its thread ends by an unforeseen error, and when it makes no progress for
+  too long: a thread that hangs in a driver cannot be ended from outside. The calls of its batch fail at once; a thread
+  that comes back after all ends.
+- No more instances are woken than there is work for: one woken for nothing takes the interpreter from those that
+  compute. The first ones are woken first: a server with little to do keeps to one instance, whose caches are warm.
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 from layertap.errors import InternalError, LayertapError, UnavailableError
-from layertap_server.scheduler.call import CallFailed, RowsReady, RunDone, Taken
-from layertap_server.scheduler.hooks import Observer
+from layertap_server.scheduler.call import BatchPart
+from layertap_server.scheduler.events import CallFailed, RowsReady, RunDone
+from layertap_server.scheduler.hooks import Hooks
 from layertap_server.types import DeviceLostError, Encode, Run
 
 log = logging.getLogger(__name__)
 
 RETRY_AFTER_S = 1.0
-"""What a caller is told to wait whose server does not work any more, in seconds."""
+"""How long a caller should wait whose server has stopped working, in seconds."""
+
+
+class IdleInstances:
+    """The instances without a batch. Used only with the lock held that it was made with."""
+
+    def __init__(self, lock: threading.Lock, instance_count: int) -> None:
+        self._conditions = [threading.Condition(lock) for _ in range(instance_count)]
+        self._asleep: set[int] = set()
+        self._looking = 0
+
+    @property
+    def count(self) -> int:
+        """How many instances have no batch: those asleep, and those that look for one."""
+        return len(self._asleep) + self._looking
+
+    @contextlib.contextmanager
+    def looking(self) -> Iterator[None]:
+        """Counts an instance among those that look for a batch."""
+        self._looking += 1
+        try:
+            yield
+        finally:
+            self._looking -= 1
+
+    def sleep(self, instance: int) -> None:
+        """Waits until an instance that looks for a batch is woken; releases the lock meanwhile."""
+        self._looking -= 1
+        self._asleep.add(instance)
+        self._conditions[instance].wait()
+        self._rise(instance)
+
+    def wake(self, wanted: int) -> None:
+        """Wakes instances until so many look for a batch, or none sleeps."""
+        for instance in sorted(self._asleep)[: max(wanted - self._looking, 0)]:
+            self._rise(instance)
+            self._conditions[instance].notify()
+
+    def _rise(self, instance: int) -> None:
+        if instance in self._asleep:
+            self._asleep.remove(instance)
+            self._looking += 1
 
 
 class Worker:
     """One engine thread.
 
     Attributes:
-        name: What the log calls it.
+        name: Its name in the log.
         lost: Whether it has been given up.
     """
 
@@ -36,27 +82,27 @@ class Worker:
         name: str,
         encode: Encode,
         *,
-        next_batch: Callable[[], list[Taken] | None],
+        next_batch: Callable[[], list[BatchPart] | None],
         on_lost: Callable[[], None],
-        observer: Observer,
+        hooks: Hooks,
     ) -> None:
         """Starts the thread.
 
         Args:
-            name: What the log calls it.
+            name: Its name in the log.
             encode: What runs a batch.
-            next_batch: Waits for a batch; None: there will be no more.
-            on_lost: Is told when the instance is given up, in whichever thread finds out.
-            observer: Is told of each batch that has run.
+            next_batch: Waits for a batch. None: none will come.
+            on_lost: Called when the instance is given up, in the thread that finds out.
+            hooks: Called for each batch that has run.
         """
         self.name = name
         self.lost = False
         self._encode = encode
         self._next_batch = next_batch
         self._on_lost = on_lost
-        self._observer = observer
+        self._hooks = hooks
         self._lock = threading.Lock()
-        self._batch: list[Taken] = []
+        self._batch: list[BatchPart] = []
         self._moved_at: float | None = None
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         self._thread.start()
@@ -67,17 +113,17 @@ class Worker:
         return moved_at is not None and time.monotonic() - moved_at >= timeout_s
 
     def lose(self, *, stuck_s: float = 0.0) -> bool:
-        """Gives the instance up, and answers the callers of its batch; returns whether it did so now.
+        """Gives the instance up and fails the calls of its batch; returns whether it did so now.
 
         Args:
-            stuck_s: Only if it has a batch and has made no progress for so long, in seconds; 0: whatever it does.
+            stuck_s: Only if it has a batch and has made no progress for so long, in seconds. 0: in any case.
         """
         with self._lock:
             if self.lost or (stuck_s and not self.stuck(stuck_s)):
                 return False
             self.lost = True
             batch = self._batch
-        self._on_lost()  # First, so that whoever asks again at once meets no instance that is gone.
+        self._on_lost()  # First: a caller that retries at once must not meet this instance.
         self._fail(batch, UnavailableError("the engine has failed; try again", retry_after_s=RETRY_AFTER_S))
         return True
 
@@ -101,41 +147,41 @@ class Worker:
             log.exception("%s is lost", self.name)
             self.lose()
 
-    def _compute(self, batch: list[Taken]) -> None:
+    def _compute(self, batch: list[BatchPart]) -> None:
         started_at_ns = time.monotonic_ns()
-        runs = [Run(plan=taken.call.plan, texts=taken.texts, first_text=taken.first_text) for taken in batch]
+        runs = [Run(plan=part.call.plan, texts=part.texts, first_text=part.first_text) for part in batch]
         try:
             for rows in self._encode(runs):
                 self._moved_at = time.monotonic()
-                taken = batch[rows.run_index]
-                if self.lost or all(taken.call.closed for taken in batch):
+                part = batch[rows.run_index]
+                if self.lost or all(part.call.closed for part in batch):
                     return
-                if not taken.call.closed:
-                    taken.call.deliver(RowsReady(taken.first_text, taken.texts, rows))
+                if not part.call.closed:
+                    part.call.deliver(RowsReady(part.first_text, part.texts, rows))
         except DeviceLostError:
             raise
         except Exception:
-            log.exception("a batch of %d texts failed", sum(len(taken.texts) for taken in batch))
+            log.exception("a batch of %d texts failed", sum(len(part.texts) for part in batch))
             self._fail(batch, InternalError("the encoder failed; the server's log has the reason"))
             return
         compute_time_ns = time.monotonic_ns() - started_at_ns
-        self._observer.ran(batch, started_at_ns=started_at_ns, compute_time_ns=compute_time_ns)
-        for taken in batch:
-            if taken.call.closed:
+        self._hooks.ran(batch, started_at_ns=started_at_ns, compute_time_ns=compute_time_ns)
+        for part in batch:
+            if part.call.closed:
                 continue
-            taken.call.deliver(
+            part.call.deliver(
                 RunDone(
-                    first_text=taken.first_text,
-                    texts=taken.texts,
+                    first_text=part.first_text,
+                    texts=part.texts,
                     started_at_ns=started_at_ns,
-                    queue_time_ns=started_at_ns - taken.admitted_at_ns,
+                    queue_time_ns=started_at_ns - part.admitted_at_ns,
                     compute_time_ns=compute_time_ns,
-                    reserved_bytes=taken.reserved_bytes,
+                    reserved_bytes=part.reserved_bytes,
                 )
             )
 
     @staticmethod
-    def _fail(batch: list[Taken], error: LayertapError) -> None:
-        for taken in batch:
-            if not taken.call.closed:
-                taken.call.deliver(CallFailed(error))
+    def _fail(batch: list[BatchPart], error: LayertapError) -> None:
+        for part in batch:
+            if not part.call.closed:
+                part.call.deliver(CallFailed(error))

@@ -21,7 +21,7 @@ from layertap._protocol.responses import build_tokens
 from layertap._protocol.stream_state import StreamLedger
 from layertap.v1 import embedding_pb2 as pb
 from layertap_server.model.tokenizer import Tokenized
-from layertap_server.observability.call_record import Phase, Record
+from layertap_server.observability.call_log import Phase, Record
 from layertap_server.protocol import responses
 from layertap_server.protocol.stream_responses import Result, split_run
 from layertap_server.protocol.stream_responses import messages as messages_of

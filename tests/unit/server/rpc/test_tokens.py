@@ -8,9 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from layertap_server.rpc import tokens
-from layertap_server.rpc.file_reload import Watched
-from layertap_server.rpc.tokens import Tokens
+from layertap_server.rpc.auth import Tokens, read_tokens
+from layertap_server.rpc.file_reload import ReloadedFiles
 
 ONE, OTHER, THIRD = "0123456789abcdef", "fedcba9876543210", "x" * 64
 
@@ -47,7 +46,7 @@ def test_a_file_that_everybody_can_read_is_warned_of(
     path = tmp_path / "tokens"
     path.write_text(f"alice {ONE}\n")
     path.chmod(mode)
-    assert tokens.read(str(path)).name_of(ONE) == "alice"
+    assert read_tokens(str(path)).name_of(ONE) == "alice"
     assert ("chmod" in caplog.text) is warned and ONE not in caplog.text
 
 
@@ -64,7 +63,7 @@ def test_a_changed_file_is_read_again_and_a_bad_one_changes_nothing(
     caplog.set_level(logging.INFO)
     path = tmp_path / "tokens"
     path.write_text(f"alice {ONE}\n")
-    watched = Watched("the token file", [str(path)], lambda: tokens.read(str(path)))
+    watched = ReloadedFiles("the token file", [str(path)], lambda: read_tokens(str(path)))
     first = watched.get()
     assert watched.get() is first and watched.changed() is None
 
@@ -85,7 +84,7 @@ def test_a_changed_file_is_read_again_and_a_bad_one_changes_nothing(
 def test_what_is_missing_or_bad_at_first_is_an_error(tmp_path: Path) -> None:
     path = tmp_path / "tokens"
     with pytest.raises(FileNotFoundError):
-        Watched("the token file", [str(path)], lambda: tokens.read(str(path)))
+        ReloadedFiles("the token file", [str(path)], lambda: read_tokens(str(path)))
     path.write_text("alice\n")
     with pytest.raises(ValueError, match="line 1"):
-        Watched("the token file", [str(path)], lambda: tokens.read(str(path)))
+        ReloadedFiles("the token file", [str(path)], lambda: read_tokens(str(path)))

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from layertap import ResourceExhaustedError
-from layertap_server.scheduler.oom_retry import in_halves
+from layertap_server.scheduler.oom_retry import with_oom_retry
 from layertap_server.types import OutOfMemoryError, Output, OutputKind, Plan, Pool, Rows, Run, Strategy, Text, Unit
 
 LAYERS = Output(kind=OutputKind.HIDDEN_STATES, layers=(0, 2), row_size=1)
@@ -69,7 +69,7 @@ def test_every_tensor_comes_once_and_whole_and_only_what_fits_nowhere_is_refused
         )
         for run in sizes
     ]
-    all_rows = list(in_halves(engine)(batch))
+    all_rows = list(with_oom_retry(engine)(batch))
     found = {(rows.run_index, rows.output_index, rows.layer): rows for rows in all_rows}
     assert len(all_rows) == len(found) == sum(len(output.layers) for run in batch for output in run.plan.outputs)
     for (run_index, output_index, layer), rows in found.items():
@@ -92,7 +92,7 @@ def test_every_tensor_comes_once_and_whole_and_only_what_fits_nowhere_is_refused
 def test_a_text_too_large_costs_its_neighbours_nothing_but_time() -> None:
     engine = SmallEngine(10, random.Random(0))
     texts = [Text(np.arange(size, dtype=np.int32)) for size in (3, 3, 11, 3)]
-    *_, rows = in_halves(engine)([Run(plan=PLANS[0], texts=texts)])
+    *_, rows = with_oom_retry(engine)([Run(plan=PLANS[0], texts=texts)])
     assert rows.layer == 2 and list(rows.failures) == [2]
     assert "11 tokens" in rows.failures[2].details
     assert engine.batch_sizes == [4, 2, 2, 1, 1], "only what does not fit is halved"
