@@ -198,11 +198,13 @@ class ModelInfo:
         attention_head_count: Heads of each attention.
         vocab_size: Ids are below this.
         type_vocab_size: Token types are below this.
-        max_length: The most tokens of one text, special tokens counted.
+        max_length: The most tokens of one text, special tokens counted: the model's positions.
+        default_max_length: The most tokens of one text where a call names no max_length.
         has_pooler_output: Whether the model has pooler weights.
         compute_dtype: What the server computes in: "float32", "float16" or "bfloat16".
         devices: Where it computes, such as ("cpu",).
-        special_token_ids: Ids that `include_special_tokens=False` leaves out, ascending.
+        special_token_ids: Ids that the tokenizer adds to a text, and that of padding, ascending.
+            Of token ids `include_special_tokens=False` leaves these out.
         pad_token_id: The id that padding uses.
         limits: The bounds in force.
         server_version: The version of the server.
@@ -218,6 +220,7 @@ class ModelInfo:
     vocab_size: int
     type_vocab_size: int
     max_length: int
+    default_max_length: int
     has_pooler_output: bool
     compute_dtype: str
     devices: tuple[str, ...]

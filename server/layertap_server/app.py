@@ -21,8 +21,7 @@ from layertap_server.model import checkpoint
 from layertap_server.model.tokenizer import Tokenizer
 from layertap_server.observability.call_log import CallLog
 from layertap_server.observability.metrics import Endpoint, Metrics, Server, State
-from layertap_server.protocol import responses
-from layertap_server.protocol.model_info import info_of, model_of
+from layertap_server.protocol.model_info import info_of
 from layertap_server.protocol.preprocess import Reception
 from layertap_server.protocol.validation import Intake, Limits
 from layertap_server.rpc import server as listen
@@ -101,12 +100,7 @@ class App:
                 tokenizer=self.tokenizer.description, sentences=sentence_config.description, dtype=config.dtype
             ),
         )
-        self.model = model_of(found.settings, encoders[0].has_pooler, self.tokenizer.special_token_ids)
-        if self.tokenizer.vocab_size > self.model.vocab_size:
-            raise checkpoint.CheckpointError(
-                f"the tokenizer has a vocabulary of {self.tokenizer.vocab_size}, the model of {self.model.vocab_size}; "
-                "they do not belong together, fetch the model again"
-            )
+        self.model = self.tokenizer.model_facts(found, fingerprint=fingerprint, has_pooler=encoders[0].has_pooler)
         config.check_output_bytes((self.model.layer_count + 1) * self.model.max_length * self.model.hidden_size * 4)
         batch_tokens = config.max_batch_tokens or (_CPU_BATCH_TOKENS if devices == ["cpu"] else _CUDA_BATCH_TOKENS)
         self._serving = False
@@ -135,12 +129,6 @@ class App:
             max_output_bytes=config.max_output_bytes,
             max_call_output_bytes=config.max_call_output_bytes,
             hooks=hooks,
-        )
-        identity = responses.Identity(
-            model_id=found.name,
-            fingerprint=fingerprint,
-            layer_count=self.model.layer_count,
-            pad_token_id=self.tokenizer.pad_token_id,
         )
         if config.shared_memory_bytes and not hasattr(os, "memfd_create"):
             raise ConfigError("--shared-memory-bytes needs Linux; leave it out")
@@ -173,9 +161,9 @@ class App:
             reception=Reception(intake=intake, tokenizer=self.tokenizer),
             tokenizer=self.tokenizer,
             batcher=self.batcher,
-            identity=identity,
+            model=self.model,
             sharing=self._sharing,
-            info=info_of(config, self.model, identity, devices, found.settings, sentence_config),
+            info=info_of(config, self.model, devices, sentence_config),
             bounds=Bounds(
                 max_response_bytes=config.max_response_bytes,
                 max_frame_bytes=config.max_frame_bytes,

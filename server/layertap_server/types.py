@@ -54,12 +54,14 @@ class Text:
         input_ids: Shape: [token_count].
         attention_mask: Shape: [token_count], with at least one 0. None: all 1.
         token_type_ids: Shape: [token_count], with at least one not 0. None: all 0.
-        words: Its words. None: nobody asks for them, or it has none.
+        special_tokens_mask: Shape: [token_count]; 1 for special tokens. None: no output asks for it, or all 0.
+        words: Its words. None: no output asks for them, or it has none.
     """
 
     input_ids: Ids
     attention_mask: Ids | None = None
     token_type_ids: Ids | None = None
+    special_tokens_mask: Ids | None = None
     words: Words | None = None
 
     @property
@@ -125,33 +127,34 @@ class Pool:
 
     Attributes:
         strategy: How rows become one vector.
-        excluded_ids: Token ids that do not take part.
+        exclude_special_tokens: Whether special tokens take no part; each text then says which they are.
         normalize: Whether the vector is divided by its Euclidean length.
         first_row: The rows before it do not take part: a prompt's.
     """
 
     strategy: Strategy
-    excluded_ids: tuple[int, ...] = ()
+    exclude_special_tokens: bool = False
     normalize: bool = False
     first_row: int = 0
 
     def is_empty(self, text: Text) -> bool:
         """Whether nothing of a text is pooled."""
-        whole = text.attention_mask is None and not self.excluded_ids and not self.first_row
+        whole = text.attention_mask is None and not self.exclude_special_tokens and not self.first_row
         return not whole and not len(self.positions(text))
 
     def positions(self, text: Text) -> npt.NDArray[np.intp]:
         """Returns the rows of a text that are pooled, ascending. CLS pools the first one whatever its mask."""
         if self.strategy is Strategy.CLS:
             return np.arange(self.first_row, min(self.first_row + 1, text.token_count))
-        if text.attention_mask is None and not self.excluded_ids:
+        special = text.special_tokens_mask if self.exclude_special_tokens else None
+        if text.attention_mask is None and special is None:
             rows = np.arange(self.first_row, text.token_count)
         else:
             taken = np.arange(text.token_count) >= self.first_row
             if text.attention_mask is not None:
                 taken &= text.attention_mask == 1
-            if self.excluded_ids:
-                taken &= ~np.isin(text.input_ids, self.excluded_ids)
+            if special is not None:
+                taken &= special == 0
             rows = np.flatnonzero(taken)
         return rows[-1:] if self.strategy is Strategy.LAST else rows
 
@@ -238,6 +241,7 @@ class Plan:
         allocate: Where the caller would like its rows; see `Run.allocate`. None: anywhere.
         byte_counts: The answer's bytes for each token, each word and each text.
         has_words: Whether an output has a row for each word.
+        excludes_special_tokens: Whether a pool leaves special tokens out.
     """
 
     outputs: tuple[Output, ...]
@@ -246,6 +250,7 @@ class Plan:
     allocate: Callable[[int, int, int, int], memoryview | None] | None = None
     byte_counts: ByteCounts = dataclasses.field(init=False)
     has_words: bool = dataclasses.field(init=False)
+    excludes_special_tokens: bool = dataclasses.field(init=False)
 
     def __post_init__(self) -> None:
         """Adds up the outputs, once for all texts."""
@@ -255,6 +260,8 @@ class Plan:
         byte_counts = ByteCounts(token=sizes[Unit.TOKEN], word=sizes[Unit.WORD], text=sizes[Unit.TEXT])
         object.__setattr__(self, "byte_counts", byte_counts)
         object.__setattr__(self, "has_words", any(output.unit is Unit.WORD for output in self.outputs))
+        pools = [output.pool for output in self.outputs if output.pool is not None]
+        object.__setattr__(self, "excludes_special_tokens", any(pool.exclude_special_tokens for pool in pools))
 
     @property
     def depth(self) -> int:

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from layertap import Embedding, wire
 from layertap.types import FloatArray
 from layertap.v1 import embedding_pb2 as pb
+from layertap_server.model.facts import ModelFacts
 from layertap_server.model.tokenizer import Tokenized
 from layertap_server.protocol import responses
 from layertap_server.scheduler.events import RowsReady
@@ -32,7 +33,20 @@ from layertap_server.types import (
 )
 
 LAYER_COUNT = 4
-IDENTITY = responses.Identity(model_id="made-up", fingerprint="f" * 64, layer_count=LAYER_COUNT, pad_token_id=0)
+IDENTITY = ModelFacts(
+    model_id="made-up",
+    fingerprint="f" * 64,
+    layer_count=LAYER_COUNT,
+    hidden_size=4,
+    head_count=1,
+    vocab_size=10,
+    type_vocab_size=2,
+    max_length=512,
+    default_max_length=512,
+    has_pooler_output=True,
+    pad_token_id=0,
+    special_token_ids=(0,),
+)
 
 
 @dataclasses.dataclass(kw_only=True, eq=False)

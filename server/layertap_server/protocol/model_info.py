@@ -2,55 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import layertap
 from layertap import wire
 from layertap.v1 import embedding_pb2 as pb
 from layertap_server.config import Config
+from layertap_server.model.facts import ModelFacts
 from layertap_server.model.sentence_config import SentenceConfig
-from layertap_server.protocol import responses
-from layertap_server.protocol.output_spec import Model
-
-
-def model_of(settings: Mapping[str, Any], has_pooler: bool, special_token_ids: tuple[int, ...]) -> Model:
-    """Returns the shape of a model by its config.json and weights."""
-    return Model(
-        layer_count=settings["num_hidden_layers"],
-        hidden_size=settings["hidden_size"],
-        vocab_size=settings["vocab_size"],
-        type_vocab_size=settings.get("type_vocab_size", 2),
-        max_length=settings["max_position_embeddings"],
-        has_pooler_output=has_pooler,
-        special_token_ids=special_token_ids,
-    )
 
 
 def info_of(
     config: Config,
-    model: Model,
-    identity: responses.Identity,
+    model: ModelFacts,
     devices: Sequence[str],
-    settings: Mapping[str, Any],
     sentence_config: SentenceConfig,
 ) -> pb.GetModelInfoResponse:
     """Returns the answer to GetModelInfo."""
     return pb.GetModelInfoResponse(
-        model_id=identity.model_id,
-        fingerprint=identity.fingerprint,
-        model_type=settings["model_type"],
+        model_id=model.model_id,
+        fingerprint=model.fingerprint,
+        model_type=model.model_type,
         layer_count=model.layer_count,
         hidden_size=model.hidden_size,
-        attention_head_count=settings["num_attention_heads"],
+        attention_head_count=model.head_count,
         vocab_size=model.vocab_size,
         type_vocab_size=model.type_vocab_size,
         max_length=model.max_length,
+        default_max_length=model.default_max_length,
         has_pooler_output=model.has_pooler_output,
         compute_dtype=wire.DTYPES[config.dtype],
         devices=devices,
         special_token_ids=model.special_token_ids,
-        pad_token_id=identity.pad_token_id,
+        pad_token_id=model.pad_token_id,
         limits=pb.Limits(
             max_text_count=config.max_text_count,
             max_character_count=config.max_character_count,

@@ -6,13 +6,13 @@ it.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Final, TypeVar
 
 from layertap import wire
 from layertap.errors import FailedPreconditionError, InvalidArgumentError
 from layertap.v1 import embedding_pb2 as pb
+from layertap_server.model.facts import ModelFacts
 from layertap_server.types import Mix, Mixing, Output, OutputKind, Plan, Pool, Strategy, WordPooling
 
 KeyT = TypeVar("KeyT")
@@ -29,30 +29,7 @@ _MIXINGS: Final = {number: Mixing[name.upper()] for name, number in wire.MIX_STR
 _WORD_POOLINGS: Final = {number: WordPooling[name.upper()] for name, number in wire.WORD_POOLINGS.items()}
 
 
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Model:
-    """What the checks need to know of the model.
-
-    Attributes:
-        layer_count: L.
-        hidden_size: Values a token row has.
-        vocab_size: Ids are below this.
-        type_vocab_size: Token types are below this.
-        max_length: The most tokens of one text.
-        has_pooler_output: Whether there are pooler weights.
-        special_token_ids: What pools without special tokens leave out.
-    """
-
-    layer_count: int
-    hidden_size: int
-    vocab_size: int
-    type_vocab_size: int
-    max_length: int
-    has_pooler_output: bool
-    special_token_ids: tuple[int, ...]
-
-
-def plan(options: pb.EmbedOptions, model: Model) -> Plan:
+def plan(options: pb.EmbedOptions, model: ModelFacts) -> Plan:
     """Returns what is asked of each text.
 
     Raises:
@@ -82,7 +59,7 @@ def known(field: str, value: KeyT, known: Mapping[KeyT, ValueT]) -> ValueT:
     return known[value]
 
 
-def _output(output: pb.Output, model: Model, label: str) -> Output:
+def _output(output: pb.Output, model: ModelFacts, label: str) -> Output:
     kind = output.WhichOneof("kind")
     if kind == "hidden_states":
         layers, mix, size = _layers(output.hidden_states, model, label)
@@ -99,7 +76,7 @@ def _output(output: pb.Output, model: Model, label: str) -> Output:
 
 
 def _layers(
-    asked: pb.HiddenStates | pb.WordVectors, model: Model, label: str
+    asked: pb.HiddenStates | pb.WordVectors, model: ModelFacts, label: str
 ) -> tuple[tuple[int, ...], Mix | None, int]:
     """Returns the layers after which rows leave, the mix that they are of, and how many values a token row has."""
     if asked.HasField("mix"):
@@ -114,7 +91,7 @@ def _layers(
     return tuple(sorted(layers)), None, model.hidden_size
 
 
-def _mix(asked: pb.LayerMix, model: Model, label: str) -> tuple[Mix, int]:
+def _mix(asked: pb.LayerMix, model: ModelFacts, label: str) -> tuple[Mix, int]:
     """Returns a mix, and how many values its rows have."""
     mixing = known(f"{label}.strategy", asked.strategy or pb.MIX_STRATEGY_MEAN, _MIXINGS)
     if bool(asked.layers) == asked.all_layers:
@@ -141,7 +118,7 @@ def _check_weights(weights: Sequence[float], mixing: Mixing, layer_count: int, l
         )
 
 
-def _word_vectors(asked: pb.WordVectors, model: Model, label: str) -> Output:
+def _word_vectors(asked: pb.WordVectors, model: ModelFacts, label: str) -> Output:
     pooling = known(f"{label}.pooling", asked.pooling or pb.WORD_POOLING_MEAN, _WORD_POOLINGS)
     layers, mix, size = _layers(asked, model, label)
     if pooling is WordPooling.FIRST_LAST:
@@ -149,7 +126,7 @@ def _word_vectors(asked: pb.WordVectors, model: Model, label: str) -> Output:
     return Output(kind=OutputKind.WORD_VECTORS, layers=layers, row_size=size, word_pooling=pooling, mix=mix)
 
 
-def _pooled_vectors(asked: pb.PooledVectors, model: Model, label: str) -> Output:
+def _pooled_vectors(asked: pb.PooledVectors, model: ModelFacts, label: str) -> Output:
     strategy = known(f"{label}.strategy", asked.strategy or pb.POOLING_STRATEGY_MEAN, _STRATEGIES)
     if strategy is Strategy.CLS and asked.exclude_special_tokens:
         raise InvalidArgumentError(f"{label} pools [CLS] and excludes special tokens; include them, or pool otherwise")
@@ -165,17 +142,16 @@ def _pooled_vectors(asked: pb.PooledVectors, model: Model, label: str) -> Output
         widest *= 2
     if not 0 <= asked.dimensions <= widest:
         raise InvalidArgumentError(f"{label}.dimensions is {asked.dimensions}; it runs from 1 to {widest}, 0 means all")
-    excluded = model.special_token_ids if asked.exclude_special_tokens else ()
     return Output(
         kind=OutputKind.POOLED_VECTORS,
         layers=(layer,),
         row_size=asked.dimensions or widest,
-        pool=Pool(strategy=strategy, excluded_ids=excluded, normalize=asked.normalize),
+        pool=Pool(strategy=strategy, exclude_special_tokens=asked.exclude_special_tokens, normalize=asked.normalize),
         mix=mix,
     )
 
 
-def _layer(layer: int, model: Model, label: str) -> int:
+def _layer(layer: int, model: ModelFacts, label: str) -> int:
     count = model.layer_count
     if not -count - 1 <= layer <= count:
         raise InvalidArgumentError(

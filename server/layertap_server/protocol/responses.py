@@ -7,13 +7,13 @@ frame size come out, each payload written once, behind its head.
 from __future__ import annotations
 
 import bisect
-import dataclasses
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TypeVar
 
 from layertap import wire
 from layertap.v1 import embedding_pb2 as pb
+from layertap_server.model.facts import ModelFacts
 from layertap_server.model.tokenizer import Tokenized, Tokenizer
 from layertap_server.observability.call_log import Record
 from layertap_server.scheduler.events import RowsReady
@@ -31,30 +31,13 @@ HEAD_BYTES = 256
 """Room in a message for all but its payload; larger lists are counted by themselves."""
 
 
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Identity:
-    """What opens every answer.
-
-    Attributes:
-        model_id: The name of the model.
-        fingerprint: Its fingerprint.
-        layer_count: L.
-        pad_token_id: The id that padding uses.
-    """
-
-    model_id: str
-    fingerprint: str
-    layer_count: int
-    pad_token_id: int
-
-
-def header(identity: Identity, plan: Plan, tokenized: Sequence[Tokenized] = ()) -> pb.EmbedHeader:
+def header(model: ModelFacts, plan: Plan, tokenized: Sequence[Tokenized] = ()) -> pb.EmbedHeader:
     """Returns what opens an answer; without texts, that of an EmbedStream."""
     return pb.EmbedHeader(
-        model_id=identity.model_id,
-        fingerprint=identity.fingerprint,
-        layer_count=identity.layer_count,
-        pad_token_id=identity.pad_token_id,
+        model_id=model.model_id,
+        fingerprint=model.fingerprint,
+        layer_count=model.layer_count,
+        pad_token_id=model.pad_token_id,
         dtype=wire.DTYPES[plan.dtype],
         outputs=[
             pb.OutputHeader(
@@ -100,7 +83,7 @@ def tokens(one: Tokenized, tokenizer: Tokenizer, *, pad_to: int = 0) -> pb.Token
         tokens=encoding.tokens + [tokenizer.pad_token] * pads,
         input_ids=encoding.ids + [tokenizer.pad_token_id] * pads,
         attention_mask=[1] * count + [0] * pads,
-        token_type_ids=encoding.type_ids + [0] * pads,
+        token_type_ids=([0] * count if text.token_type_ids is None else text.token_type_ids.tolist()) + [0] * pads,
         special_tokens_mask=encoding.special_tokens_mask + [1] * pads,
         offset_mapping=[end for pair in encoding.offsets for end in pair] + [0] * (2 * pads),
         word_ids=[-1 if word is None else word for word in encoding.word_ids] + [-1] * pads,

@@ -15,10 +15,10 @@ import numpy as np
 from layertap import wire
 from layertap.errors import InvalidArgumentError, LayertapError
 from layertap.v1 import embedding_pb2 as pb
+from layertap_server.model.facts import ModelFacts
 from layertap_server.model.sentence_config import SentenceConfig
 from layertap_server.model.tokenizer import Item, Tokenized, Tokenizer
 from layertap_server.protocol import output_spec
-from layertap_server.protocol.output_spec import Model
 from layertap_server.types import Ids, Plan, Text
 
 MAX_PROMPT_CHARACTERS: Final = 10_000
@@ -54,7 +54,7 @@ class Intake:
         tokenizer: What knows how long a prompt is.
     """
 
-    model: Model
+    model: ModelFacts
     limits: Limits
     sentences: SentenceConfig
     tokenizer: Tokenizer
@@ -113,7 +113,7 @@ class Intake:
         """
         if value and not 2 <= value <= at_most:
             raise InvalidArgumentError(f"max_length is {value}; it runs from 2 to {at_most}, 0 means the model's")
-        return value or self.model.max_length
+        return value or self.model.default_max_length
 
     def check_text_count(self, count: int) -> None:
         """Checks how many texts a message has.
@@ -165,6 +165,10 @@ class Intake:
         """Returns the result of tokenizing, or why the model cannot do with its text what the plan asks."""
         if isinstance(result, LayertapError):
             return result
+        if error := _misfit(result.text, self.model, label):
+            return error
+        if plan.excludes_special_tokens:
+            result = self.tokenizer.mark_special_tokens(result)
         if plan.has_words:
             if result.encoding is None:
                 return InvalidArgumentError(
@@ -175,12 +179,6 @@ class Intake:
             return InvalidArgumentError(
                 f"the outputs of {label} take {size} bytes, the most is {self.limits.output_bytes}; ask for fewer "
                 "layers at once, or shorten it"
-            )
-        types = result.text.token_type_ids
-        if types is not None and types.max() >= self.model.type_vocab_size:
-            return InvalidArgumentError(
-                f"{label} has token type {types.max()}, this model knows {self.model.type_vocab_size}: it takes no "
-                "pairs; send the two strings as one text, or as two"
             )
         for output in plan.outputs:
             if output.pool is not None and output.pool.is_empty(result.text):
@@ -232,6 +230,30 @@ class Intake:
                 f"ids run from 0 to {self.model.vocab_size - 1}"
             )
         return ids
+
+
+def _misfit(text: Text, model: ModelFacts, label: str) -> LayertapError | None:
+    """Returns why the model cannot compute a text, whatever the tokenizer made of it; None: it can."""
+    if not text.token_count:
+        return InvalidArgumentError(
+            f"{label} has no tokens, and this model's tokenizer adds none to it; leave the text out, or send token_ids"
+        )
+    if text.token_count > model.max_length:
+        return InvalidArgumentError(
+            f"{label} has {text.token_count} tokens, this model has {model.max_length} positions; shorten it"
+        )
+    if (highest := int(text.input_ids.max())) >= model.vocab_size:
+        return InvalidArgumentError(
+            f"{label} has token id {highest}, this model's vocabulary ends at {model.vocab_size - 1}: its tokenizer "
+            "does not belong to it; leave the text out, or serve the model with its own tokenizer"
+        )
+    types = text.token_type_ids
+    if types is not None and types.max() >= model.type_vocab_size:
+        return InvalidArgumentError(
+            f"{label} has token type {types.max()}, this model has {model.type_vocab_size}: it takes no pairs; send "
+            "the two strings as one text, or as two"
+        )
+    return None
 
 
 def _beside(values: Sequence[int], name: str, end: int, length: int, label: str) -> Ids | None:

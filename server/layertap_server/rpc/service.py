@@ -21,6 +21,7 @@ import grpc.aio
 
 from layertap.errors import InvalidArgumentError
 from layertap.v1 import embedding_pb2 as pb
+from layertap_server.model.facts import ModelFacts
 from layertap_server.model.tokenizer import Tokenized, Tokenizer
 from layertap_server.protocol import responses
 from layertap_server.protocol.preprocess import LARGE_BYTES, Reception, offload, parse
@@ -63,7 +64,7 @@ class EmbeddingService:
         reception: Reception,
         tokenizer: Tokenizer,
         batcher: Batcher,
-        identity: responses.Identity,
+        model: ModelFacts,
         info: pb.GetModelInfoResponse,
         bounds: Bounds,
         sharing: Sharing,
@@ -74,7 +75,7 @@ class EmbeddingService:
         self._reception = reception
         self._tokenizer = tokenizer
         self._batcher = batcher
-        self._identity = identity
+        self._model = model
         self._info = info
         self._bounds = bounds
         self._sharing = sharing
@@ -162,7 +163,7 @@ class EmbeddingService:
 
         def answer() -> bytes:
             message = pb.EmbedResponse(
-                header=responses.header(self._identity, plan, tokenized),
+                header=responses.header(self._model, plan, tokenized),
                 tensors=responses.tensors(parts, plan),
                 timings=responses.timings(caller.record),
             )
@@ -193,7 +194,7 @@ class EmbeddingService:
         inbox: EventQueue[Event] = EventQueue(self._waker)
         frame_count = 0
         with self._call(plan, tokenized, inbox, caller) as call:
-            header = pb.EmbedLayersResponse(header=responses.header(self._identity, plan, tokenized))
+            header = pb.EmbedLayersResponse(header=responses.header(self._model, plan, tokenized))
             await caller.write(header.SerializeToString())
             if plan.return_tokens:
                 groups = responses.token_groups(tokenized, self._tokenizer, self._bounds.max_frame_bytes)
@@ -239,7 +240,7 @@ class EmbeddingService:
                 lending=lending,
             )
             with self._call(stream.plan, (), stream.inbox, caller) as call:
-                header = pb.EmbedStreamResponse(header=responses.header(self._identity, stream.plan))
+                header = pb.EmbedStreamResponse(header=responses.header(self._model, stream.plan))
                 await caller.write(header.SerializeToString())
                 await stream.run(requests, call)
 

@@ -76,6 +76,7 @@ INFO = ModelInfo(
     vocab_size=30522,
     type_vocab_size=2,
     max_length=512,
+    default_max_length=512,
     has_pooler_output=True,
     compute_dtype="float32",
     devices=("cpu",),

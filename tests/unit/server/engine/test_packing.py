@@ -19,8 +19,10 @@ def texts(draw: st.DrawFn) -> Text:
     ids = draw(st.lists(st.integers(0, 9), min_size=length, max_size=length))
     mask = draw(st.none() | st.lists(st.integers(0, 1), min_size=length, max_size=length))
     types = draw(st.none() | st.lists(st.integers(0, 1), min_size=length, max_size=length))
+    special = draw(st.none() | st.lists(st.integers(0, 1), min_size=length, max_size=length))
     return Text(
         np.array(ids, np.int32),
+        special_tokens_mask=None if special is None else np.array(special, np.int32),
         attention_mask=None if mask is None or all(mask) else np.array(mask, np.int32),
         token_type_ids=None if types is None or not any(types) else np.array(types, np.int32),
     )
@@ -37,7 +39,7 @@ batches = st.lists(runs(), min_size=1, max_size=5)
 pools = st.builds(
     Pool,
     strategy=st.sampled_from(Strategy),
-    excluded_ids=st.lists(st.integers(0, 9), max_size=3).map(tuple),
+    exclude_special_tokens=st.booleans(),
 )
 
 
@@ -133,8 +135,9 @@ def pooled(text: Text, pool: Pool) -> list[int]:
     if pool.strategy is Strategy.CLS:
         return [0]
     mask = as_list(text.attention_mask, text.token_count, 1)
+    special = as_list(text.special_tokens_mask, text.token_count, 0)
     positions = [
-        n for n, token_id in enumerate(text.input_ids.tolist()) if mask[n] == 1 and token_id not in pool.excluded_ids
+        n for n in range(text.token_count) if mask[n] == 1 and not (pool.exclude_special_tokens and special[n])
     ]
     return positions[-1:] if pool.strategy is Strategy.LAST else positions
 

@@ -1,0 +1,40 @@
+"""What the rest of the server knows of the model: its shape, its name, and what its tokenizer does. Pure data."""
+
+from __future__ import annotations
+
+import dataclasses
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class ModelFacts:
+    """The facts of the served model.
+
+    Attributes:
+        model_id: The name that clients know it by.
+        fingerprint: Its fingerprint.
+        layer_count: L, the number of encoder blocks.
+        hidden_size: Values of one token row.
+        head_count: Heads of each attention.
+        vocab_size: Token ids are below this.
+        type_vocab_size: Token types are below this.
+        max_length: The most tokens of one text: the rows of the position embeddings.
+        default_max_length: The most tokens of one text if the request names no max_length.
+        has_pooler_output: Whether there are pooler weights.
+        pad_token_id: The id that padding uses.
+        special_token_ids: Among token ids, those that count as special tokens, ascending.
+        model_type: The architecture.
+    """
+
+    model_id: str
+    fingerprint: str
+    layer_count: int
+    hidden_size: int
+    head_count: int
+    vocab_size: int
+    type_vocab_size: int
+    max_length: int
+    default_max_length: int
+    has_pooler_output: bool
+    pad_token_id: int
+    special_token_ids: tuple[int, ...]
+    model_type: str = "bert"

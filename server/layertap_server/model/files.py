@@ -1,0 +1,64 @@
+"""The small files of a model's folder, read within bounds. Whatever is wrong with one is said in one line."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, Final
+
+MAX_BYTES: Final = 64 << 20
+"""The most bytes of a JSON file; the configurations of real models have a few thousand."""
+
+_POINTER: Final = b"version https://git-lfs"
+_REASON_LENGTH: Final = 200
+
+
+class CheckpointError(Exception):
+    """A model cannot be served; the message is one line with the next step."""
+
+
+def read_json(path: Path) -> Any:
+    """Returns what a JSON file holds.
+
+    Raises:
+        FileNotFoundError: If it is not there.
+        CheckpointError: If it cannot be read, is too large, or is not JSON.
+    """
+    refuse_pointer(path)
+    try:
+        with path.open("rb") as file:
+            content = file.read(MAX_BYTES + 1)
+    except FileNotFoundError:
+        raise
+    except OSError as exc:
+        raise CheckpointError(f"{path.name} cannot be read: {exc.strerror or exc}; check the model folder") from exc
+    if len(content) > MAX_BYTES:
+        raise CheckpointError(f"{path.name} has more than {MAX_BYTES} bytes; fetch the model again")
+    try:
+        return json.loads(content.decode("utf-8"))
+    except (ValueError, RecursionError) as exc:
+        raise CheckpointError(f"{path.name} is not valid JSON ({reason_of(exc)}); fetch the model again") from exc
+
+
+def refuse_pointer(path: Path) -> None:
+    """Checks that a file is itself, and not the pointer that git-lfs leaves in its place.
+
+    Raises:
+        CheckpointError: If it is a pointer.
+    """
+    try:
+        with path.open("rb") as file:
+            begin = file.read(len(_POINTER))
+    except OSError:
+        return  # Not there, or not readable, which who opens it says better.
+    if begin == _POINTER:
+        raise CheckpointError(
+            f"{path.name} is a git-lfs pointer, not the file itself; run `git lfs pull` in the model folder"
+        )
+
+
+def reason_of(exc: BaseException) -> str:
+    """Returns the message of an error of a library as one short line."""
+    message = " ".join(str(exc).split()) or type(exc).__name__
+    message = "".join(letter if letter.isprintable() else "?" for letter in message)
+    return message if len(message) <= _REASON_LENGTH else message[:_REASON_LENGTH] + " …"

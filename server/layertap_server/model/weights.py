@@ -1,0 +1,118 @@
+"""Whether the tensors of safetensors files are those of the model, by their headers alone. No numbers are read."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path, PurePosixPath
+from typing import Any, Final
+
+import safetensors
+
+from layertap_server.model.architectures import expected_shapes
+from layertap_server.model.files import CheckpointError, read_json, reason_of, refuse_pointer
+
+INDEX: Final = "model.safetensors.index.json"
+
+_FLOATS: Final = ("F64", "F32", "F16", "BF16")
+_OWN: Final = ("embeddings.", "encoder.", "pooler.")
+"""The parts of BertModel. All other tensors are heads, such as cls.predictions, and are not read."""
+_BUFFERS: Final = ("embeddings.position_ids", "embeddings.token_type_ids")
+"""What old versions of transformers saved though it is no weight."""
+
+
+def find_weights(folder: Path) -> tuple[Path, ...]:
+    """Returns the safetensors files of a folder.
+
+    Raises:
+        CheckpointError: If there are none, or the index names what is not in the folder.
+    """
+    if (folder / "model.safetensors").is_file():
+        return (folder / "model.safetensors",)
+    if (folder / INDEX).exists():
+        return _shards(folder)
+    if any(folder.glob("*.bin")) or any(folder.glob("*.pt")) or any(folder.glob("*.ckpt")):
+        raise CheckpointError(
+            "the model has only pickled weights, which can run code and are never opened; convert it to safetensors, "
+            "or name a revision that has them with --revision"
+        )
+    raise CheckpointError(f"the model folder {folder.name!r} has no model.safetensors; fetch the whole model")
+
+
+def _shards(folder: Path) -> tuple[Path, ...]:
+    index = read_json(folder / INDEX)
+    names = index.get("weight_map") if isinstance(index, dict) else None
+    if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
+        raise CheckpointError(f"{INDEX} has no weight_map of file names; fetch the model again")
+    files = sorted(set(names.values()))
+    for name in files:
+        if len(PurePosixPath(name).parts) != 1 or name == ".." or "\\" in name or not name.endswith(".safetensors"):
+            raise CheckpointError(f"{INDEX} names {name!r:.80}, which is not a safetensors file of the model folder")
+    missing = [name for name in files if not (folder / name).is_file()]
+    if missing or not files:
+        listed = ", ".join(missing[:3]) + (" …" if len(missing) > 3 else "")
+        raise CheckpointError(f"the model lacks {listed or 'all its shards'}; fetch it again")
+    return tuple(folder / name for name in files)
+
+
+def check_weights(files: Sequence[Path], settings: Mapping[str, Any], *, given: Mapping[str, Any]) -> None:
+    """Checks names, shapes and formats of all tensors of the model.
+
+    Args:
+        files: The safetensors files.
+        settings: The whole configuration.
+        given: What config.json itself says of it.
+
+    Raises:
+        CheckpointError: If a tensor is missing, left over, or of another shape or format; it is named.
+    """
+    found = _tensors(files)
+    pooler = any(name.startswith("pooler.") for name in found)
+    for name, shape in expected_shapes(settings, pooler=pooler).items():
+        if name not in found:
+            raise CheckpointError(f"the weights lack {name}; fetch the model again")
+        own_shape, kind = found.pop(name)
+        if own_shape != shape:
+            defaults = [key for key in ("vocab_size", "hidden_size", "intermediate_size") if key not in given]
+            hint = f" ({', '.join(defaults)} by transformers' default, config.json lacks it)" if defaults else ""
+            raise CheckpointError(
+                f"{name} has shape {own_shape}, config.json says {shape}{hint}; correct it, or fetch the model again"
+            )
+        if kind not in _FLOATS:
+            raise CheckpointError(
+                f"{name} has the format {kind}; layertap reads {', '.join(_FLOATS)}, save the model in one of these"
+            )
+    if left := sorted(name for name in found if name.startswith(_OWN) and name not in _BUFFERS):
+        listed = ", ".join(left[:3]) + (f" and {len(left) - 3} more" if len(left) > 3 else "")
+        raise CheckpointError(
+            f"the weights have {listed}, which the model of config.json does not have; its numbers would be others, "
+            "so correct config.json, or choose a checkpoint of a plain BERT"
+        )
+
+
+def _tensors(files: Sequence[Path]) -> dict[str, tuple[tuple[int, ...], str]]:
+    """Returns shape and format of each tensor by transformers' name."""
+    found: dict[str, tuple[tuple[int, ...], str]] = {}
+    for path in files:
+        refuse_pointer(path)
+        try:
+            with safetensors.safe_open(path, framework="np") as file:
+                for name in file.keys():  # noqa: SIM118  # The file itself cannot be iterated.
+                    part = file.get_slice(name)
+                    own = plain_name(name)
+                    if own in found and own.startswith(_OWN):
+                        raise CheckpointError(f"the weights have {own} twice; fetch the model again")
+                    found[own] = tuple(part.get_shape()), str(part.get_dtype())
+        except (OSError, safetensors.SafetensorError) as exc:
+            raise CheckpointError(
+                f"{path.name} cannot be read as safetensors ({reason_of(exc)}); fetch the model again"
+            ) from exc
+    return found
+
+
+def plain_name(name: str) -> str:
+    """Returns the name that a tensor has in BertModel, without a prefix and in today's spelling."""
+    name = name.removeprefix("bert.")
+    for old, new in (("LayerNorm.gamma", "LayerNorm.weight"), ("LayerNorm.beta", "LayerNorm.bias")):
+        if name.endswith(old):
+            return name.removesuffix(old) + new
+    return name
