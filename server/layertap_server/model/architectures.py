@@ -14,7 +14,7 @@ from typing import Any, Final
 
 from layertap_server.model.files import CheckpointError, read_json, reason_of
 
-_COUNTS: Final = (
+COUNTS: Final = (
     "vocab_size",
     "hidden_size",
     "num_hidden_layers",
@@ -23,7 +23,7 @@ _COUNTS: Final = (
     "max_position_embeddings",
     "type_vocab_size",
 )
-_DEFAULTED: Final = (*_COUNTS, "hidden_act", "layer_norm_eps", "initializer_range", "pad_token_id")
+_DEFAULTED: Final = (*COUNTS, "hidden_act", "layer_norm_eps", "initializer_range", "pad_token_id")
 """The keys that are read; those that config.json leaves out have the defaults of transformers' BertConfig."""
 
 _MAX_LAYERS: Final = 1024
@@ -92,7 +92,7 @@ def _with_defaults(found: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _check_sizes(settings: Mapping[str, Any], found: Mapping[str, Any]) -> None:
-    for key in _COUNTS:
+    for key in COUNTS:
         value = settings[key]
         if type(value) is not int or value < 1:
             raise CheckpointError(f"config.json has {key} {value!r:.80}; it must be a whole number from 1")
@@ -113,7 +113,7 @@ def _check_sizes(settings: Mapping[str, Any], found: Mapping[str, Any]) -> None:
         )
     needed, there = 4 * _parameter_count(settings), os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if needed > there:
-        largest = max(_COUNTS, key=lambda key: int(settings[key]))
+        largest = max(COUNTS, key=lambda key: int(settings[key]))
         raise CheckpointError(
             f"the model that config.json describes takes {needed / 1e9:.3g} GB in float32, this machine has "
             f"{there / 1e9:.3g} GB; check {largest} ({settings[largest]:.4g})"

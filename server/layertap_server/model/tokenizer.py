@@ -22,8 +22,9 @@ from tokenizers import normalizers
 
 from layertap.errors import InvalidArgumentError, LayertapError
 from layertap_server.model import sentence_config
-from layertap_server.model.checkpoint import Checkpoint, CheckpointError, reason_of
+from layertap_server.model.checkpoint import Checkpoint
 from layertap_server.model.facts import ModelFacts
+from layertap_server.model.files import CheckpointError, reason_of
 from layertap_server.model.sentence_config import SentenceConfig
 from layertap_server.types import Indices, Text, Words
 
@@ -158,14 +159,13 @@ class Tokenizer:
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         self._has_token_types = "token_type_ids" in loaded.model_input_names
-        self.description = json.dumps(
-            [self._tokenizer.to_str(), self._tokenizer.encode_special_tokens, self._has_token_types]
-        )
         self._engine = _Engine(self._tokenizer, has_token_types=self._has_token_types)
         self.pad_token_id: int = loaded.pad_token_id if loaded.pad_token_id is not None else 0
         added = self._added_ids()
         self._highest_id = max([*added, *self._tokenizer.get_vocab(with_added_tokens=True).values()], default=-1)
         self.special_token_ids: tuple[int, ...] = tuple(sorted({*added, self.pad_token_id}))
+        beside = [self._tokenizer.encode_special_tokens, self._has_token_types, self._max_length, self.pad_token_id]
+        self.description = json.dumps([self._tokenizer.to_str(), *beside])
         self.pad_token: str = loaded.pad_token if loaded.pad_token is not None else "[PAD]"
 
     def encode(

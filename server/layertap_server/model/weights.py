@@ -8,7 +8,7 @@ from typing import Any, Final
 
 import safetensors
 
-from layertap_server.model.architectures import expected_shapes
+from layertap_server.model.architectures import COUNTS, expected_shapes
 from layertap_server.model.files import CheckpointError, read_json, reason_of, refuse_pointer
 
 INDEX: Final = "model.safetensors.index.json"
@@ -66,14 +66,14 @@ def check_weights(files: Sequence[Path], settings: Mapping[str, Any], *, given: 
         CheckpointError: If a tensor is missing, left over, or of another shape or format; it is named.
     """
     found = _tensors(files)
+    defaults = [key for key in COUNTS if key not in given]
+    hint = f" (config.json lacks {', '.join(defaults)}: transformers' defaults hold)" if defaults else ""
     pooler = any(name.startswith("pooler.") for name in found)
     for name, shape in expected_shapes(settings, pooler=pooler).items():
         if name not in found:
-            raise CheckpointError(f"the weights lack {name}; fetch the model again")
+            raise CheckpointError(f"the weights lack {name}{hint}; fetch the model again, or correct config.json")
         own_shape, kind = found.pop(name)
         if own_shape != shape:
-            defaults = [key for key in ("vocab_size", "hidden_size", "intermediate_size") if key not in given]
-            hint = f" ({', '.join(defaults)} by transformers' default, config.json lacks it)" if defaults else ""
             raise CheckpointError(
                 f"{name} has shape {own_shape}, config.json says {shape}{hint}; correct it, or fetch the model again"
             )
