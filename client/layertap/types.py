@@ -42,12 +42,12 @@ class LayerMix:
     Attributes:
         strategy: "mean", "sum", "concat" (one after the other, as many times as wide) or "weighted" (the sum of each
             layer times its weight).
-        layers: "all", or layer numbers, each layer once. Their order is that of "concat" and of the weights.
+        layers: "all", a layer number, or several, each layer once. Their order is that of "concat" and of the weights.
         weights: For "weighted" one for each layer, used as they are, whatever their sum.
     """
 
     strategy: MixName
-    layers: Literal["all"] | Sequence[int]
+    layers: Literal["all"] | int | Sequence[int]
     weights: npt.ArrayLike | None = None
 
 

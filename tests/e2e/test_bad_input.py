@@ -190,7 +190,7 @@ def test_no_texts_in_layers_and_streams(client: Any) -> None:
 def test_inputs_of_another_type(client: Any, inputs: Any) -> None:
     name = type(inputs).__name__
     for method in (client.embed, client.tokenize):
-        _refused(InvalidArgumentError, lambda method=method: method(inputs), "inputs", name, "pass a str")
+        _refused(InvalidArgumentError, lambda method=method: method(inputs), "inputs", name, "pass")
 
 
 NO_TEXTS: dict[str, Any] = {
@@ -213,7 +213,6 @@ NO_TEXTS: dict[str, Any] = {
     "an empty array": np.zeros(0, np.int64),
     "floats": [101.0, 102.5],
     "an array of floats": np.array([101.0, 102.0]),
-    "an array of words": np.array([SECRET, SECRET]),
     "an array of objects": np.array([101, SECRET, None], object),
     "an array of one number": np.array(101),
     "an array of two dimensions": np.array([[101, 102]]),
@@ -251,7 +250,6 @@ def test_an_item_that_is_no_text(client: Any, item: Any) -> None:
 
 
 BAD_BATCHES = {
-    "ragged rows": TokenIds([[101, 102], [101]]),
     "a ragged mask": TokenIds([[101, 102], [101, 102]], [[1, 1], [1]]),
     "a mask of another shape": TokenIds([[101, 102], [101, 102]], [[1, 1]]),
     "types of another shape": TokenIds([[101, 102], [101, 102]], None, [0, 0]),
@@ -415,7 +413,7 @@ def test_a_layer_out_of_range(client: Any, layer: int) -> None:
     _refused(InvalidArgumentError, lambda: client.embed(SECRET, pooling=poolings), "outputs[1].layer", *limits)
 
 
-@pytest.mark.parametrize("layers", ["most", "", 3, [1.5], ["1"], [None], [], [2**31], [[1]]], ids=repr)
+@pytest.mark.parametrize("layers", ["most", "", True, 1.5, [1.5], ["1"], [None], [], [2**31], [[1]]], ids=repr)
 def test_layers_that_are_none(client: Any, layers: Any) -> None:
     _refused(InvalidArgumentError, lambda: client.embed(SECRET, layers=layers), "layers")
     _refused(InvalidArgumentError, lambda: list(client.embed_layers(SECRET, layers=layers)), "layers")
@@ -463,7 +461,6 @@ BAD_MIXES: dict[str, tuple[Any, tuple[str, ...]]] = {
     "a list": ([-1, -2], ("mix", "LayerMix")),
     "an unknown strategy": (LayerMix("median", layers=[1]), ("strategy", "concat")),
     "no layers": (LayerMix("mean", layers=[]), ("layers", "at least one")),
-    "layers that are a number": (LayerMix("mean", layers=3), ("layers", "list")),
     "an unknown name of layers": (LayerMix("mean", layers="most"), ("layers", "all")),
     "a layer out of range": (LayerMix("mean", layers=[0, 4]), ("mix.layers has 4", "0 to 3")),
     "a layer twice": (LayerMix("mean", layers=[1, 1]), ("mix.layers", "twice")),

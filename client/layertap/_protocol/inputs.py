@@ -1,15 +1,15 @@
 """What users pass as texts, as the contract's inputs.
 
-Pure. A `str` is one text; anything else is an iterable of items: str (text), tuple of two str (pair), list of str
-(words), list or 1-D array of ints (ids), or `TokenIds`; or a whole `TokenIds` or `Tokens`, whose rows are texts. So
-columns are iterables too: numpy arrays of str, pandas and polars Series, Arrow arrays.
-Errors name the item by its position, never by its content.
+Pure. A `str` is one text; `TokenIds`, `Tokens` and mappings such as transformers' `BatchEncoding` are token ids, one
+row a text; anything else is an iterable of items: str (text), tuple of two str (pair), list or 1-D array of str
+(words), list or 1-D array of ints (ids), `TokenIds` or a mapping. Columns are iterables too: numpy arrays of str,
+pandas and polars Series, Arrow arrays. Errors name the item by its position, never by its content.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from typing import Any, Final, TypeAlias, cast
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, Final, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -19,24 +19,38 @@ from layertap.results.tokens import Tokens
 from layertap.types import IntArray, TokenIds
 from layertap.v1 import embedding_pb2 as pb
 
-InputItem: TypeAlias = "str | tuple[str, str] | list[str] | list[int] | npt.NDArray[np.integer] | TokenIds"
+Words: TypeAlias = "list[str] | npt.NDArray[np.str_] | npt.NDArray[np.object_]"
+"""The words of one text."""
+
+InputItem: TypeAlias = (
+    "str | tuple[str, str] | Words | list[int] | npt.NDArray[np.integer] | TokenIds | Mapping[str, Any]"
+)
 """One text."""
 
-Inputs: TypeAlias = "str | TokenIds | Tokens | Iterable[InputItem]"
+Inputs: TypeAlias = "str | TokenIds | Tokens | Mapping[str, Any] | Iterable[InputItem]"
 """One text, or several."""
 
 _MISSING: Final = ("NAType", "NaTType")
 """What pandas calls a value that is not there, beside None and NaN."""
 
-_WHAT_IS_ALLOWED = "a str, a tuple of two str, a list of str, a list or 1-D array of ints, or TokenIds"
+_MASKS: Final = ("attention_mask", "token_type_ids")
+_NOT_COMPUTED: Final = frozenset(
+    ("special_tokens_mask", "offset_mapping", "length", "overflow_to_sample_mapping", "num_truncated_tokens")
+)
+"""What a transformers tokenizer may add to its answer that changes no number of the model."""
+
+_WHAT_IS_ALLOWED = "a str, a tuple of two str, a list or 1-D array of str or of ints, TokenIds, or a mapping of them"
+_IS_MISSING: Final = 'is missing (None or NaN); drop it, or pass "" for an empty text'
 
 
 def to_messages(inputs: Inputs) -> list[pb.Input]:
     """Returns one message for each text.
 
     Raises:
-        InvalidArgumentError: There is no text, or an item is of another type.
+        InvalidArgumentError: if there is no text, or an item is of another type.
     """
+    if isinstance(inputs, Mapping):
+        inputs = _from_mapping(inputs, "inputs")
     if isinstance(inputs, str):
         messages = [to_message(inputs, 0)]
     elif isinstance(inputs, Tokens):
@@ -52,18 +66,23 @@ def to_messages(inputs: Inputs) -> list[pb.Input]:
 
 
 def check_items(items: object) -> None:
-    """Checks that something may be read item by item: that it is neither one text nor a table.
+    """Checks that something may be read item by item: that it is neither one text, a batch nor a table.
 
     Raises:
-        InvalidArgumentError: It may not.
+        InvalidArgumentError: if it may not.
     """
     if hasattr(items, "columns"):
         raise InvalidArgumentError(f"inputs is {_type_name(items)}; pass one of its columns")
     if isinstance(items, str):
         raise InvalidArgumentError("inputs is one str; pass an iterable of texts, such as a list with this one")
-    if isinstance(items, (bytes, dict)) or not isinstance(items, Iterable):
+    if isinstance(items, (Mapping, TokenIds, Tokens)):
         raise InvalidArgumentError(
-            f"inputs is {_type_name(items)}; pass a str, or an iterable whose items are {_WHAT_IS_ALLOWED}"
+            f"inputs is {_type_name(items)}; pass an iterable of texts, or the whole batch to embed"
+        )
+    if isinstance(items, bytes) or not isinstance(items, Iterable) or getattr(items, "ndim", 1) == 0:
+        of_shape = " and has no dimensions" if getattr(items, "ndim", 1) == 0 else ""
+        raise InvalidArgumentError(
+            f"inputs is {_type_name(items)}{of_shape}; pass a str, or an iterable whose items are {_WHAT_IS_ALLOWED}"
         )
 
 
@@ -75,26 +94,28 @@ def to_message(item: InputItem, index: int) -> pb.Input:
         index: Its position, for errors.
 
     Raises:
-        InvalidArgumentError: The item is missing, or of another type.
+        InvalidArgumentError: if the item is missing, or of another type.
     """
-    item = _from_arrow(item)
+    item = _plain(item)
+    if isinstance(item, Mapping):
+        item = _from_mapping(item, f"inputs[{index}]")
     try:
         if isinstance(item, str):
             return pb.Input(text=item)
         if isinstance(item, tuple) and all(isinstance(part, str) for part in item) and len(item) == 2:
             return pb.Input(pair=pb.TextPair(first=item[0], second=item[1]))
-        if isinstance(item, list) and item and all(isinstance(word, str) for word in item):
-            return pb.Input(words=pb.Words(words=cast("list[str]", item)))
+        if (words := _words(item, index)) is not None:
+            return pb.Input(words=pb.Words(words=words))
     except (UnicodeEncodeError, ValueError) as exc:
         raise InvalidArgumentError(
             f"inputs[{index}] has a lone surrogate, which UTF-8 cannot carry; replace it before embedding"
         ) from exc
     if isinstance(item, TokenIds):
         return _token_ids(item.input_ids, item.attention_mask, item.token_type_ids, index)
-    if isinstance(item, (list, np.ndarray)):
+    if isinstance(item, list) or (isinstance(item, np.ndarray) and item.ndim):
         return _token_ids(item, None, None, index)
     if _is_missing(item):
-        raise InvalidArgumentError(f'inputs[{index}] is missing (None or NaN); drop it, or pass "" for an empty text')
+        raise InvalidArgumentError(f"inputs[{index}] {_IS_MISSING}")
     raise InvalidArgumentError(f"inputs[{index}] is {_type_name(item)}; pass {_WHAT_IS_ALLOWED}")
 
 
@@ -119,19 +140,65 @@ def _from_tokens(tokens: Tokens) -> Iterator[pb.Input]:
 
 
 def _from_batch(batch: TokenIds) -> Iterator[pb.Input]:
-    ids = _array(batch.input_ids, "input_ids")
-    if ids.ndim != 2:
-        yield _token_ids(ids, batch.attention_mask, batch.token_type_ids, 0)
+    if not _nested(batch.input_ids):
+        yield _token_ids(batch.input_ids, batch.attention_mask, batch.token_type_ids, 0)
         return
-    beside: list[list[npt.ArrayLike | None]] = []
-    for name in ("attention_mask", "token_type_ids"):
+    rows = list(batch.input_ids)  # type: ignore[arg-type]
+    beside: list[list[Any]] = []
+    for name in _MASKS:
         given = getattr(batch, name)
-        array = None if given is None else _array(given, name)
-        if array is not None and array.shape != ids.shape:
-            raise InvalidArgumentError(f"{name} has shape {array.shape}, input_ids {ids.shape}; make them equal")
-        beside.append([None] * len(ids) if array is None else list(array))
-    for index, (row, mask, types) in enumerate(zip(ids, *beside, strict=True)):
+        own = [None] * len(rows) if given is None else list(given) if _nested(given) else None
+        if own is None or len(own) != len(rows):
+            count = "one row" if own is None else f"{len(own)} rows"
+            raise InvalidArgumentError(f"{name} has {count}, input_ids {len(rows)} rows; make them equal")
+        beside.append(own)
+    for index, (row, mask, types) in enumerate(zip(rows, *beside, strict=True)):
         yield _token_ids(row, mask, types, index)
+
+
+def _nested(values: Any) -> bool:
+    """Returns whether these are the rows of several texts: a 2-D array, or a list of lists or arrays."""
+    if hasattr(values, "ndim"):
+        if values.ndim == 1 and getattr(values.dtype, "kind", "") == "O":
+            return bool(len(values)) and np.ndim(values[0]) > 0
+        return bool(values.ndim > 1)
+    return isinstance(values, (list, tuple)) and any(
+        isinstance(one, (list, tuple)) or getattr(one, "ndim", 0) for one in values
+    )
+
+
+def _from_mapping(given: Mapping[str, Any], where: str) -> TokenIds:
+    """Returns what a transformers tokenizer answers, which is a mapping of ids and masks, as token ids.
+
+    Raises:
+        InvalidArgumentError: if it is another mapping, or has an entry that the model would have to compute with.
+    """
+    others = sorted(str(key) for key in given if key not in ("input_ids", *_MASKS) and key not in _NOT_COMPUTED)
+    if "input_ids" not in given:
+        raise InvalidArgumentError(
+            f"{where} is {_type_name(given)} without input_ids; pass what a tokenizer answers, or texts"
+        )
+    if others:
+        raise InvalidArgumentError(
+            f"{where} is {_type_name(given)} with {', '.join(others)}, which layertap does not compute with; pass "
+            "input_ids, attention_mask and token_type_ids only"
+        )
+    return TokenIds(given["input_ids"], *(given.get(name) for name in _MASKS))
+
+
+def _words(item: Any, index: int) -> list[str] | None:
+    """Returns the words of a text if an item is a list or an array of them, else None."""
+    if isinstance(item, np.ndarray):
+        if item.ndim != 1 or item.dtype.kind not in "OUT":
+            return None
+        item = item.tolist()
+    if not isinstance(item, list) or not any(isinstance(word, str) for word in item):
+        return None
+    for place, word in enumerate(item):
+        if not isinstance(word, str):
+            what = "is missing (None or NaN)" if _is_missing(word) else f"is {_type_name(word)}"
+            raise InvalidArgumentError(f"inputs[{index}] is a list of words whose entry {place} {what}; pass only str")
+    return item
 
 
 def _token_ids(ids: npt.ArrayLike, mask: npt.ArrayLike | None, types: npt.ArrayLike | None, index: int) -> pb.Input:
@@ -157,13 +224,15 @@ def _array(values: npt.ArrayLike, name: str) -> npt.NDArray[np.generic]:
         return np.asarray(values)
     except ValueError as exc:
         raise InvalidArgumentError(f"{name} is not rectangular; pass lists of equal length, or several texts") from exc
+    except (TypeError, RuntimeError) as exc:  # A tensor of a GPU, for example.
+        raise InvalidArgumentError(f"{name} cannot be read as a numpy array: {exc}") from exc
 
 
 def _integers(values: npt.ArrayLike, name: str, index: int) -> list[int]:
     array = _array(values, f"inputs[{index}].{name}")
     if not array.size:
         return []
-    if array.ndim != 1 or array.dtype.kind not in "iub":
+    if array.ndim != 1 or array.dtype.kind not in ("iu" if name == "input_ids" else "iub"):
         raise InvalidArgumentError(
             f"inputs[{index}] has {name} of dtype {array.dtype} and shape {array.shape}; pass {_WHAT_IS_ALLOWED}"
         )
@@ -173,9 +242,13 @@ def _integers(values: npt.ArrayLike, name: str, index: int) -> list[int]:
     return numbers
 
 
-def _from_arrow(item: Any) -> Any:
-    """Returns what a scalar of an Arrow array holds; anything else as it is."""
-    return item.as_py() if hasattr(item, "as_py") else item
+def _plain(item: Any) -> Any:
+    """Returns what an Arrow scalar, a Series or a tensor holds; anything else as it is."""
+    if hasattr(item, "as_py"):
+        return item.as_py()
+    if isinstance(item, (str, bytes, list, tuple, np.ndarray, Mapping)) or not getattr(item, "shape", ()):
+        return item
+    return _array(item, "an item") if hasattr(item, "__array__") else item
 
 
 def _is_missing(item: Any) -> bool:

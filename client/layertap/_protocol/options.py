@@ -17,8 +17,8 @@ from layertap.errors import InvalidArgumentError
 from layertap.types import DtypeName, LayerMix, Pooling, PoolingName, TruncationName, WordPoolingName
 from layertap.v1 import embedding_pb2 as pb
 
-Layers: TypeAlias = Literal["all"] | Iterable[int] | None
-"""`"all"`, layer numbers, or None for the default."""
+Layers: TypeAlias = Literal["all"] | int | Iterable[int] | None
+"""`"all"`, one layer number, several, or None for the default."""
 
 Poolings: TypeAlias = PoolingName | Pooling | Sequence[PoolingName | Pooling] | None
 """One pooling, several, or None."""
@@ -98,7 +98,7 @@ def embed_options(
         ) from exc
     outputs: list[pb.Output] = []
     if layers is not None or (mix is None and (words is not None or not (pooler_output or poolings))):
-        outputs.append(_rows(words, **_layers("layers", [-1] if layers is None else layers)))
+        outputs.append(_rows(words, **_layers("layers", -1 if layers is None else layers)))
     if mix is not None:
         outputs.append(_rows(words, mix=_mix("mix", mix)))
     if pooler_output:
@@ -151,16 +151,15 @@ def _rows(words: WordPoolingName | None, **layers: Any) -> pb.Output:
     return pb.Output(word_vectors=pb.WordVectors(pooling=named("words", words, wire.WORD_POOLINGS), **layers))
 
 
-def _layers(field: str, layers: str | Iterable[int]) -> dict[str, Any]:
+def _layers(field: str, layers: str | int | Iterable[int]) -> dict[str, Any]:
     """Returns chosen layers as the two fields that every message has for them."""
     if isinstance(layers, str):
         if layers != "all":
-            raise InvalidArgumentError(f'{field} is {layers!r}; pass "all" or a list of layer numbers')
+            raise InvalidArgumentError(f'{field} is {layers!r}; pass "all", a layer number or a list of them')
         return {"all_layers": True}
-    try:
-        numbers = [_integer(field, layer) for layer in layers]
-    except TypeError as exc:
-        raise InvalidArgumentError(f'{field} is no list; pass "all" or a list of layer numbers') from exc
+    # A numpy scalar is of a type that could be iterated over, and has no shape.
+    several: Iterable[Any] = layers if isinstance(layers, Iterable) and getattr(layers, "shape", 0) != () else [layers]
+    numbers = [_integer(field, layer) for layer in several]
     if not numbers:
         raise InvalidArgumentError(f"{field} is empty; name at least one layer")
     return {"layers": numbers}
@@ -225,6 +224,8 @@ def named(field: str, name: str, known: Mapping[str, NumberT]) -> NumberT:
 
 def _integer(field: str, value: int) -> int:
     try:
+        if isinstance(value, bool):
+            raise TypeError("a bool is no number")
         number = operator.index(value)
     except TypeError as exc:
         raise InvalidArgumentError(f"{field} has an entry of type {type(value).__name__}; pass ints") from exc
