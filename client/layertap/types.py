@@ -34,6 +34,9 @@ WordPoolingName: TypeAlias = Literal["first", "last", "mean", "first_last"]
 MixName: TypeAlias = Literal["mean", "sum", "concat", "weighted"]
 """How several layers become one."""
 
+ITEM_BYTES: Mapping[str, int] = {"float32": 4, "float16": 2, "bfloat16": 2}
+"""Bytes of one value of each `DtypeName`."""
+
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class LayerMix:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Final, TypeVar
 import numpy as np
 
 import layertap
+from layertap import wire
 from layertap.errors import LayertapError
 from layertap_server import lifecycle
 from layertap_server.config import Config, ConfigError
@@ -21,12 +22,12 @@ from layertap_server.model import checkpoint
 from layertap_server.model.tokenizer import Tokenizer
 from layertap_server.observability.call_log import CallLog
 from layertap_server.observability.metrics import Endpoint, Metrics, Server, State
+from layertap_server.protocol.limits import Limits
 from layertap_server.protocol.model_info import info_of
-from layertap_server.protocol.preprocess import Reception
-from layertap_server.protocol.validation import Intake, Limits
+from layertap_server.protocol.preprocess import Preprocessor
 from layertap_server.rpc import server as listen
 from layertap_server.rpc.admission import Admission
-from layertap_server.rpc.service import METHODS, SERVICE_NAME, Bounds, EmbeddingService
+from layertap_server.rpc.service import EmbeddingService
 from layertap_server.scheduler.batcher import Batcher
 from layertap_server.scheduler.events import CallFailed, Event, RunDone
 from layertap_server.scheduler.hooks import NoHooks
@@ -111,7 +112,7 @@ class App:
                     version=layertap.__version__,
                     model_id=found.name,
                     fingerprint=fingerprint,
-                    methods=METHODS,
+                    methods=wire.RPC_NAMES,
                     max_batch_tokens=batch_tokens,
                     max_output_bytes=config.max_output_bytes,
                 )
@@ -146,29 +147,23 @@ class App:
             call_log=CallLog([reader for reader in (self._metrics, self._tracing) if reader is not None]),
             hooks=hooks,
         )
-        intake = Intake(
-            model=self.model,
-            limits=Limits(
-                text_count=config.max_text_count,
-                character_count=config.max_character_count,
-                output_bytes=config.max_call_output_bytes,
-            ),
-            sentences=sentence_config,
-            tokenizer=self.tokenizer,
-        )
+        limits = _limits(config)
         self._service = EmbeddingService(
-            intake=intake,
-            reception=Reception(intake=intake, tokenizer=self.tokenizer),
+            preprocessor=Preprocessor(
+                model=self.model, limits=limits, sentences=sentence_config, tokenizer=self.tokenizer
+            ),
             tokenizer=self.tokenizer,
             batcher=self.batcher,
             model=self.model,
             sharing=self._sharing,
-            info=info_of(config, self.model, devices, sentence_config),
-            bounds=Bounds(
-                max_response_bytes=config.max_response_bytes,
-                max_frame_bytes=config.max_frame_bytes,
-                lookahead_tokens=batch_tokens * (self.batcher.instance_count + 1),
+            info=info_of(
+                self.model,
+                limits=limits,
+                devices=devices,
+                dtype=config.dtype,
+                sentence_config=sentence_config,
             ),
+            lookahead_tokens=batch_tokens * (self.batcher.instance_count + 1),
             admission=self._admission,
         )
         _timed("warmed the engine", self._warm)
@@ -191,7 +186,7 @@ class App:
         endpoint = self._show_metrics()
         server = listen.make_server(config, self._metrics or NoHooks())
         server.add_generic_rpc_handlers((self._service.handler(),))
-        set_health = listen.add_standard_services(server, SERVICE_NAME) if standard_services else None
+        set_health = listen.add_standard_services(server, wire.SERVICE_NAME) if standard_services else None
 
         async def set_serving(serving: bool) -> None:
             self._serving = serving
@@ -270,6 +265,25 @@ class App:
             raise ConfigError(f"the engine does not run on --device {self._config.device}; the log says why") from exc
         finally:
             call.close()
+
+
+def _limits(config: Config) -> Limits:
+    return Limits(
+        max_text_count=config.max_text_count,
+        max_character_count=config.max_character_count,
+        max_request_bytes=config.max_request_bytes,
+        max_response_bytes=config.max_response_bytes,
+        max_frame_bytes=config.max_frame_bytes,
+        max_queue_text_count=config.max_queue_text_count,
+        max_queue_token_count=config.max_queue_token_count,
+        max_output_bytes=config.max_output_bytes,
+        max_concurrent_call_count=config.max_concurrent_call_count,
+        max_call_output_bytes=config.max_call_output_bytes,
+        max_queue_bytes=config.max_queue_bytes,
+        stall_time_ns=int(config.stall_timeout_s * 1e9),
+        grace_time_ns=int(config.grace_s * 1e9),
+        max_connection_age_ns=int(config.max_connection_age_s * 1e9),
+    )
 
 
 def _tracing() -> Tracing:

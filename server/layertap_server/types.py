@@ -10,12 +10,13 @@ from __future__ import annotations
 import dataclasses
 import enum
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TypeAlias
+from typing import Final, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
 from layertap.errors import LayertapError
+from layertap.types import ITEM_BYTES
 
 Ids = npt.NDArray[np.int32]
 Indices = npt.NDArray[np.int64]
@@ -36,6 +37,14 @@ class Words:
     piece_counts: Indices
     offsets: Indices
     first_word_count: int
+
+
+RETRY_FULL_S: Final = 0.5
+"""How long a caller should wait, in seconds, before it asks a full server again."""
+RETRY_STOPPING_S: Final = 1.0
+"""Likewise for a server that is stopping or has lost its engine."""
+RETRY_ELSEWHERE_S: Final = 0.0
+"""Likewise where another server can go on at once."""
 
 
 class OutOfMemoryError(Exception):
@@ -214,9 +223,6 @@ class Output:
         return [text.word_count for text in texts] if unit is Unit.WORD else [1] * len(texts)
 
 
-ITEM_BYTES: Mapping[str, int] = {"float32": 4, "float16": 2, "bfloat16": 2}
-
-
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class ByteCounts:
     """The bytes of an answer, all outputs and layers together, by what there is a row of."""
@@ -238,7 +244,6 @@ class Plan:
         outputs: In request order.
         dtype: The number format of the answer.
         return_tokens: Whether the tokens are answered too.
-        allocate: Where the caller would like its rows; see `Run.allocate`. None: anywhere.
         byte_counts: The answer's bytes for each token, each word and each text.
         has_words: Whether an output has a row for each word.
         excludes_special_tokens: Whether a pool leaves special tokens out.
@@ -247,7 +252,6 @@ class Plan:
     outputs: tuple[Output, ...]
     dtype: str
     return_tokens: bool = False
-    allocate: Callable[[int, int, int, int], memoryview | None] | None = None
     byte_counts: ByteCounts = dataclasses.field(init=False)
     has_words: bool = dataclasses.field(init=False)
     excludes_special_tokens: bool = dataclasses.field(init=False)
@@ -283,6 +287,13 @@ class Plan:
         return output.row_size * ITEM_BYTES[self.dtype]
 
 
+Allocator: TypeAlias = Callable[[int, int, int, int], "memoryview | None"]
+"""Returns a writable host buffer for one tensor of some texts of a call; None: any buffer will do.
+
+Its arguments: the position of the first text, the output's index, the layer, the bytes. Called from any instance.
+"""
+
+
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Run:
     """Consecutive texts of one call inside one batch.
@@ -291,17 +302,19 @@ class Run:
         plan: What is asked of them.
         texts: The texts, in request order.
         first_text: The position of the first in the call.
+        allocator: Where their rows are written. None: in any buffer.
     """
 
     plan: Plan
     texts: Sequence[Text]
     first_text: int = 0
+    allocator: Allocator | None = None
 
     def allocate(self, output_index: int, layer: int, byte_count: int) -> memoryview | None:
-        """Returns a writable host buffer for one layer of one output where the caller would like it; None: anywhere."""
-        if self.plan.allocate is None:
+        """Returns what the run's allocator has for one layer of one output; None: any buffer will do."""
+        if self.allocator is None:
             return None
-        return self.plan.allocate(self.first_text, output_index, layer, byte_count)
+        return self.allocator(self.first_text, output_index, layer, byte_count)
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True, eq=False)

@@ -20,6 +20,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 from support import ROOT, Server, poll, running
 
+from layertap import wire
 from layertap._protocol.inputs import to_messages
 from layertap._protocol.options import embed_options
 from layertap._protocol.requests import SERVICE
@@ -27,7 +28,6 @@ from layertap.v1 import embedding_pb2 as pb
 from layertap_server.observability.call_log import CallLog
 from layertap_server.observability.metrics import Metrics
 from layertap_server.observability.metrics import Server as Facts
-from layertap_server.rpc.service import METHODS
 
 WAIT_S = 30.0
 RULES = ROOT / "deploy" / "prometheus.rules.yml"
@@ -250,7 +250,7 @@ def until(done: threading.Event, requests: Sequence[pb.EmbedStreamRequest]) -> I
 
 
 def test_every_rpc_of_the_contract_has_its_metrics() -> None:
-    assert set(METHODS) == set(pb.DESCRIPTOR.services_by_name["EmbeddingService"].methods_by_name)
+    assert set(wire.RPC_NAMES) == set(pb.DESCRIPTOR.services_by_name["EmbeddingService"].methods_by_name)
 
 
 def test_every_metric_that_an_alert_asks_for_is_there(url: str) -> None:
@@ -284,7 +284,9 @@ def test_promtool_accepts_the_metrics(url: str) -> None:
 
 
 def test_a_closed_endpoint_listens_no_more_and_leaves_no_thread() -> None:
-    facts = Facts(version="1", model_id="m", fingerprint="f", methods=METHODS, max_batch_tokens=8, max_output_bytes=9)
+    facts = Facts(
+        version="1", model_id="m", fingerprint="f", methods=wire.RPC_NAMES, max_batch_tokens=8, max_output_bytes=9
+    )
     metrics = Metrics(facts)
     call_log = CallLog([metrics])
     call_log.close(call_log.open("Embed", client="me", metadata={}))

@@ -31,7 +31,7 @@ from layertap.results.tokens import Tokens
 from layertap.types import Limits, ModelInfo, PoolingName, SentenceConfig, TokenIds, TruncationName
 from layertap.v1 import embedding_pb2 as pb
 
-SERVICE: Final = "/layertap.v1.EmbeddingService/"
+SERVICE: Final = f"/{wire.SERVICE_NAME}/"
 
 _STRATEGY_NAMES: Final[dict[int, PoolingName]] = {
     number: cast("PoolingName", name) for name, number in wire.POOLING_STRATEGIES.items()

@@ -14,6 +14,7 @@ import ssl
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
+from layertap import wire
 from layertap.errors import InvalidArgumentError
 
 DEFAULT_TARGET: Final = "127.0.0.1:50051"
@@ -115,7 +116,7 @@ class Connection:
         config: dict[str, Any] = {}
         if self.retries:
             policy = {"maxAttempts": self.retries + 1, **_RETRY}
-            config["methodConfig"] = [{"name": [{"service": "layertap.v1.EmbeddingService"}], "retryPolicy": policy}]
+            config["methodConfig"] = [{"name": [{"service": wire.SERVICE_NAME}], "retryPolicy": policy}]
         if self.uri.startswith("dns:") or "," in self.uri:
             config["loadBalancingConfig"] = [{"round_robin": {}}]
         return json.dumps(config)

@@ -16,7 +16,7 @@ import torch
 
 from layertap_server.engine import device as faults
 from layertap_server.engine.bert import Bert, Weights, dummy_weights
-from layertap_server.engine.host_copy import Handover
+from layertap_server.engine.host_copy import DTYPES, Handover
 from layertap_server.engine.layer_mix import Mixes
 from layertap_server.engine.output_groups import Order, orders, wanted_layers
 from layertap_server.engine.packing import Layout
@@ -28,8 +28,6 @@ log = logging.getLogger(__name__)
 
 Allocate = Callable[[int], memoryview]
 """Returns a writable host buffer of so many bytes."""
-
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
 class Encoder:

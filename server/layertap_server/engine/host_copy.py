@@ -17,10 +17,12 @@ import numpy.typing as npt
 import torch
 
 from layertap.errors import InternalError, LayertapError, OutOfRangeError
+from layertap.types import ITEM_BYTES
 from layertap_server.engine.output_groups import Order
 from layertap_server.types import Rows
 
-_DTYPES: Final = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+DTYPES: Final = {name: getattr(torch, name) for name in ITEM_BYTES}
+"""Torch's dtypes by their names."""
 _LIMITS: Final = {"float32": float("inf"), "float16": 65520.0, "bfloat16": 3.3953138e38}
 """From here on a float32 becomes infinite when it is narrowed."""
 
@@ -56,7 +58,7 @@ class Handover:
             layer: The layer they come from.
             index: The rows to bring, in order; None: all.
         """
-        dtype = _DTYPES[order.dtype]
+        dtype = DTYPES[order.dtype]
         row_count = len(values) if index is None else len(index)
         if not row_count:  # Texts without words; there is nothing that a buffer could hold.
             self._pending.append(_Pending(order, layer, memoryview(b""), torch.empty(0), None))

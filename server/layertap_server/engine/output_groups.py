@@ -73,7 +73,7 @@ def wanted_layers(batch: Sequence[Run]) -> list[int]:
 
 def _is_large(run: Run, output: Output) -> bool:
     """Whether rows of a run go straight into a buffer of its own."""
-    if run.plan.allocate is not None:
+    if run.allocator is not None:
         return True
     token_count = sum(text.token_count for text in run.texts)
     return output.kind is OutputKind.HIDDEN_STATES and token_count * run.plan.row_bytes(output) > _SMALL_BYTES

@@ -18,10 +18,10 @@ from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import BatchSpanProcessor
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
+from layertap import wire
 from layertap.errors import StatusCode
 from layertap_server.observability.call_log import Record
 
-_SERVICE: Final = "layertap.v1.EmbeddingService"
 _PHASES: Final = ("tokenize", "queue", "compute", "send")
 
 
@@ -52,13 +52,13 @@ class Tracing:
         # Spans tell the time of day, records a clock that is never set.
         offset_ns = time.time_ns() - time.monotonic_ns()
         span = self._tracer.start_span(
-            f"{_SERVICE}/{record.method}",
+            f"{wire.SERVICE_NAME}/{record.method}",
             context=self._propagator.extract(record.trace),
             kind=trace.SpanKind.SERVER,
             start_time=record.started_at_ns + offset_ns,
             attributes={
                 "rpc.system": "grpc",
-                "rpc.service": _SERVICE,
+                "rpc.service": wire.SERVICE_NAME,
                 "rpc.method": record.method,
                 "rpc.grpc.status_code": 0 if record.code is None else int(record.code),
                 "layertap.request_id": record.request_id,

@@ -1,25 +1,33 @@
-"""What GetModelInfo tells: the model, the limits in force, and how the model's folder would have sentences encoded."""
+"""The answer to GetModelInfo: the model, the limits in force, and what the model's folder says about sentences."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 
 import layertap
 from layertap import wire
 from layertap.v1 import embedding_pb2 as pb
-from layertap_server.config import Config
 from layertap_server.model.facts import ModelFacts
+from layertap_server.model.files import CheckpointError
 from layertap_server.model.sentence_config import SentenceConfig
+from layertap_server.protocol.limits import Limits
 
 
 def info_of(
-    config: Config,
     model: ModelFacts,
+    *,
+    limits: Limits,
     devices: Sequence[str],
+    dtype: str,
     sentence_config: SentenceConfig,
-) -> pb.GetModelInfoResponse:
-    """Returns the answer to GetModelInfo."""
-    return pb.GetModelInfoResponse(
+) -> bytes:
+    """Returns the answer to GetModelInfo, serialized.
+
+    Raises:
+        CheckpointError: if it is larger than any answer may be, which only the folder's prompts can make it.
+    """
+    answer = pb.GetModelInfoResponse(
         model_id=model.model_id,
         fingerprint=model.fingerprint,
         model_type=model.model_type,
@@ -31,29 +39,20 @@ def info_of(
         max_length=model.max_length,
         default_max_length=model.default_max_length,
         has_pooler_output=model.has_pooler_output,
-        compute_dtype=wire.DTYPES[config.dtype],
+        compute_dtype=wire.DTYPES[dtype],
         devices=devices,
         special_token_ids=model.special_token_ids,
         pad_token_id=model.pad_token_id,
-        limits=pb.Limits(
-            max_text_count=config.max_text_count,
-            max_character_count=config.max_character_count,
-            max_request_bytes=config.max_request_bytes,
-            max_response_bytes=config.max_response_bytes,
-            max_frame_bytes=config.max_frame_bytes,
-            max_queue_text_count=config.max_queue_text_count,
-            max_queue_token_count=config.max_queue_token_count,
-            max_output_bytes=config.max_output_bytes,
-            max_concurrent_call_count=config.max_concurrent_call_count,
-            max_call_output_bytes=config.max_call_output_bytes,
-            max_queue_bytes=config.max_queue_bytes,
-            stall_time_ns=int(config.stall_timeout_s * 1e9),
-            grace_time_ns=int(config.grace_s * 1e9),
-            max_connection_age_ns=int(config.max_connection_age_s * 1e9),
-        ),
+        limits=pb.Limits(**dataclasses.asdict(limits)),
         server_version=layertap.__version__,
         sentence_config=_sentence_config(sentence_config),
-    )
+    ).SerializeToString()
+    if len(answer) > limits.max_response_bytes:
+        raise CheckpointError(
+            f"the prompts of the model make an answer of {len(answer)} bytes, the most is {limits.max_response_bytes}; "
+            "remove some from config_sentence_transformers.json, or raise --max-response-bytes"
+        )
+    return answer
 
 
 def _sentence_config(config: SentenceConfig) -> pb.SentenceConfig:

@@ -1,7 +1,6 @@
-"""What a request asks for, as a plan: each output of the contract, checked and resolved for one model.
+"""The outputs that a request asks for, checked and resolved for one model: the options as a `Plan`.
 
-Whatever is wrong with it is refused here, by field, limit and next step. Reads protobuf, like `validation`, which uses
-it.
+A fault is refused by its field, the limit and the next step. The length of a list is checked before its entries.
 """
 
 from __future__ import annotations
@@ -21,6 +20,9 @@ ValueT = TypeVar("ValueT")
 MAX_OUTPUT_COUNT: Final = 64
 """Outputs of one request."""
 
+MAX_LAYER_ENTRIES: Final = 256
+"""Entries of one list of layers, doubles counted; a deeper model takes as many as it has layers."""
+
 MAX_WEIGHT: Final = 1e6
 """The largest magnitude of a weight; with it no mix of finite layers can leave float32's range."""
 
@@ -33,8 +35,8 @@ def plan(options: pb.EmbedOptions, model: ModelFacts) -> Plan:
     """Returns what is asked of each text.
 
     Raises:
-        InvalidArgumentError: An option is at fault.
-        FailedPreconditionError: The model has no pooler.
+        InvalidArgumentError: if an option is at fault.
+        FailedPreconditionError: if the model has no pooler.
     """
     if not options.outputs:
         raise InvalidArgumentError("options.outputs is empty; ask for at least one output")
@@ -49,10 +51,10 @@ def plan(options: pb.EmbedOptions, model: ModelFacts) -> Plan:
 
 
 def known(field: str, value: KeyT, known: Mapping[KeyT, ValueT]) -> ValueT:
-    """Returns what the contract's name of something stands for.
+    """Returns what an enum value of the contract stands for.
 
     Raises:
-        InvalidArgumentError: Nobody knows it.
+        InvalidArgumentError: if the contract does not name it.
     """
     if value not in known:
         raise InvalidArgumentError(f"{field} has the unknown value {value}; use one that the contract names")
@@ -86,6 +88,12 @@ def _layers(
         return (mix.top,), mix, size
     if asked.all_layers and asked.layers:
         raise InvalidArgumentError(f"{label} has both layers and all_layers; set one of them")
+    most = max(MAX_LAYER_ENTRIES, model.layer_count + 1)
+    if len(asked.layers) > most:
+        raise InvalidArgumentError(
+            f"{label}.layers has {len(asked.layers)} entries, the most is {most}; name each layer once, or set "
+            "all_layers"
+        )
     everything = range(model.layer_count + 1)
     layers = everything if asked.all_layers else {_layer(k, model, f"{label}.layers") for k in asked.layers or (-1,)}
     return tuple(sorted(layers)), None, model.hidden_size
@@ -96,6 +104,11 @@ def _mix(asked: pb.LayerMix, model: ModelFacts, label: str) -> tuple[Mix, int]:
     mixing = known(f"{label}.strategy", asked.strategy or pb.MIX_STRATEGY_MEAN, _MIXINGS)
     if bool(asked.layers) == asked.all_layers:
         raise InvalidArgumentError(f"{label} needs either layers or all_layers; set one of them")
+    if len(asked.layers) > model.layer_count + 1:
+        raise InvalidArgumentError(
+            f"{label}.layers has {len(asked.layers)} entries, the model {model.layer_count + 1} layers; name each "
+            "once, and use weights to count it more"
+        )
     everything = tuple(range(model.layer_count + 1))
     layers = everything if asked.all_layers else tuple(_layer(k, model, f"{label}.layers") for k in asked.layers)
     if len(set(layers)) < len(layers):
@@ -114,7 +127,7 @@ def _check_weights(weights: Sequence[float], mixing: Mixing, layer_count: int, l
         raise InvalidArgumentError(f"{label} has {len(weights)} entries for {layer_count} layers; send one for each")
     if not all(abs(weight) <= MAX_WEIGHT for weight in weights):  # NaN is no such number either.
         raise InvalidArgumentError(
-            f"{label} has an entry that is not from {-MAX_WEIGHT:.0f} to {MAX_WEIGHT:.0f}; mend it"
+            f"{label} has an entry outside its range; entries must be from {-MAX_WEIGHT:.0f} to {MAX_WEIGHT:.0f}"
         )
 
 

@@ -1,7 +1,8 @@
-"""Computed rows as messages of the contract: headers, tokens, frames, whole tensors. Those of EmbedStream: `results`.
+"""Computed rows as messages of the contract: headers, tokens, words, frames, whole tensors.
 
-Pure, but for protobuf. What the batcher delivers for some texts goes in, serialized messages that keep below the
-frame size come out, each payload written once, behind its head.
+Pure, but for protobuf. The rows of some texts go in; serialized messages below the frame size come out, each payload
+written once, behind its head. `shared_rows` is the only place that asks whether rows lie in shared memory. The
+messages of EmbedStream are made in `stream_responses`.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from layertap.v1 import embedding_pb2 as pb
 from layertap_server.model.facts import ModelFacts
 from layertap_server.model.tokenizer import Tokenized, Tokenizer
 from layertap_server.observability.call_log import Record
+from layertap_server.protocol.limits import HEAD_BYTES
 from layertap_server.scheduler.events import RowsReady
 from layertap_server.shared_memory.segment import Lending
 from layertap_server.types import Plan, Unit
@@ -24,15 +26,9 @@ MessageT = TypeVar("MessageT", pb.TokenizedText, pb.SplitText)
 
 _UNITS = {Unit.TOKEN: pb.ROW_UNIT_TOKEN, Unit.WORD: pb.ROW_UNIT_WORD, Unit.TEXT: pb.ROW_UNIT_TEXT}
 
-WORD_BYTES = 12
-"""Room for what is told of one word."""
-
-HEAD_BYTES = 256
-"""Room in a message for all but its payload; larger lists are counted by themselves."""
-
 
 def header(model: ModelFacts, plan: Plan, tokenized: Sequence[Tokenized] = ()) -> pb.EmbedHeader:
-    """Returns what opens an answer; without texts, that of an EmbedStream."""
+    """Returns the header of an answer; without texts, that of an EmbedStream."""
     return pb.EmbedHeader(
         model_id=model.model_id,
         fingerprint=model.fingerprint,
@@ -160,6 +156,29 @@ def frames(ready: RowsReady, plan: Plan, max_frame_bytes: int, lending: Lending 
         yield wire.join(pb.EmbedLayersResponse(frame=frame), data)
 
 
+def tokenized(texts: Sequence[Tokenized], tokenizer: Tokenizer, *, pad_to: int) -> bytes:
+    """Returns the answer to Tokenize, serialized."""
+    answers = (tokens(one, tokenizer, pad_to=pad_to) for one in texts)
+    return pb.TokenizeResponse(texts=answers, pad_token_id=tokenizer.pad_token_id).SerializeToString()
+
+
+def embedded(
+    model: ModelFacts,
+    plan: Plan,
+    texts: Sequence[Tokenized],
+    parts: Sequence[RowsReady],
+    tokenizer: Tokenizer,
+    record: Record,
+) -> bytes:
+    """Returns the whole answer of Embed, serialized."""
+    message = pb.EmbedResponse(header=header(model, plan, texts), tensors=tensors(parts, plan), timings=timings(record))
+    if plan.return_tokens:
+        message.tokens.extend(tokens(one, tokenizer) for one in texts)
+    if plan.has_words:
+        message.words.extend(map(words, texts))
+    return message.SerializeToString()
+
+
 def tensors(parts: Sequence[RowsReady], plan: Plan) -> Iterator[pb.LayerTensor]:
     """Yields all layers of all texts as whole tensors, by output and layer."""
     for output_index, output in enumerate(plan.outputs):
@@ -173,7 +192,7 @@ def tensors(parts: Sequence[RowsReady], plan: Plan) -> Iterator[pb.LayerTensor]:
 
 
 def shared_rows(data: Sequence[memoryview], lending: Lending | None) -> pb.SharedRows | None:
-    """Returns where payloads lie if any of them lies in shared memory; a message must then be sent with it."""
+    """Returns where payloads lie if any of them lies in shared memory; the message must then be sent with it."""
     if lending is None:
         return None
     offsets = [lending.offset_of(rows) for rows in data]

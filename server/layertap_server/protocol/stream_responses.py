@@ -14,6 +14,7 @@ from layertap.errors import LayertapError
 from layertap.v1 import embedding_pb2 as pb
 from layertap_server.model.tokenizer import Tokenized, Tokenizer
 from layertap_server.protocol import responses
+from layertap_server.protocol.limits import HEAD_BYTES, TEXT_BYTES, list_bytes
 from layertap_server.scheduler.events import RowsReady
 from layertap_server.shared_memory.segment import Lending
 from layertap_server.types import Plan
@@ -29,7 +30,7 @@ class Result:
         parts: For each output in order and each of its layers ascending: output index, layer, rows.
         timings: Where the time went.
         error: Why there is no result.
-        run: Whatever is the same for texts of the same run.
+        run: An object that texts of the same run share.
         position: Which text of its run it is; its rows follow those of the one before.
     """
 
@@ -90,14 +91,14 @@ def _lent(
     batch: Sequence[Result], plan: Plan, tokenizer: Tokenizer, max_frame_bytes: int, lending: Lending
 ) -> Iterator[tuple[bytes, Sequence[Result]]]:
     """Yields results of consecutive texts of one run, which lie in shared memory, some of their outputs perhaps not."""
-    room = max_frame_bytes - responses.HEAD_BYTES
+    room = max_frame_bytes - HEAD_BYTES
     local = [n for n, rows in enumerate(_first_rows(batch)) if lending.offset_of(rows) is None]
     packed: list[Result] = []
     size = 0
     for result in (*batch, None):
         own = 0
         if result is not None:
-            own = 64 + sum(len(result.parts[n][2]) for n in local) + _list_bytes(result, plan)
+            own = TEXT_BYTES + sum(len(result.parts[n][2]) for n in local) + _list_bytes(result, plan)
         if packed and (result is None or size + own > room):
             shared = responses.shared_rows(_first_rows(packed), lending) if size <= room else None
             if shared is None:
@@ -120,11 +121,11 @@ def _sent(
     batch: Sequence[Result], plan: Plan, tokenizer: Tokenizer, max_frame_bytes: int
 ) -> Iterator[tuple[bytes, Sequence[Result]]]:
     """Yields results as messages with their rows."""
-    room = max_frame_bytes - responses.HEAD_BYTES
+    room = max_frame_bytes - HEAD_BYTES
     packed: list[Result] = []
     size = 0
     for result in batch:
-        own = result.byte_count + _list_bytes(result, plan) + 64
+        own = result.byte_count + _list_bytes(result, plan) + TEXT_BYTES
         own += len(result.error.details.encode()) if result.error else 0
         if packed and size + own > room:
             yield _pack(packed, plan, tokenizer), packed
@@ -164,11 +165,7 @@ def failures_of(ready: Sequence[RowsReady]) -> Mapping[int, LayertapError]:
 
 
 def _list_bytes(result: Result, plan: Plan) -> int:
-    """Returns room for the tokens and the words of a result, as far as they were asked for."""
-    if result.tokenized is None:
-        return 0
-    text = result.tokenized.text
-    return 48 * text.token_count * plan.return_tokens + responses.WORD_BYTES * text.word_count
+    return 0 if result.tokenized is None else list_bytes(plan, result.tokenized.text)
 
 
 def _pack(batch: Sequence[Result], plan: Plan, tokenizer: Tokenizer, shared: pb.SharedRows | None = None) -> bytes:
@@ -199,7 +196,7 @@ def _pack(batch: Sequence[Result], plan: Plan, tokenizer: Tokenizer, shared: pb.
 
 
 def _spread(result: Result, plan: Plan, tokenizer: Tokenizer, max_frame_bytes: int) -> Iterator[Callable[[], bytes]]:
-    """Yields what makes the frames of one large result, each made only when its turn comes."""
+    """Yields what makes the frames of one large result, each made only when it is asked for."""
     assert result.tokenized is not None
     text = result.tokenized.text
     last = next(part for part in reversed(result.parts) if len(part[2]))

@@ -1,259 +1,265 @@
-"""Requests of the contract, checked and turned into the server's own words.
+"""Texts of a request, checked against the model and the limits and turned into the server's own types.
 
-All that a caller can get wrong before tokenizing is refused here, by field or item, limit and next step, and never by
-the text itself. Beside `responses` and `service` the only file that reads protobuf.
+A fault is refused by its field or item, the limit and the next step, never by the text itself. Rules:
+- The length of a list is checked before an object is made of it.
+- `item` checks what a caller sent, `check_tokenized` what the tokenizer made of it; what an output may ask for is
+  checked in `output_spec`.
 """
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from typing import Final
 
 import numpy as np
 
 from layertap import wire
-from layertap.errors import InvalidArgumentError, LayertapError
+from layertap.errors import InvalidArgumentError
 from layertap.v1 import embedding_pb2 as pb
 from layertap_server.model.facts import ModelFacts
 from layertap_server.model.sentence_config import SentenceConfig
-from layertap_server.model.tokenizer import Item, Tokenized, Tokenizer
-from layertap_server.protocol import output_spec
+from layertap_server.model.tokenizer import Item, Tokenized
+from layertap_server.protocol.limits import ID_BYTES, LEAST_TOKEN_BYTES, Limits
+from layertap_server.protocol.output_spec import known
 from layertap_server.types import Ids, Plan, Text
 
 MAX_PROMPT_CHARACTERS: Final = 10_000
-"""Characters of a prompt, which may have to be tokenized for itself before any text is read."""
+"""Characters of a prompt, which may have to be tokenized alone before any text is read."""
 
 _WITHOUT_PROMPT: Final = {"pair": "a pair", "words": "words", "token_ids": "token ids"}
 _TRUNCATIONS: Final = {number: name for name, number in wire.TRUNCATIONS.items()}
 
 
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Limits:
-    """What the checks need to know of the limits.
+def prompt(options: pb.EmbedOptions, sentences: SentenceConfig) -> str:
+    """Returns what is put before each text.
 
-    Attributes:
-        text_count: Texts in one message.
-        character_count: Unicode code points in one text.
-        output_bytes: Computed but unsent tensors of one call.
+    Raises:
+        InvalidArgumentError: if it is given twice or too long, or the model has no prompt of that name.
     """
+    if not options.prompt_name:
+        if len(options.prompt) > MAX_PROMPT_CHARACTERS:
+            raise InvalidArgumentError(
+                f"options.prompt has {len(options.prompt)} characters, the most is {MAX_PROMPT_CHARACTERS}; "
+                "shorten it, or make it part of each text"
+            )
+        return options.prompt
+    if options.prompt:
+        raise InvalidArgumentError("options has both prompt and prompt_name; set one of them")
+    if options.prompt_name not in sentences.prompts:
+        raise InvalidArgumentError(
+            "options.prompt_name is none of this model's prompts; it has "
+            f"{', '.join(sorted(sentences.prompts))}; or send the prompt itself"
+        )
+    return sentences.prompts[options.prompt_name]
 
-    text_count: int
-    character_count: int
-    output_bytes: int
 
+def truncation(value: pb.Truncation.ValueType) -> str:
+    """Returns the name of a truncation.
 
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Intake:
-    """Reads requests for one model under some limits.
-
-    Attributes:
-        model: What it can do.
-        limits: What it may be asked.
-        sentences: What its folder says about prompts.
-        tokenizer: What knows how long a prompt is.
+    Raises:
+        InvalidArgumentError: if the contract does not name it.
     """
+    return known("truncation", value or pb.TRUNCATION_ERROR, _TRUNCATIONS)
 
-    model: ModelFacts
-    limits: Limits
-    sentences: SentenceConfig
-    tokenizer: Tokenizer
 
-    def plan(self, options: pb.EmbedOptions) -> Plan:
-        """Returns what is asked of each text.
+def max_length(value: int, model: ModelFacts, *, at_most: int) -> int:
+    """Returns the most tokens a text may have.
 
-        Raises:
-            InvalidArgumentError: An option is at fault.
-            FailedPreconditionError: The model has no pooler.
-        """
-        plan = output_spec.plan(options, self.model)
-        prompt = self.prompt(options)
-        if not prompt or self.sentences.include_prompt:
-            return plan
-        max_length = self.max_length(options.max_length, at_most=self.model.max_length)
-        return plan.pooling_from(
-            self.tokenizer.prompt_token_count(prompt, max_length=max_length, lower_case=options.lower_case)
+    Raises:
+        InvalidArgumentError: if it is out of range.
+    """
+    if value and not 2 <= value <= at_most:
+        raise InvalidArgumentError(f"max_length is {value}; it runs from 2 to {at_most}, 0 means the model's")
+    return value or model.default_max_length
+
+
+def check_text_count(count: int, limits: Limits) -> None:
+    """Checks how many texts a request has.
+
+    Raises:
+        InvalidArgumentError: if there are none, or too many.
+    """
+    if not count:
+        raise InvalidArgumentError("inputs is empty; send at least one text")
+    if count > limits.max_text_count:
+        raise InvalidArgumentError(
+            f"inputs has {count} texts, the most is {limits.max_text_count}; "
+            "use embed_stream (the RPC EmbedStream) for any number of texts"
         )
 
-    def prompt(self, options: pb.EmbedOptions) -> str:
-        """Returns what is put before each text.
 
-        Raises:
-            InvalidArgumentError: It is asked for twice, too long, or not known by that name.
-        """
-        if not options.prompt_name:
-            if len(options.prompt) > MAX_PROMPT_CHARACTERS:
-                raise InvalidArgumentError(
-                    f"options.prompt has {len(options.prompt)} characters, the most is {MAX_PROMPT_CHARACTERS}; "
-                    "shorten it, or make it part of each text"
-                )
-            return options.prompt
-        if options.prompt:
-            raise InvalidArgumentError("options has both prompt and prompt_name; set one of them")
-        if options.prompt_name not in self.sentences.prompts:
-            raise InvalidArgumentError(
-                "options.prompt_name is none of this model's prompts; it has "
-                f"{', '.join(sorted(self.sentences.prompts))}; or send the prompt itself"
-            )
-        return self.sentences.prompts[options.prompt_name]
+def check_padding(pad_to: int, max_length: int, text_count: int, limits: Limits) -> None:
+    """Checks the padding that Tokenize is asked for, by its range and by the size of the answer.
 
-    def truncation(self, value: pb.Truncation.ValueType) -> str:
-        """Returns the name of a truncation.
+    Raises:
+        InvalidArgumentError: if either is out of bounds.
+    """
+    if not 0 <= pad_to <= max_length:
+        raise InvalidArgumentError(f"pad_to is {pad_to}; it runs from 1 to max_length {max_length}, 0 means none")
+    check_answered_tokens(pad_to * text_count, limits)
 
-        Raises:
-            InvalidArgumentError: Nobody knows it.
-        """
-        return output_spec.known("truncation", value or pb.TRUNCATION_ERROR, _TRUNCATIONS)
 
-    def max_length(self, value: int, *, at_most: int) -> int:
-        """Returns the most tokens a text may have.
+def check_answered_tokens(count: int, limits: Limits) -> None:
+    """Checks how many tokens, padding included, a Tokenize answer has to hold.
 
-        Raises:
-            InvalidArgumentError: It is out of range.
-        """
-        if value and not 2 <= value <= at_most:
-            raise InvalidArgumentError(f"max_length is {value}; it runs from 2 to {at_most}, 0 means the model's")
-        return value or self.model.default_max_length
-
-    def check_text_count(self, count: int) -> None:
-        """Checks how many texts a message has.
-
-        Raises:
-            InvalidArgumentError: There are none, or too many.
-        """
-        if not count:
-            raise InvalidArgumentError("inputs is empty; send at least one text")
-        if count > self.limits.text_count:
-            raise InvalidArgumentError(
-                f"inputs has {count} texts, the most is {self.limits.text_count}; "
-                "use embed_stream (the RPC EmbedStream) for any number of texts"
-            )
-
-    def item(self, message: pb.Input, label: str, *, prompt: str = "") -> Item:
-        """Returns one text, ready for the tokenizer, with what is put before it.
-
-        Raises:
-            InvalidArgumentError: It is at fault; the error calls it by its label.
-        """
-        kind = message.WhichOneof("kind")
-        if prompt and kind in _WITHOUT_PROMPT:
-            raise InvalidArgumentError(
-                f"{label} is {_WITHOUT_PROMPT[kind]}, before which no prompt can be put; send a plain string, or leave "
-                "the prompt out"
-            )
-        if kind == "token_ids":
-            return self._token_ids(message.token_ids, label)
-        item: Item
-        if kind == "text":
-            item = prompt + message.text
-            size = len(item)
-        elif kind == "pair":
-            item = message.pair.first, message.pair.second
-            size = len(message.pair.first) + len(message.pair.second)
-        elif kind == "words":
-            item = list(message.words.words)
-            size = sum(map(len, item)) + len(item)
-        else:
-            raise InvalidArgumentError(f"{label} has no kind; set text, pair, words or token_ids")
-        if size > self.limits.character_count:
-            raise InvalidArgumentError(
-                f"{label} has {size} characters, the most is {self.limits.character_count}; split it into several texts"
-            )
-        return item
-
-    def checked(self, plan: Plan, result: Tokenized | LayertapError, label: str) -> Tokenized | LayertapError:
-        """Returns the result of tokenizing, or why the model cannot do with its text what the plan asks."""
-        if isinstance(result, LayertapError):
-            return result
-        if error := _misfit(result.text, self.model, label):
-            return error
-        if plan.excludes_special_tokens:
-            result = self.tokenizer.mark_special_tokens(result)
-        if plan.has_words:
-            if result.encoding is None:
-                return InvalidArgumentError(
-                    f"{label} is token ids, which have no words; send text or words, or ask for hidden_states"
-                )
-            result = result.split()
-        if (size := plan.byte_counts.of(result.text)) > self.limits.output_bytes:
-            return InvalidArgumentError(
-                f"the outputs of {label} take {size} bytes, the most is {self.limits.output_bytes}; ask for fewer "
-                "layers at once, or shorten it"
-            )
-        for output in plan.outputs:
-            if output.pool is not None and output.pool.is_empty(result.text):
-                return InvalidArgumentError(
-                    f"{label} has nothing to pool over: every token is masked, special or a prompt's; unmask some, "
-                    "include special tokens, or leave the prompt out"
-                )
-        return result
-
-    def decodable(self, texts: Sequence[pb.TokenIds]) -> list[list[int]]:
-        """Returns the ids of texts that are to become strings.
-
-        Raises:
-            InvalidArgumentError: There are none or too many, or an id is out of range.
-        """
-        if not texts:
-            raise InvalidArgumentError("texts is empty; send at least one text")
-        if len(texts) > self.limits.text_count:
-            raise InvalidArgumentError(
-                f"texts has {len(texts)} entries, the most is {self.limits.text_count}; send them in several requests"
-            )
-        for n, text in enumerate(texts):
-            self._check_ids(text, f"texts[{n}]")
-        return [list(text.input_ids) for text in texts]
-
-    def _token_ids(self, message: pb.TokenIds, label: str) -> Text:
-        ids = self._check_ids(message, label)
-        if not len(ids):
-            raise InvalidArgumentError(f"{label} has no input_ids; for the empty text send the ids of [CLS] and [SEP]")
-        if len(ids) > self.model.max_length:
-            raise InvalidArgumentError(
-                f"{label} has {len(ids)} token ids, the most is {self.model.max_length}; "
-                "token ids are never cut, send fewer"
-            )
-        mask = _beside(message.attention_mask, "attention_mask", 2, len(ids), label)
-        types = _beside(message.token_type_ids, "token_type_ids", self.model.type_vocab_size, len(ids), label)
-        return Text(
-            ids,
-            attention_mask=mask if mask is not None and not mask.all() else None,
-            token_type_ids=types if types is not None and types.any() else None,
+    Raises:
+        InvalidArgumentError: if even the shortest tokens would not fit.
+    """
+    if count * LEAST_TOKEN_BYTES > limits.max_response_bytes:
+        raise InvalidArgumentError(
+            f"the answer would have {count} tokens, at least {count * LEAST_TOKEN_BYTES} bytes, the most is "
+            f"{limits.max_response_bytes} bytes; send fewer texts at once, or pad less"
         )
 
-    def _check_ids(self, message: pb.TokenIds, label: str) -> Ids:
-        ids = np.array(message.input_ids, np.int32)
-        if len(ids) and not (ids.min() >= 0 and ids.max() < self.model.vocab_size):
-            position = int(np.flatnonzero((ids < 0) | (ids >= self.model.vocab_size))[0])
+
+def item(message: pb.Input, label: str, model: ModelFacts, limits: Limits, *, prompt: str = "") -> Item:
+    """Returns one text with its prompt, ready for the tokenizer.
+
+    Raises:
+        InvalidArgumentError: if it is at fault; the error names its label.
+    """
+    kind = message.WhichOneof("kind")
+    if prompt and kind in _WITHOUT_PROMPT:
+        raise InvalidArgumentError(
+            f"{label} is {_WITHOUT_PROMPT[kind]}, before which no prompt can be put; send a plain string, or leave "
+            "the prompt out"
+        )
+    if kind == "token_ids":
+        return _token_ids(message.token_ids, label, model)
+    found: Item
+    if kind == "text":
+        found = prompt + message.text
+        size = len(found)
+    elif kind == "pair":
+        found = message.pair.first, message.pair.second
+        size = len(found[0]) + len(found[1])
+    elif kind == "words":
+        if len(message.words.words) > limits.max_character_count:
             raise InvalidArgumentError(
-                f"{label}.input_ids[{position}] is outside the vocabulary; "
-                f"ids run from 0 to {self.model.vocab_size - 1}"
+                f"{label} has {len(message.words.words)} words, the most is {limits.max_character_count}; "
+                "split it into several texts"
             )
-        return ids
+        found = list(message.words.words)
+        size = sum(map(len, found)) + len(found)
+    else:
+        raise InvalidArgumentError(f"{label} has no kind; set text, pair, words or token_ids")
+    if size > limits.max_character_count:
+        raise InvalidArgumentError(
+            f"{label} has {size} characters, the most is {limits.max_character_count}; split it into several texts"
+        )
+    return found
 
 
-def _misfit(text: Text, model: ModelFacts, label: str) -> LayertapError | None:
-    """Returns why the model cannot compute a text, whatever the tokenizer made of it; None: it can."""
+def check_fits(text: Text, label: str, model: ModelFacts) -> None:
+    """Checks that the model can compute a text, whatever the tokenizer made of it.
+
+    Raises:
+        InvalidArgumentError: if it has no tokens, too many, or an id or a type outside the model's.
+    """
     if not text.token_count:
-        return InvalidArgumentError(
+        raise InvalidArgumentError(
             f"{label} has no tokens, and this model's tokenizer adds none to it; leave the text out, or send token_ids"
         )
     if text.token_count > model.max_length:
-        return InvalidArgumentError(
+        raise InvalidArgumentError(
             f"{label} has {text.token_count} tokens, this model has {model.max_length} positions; shorten it"
         )
     if (highest := int(text.input_ids.max())) >= model.vocab_size:
-        return InvalidArgumentError(
+        raise InvalidArgumentError(
             f"{label} has token id {highest}, this model's vocabulary ends at {model.vocab_size - 1}: its tokenizer "
             "does not belong to it; leave the text out, or serve the model with its own tokenizer"
         )
     types = text.token_type_ids
     if types is not None and types.max() >= model.type_vocab_size:
-        return InvalidArgumentError(
+        raise InvalidArgumentError(
             f"{label} has token type {types.max()}, this model has {model.type_vocab_size}: it takes no pairs; send "
             "the two strings as one text, or as two"
         )
-    return None
+
+
+def check_tokenized(plan: Plan, result: Tokenized, label: str, limits: Limits) -> Tokenized:
+    """Returns a tokenized text, with its words if the plan needs them.
+
+    Raises:
+        InvalidArgumentError: if this text cannot give what the plan asks.
+    """
+    if plan.has_words:
+        if result.encoding is None:
+            raise InvalidArgumentError(
+                f"{label} is token ids, which have no words; send text or words, or ask for hidden_states"
+            )
+        result = result.split()
+    if (size := plan.byte_counts.of(result.text)) > limits.max_call_output_bytes:
+        raise InvalidArgumentError(
+            f"the outputs of {label} take {size} bytes, the most is {limits.max_call_output_bytes}; ask for fewer "
+            "layers at once, or shorten it"
+        )
+    for output in plan.outputs:
+        if output.pool is not None and output.pool.is_empty(result.text):
+            raise InvalidArgumentError(
+                f"{label} has nothing to pool over: every token is masked, special or a prompt's; unmask some, "
+                "include special tokens, or leave the prompt out"
+            )
+    return result
+
+
+def check_decode(texts: Sequence[pb.TokenIds], limits: Limits) -> list[int]:
+    """Returns how many ids each text of a Decode request has, once all counts are within the limits.
+
+    Raises:
+        InvalidArgumentError: if there are no texts, too many texts, or too many ids.
+    """
+    if not texts:
+        raise InvalidArgumentError("texts is empty; send at least one text")
+    if len(texts) > limits.max_text_count:
+        raise InvalidArgumentError(
+            f"texts has {len(texts)} entries, the most is {limits.max_text_count}; send them in several requests"
+        )
+    counts = [len(text.input_ids) for text in texts]
+    for n, count in enumerate(counts):
+        if count > limits.max_character_count:
+            raise InvalidArgumentError(
+                f"texts[{n}].input_ids has {count} entries, the most is {limits.max_character_count}; "
+                "split it into several texts"
+            )
+    if sum(counts) * ID_BYTES > limits.max_response_bytes:
+        raise InvalidArgumentError(
+            f"texts has {sum(counts)} token ids, the most is {limits.max_response_bytes // ID_BYTES}; "
+            "send them in several requests"
+        )
+    return counts
+
+
+def ids(message: pb.TokenIds, label: str, model: ModelFacts) -> Ids:
+    """Returns token ids that the model knows.
+
+    Raises:
+        InvalidArgumentError: if one is outside the vocabulary.
+    """
+    found = np.array(message.input_ids, np.int32)
+    if len(found) and not (found.min() >= 0 and found.max() < model.vocab_size):
+        position = int(np.flatnonzero((found < 0) | (found >= model.vocab_size))[0])
+        raise InvalidArgumentError(
+            f"{label}.input_ids[{position}] is outside the vocabulary; ids run from 0 to {model.vocab_size - 1}"
+        )
+    return found
+
+
+def _token_ids(message: pb.TokenIds, label: str, model: ModelFacts) -> Text:
+    count = len(message.input_ids)
+    if not count:
+        raise InvalidArgumentError(f"{label} has no input_ids; for the empty text send the ids of [CLS] and [SEP]")
+    if count > model.max_length:
+        raise InvalidArgumentError(
+            f"{label} has {count} token ids, the most is {model.max_length}; token ids are never cut, send fewer"
+        )
+    mask = _beside(message.attention_mask, "attention_mask", 2, count, label)
+    types = _beside(message.token_type_ids, "token_type_ids", model.type_vocab_size, count, label)
+    return Text(
+        ids(message, label, model),
+        attention_mask=mask if mask is not None and not mask.all() else None,
+        token_type_ids=types if types is not None and types.any() else None,
+    )
 
 
 def _beside(values: Sequence[int], name: str, end: int, length: int, label: str) -> Ids | None:
@@ -264,5 +270,7 @@ def _beside(values: Sequence[int], name: str, end: int, length: int, label: str)
         raise InvalidArgumentError(f"{label}.{name} has {len(values)} entries, input_ids {length}; make them equal")
     array = np.array(values, np.int32)
     if not (array.min() >= 0 and array.max() < end):
-        raise InvalidArgumentError(f"{label}.{name} has an entry that is not from 0 to {end - 1}; mend it")
+        raise InvalidArgumentError(
+            f"{label}.{name} has an entry outside its range; entries must be from 0 to {end - 1}"
+        )
     return array

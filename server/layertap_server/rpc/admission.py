@@ -28,6 +28,7 @@ from layertap.errors import (
 from layertap_server.observability.call_log import REQUEST_ID, CallLog, Record
 from layertap_server.rpc import auth
 from layertap_server.scheduler.hooks import Hooks
+from layertap_server.types import RETRY_FULL_S, RETRY_STOPPING_S
 
 log = logging.getLogger(__name__)
 
@@ -171,19 +172,21 @@ class Admission:
             try:
                 if self.closed.is_set():
                     self._hooks.refused("stopping")
-                    raise UnavailableError("the server is stopping; try another, or again later", retry_after_s=1.0)
+                    raise UnavailableError(
+                        "the server is stopping; try another, or again later", retry_after_s=RETRY_STOPPING_S
+                    )
                 if len(self._calls) > self._call_share(record.client):
                     self._hooks.refused("calls")
                     raise ResourceExhaustedError(
                         f"the server is full: {self._max_call_count} calls are under way; try again later",
-                        retry_after_s=0.5,
+                        retry_after_s=RETRY_FULL_S,
                     )
                 if self._request_bytes > self._max_request_bytes:
                     self._hooks.refused("request_bytes")
                     raise ResourceExhaustedError(
                         f"the server is full: the requests under way have more than {self._max_request_bytes} bytes; "
                         "try again later",
-                        retry_after_s=0.5,
+                        retry_after_s=RETRY_FULL_S,
                     )
                 caller = Caller(context, record, stall_timeout_s=self._stall_timeout_s)
                 answer = await method(request, caller)
@@ -198,7 +201,9 @@ class Admission:
                     record.fail(_left(context))
                     raise asyncio.CancelledError from exc  # There is nobody to tell.
                 task.uncancel()
-                error = UnavailableError("the server could not finish in time; try another", retry_after_s=1.0)
+                error = UnavailableError(
+                    "the server could not finish in time; try another", retry_after_s=RETRY_STOPPING_S
+                )
                 record.fail(error)
             except Exception:
                 log.exception("%s failed", name, extra={"fields": {"request_id": record.request_id}})

@@ -2,7 +2,7 @@
 
 Reading stops while enough texts of this call wait in the queue to keep the instances full; HTTP/2 then holds the caller
 back. Results are held until they may be sent, in the order of the texts if the caller wants that, and their bytes are
-given back as they are sent: a caller who does not read is soon not computed for any more.
+given back as they are sent: for a caller that does not read, computing soon stops.
 
 When the server stops, reading stops too: what has been read is answered, and the call ends with UNAVAILABLE, so that
 the caller sends the rest elsewhere.
@@ -20,16 +20,15 @@ from typing import Final, TypeAlias
 
 from layertap.errors import InternalError, InvalidArgumentError, LayertapError, UnavailableError
 from layertap.v1 import embedding_pb2 as pb
-from layertap_server.model.tokenizer import Item, Tokenized, Tokenizer
+from layertap_server.model.tokenizer import Tokenized, Tokenizer
 from layertap_server.observability.call_log import Record
-from layertap_server.protocol.preprocess import Reception, parse
+from layertap_server.protocol.preprocess import Preprocessor, parse
 from layertap_server.protocol.stream_responses import Result, failures_of, split_run
 from layertap_server.protocol.stream_responses import messages as messages_of
-from layertap_server.protocol.validation import Intake
 from layertap_server.scheduler.call import Call
 from layertap_server.scheduler.events import CallFailed, Event, EventQueue, RowsReady, RunDone
-from layertap_server.shared_memory.lease import placed
 from layertap_server.shared_memory.segment import Lending
+from layertap_server.types import RETRY_ELSEWHERE_S
 
 log = logging.getLogger(__name__)
 
@@ -85,37 +84,32 @@ class Stream:
         self,
         options: pb.StreamOptions,
         *,
-        intake: Intake,
+        preprocessor: Preprocessor,
         tokenizer: Tokenizer,
-        reception: Reception,
         write: Write,
         record: Record,
         inbox: EventQueue[StreamEvent],
         stopping: asyncio.Event,
-        max_frame_bytes: int,
         lookahead_tokens: int,
         lending: Lending | None,
     ) -> None:
         """Checks the options.
 
         Raises:
-            LayertapError: One is at fault.
+            LayertapError: if one is at fault.
         """
         if options.order not in (pb.RESULT_ORDER_UNSPECIFIED, pb.RESULT_ORDER_AS_SENT, pb.RESULT_ORDER_AS_FINISHED):
             raise InvalidArgumentError(
                 f"options.order has the unknown value {options.order}; use one of the contract's"
             )
-        self.plan = placed(intake.plan(options.options), lending)
+        self._options = preprocessor.options(options.options)
+        self.plan = self._options.plan
         self._lending = lending
         self.inbox = inbox
         self._in_order = options.order != pb.RESULT_ORDER_AS_FINISHED
-        self._max_length = intake.max_length(options.options.max_length, at_most=intake.model.max_length)
-        self._truncation = intake.truncation(options.options.truncation)
-        self._prompt = intake.prompt(options.options)
-        self._lower_case = options.options.lower_case
-        self._intake, self._tokenizer, self._reception = intake, tokenizer, reception
+        self._preprocessor, self._tokenizer = preprocessor, tokenizer
         self._write, self._record, self._stopping = write, record, stopping
-        self._max_frame_bytes, self._lookahead_tokens = max_frame_bytes, lookahead_tokens
+        self._max_frame_bytes, self._lookahead_tokens = preprocessor.limits.max_frame_bytes, lookahead_tokens
         self._entries: dict[int, _Entry] = {}
         self._queued: dict[int, int] = {}
         self._queued_count = 0
@@ -129,8 +123,8 @@ class Stream:
         """Answers every text of the call.
 
         Raises:
-            LayertapError: The call as a whole is at fault, or nobody reads its answers.
-            UnavailableError: The server is stopping, and has answered what it had read.
+            LayertapError: if the call as a whole is at fault, or its answers are not read.
+            UnavailableError: if the server is stopping, once it has answered what it had read.
         """
         reader = asyncio.create_task(self._read(requests, call))
         try:
@@ -144,7 +138,9 @@ class Stream:
             reader.cancel()
             await asyncio.gather(reader, return_exceptions=True)
         if self._all_read.stopping:
-            raise UnavailableError("the server is stopping; send what is unanswered to another", retry_after_s=0.0)
+            raise UnavailableError(
+                "the server is stopping; send what is unanswered to another", retry_after_s=RETRY_ELSEWHERE_S
+            )
 
     async def _read(self, requests: AsyncIterator[bytes], call: Call) -> None:
         try:
@@ -184,40 +180,28 @@ class Stream:
             stopping.cancel()
 
     async def _admit(self, inputs: Sequence[pb.StreamInput], call: Call) -> None:
-        """Checks, tokenizes and queues texts; a bad one is answered for itself."""
-        good: list[tuple[int, Item]] = []
+        """Tokenizes and queues texts; a text at fault gets its own error."""
         for one in inputs:
             if one.id in self._entries:
                 raise InvalidArgumentError(
                     f"id {one.id} is in use by a text that is not yet answered; number texts anew"
                 )
             self._entries[one.id] = _Entry()
-            try:
-                good.append((one.id, self._intake.item(one.input, f"item {one.id}", prompt=self._prompt)))
-            except LayertapError as exc:
-                self.inbox.put(_Refused(one.id, exc))
         started_at_ns = time.monotonic_ns()
-        labels = [f"item {number}" for number, _ in good]
-        results = await self._reception.encode(
-            [item for _, item in good],
-            labels=labels,
-            max_length=self._max_length,
-            truncation=self._truncation,
-            lower_case=self._lower_case,
+        results = await self._preprocessor.embed_each(
+            [one.input for one in inputs], self._options, [f"item {one.id}" for one in inputs], self._record
         )
-        ended_at_ns = time.monotonic_ns()
-        self._record.tokenize.note(started_at_ns, ended_at_ns)
+        tokenize_time_ns = time.monotonic_ns() - started_at_ns
         texts = []
-        for (number, _), label, result in zip(good, labels, results, strict=True):
-            checked = self._intake.checked(self.plan, result, label)
-            if isinstance(checked, LayertapError):
-                self.inbox.put(_Refused(number, checked))
+        for one, result in zip(inputs, results, strict=True):
+            if isinstance(result, LayertapError):
+                self.inbox.put(_Refused(one.id, result))
                 continue
-            entry = self._entries[number]
-            entry.tokenized, entry.tokenize_time_ns = checked, ended_at_ns - started_at_ns
-            self._queued[self._queued_count] = number
+            entry = self._entries[one.id]
+            entry.tokenized, entry.tokenize_time_ns = result, tokenize_time_ns
+            self._queued[self._queued_count] = one.id
             self._queued_count += 1
-            texts.append(checked.text)
+            texts.append(result.text)
         call.add(texts, admitted=True)
         self._record.take(texts)
 
@@ -272,7 +256,7 @@ class Stream:
             results = [result for number in self._finished if (result := self._entries[number].result)]
         self._finished.clear()
         for message, sent in messages_of(results, self.plan, self._tokenizer, self._max_frame_bytes, self._lending):
-            # Whoever has an answer may use its id again, so the id is free before the answer leaves.
+            # A caller that has an answer may use its id again, so the id is free before the answer leaves.
             entries = [self._entries.pop(result.id) for result in sent]
             await self._write(message)
             for entry in entries:

@@ -1,85 +1,77 @@
-"""The RPCs: each request from the socket to the batcher and its answer back, through the `admission`.
+"""The RPCs: each request from `admission` through `preprocess` to the batcher, and its rows back through `responses`.
 
 Everything a user can get wrong is refused before the queue. Nothing here blocks the event loop: what may take long
-(parsing, tokenizing or packing much) runs in threads. Handlers take and give bytes, so that payloads are written
-once; see `layertap.wire`.
+(parsing, tokenizing or packing much) runs in threads. Handlers take and give bytes: so parsing may leave the loop, and
+each payload is written once (see `layertap.wire`, which has the figures).
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import dataclasses
 import functools
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Iterator, Sequence
-from typing import Any, Final
+from typing import Any
 
 import grpc
 import grpc.aio
 
+from layertap import wire
 from layertap.errors import InvalidArgumentError
 from layertap.v1 import embedding_pb2 as pb
 from layertap_server.model.facts import ModelFacts
 from layertap_server.model.tokenizer import Tokenized, Tokenizer
-from layertap_server.protocol import responses
-from layertap_server.protocol.preprocess import LARGE_BYTES, Reception, offload, parse
-from layertap_server.protocol.validation import Intake
+from layertap_server.protocol import limits, responses
+from layertap_server.protocol.preprocess import LARGE_BYTES, Preprocessor, offload, parse
 from layertap_server.rpc.admission import Admission, Caller
 from layertap_server.rpc.embed_stream import Stream
 from layertap_server.scheduler.batcher import Batcher
 from layertap_server.scheduler.call import Call
 from layertap_server.scheduler.events import CallFailed, Event, EventQueue, LoopWaker, RowsReady, RunDone
-from layertap_server.shared_memory.lease import Sharing, placed
+from layertap_server.shared_memory.allocator import allocator
+from layertap_server.shared_memory.lease import Sharing
 from layertap_server.shared_memory.segment import Lending
-from layertap_server.types import Plan
-
-SERVICE_NAME: Final = "layertap.v1.EmbeddingService"
-METHODS: Final = ("GetModelInfo", "Tokenize", "Decode", "Embed", "EmbedLayers", "EmbedStream", "ShareMemory")
-
-
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Bounds:
-    """What bounds a call.
-
-    Attributes:
-        max_response_bytes: Bytes of a unary answer.
-        max_frame_bytes: Bytes of a streamed message.
-        lookahead_tokens: How many tokens of one EmbedStream may wait in the queue.
-    """
-
-    max_response_bytes: int
-    max_frame_bytes: int
-    lookahead_tokens: int
+from layertap_server.types import Allocator, Plan
 
 
 class EmbeddingService:
-    """Answers the RPCs of the contract."""
+    """Answers the RPCs of the contract.
+
+    Args:
+        preprocessor: The pipeline of requests.
+        tokenizer: The model's tokenizer.
+        batcher: The queue and its instances.
+        model: The model's facts.
+        info: The answer to GetModelInfo, serialized.
+        lookahead_tokens: How many tokens of one EmbedStream may wait in the queue.
+        sharing: The leases of shared memory.
+        admission: The admission of calls.
+    """
 
     def __init__(
         self,
         *,
-        intake: Intake,
-        reception: Reception,
+        preprocessor: Preprocessor,
         tokenizer: Tokenizer,
         batcher: Batcher,
         model: ModelFacts,
-        info: pb.GetModelInfoResponse,
-        bounds: Bounds,
+        info: bytes,
+        lookahead_tokens: int,
         sharing: Sharing,
         admission: Admission,
     ) -> None:
-        """Takes all that it works with."""
-        self._intake = intake
-        self._reception = reception
+        self._preprocessor = preprocessor
         self._tokenizer = tokenizer
         self._batcher = batcher
         self._model = model
         self._info = info
-        self._bounds = bounds
+        self._lookahead_tokens = lookahead_tokens
         self._sharing = sharing
         self._admission = admission
+        self._max_response_bytes = preprocessor.limits.max_response_bytes
+        self._max_frame_bytes = preprocessor.limits.max_frame_bytes
 
     def handler(self) -> grpc.GenericRpcHandler[bytes, bytes]:
         """Returns what a gRPC server is given."""
@@ -94,57 +86,42 @@ class EmbeddingService:
             "EmbedStream": grpc.stream_stream_rpc_method_handler(answered("EmbedStream", self._embed_stream)),
             "ShareMemory": answer_stream(answered("ShareMemory", self._share_memory)),
         }
-        return grpc.method_handlers_generic_handler(SERVICE_NAME, handlers)
+        return grpc.method_handlers_generic_handler(wire.SERVICE_NAME, handlers)
 
     @functools.cached_property
     def _waker(self) -> LoopWaker:
-        """What wakes the loop that this service answers in, which runs only once the service is made."""
+        """Wakes the loop that this service answers in, which runs only once the service is made."""
         return LoopWaker()
 
     async def _get_model_info(self, raw: bytes, caller: Caller) -> bytes:
         await parse(pb.GetModelInfoRequest, raw)
-        return self._info.SerializeToString()
+        return self._info
 
     async def _tokenize(self, raw: bytes, caller: Caller) -> bytes:
         request = await parse(pb.TokenizeRequest, raw)
-        texts = await self._reception.tokenize(request, caller.record)
-        # 40 bytes hold a token with all its numbers, whatever the vocabulary; the answer itself is checked again.
-        large = sum(max(one.text.token_count, request.pad_to) for one in texts) * 40 > LARGE_BYTES
-
-        def answer() -> bytes:
-            tokens = [responses.tokens(one, self._tokenizer, pad_to=request.pad_to) for one in texts]
-            return pb.TokenizeResponse(texts=tokens, pad_token_id=self._tokenizer.pad_token_id).SerializeToString()
-
-        serialized = await offload(answer, in_thread=large)
-        if len(serialized) > self._bounds.max_response_bytes:
+        texts = await self._preprocessor.tokenize(request, caller.record)
+        size = limits.TOKEN_BYTES * sum(max(one.text.token_count, request.pad_to) for one in texts)
+        answer = functools.partial(responses.tokenized, texts, self._tokenizer, pad_to=request.pad_to)
+        serialized = await offload(answer, in_thread=size > LARGE_BYTES)
+        if len(serialized) > self._max_response_bytes:
             raise InvalidArgumentError(
-                f"the answer has {len(serialized)} bytes, the most is {self._bounds.max_response_bytes}; "
+                f"the answer has {len(serialized)} bytes, the most is {self._max_response_bytes}; "
                 "send fewer texts at once"
             )
         return serialized
 
     async def _decode(self, raw: bytes, caller: Caller) -> bytes:
         request = await parse(pb.DecodeRequest, raw)
-        ids = self._intake.decodable(request.texts)
-        caller.record.text_count += len(ids)
-        caller.record.token_count += sum(map(len, ids))
-
-        def answer() -> bytes:
-            texts = self._tokenizer.decode(ids, skip_special_tokens=request.skip_special_tokens)
-            return pb.DecodeResponse(texts=texts).SerializeToString()
-
-        return await offload(answer, in_thread=len(raw) > 1024)
+        texts = await self._preprocessor.decode(request, caller.record)
+        return pb.DecodeResponse(texts=texts).SerializeToString()
 
     async def _embed(self, raw: bytes, caller: Caller) -> bytes:
         request = await parse(pb.EmbedRequest, raw)
-        plan, tokenized = await self._reception.embed(request.inputs, request.options, caller.record)
-        texts = [one.text for one in tokenized]
-        size = sum(map(plan.byte_counts.of, texts)) + 64 * len(texts)
-        size += 48 * plan.return_tokens * sum(text.token_count for text in texts)
-        size += responses.WORD_BYTES * sum(text.word_count for text in texts)
-        if size > self._bounds.max_response_bytes:
+        plan, tokenized = await self._preprocessor.embed(request.inputs, request.options, caller.record)
+        size = limits.response_bytes(plan, (one.text for one in tokenized))
+        if size > self._max_response_bytes:
             raise InvalidArgumentError(
-                f"the answer would have about {size} bytes, the most of Embed is {self._bounds.max_response_bytes}; "
+                f"the answer would have about {size} bytes, the most of Embed is {self._max_response_bytes}; "
                 "send fewer texts at once, or use embed_stream (the RPC EmbedStream) or the RPC EmbedLayers"
             )
         parts: list[RowsReady] = []
@@ -161,18 +138,9 @@ class EmbeddingService:
                         if left:  # What is computed is kept until all is; max_response_bytes bounds it.
                             call.release(done.reserved_bytes, run_done=True)
 
-        def answer() -> bytes:
-            message = pb.EmbedResponse(
-                header=responses.header(self._model, plan, tokenized),
-                tensors=responses.tensors(parts, plan),
-                timings=responses.timings(caller.record),
-            )
-            if plan.return_tokens:
-                message.tokens.extend(responses.tokens(one, self._tokenizer) for one in tokenized)
-            if plan.has_words:
-                message.words.extend(map(responses.words, tokenized))
-            return message.SerializeToString()
-
+        answer = functools.partial(
+            responses.embedded, self._model, plan, tokenized, parts, self._tokenizer, caller.record
+        )
         started_at_ns = time.monotonic_ns()
         serialized = await offload(answer, in_thread=size > LARGE_BYTES)
         caller.record.send.note(started_at_ns, time.monotonic_ns())
@@ -180,9 +148,8 @@ class EmbeddingService:
 
     async def _embed_layers(self, raw: bytes, caller: Caller) -> None:
         request = await parse(pb.EmbedLayersRequest, raw)
-        plan, tokenized = await self._reception.embed(request.inputs, request.options, caller.record)
+        plan, tokenized = await self._preprocessor.embed(request.inputs, request.options, caller.record)
         with self._sharing.lend(request.options) as lending:
-            plan = placed(plan, lending, [one.text for one in tokenized])
             frame_count = await self._send_layers(plan, tokenized, caller, lending)
         summary = pb.EmbedSummary(frame_count=frame_count, timings=responses.timings(caller.record))
         await caller.write(pb.EmbedLayersResponse(summary=summary).SerializeToString())
@@ -193,15 +160,16 @@ class EmbeddingService:
         """Sends all of an EmbedLayers answer but its summary; returns how many frames that were."""
         inbox: EventQueue[Event] = EventQueue(self._waker)
         frame_count = 0
-        with self._call(plan, tokenized, inbox, caller) as call:
+        places = allocator(lending, plan, [one.text for one in tokenized])
+        with self._call(plan, tokenized, inbox, caller, places) as call:
             header = pb.EmbedLayersResponse(header=responses.header(self._model, plan, tokenized))
             await caller.write(header.SerializeToString())
             if plan.return_tokens:
-                groups = responses.token_groups(tokenized, self._tokenizer, self._bounds.max_frame_bytes)
+                groups = responses.token_groups(tokenized, self._tokenizer, self._max_frame_bytes)
                 for group in await asyncio.to_thread(list, groups):
                     await caller.write(group.SerializeToString())
             if plan.has_words:
-                groups = responses.word_groups(tokenized, self._bounds.max_frame_bytes)
+                groups = responses.word_groups(tokenized, self._max_frame_bytes)
                 for group in await asyncio.to_thread(list, groups):
                     await caller.write(group.SerializeToString())
             left = len(tokenized)
@@ -211,7 +179,7 @@ class EmbeddingService:
                     event = events.popleft()
                     if isinstance(event, RowsReady):
                         byte_count = len(event.rows.data)
-                        for frame in responses.frames(_good(event), plan, self._bounds.max_frame_bytes, lending):
+                        for frame in responses.frames(_good(event), plan, self._max_frame_bytes, lending):
                             await caller.write(frame)
                             frame_count += 1
                         del event  # Bytes are given back once nothing here holds them.
@@ -228,18 +196,16 @@ class EmbeddingService:
         with self._sharing.lend(first.options.options) as lending:
             stream = Stream(
                 first.options,
-                intake=self._intake,
+                preprocessor=self._preprocessor,
                 tokenizer=self._tokenizer,
-                reception=self._reception,
                 write=caller.write,
                 record=caller.record,
                 inbox=EventQueue(self._waker),
                 stopping=self._admission.closed,
-                max_frame_bytes=self._bounds.max_frame_bytes,
-                lookahead_tokens=self._bounds.lookahead_tokens,
+                lookahead_tokens=self._lookahead_tokens,
                 lending=lending,
             )
-            with self._call(stream.plan, (), stream.inbox, caller) as call:
+            with self._call(stream.plan, (), stream.inbox, caller, allocator(lending, stream.plan)) as call:
                 header = pb.EmbedStreamResponse(header=responses.header(self._model, stream.plan))
                 await caller.write(header.SerializeToString())
                 await stream.run(requests, call)
@@ -250,15 +216,21 @@ class EmbeddingService:
 
     @contextlib.contextmanager
     def _call(
-        self, plan: Plan, tokenized: Sequence[Tokenized], inbox: EventQueue[Any], caller: Caller
+        self,
+        plan: Plan,
+        tokenized: Sequence[Tokenized],
+        inbox: EventQueue[Any],
+        caller: Caller,
+        places: Allocator | None = None,
     ) -> Iterator[Call]:
-        """Queues the texts of a call, and gives up what is left of it at the end, however that comes."""
+        """Queues the texts of a call, and drops what is left of it at its end."""
         call = self._batcher.open(
             plan,
             client=caller.client,
             connection=caller.connection,
             deliver=inbox.put,
             expires_at=caller.expires_at,
+            allocator=places,
         )
         texts = [one.text for one in tokenized]
         try:

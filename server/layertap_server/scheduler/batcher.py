@@ -31,8 +31,8 @@ from layertap_server.scheduler.events import CallFailed, Event
 from layertap_server.scheduler.fair_queue import FairQueue
 from layertap_server.scheduler.hooks import Hooks, NoHooks
 from layertap_server.scheduler.oom_retry import with_oom_retry
-from layertap_server.scheduler.worker import RETRY_AFTER_S, IdleInstances, Worker
-from layertap_server.types import Encode, Plan, Text
+from layertap_server.scheduler.worker import IdleInstances, Worker
+from layertap_server.types import RETRY_FULL_S, RETRY_STOPPING_S, Allocator, Encode, Plan, Text
 
 log = logging.getLogger(__name__)
 
@@ -132,6 +132,7 @@ class Batcher:
         connection: str = "",
         deliver: Callable[[Event], None],
         expires_at: float | None = None,
+        allocator: Allocator | None = None,
     ) -> Call:
         """Returns a new call.
 
@@ -141,6 +142,7 @@ class Batcher:
             connection: Its connection among those of the client.
             deliver: Called with each event, in the thread of an instance; must not block.
             expires_at: Its deadline, by time.monotonic. None: it has none.
+            allocator: Where its rows are written. None: in any buffer.
 
         Raises:
             ResourceExhaustedError: The queue is full.
@@ -149,7 +151,15 @@ class Batcher:
         with self._lock:
             self._check_alive()
             self._check_room(client, 0, 0)
-        return Call(self, plan, client=client, connection=connection, deliver=deliver, expires_at=expires_at)
+        return Call(
+            self,
+            plan,
+            client=client,
+            connection=connection,
+            deliver=deliver,
+            expires_at=expires_at,
+            allocator=allocator,
+        )
 
     def lose_stuck(self, timeout_s: float) -> None:
         """Gives up every instance that has made no progress with its batch for so long."""
@@ -169,7 +179,7 @@ class Batcher:
         with self._lock:
             self._stopping = True
             self._idle.wake(self.instance_count)
-        self._fail_waiting(UnavailableError(_STOPPING, retry_after_s=RETRY_AFTER_S))
+        self._fail_waiting(UnavailableError(_STOPPING, retry_after_s=RETRY_STOPPING_S))
         deadline = time.monotonic() + timeout_s
         return all(
             [
@@ -183,7 +193,7 @@ class Batcher:
             self._live_instance_count -= 1
             log.error("an instance is lost, %d of %d are left", self._live_instance_count, self.instance_count)
         if not self._live_instance_count:
-            self._fail_waiting(UnavailableError(_LOST, retry_after_s=RETRY_AFTER_S))
+            self._fail_waiting(UnavailableError(_LOST, retry_after_s=RETRY_STOPPING_S))
 
     def _fail_waiting(self, error: UnavailableError) -> None:
         with self._lock:
@@ -195,7 +205,7 @@ class Batcher:
     def _check_alive(self) -> None:
         if self._stopping or not self._live_instance_count:
             self._hooks.refused("stopping" if self._stopping else "no_instances")
-            raise UnavailableError(_STOPPING if self._stopping else _LOST, retry_after_s=RETRY_AFTER_S)
+            raise UnavailableError(_STOPPING if self._stopping else _LOST, retry_after_s=RETRY_STOPPING_S)
 
     def _check_room(self, client: str, text_count: int, token_count: int) -> None:
         if not self._texts.has_room(client, text_count):
@@ -205,7 +215,7 @@ class Batcher:
         else:
             return
         self._hooks.refused(reason)
-        raise ResourceExhaustedError(f"the server is full: {full}; try again later", retry_after_s=0.5)
+        raise ResourceExhaustedError(f"the server is full: {full}; try again later", retry_after_s=RETRY_FULL_S)
 
     def add(self, call: Call, texts: Sequence[Text], admitted: bool) -> None:
         """See `Call.add`."""

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from layertap_server.scheduler.events import Event
-from layertap_server.types import Plan, Text
+from layertap_server.types import Allocator, Plan, Text
 
 
 class Queue(Protocol):
@@ -47,8 +47,10 @@ class Call:
         connection: str = "",
         deliver: Callable[[Event], None],
         expires_at: float | None,
+        allocator: Allocator | None = None,
     ) -> None:
         self.plan = plan
+        self.allocator = allocator
         self.client = client
         self.connection = connection
         self.deliver = deliver

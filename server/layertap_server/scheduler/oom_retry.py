@@ -36,7 +36,7 @@ def with_oom_retry(encode: Encode) -> Encode:
             # The error holds on to all that the batch had computed, until this block is left.
             log.warning("no memory for a batch of %d texts, %d tokens", _text_count(batch), _token_count(batch))
         # What the caller may be reading where it lies is not written again.
-        bare = [dataclasses.replace(run, plan=dataclasses.replace(run.plan, allocate=None)) for run in batch]
+        bare = [dataclasses.replace(run, allocator=None) for run in batch]
         rest = _refused(bare[0]) if _text_count(bare) == 1 else _joined(encode_all, bare)
         yield from (rows for rows in rest if _place(rows) not in yielded)
 

@@ -20,12 +20,9 @@ from layertap.errors import InternalError, LayertapError, UnavailableError
 from layertap_server.scheduler.call import BatchPart
 from layertap_server.scheduler.events import CallFailed, RowsReady, RunDone
 from layertap_server.scheduler.hooks import Hooks
-from layertap_server.types import DeviceLostError, Encode, Run
+from layertap_server.types import RETRY_STOPPING_S, DeviceLostError, Encode, Run
 
 log = logging.getLogger(__name__)
-
-RETRY_AFTER_S = 1.0
-"""How long a caller should wait whose server has stopped working, in seconds."""
 
 
 class IdleInstances:
@@ -124,7 +121,7 @@ class Worker:
             self.lost = True
             batch = self._batch
         self._on_lost()  # First: a caller that retries at once must not meet this instance.
-        self._fail(batch, UnavailableError("the engine has failed; try again", retry_after_s=RETRY_AFTER_S))
+        self._fail(batch, UnavailableError("the engine has failed; try again", retry_after_s=RETRY_STOPPING_S))
         return True
 
     def ended(self, timeout_s: float) -> bool:
@@ -149,7 +146,10 @@ class Worker:
 
     def _compute(self, batch: list[BatchPart]) -> None:
         started_at_ns = time.monotonic_ns()
-        runs = [Run(plan=part.call.plan, texts=part.texts, first_text=part.first_text) for part in batch]
+        runs = [
+            Run(plan=part.call.plan, texts=part.texts, first_text=part.first_text, allocator=part.call.allocator)
+            for part in batch
+        ]
         try:
             for rows in self._encode(runs):
                 self._moved_at = time.monotonic()

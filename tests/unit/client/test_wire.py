@@ -15,6 +15,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from layertap import DataLossError, wire
+from layertap.types import ITEM_BYTES
 from layertap.v1 import embedding_pb2 as pb
 
 KINDS = [pb.EmbedLayersResponse, pb.EmbedStreamResponse]
@@ -250,7 +251,7 @@ def test_an_unknown_dtype_is_a_data_loss() -> None:
 @example(name="float32", shape=[2, 3], data=bytes(24))
 def test_a_tensor_becomes_an_array_of_its_shape_or_a_data_loss(name: str, shape: list[int], data: bytes) -> None:
     tensor = pb.Tensor(dtype=wire.DTYPES[name], shape=shape, data=data)
-    fits = all(size >= 0 for size in shape) and int(np.prod(shape, dtype=object)) * wire.ITEM_BYTES[name] == len(data)
+    fits = all(size >= 0 for size in shape) and int(np.prod(shape, dtype=object)) * ITEM_BYTES[name] == len(data)
     if not fits:
         with pytest.raises(DataLossError):
             wire.tensor_to_array(tensor)
@@ -269,8 +270,8 @@ def test_the_tables_name_every_number_of_the_contract() -> None:
         assert set(table.values()) == set(enum.values()) - {0}
         for name, number in table.items():
             assert enum.Name(number).endswith("_" + name.upper())
-    assert set(wire.ITEM_BYTES) == set(wire.DTYPES)
-    assert {name: wire.item_bytes(number) for name, number in wire.DTYPES.items()} == wire.ITEM_BYTES
+    assert set(ITEM_BYTES) == set(wire.DTYPES)
+    assert {name: wire.item_bytes(number) for name, number in wire.DTYPES.items()} == ITEM_BYTES
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc's allocator has these thresholds")

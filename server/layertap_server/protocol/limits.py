@@ -1,0 +1,60 @@
+"""The limits in force, and the size law of a message: what each part of an answer takes on the wire.
+
+The only owner of both. A size is estimated from counts alone, before anything of the answer is made.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable
+from typing import Final
+
+from layertap_server.types import Plan, Text
+
+HEAD_BYTES: Final = 256
+"""Room in a streamed message for all but its rows and its lists."""
+
+TEXT_BYTES: Final = 64
+"""Room for what an answer says of one text besides its rows and lists."""
+
+TOKEN_BYTES: Final = 48
+"""Room for one token with all its numbers, in the vocabularies of BERT."""
+
+LEAST_TOKEN_BYTES: Final = 9
+"""The fewest bytes of one token in an answer: an empty piece and eight numbers, each with its tag or shared one."""
+
+WORD_BYTES: Final = 12
+"""Room for the piece count and the offsets of one word."""
+
+ID_BYTES: Final = 4
+"""What one token id of a Decode request counts against the size of its answer."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    """The limits in force; the fields are those of the contract's Limits, which states their units."""
+
+    max_text_count: int
+    max_character_count: int
+    max_request_bytes: int
+    max_response_bytes: int
+    max_frame_bytes: int
+    max_queue_text_count: int
+    max_queue_token_count: int
+    max_output_bytes: int
+    max_concurrent_call_count: int
+    max_call_output_bytes: int
+    max_queue_bytes: int
+    stall_time_ns: int
+    grace_time_ns: int
+    max_connection_age_ns: int
+
+
+def list_bytes(plan: Plan, text: Text) -> int:
+    """Returns room for the tokens and the words of one text, as far as the plan asks for them."""
+    return TOKEN_BYTES * text.token_count * plan.return_tokens + WORD_BYTES * text.word_count
+
+
+def response_bytes(plan: Plan, texts: Iterable[Text]) -> int:
+    """Returns about how many bytes an answer of whole results takes."""
+    return sum(plan.byte_counts.of(text) + list_bytes(plan, text) + TEXT_BYTES for text in texts)
