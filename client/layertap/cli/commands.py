@@ -206,9 +206,10 @@ def _show(args: argparse.Namespace, source: Source, task: Task) -> int:
                     _print(args, facts, _quantized(arrays, task.precision))
     if held:
         (name,) = held[0][1]
-        matrices = quantization.quantize_matrices([arrays[name] for _, arrays in held], precision=task.precision)
-        for (facts, _), matrix in zip(held, matrices, strict=True):
-            _print(args, facts, {name: matrix})
+        rows = [np.atleast_2d(arrays[name]) for _, arrays in held]
+        matrices = quantization.quantize_matrices(rows, precision=task.precision)
+        for (facts, arrays), matrix in zip(held, matrices, strict=True):
+            _print(args, facts, {name: matrix.reshape(arrays[name].shape)})
     if not count:
         raise parsing.UsageError(parsing.NO_TEXT)
     return parsing.SOME_ARE_BAD if bad_count else 0

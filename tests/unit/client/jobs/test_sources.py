@@ -1,0 +1,179 @@
+"""What a file of texts may be: compressed, CSV, Parquet with bad strings; and what is refused as a whole, once."""
+
+from __future__ import annotations
+
+import argparse
+import gzip
+import io
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from layertap.cli import arguments, parsing
+from layertap.jobs import JobError
+from layertap.jobs.arrow import ParquetRows
+from layertap.jobs.items import BadItem, Fields, Item, json_line
+from layertap.jobs.readers import Arguments, Csv, JsonLines, Lines
+
+
+def parsed(*given: str) -> argparse.Namespace:
+    return arguments.build().parse_args(["embed", *given])
+
+
+def contents(items: object) -> list[object]:
+    return [one.content if isinstance(one, Item) else one.reason for one in items]  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.txt.gz", "A b.txt"])
+def test_an_argument_that_names_a_file_is_read(name: str, tmp_path: Path) -> None:
+    path = tmp_path / name
+    path.write_bytes(gzip.compress(b"one\ntwo\n") if name.endswith(".gz") else b"one\ntwo\n")
+    assert contents(parsing.source(parsed(str(path))).items()) == ["one", "two"]
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["corpus.jsonl.gz", "corpus.csv", "data/corpus", "corpus.xlsx", "corpus.jsonl.zst", "my corpus.jsonl", "C:\\a"],
+)
+def test_an_argument_that_looks_like_a_file_is_never_embedded_as_a_text(text: str) -> None:
+    with pytest.raises(parsing.UsageError, match="--text"):
+        parsing.source(parsed(text))
+    source = parsing.source(parsed("--text", text))
+    assert isinstance(source, Arguments) and contents(source.items()) == [text]
+
+
+@pytest.mark.parametrize(
+    "text", ["I love Paris", "and/or is fine in a sentence", "Hello.", "3.14", "", "a\0b", "x" * 5000]
+)
+def test_other_arguments_are_texts(text: str) -> None:
+    assert isinstance(parsing.source(parsed(text)), Arguments)
+
+
+def test_a_file_of_an_unknown_format_is_refused_with_the_formats(tmp_path: Path) -> None:
+    (tmp_path / "Makefile").write_text("all:\n")
+    with pytest.raises(parsing.UsageError, match=r"\.jsonl, \.csv, \.tsv"):
+        parsing.source(parsed(str(tmp_path / "Makefile")))
+    with pytest.raises(parsing.UsageError, match="is a folder"):
+        parsing.source(parsed(f"{tmp_path}/"))
+
+
+@pytest.mark.parametrize("flag", ["--id-field", "--text-field", "--keep"])
+def test_a_field_of_a_file_without_fields_is_refused(flag: str, tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("one\n")
+    for given in (str(tmp_path / "a.txt"), "one"):
+        with pytest.raises(parsing.UsageError, match=f"{flag} names a field"):
+            parsing.source(parsed(given, flag, "x"))
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "utf-32"])
+@pytest.mark.parametrize("kind", ["txt", "jsonl", "csv"])
+def test_utf_16_is_refused_once_with_how_to_convert_it(encoding: str, kind: str, tmp_path: Path) -> None:
+    path = tmp_path / "a"
+    path.write_bytes("text\none\ntwo\n".encode(encoding))
+    fields = Fields()
+    source: Lines = {
+        "txt": Lines(path=path),
+        "jsonl": JsonLines(path=path, fields=fields),
+        "csv": Csv(path=path, fields=fields, delimiter=","),
+    }[kind]
+    with pytest.raises(JobError, match="iconv -f UTF-"):
+        list(source.items())
+
+
+def test_a_damaged_gzip_file_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt.gz"
+    path.write_bytes(gzip.compress(b"some lines\n" * 100_000)[:-20])
+    with pytest.raises(JobError, match=r"a\.txt\.gz cannot be unpacked"):
+        list(Lines(path=path).items())
+    path.with_suffix("").write_bytes(gzip.compress(b"x"))
+    with pytest.raises(JobError, match="compressed with gzip"):
+        list(Lines(path=path.with_suffix("")).items())
+
+
+def test_rows_of_csv_are_items(tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    path.write_bytes(
+        '\ufeffid,text,title\r\n1,"a, ""b""\nc",é\r\n\r\n2,plain,\r\n3\r\n'.encode() + b"4,caf\xe9,x\r\n5,last,y\n"
+    )
+    first, second, short, invalid, last = Csv(path=path, fields=Fields(id="id", keep=("title",)), delimiter=",").items()
+    assert first == Item(number=1, id="1", content='a, "b"\nc', kept=("é",))
+    assert second == Item(number=2, id="2", content="plain", kept=("",))
+    assert isinstance(short, BadItem) and short.id == "3" and "field text is missing; there are id" in short.reason
+    assert isinstance(invalid, BadItem) and invalid.id == "4" and "not valid UTF-8" in invalid.reason
+    assert isinstance(last, Item) and (last.number, last.content) == (5, "last")
+    with pytest.raises(JobError, match="no column body; there are id, text, title"):
+        list(Csv(path=path, fields=Fields(text="body"), delimiter=",").items())
+
+
+@pytest.mark.parametrize("kind", [pa.string(), pa.large_string(), pa.dictionary(pa.int32(), pa.string())])
+def test_a_parquet_string_that_is_not_utf_8_is_one_bad_item(kind: pa.DataType, tmp_path: Path) -> None:
+    binary = pa.large_binary() if kind == pa.large_string() else pa.binary()
+    plain = pa.array([b"caf\xe9", b"ok", None], binary).view(kind if not pa.types.is_dictionary(kind) else pa.string())
+    texts = plain.dictionary_encode() if pa.types.is_dictionary(kind) else plain
+    pq.write_table(pa.table({"text": texts}), tmp_path / "a.parquet")
+    invalid, good, null = ParquetRows(path=tmp_path / "a.parquet", fields=Fields()).items()
+    assert isinstance(invalid, BadItem) and "not valid UTF-8" in invalid.reason
+    assert good == Item(number=2, id=2, content="ok")
+    assert isinstance(null, BadItem) and "neither a string" in null.reason
+
+
+@pytest.mark.parametrize(
+    ("fields", "reason"),
+    [
+        (Fields(text="n"), "column n is of type int64; texts are strings"),
+        (Fields(id="text"), None),
+        (Fields(id="x"), "column x is of type double; ids are"),
+        (Fields(keep=("raw",)), "column raw is of type binary; bytes cannot be kept"),
+        (Fields(text="body"), "no column body; there are text, n, x, raw"),
+    ],
+)
+def test_a_parquet_column_of_a_wrong_type_is_refused_once(fields: Fields, reason: str | None, tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"text": ["a"], "n": [1], "x": [0.5], "raw": [b"x"]}), path)
+    source = ParquetRows(path=path, fields=fields)
+    if reason is None:
+        source.check()
+        return
+    with pytest.raises(JobError, match=reason):
+        source.check()
+
+
+def test_kept_values_keep_their_types(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "x", "a": 1, "b": {"c": [true]}, "d": null}\n{"text": "x", "a": "\\ud800"}\n')
+    first, second = JsonLines(path=path, fields=Fields(keep=("a", "b", "d", "e"))).items()
+    assert isinstance(first, Item) and first.kept == (1, '{"c": [true]}', None, None)
+    assert isinstance(second, BadItem) and "field a" in second.reason
+
+
+def test_what_steers_a_terminal_is_escaped(capsys: pytest.CaptureFixture[str]) -> None:
+    evil = "a\x1b[2J\x9b\u202e\n\udcffé"
+    parsing.warn(evil)
+    parsing.say(evil)
+    found = capsys.readouterr()
+    assert found.out == "a\\x1b[2J\\x9b\\u202e\\n\\udcffé\n" and found.err == f"layertap: {found.out}"
+    line = json_line({"id": evil + "\x7f"})
+    assert line.isprintable() and "é" in line
+    assert parsing.to_json({"id": "\x7f\x1b"}) == '{"id": "\\u007f\\u001b"}'
+
+
+def test_a_lost_stdout_is_told_and_a_lost_stderr_says_nothing_elsewhere(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.stderr", None)
+    parsing.warn("x")
+    assert capsys.readouterr().out == ""
+    monkeypatch.setattr("sys.stdout", None)
+    parsing.mention("x")
+    with pytest.raises(OSError, match="stdout is closed"):
+        parsing.say("x")
+
+
+def test_an_error_of_a_full_disk_is_not_told_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    with open("/dev/full", "w") as full:
+        monkeypatch.setattr("sys.stdout", io.TextIOWrapper(full.buffer, write_through=False))
+        parsing.mention("x")
+        parsing.say("y")
+        parsing.drop_stdout()
