@@ -62,7 +62,8 @@ class Pooling:
         strategy: "mean", "cls" (row 0), "max", "last" (the last pooled row), "mean_sqrt_len"
             (sum / sqrt(count)) or "mean_max" ([mean; max], twice as wide).
         layer: The layer that is pooled, -L-1 to L, or a `LayerMix`.
-        include_special_tokens: Whether [CLS], [SEP] and the like take part.
+        include_special_tokens: Whether the tokens that the tokenizer adds, such as [CLS] and [SEP], take part.
+            [UNK] always does.
         normalize: Divides the vector by its Euclidean length, after `dimensions`.
         dimensions: Keeps the first values only; None keeps all.
     """
