@@ -22,7 +22,7 @@ Status codes every RPC may end with:
   DEADLINE_EXCEEDED   the caller's deadline passed.
   UNAVAILABLE         the server is starting or stopping.
   UNAUTHENTICATED     the server asks for a bearer token (authorization metadata) and
-                      got none, or one that it does not know.
+                      got none, or an unknown one.
   INTERNAL            a fault of the server.
 With each of them the server sends the trailing metadata grpc-retry-pushback-ms: how
 many milliseconds to wait before a retry, or -1 where a retry is of no use.
@@ -51,7 +51,7 @@ class _Truncation:
 class _TruncationEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Truncation.ValueType], _builtins.type):
     DESCRIPTOR: _descriptor.EnumDescriptor
     TRUNCATION_UNSPECIFIED: _Truncation.ValueType  # 0
-    """Not said: treated as TRUNCATION_ERROR."""
+    """Treated as TRUNCATION_ERROR."""
     TRUNCATION_ERROR: _Truncation.ValueType  # 1
     """The text is refused with INVALID_ARGUMENT."""
     TRUNCATION_RIGHT: _Truncation.ValueType  # 2
@@ -63,7 +63,7 @@ class Truncation(_Truncation, metaclass=_TruncationEnumTypeWrapper):
     """Truncation says what happens to a text of more than max_length tokens."""
 
 TRUNCATION_UNSPECIFIED: Truncation.ValueType  # 0
-"""Not said: treated as TRUNCATION_ERROR."""
+"""Treated as TRUNCATION_ERROR."""
 TRUNCATION_ERROR: Truncation.ValueType  # 1
 """The text is refused with INVALID_ARGUMENT."""
 TRUNCATION_RIGHT: Truncation.ValueType  # 2
@@ -79,7 +79,7 @@ class _Dtype:
 class _DtypeEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Dtype.ValueType], _builtins.type):
     DESCRIPTOR: _descriptor.EnumDescriptor
     DTYPE_UNSPECIFIED: _Dtype.ValueType  # 0
-    """Not said: treated as DTYPE_FLOAT32."""
+    """Treated as DTYPE_FLOAT32."""
     DTYPE_FLOAT32: _Dtype.ValueType  # 1
     """IEEE 754 binary32, 4 bytes."""
     DTYPE_FLOAT16: _Dtype.ValueType  # 2
@@ -93,7 +93,7 @@ class Dtype(_Dtype, metaclass=_DtypeEnumTypeWrapper):
     """Dtype is the number format of tensors on the wire, always little-endian."""
 
 DTYPE_UNSPECIFIED: Dtype.ValueType  # 0
-"""Not said: treated as DTYPE_FLOAT32."""
+"""Treated as DTYPE_FLOAT32."""
 DTYPE_FLOAT32: Dtype.ValueType  # 1
 """IEEE 754 binary32, 4 bytes."""
 DTYPE_FLOAT16: Dtype.ValueType  # 2
@@ -111,7 +111,7 @@ class _PoolingStrategy:
 class _PoolingStrategyEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_PoolingStrategy.ValueType], _builtins.type):
     DESCRIPTOR: _descriptor.EnumDescriptor
     POOLING_STRATEGY_UNSPECIFIED: _PoolingStrategy.ValueType  # 0
-    """Not said: treated as POOLING_STRATEGY_MEAN."""
+    """Treated as POOLING_STRATEGY_MEAN."""
     POOLING_STRATEGY_MEAN: _PoolingStrategy.ValueType  # 1
     """The arithmetic mean."""
     POOLING_STRATEGY_CLS: _PoolingStrategy.ValueType  # 2
@@ -132,7 +132,7 @@ class PoolingStrategy(_PoolingStrategy, metaclass=_PoolingStrategyEnumTypeWrappe
     """
 
 POOLING_STRATEGY_UNSPECIFIED: PoolingStrategy.ValueType  # 0
-"""Not said: treated as POOLING_STRATEGY_MEAN."""
+"""Treated as POOLING_STRATEGY_MEAN."""
 POOLING_STRATEGY_MEAN: PoolingStrategy.ValueType  # 1
 """The arithmetic mean."""
 POOLING_STRATEGY_CLS: PoolingStrategy.ValueType  # 2
@@ -154,7 +154,7 @@ class _WordPooling:
 class _WordPoolingEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_WordPooling.ValueType], _builtins.type):
     DESCRIPTOR: _descriptor.EnumDescriptor
     WORD_POOLING_UNSPECIFIED: _WordPooling.ValueType  # 0
-    """Not said: treated as WORD_POOLING_MEAN."""
+    """Treated as WORD_POOLING_MEAN."""
     WORD_POOLING_FIRST: _WordPooling.ValueType  # 1
     """The row of the first piece."""
     WORD_POOLING_LAST: _WordPooling.ValueType  # 2
@@ -170,7 +170,7 @@ class WordPooling(_WordPooling, metaclass=_WordPoolingEnumTypeWrapper):
     """
 
 WORD_POOLING_UNSPECIFIED: WordPooling.ValueType  # 0
-"""Not said: treated as WORD_POOLING_MEAN."""
+"""Treated as WORD_POOLING_MEAN."""
 WORD_POOLING_FIRST: WordPooling.ValueType  # 1
 """The row of the first piece."""
 WORD_POOLING_LAST: WordPooling.ValueType  # 2
@@ -188,7 +188,7 @@ class _MixStrategy:
 class _MixStrategyEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_MixStrategy.ValueType], _builtins.type):
     DESCRIPTOR: _descriptor.EnumDescriptor
     MIX_STRATEGY_UNSPECIFIED: _MixStrategy.ValueType  # 0
-    """Not said: treated as MIX_STRATEGY_MEAN."""
+    """Treated as MIX_STRATEGY_MEAN."""
     MIX_STRATEGY_MEAN: _MixStrategy.ValueType  # 1
     """The arithmetic mean."""
     MIX_STRATEGY_SUM: _MixStrategy.ValueType  # 2
@@ -202,7 +202,7 @@ class MixStrategy(_MixStrategy, metaclass=_MixStrategyEnumTypeWrapper):
     """MixStrategy says how several layers become one."""
 
 MIX_STRATEGY_UNSPECIFIED: MixStrategy.ValueType  # 0
-"""Not said: treated as MIX_STRATEGY_MEAN."""
+"""Treated as MIX_STRATEGY_MEAN."""
 MIX_STRATEGY_MEAN: MixStrategy.ValueType  # 1
 """The arithmetic mean."""
 MIX_STRATEGY_SUM: MixStrategy.ValueType  # 2
@@ -248,7 +248,7 @@ class _ResultOrder:
 class _ResultOrderEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ResultOrder.ValueType], _builtins.type):
     DESCRIPTOR: _descriptor.EnumDescriptor
     RESULT_ORDER_UNSPECIFIED: _ResultOrder.ValueType  # 0
-    """Not said: treated as RESULT_ORDER_AS_SENT."""
+    """Treated as RESULT_ORDER_AS_SENT."""
     RESULT_ORDER_AS_SENT: _ResultOrder.ValueType  # 1
     """In the order in which the texts were sent."""
     RESULT_ORDER_AS_FINISHED: _ResultOrder.ValueType  # 2
@@ -258,12 +258,641 @@ class ResultOrder(_ResultOrder, metaclass=_ResultOrderEnumTypeWrapper):
     """ResultOrder is the order in which EmbedStream answers."""
 
 RESULT_ORDER_UNSPECIFIED: ResultOrder.ValueType  # 0
-"""Not said: treated as RESULT_ORDER_AS_SENT."""
+"""Treated as RESULT_ORDER_AS_SENT."""
 RESULT_ORDER_AS_SENT: ResultOrder.ValueType  # 1
 """In the order in which the texts were sent."""
 RESULT_ORDER_AS_FINISHED: ResultOrder.ValueType  # 2
 """As they finish."""
 Global___ResultOrder: _TypeAlias = ResultOrder  # noqa: Y015
+
+@_typing.final
+class GetModelInfoRequest(_message.Message):
+    """GetModelInfoRequest asks for the served model; it has no fields."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetModelInfoRequest: _TypeAlias = GetModelInfoRequest  # noqa: Y015
+
+@_typing.final
+class GetModelInfoResponse(_message.Message):
+    """GetModelInfoResponse describes the served model."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MODEL_ID_FIELD_NUMBER: _builtins.int
+    FINGERPRINT_FIELD_NUMBER: _builtins.int
+    MODEL_TYPE_FIELD_NUMBER: _builtins.int
+    LAYER_COUNT_FIELD_NUMBER: _builtins.int
+    HIDDEN_SIZE_FIELD_NUMBER: _builtins.int
+    ATTENTION_HEAD_COUNT_FIELD_NUMBER: _builtins.int
+    VOCAB_SIZE_FIELD_NUMBER: _builtins.int
+    TYPE_VOCAB_SIZE_FIELD_NUMBER: _builtins.int
+    MAX_LENGTH_FIELD_NUMBER: _builtins.int
+    HAS_POOLER_OUTPUT_FIELD_NUMBER: _builtins.int
+    COMPUTE_DTYPE_FIELD_NUMBER: _builtins.int
+    DEVICES_FIELD_NUMBER: _builtins.int
+    SPECIAL_TOKEN_IDS_FIELD_NUMBER: _builtins.int
+    PAD_TOKEN_ID_FIELD_NUMBER: _builtins.int
+    LIMITS_FIELD_NUMBER: _builtins.int
+    SERVER_VERSION_FIELD_NUMBER: _builtins.int
+    SENTENCE_CONFIG_FIELD_NUMBER: _builtins.int
+    DEFAULT_MAX_LENGTH_FIELD_NUMBER: _builtins.int
+    model_id: _builtins.str
+    """The name of the model; never a path."""
+    fingerprint: _builtins.str
+    """As in EmbedHeader."""
+    model_type: _builtins.str
+    """The architecture; always "bert"."""
+    layer_count: _builtins.int
+    """L: encoder blocks. There are L + 1 layers, 0 to L."""
+    hidden_size: _builtins.int
+    """Values a token row has."""
+    attention_head_count: _builtins.int
+    """Heads of each attention."""
+    vocab_size: _builtins.int
+    """Ids are below this."""
+    type_vocab_size: _builtins.int
+    """Token types are below this."""
+    max_length: _builtins.int
+    """The most tokens of one text, special tokens counted: the model's positions."""
+    has_pooler_output: _builtins.bool
+    """Whether the model has pooler weights."""
+    compute_dtype: Global___Dtype.ValueType
+    """What the server computes in."""
+    pad_token_id: _builtins.int
+    """The id that padding uses."""
+    server_version: _builtins.str
+    """The version of the server."""
+    default_max_length: _builtins.int
+    """The most tokens of one text where a request names no max_length: model_max_length
+    of the tokenizer, at most max_length.
+    """
+    @_builtins.property
+    def devices(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Where it computes, such as "cpu" or "cuda:0"."""
+
+    @_builtins.property
+    def special_token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """The ids that the tokenizer adds to a text, and that of padding, ascending. Of token
+        ids exclude_special_tokens leaves these out; [UNK] and [MASK] are not among them.
+        """
+
+    @_builtins.property
+    def limits(self) -> Global___Limits:
+        """The bounds in force."""
+
+    @_builtins.property
+    def sentence_config(self) -> Global___SentenceConfig:
+        """What the model's folder says about sentences."""
+
+    def __init__(
+        self,
+        *,
+        model_id: _builtins.str = ...,
+        fingerprint: _builtins.str = ...,
+        model_type: _builtins.str = ...,
+        layer_count: _builtins.int = ...,
+        hidden_size: _builtins.int = ...,
+        attention_head_count: _builtins.int = ...,
+        vocab_size: _builtins.int = ...,
+        type_vocab_size: _builtins.int = ...,
+        max_length: _builtins.int = ...,
+        has_pooler_output: _builtins.bool = ...,
+        compute_dtype: Global___Dtype.ValueType = ...,
+        devices: _abc.Iterable[_builtins.str] | None = ...,
+        special_token_ids: _abc.Iterable[_builtins.int] | None = ...,
+        pad_token_id: _builtins.int = ...,
+        limits: Global___Limits | None = ...,
+        server_version: _builtins.str = ...,
+        sentence_config: Global___SentenceConfig | None = ...,
+        default_max_length: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["limits", b"limits", "sentence_config", b"sentence_config"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attention_head_count", b"attention_head_count", "compute_dtype", b"compute_dtype", "default_max_length", b"default_max_length", "devices", b"devices", "fingerprint", b"fingerprint", "has_pooler_output", b"has_pooler_output", "hidden_size", b"hidden_size", "layer_count", b"layer_count", "limits", b"limits", "max_length", b"max_length", "model_id", b"model_id", "model_type", b"model_type", "pad_token_id", b"pad_token_id", "sentence_config", b"sentence_config", "server_version", b"server_version", "special_token_ids", b"special_token_ids", "type_vocab_size", b"type_vocab_size", "vocab_size", b"vocab_size"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetModelInfoResponse: _TypeAlias = GetModelInfoResponse  # noqa: Y015
+
+@_typing.final
+class TokenizeRequest(_message.Message):
+    """TokenizeRequest asks for the tokens of texts."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    INPUTS_FIELD_NUMBER: _builtins.int
+    OMIT_SPECIAL_TOKENS_FIELD_NUMBER: _builtins.int
+    TRUNCATION_FIELD_NUMBER: _builtins.int
+    MAX_LENGTH_FIELD_NUMBER: _builtins.int
+    PAD_TO_FIELD_NUMBER: _builtins.int
+    FIRST_TEXT_FIELD_NUMBER: _builtins.int
+    omit_special_tokens: _builtins.bool
+    """Leaves out [CLS] and [SEP]."""
+    truncation: Global___Truncation.ValueType
+    """What happens to texts above max_length."""
+    max_length: _builtins.int
+    """The most tokens a text may have; here it may exceed what the model embeds.
+    0: default_max_length of the model.
+    """
+    pad_to: _builtins.int
+    """Appends padding until each text has this many tokens, whichever padding_side the
+    tokenizer's own configuration names; longer ones stay as they are. 0: none. At most the max_length in force.
+    """
+    first_text: _builtins.int
+    """Where the first input stands in what the caller sends in several requests; errors
+    count from there.
+    """
+    @_builtins.property
+    def inputs(self) -> _containers.RepeatedCompositeFieldContainer[Global___Input]:
+        """1 to limits.max_text_count texts; token ids are refused."""
+
+    def __init__(
+        self,
+        *,
+        inputs: _abc.Iterable[Global___Input] | None = ...,
+        omit_special_tokens: _builtins.bool = ...,
+        truncation: Global___Truncation.ValueType = ...,
+        max_length: _builtins.int = ...,
+        pad_to: _builtins.int = ...,
+        first_text: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["first_text", b"first_text", "inputs", b"inputs", "max_length", b"max_length", "omit_special_tokens", b"omit_special_tokens", "pad_to", b"pad_to", "truncation", b"truncation"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___TokenizeRequest: _TypeAlias = TokenizeRequest  # noqa: Y015
+
+@_typing.final
+class TokenizeResponse(_message.Message):
+    """TokenizeResponse carries the tokens."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TEXTS_FIELD_NUMBER: _builtins.int
+    PAD_TOKEN_ID_FIELD_NUMBER: _builtins.int
+    pad_token_id: _builtins.int
+    """The id that padding uses."""
+    @_builtins.property
+    def texts(self) -> _containers.RepeatedCompositeFieldContainer[Global___TokenizedText]:
+        """One for each text, in request order."""
+
+    def __init__(
+        self,
+        *,
+        texts: _abc.Iterable[Global___TokenizedText] | None = ...,
+        pad_token_id: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["pad_token_id", b"pad_token_id", "texts", b"texts"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___TokenizeResponse: _TypeAlias = TokenizeResponse  # noqa: Y015
+
+@_typing.final
+class DecodeRequest(_message.Message):
+    """DecodeRequest asks for strings."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TEXTS_FIELD_NUMBER: _builtins.int
+    SKIP_SPECIAL_TOKENS_FIELD_NUMBER: _builtins.int
+    skip_special_tokens: _builtins.bool
+    """Leaves special tokens out of the strings."""
+    @_builtins.property
+    def texts(self) -> _containers.RepeatedCompositeFieldContainer[Global___TokenIds]:
+        """1 to limits.max_text_count texts as ids, each with at most
+        limits.max_character_count; masks are ignored. A text may be empty.
+        """
+
+    def __init__(
+        self,
+        *,
+        texts: _abc.Iterable[Global___TokenIds] | None = ...,
+        skip_special_tokens: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["skip_special_tokens", b"skip_special_tokens", "texts", b"texts"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DecodeRequest: _TypeAlias = DecodeRequest  # noqa: Y015
+
+@_typing.final
+class DecodeResponse(_message.Message):
+    """DecodeResponse carries the strings."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TEXTS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def texts(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """One for each text, in request order."""
+
+    def __init__(
+        self,
+        *,
+        texts: _abc.Iterable[_builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["texts", b"texts"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DecodeResponse: _TypeAlias = DecodeResponse  # noqa: Y015
+
+@_typing.final
+class EmbedRequest(_message.Message):
+    """EmbedRequest asks for small results in one message."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    INPUTS_FIELD_NUMBER: _builtins.int
+    OPTIONS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def inputs(self) -> _containers.RepeatedCompositeFieldContainer[Global___Input]:
+        """1 to limits.max_text_count texts."""
+
+    @_builtins.property
+    def options(self) -> Global___EmbedOptions:
+        """What to do with them."""
+
+    def __init__(
+        self,
+        *,
+        inputs: _abc.Iterable[Global___Input] | None = ...,
+        options: Global___EmbedOptions | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["options", b"options"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["inputs", b"inputs", "options", b"options"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___EmbedRequest: _TypeAlias = EmbedRequest  # noqa: Y015
+
+@_typing.final
+class EmbedResponse(_message.Message):
+    """EmbedResponse is the whole answer."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    HEADER_FIELD_NUMBER: _builtins.int
+    TENSORS_FIELD_NUMBER: _builtins.int
+    TOKENS_FIELD_NUMBER: _builtins.int
+    TIMINGS_FIELD_NUMBER: _builtins.int
+    WORDS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def header(self) -> Global___EmbedHeader:
+        """What was computed."""
+
+    @_builtins.property
+    def tensors(self) -> _containers.RepeatedCompositeFieldContainer[Global___LayerTensor]:
+        """By output_index, then by layer, ascending."""
+
+    @_builtins.property
+    def tokens(self) -> _containers.RepeatedCompositeFieldContainer[Global___TokenizedText]:
+        """The tokens of all texts, in request order, if return_tokens was set."""
+
+    @_builtins.property
+    def timings(self) -> Global___Timings:
+        """Where the time went."""
+
+    @_builtins.property
+    def words(self) -> _containers.RepeatedCompositeFieldContainer[Global___SplitText]:
+        """The words of all texts, in request order, if an output has a row for each."""
+
+    def __init__(
+        self,
+        *,
+        header: Global___EmbedHeader | None = ...,
+        tensors: _abc.Iterable[Global___LayerTensor] | None = ...,
+        tokens: _abc.Iterable[Global___TokenizedText] | None = ...,
+        timings: Global___Timings | None = ...,
+        words: _abc.Iterable[Global___SplitText] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["header", b"header", "timings", b"timings"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["header", b"header", "tensors", b"tensors", "timings", b"timings", "tokens", b"tokens", "words", b"words"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___EmbedResponse: _TypeAlias = EmbedResponse  # noqa: Y015
+
+@_typing.final
+class EmbedLayersRequest(_message.Message):
+    """EmbedLayersRequest asks for layers as a stream."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    INPUTS_FIELD_NUMBER: _builtins.int
+    OPTIONS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def inputs(self) -> _containers.RepeatedCompositeFieldContainer[Global___Input]:
+        """1 to limits.max_text_count texts."""
+
+    @_builtins.property
+    def options(self) -> Global___EmbedOptions:
+        """What to do with them."""
+
+    def __init__(
+        self,
+        *,
+        inputs: _abc.Iterable[Global___Input] | None = ...,
+        options: Global___EmbedOptions | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["options", b"options"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["inputs", b"inputs", "options", b"options"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___EmbedLayersRequest: _TypeAlias = EmbedLayersRequest  # noqa: Y015
+
+@_typing.final
+class EmbedLayersResponse(_message.Message):
+    """EmbedLayersResponse is one message of an EmbedLayers answer."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    HEADER_FIELD_NUMBER: _builtins.int
+    TOKENS_FIELD_NUMBER: _builtins.int
+    FRAME_FIELD_NUMBER: _builtins.int
+    SUMMARY_FIELD_NUMBER: _builtins.int
+    WORDS_FIELD_NUMBER: _builtins.int
+    SHARED_ROWS_FIELD_NUMBER: _builtins.int
+    DATA_FIELD_NUMBER: _builtins.int
+    data: _builtins.bytes
+    """With a frame: its rows. Shape: [row_count, row_size], dtype of the header,
+    row-major, little-endian. The highest field number, so that it is written last
+    and can be viewed in place.
+    """
+    @_builtins.property
+    def header(self) -> Global___EmbedHeader:
+        """The first message."""
+
+    @_builtins.property
+    def tokens(self) -> Global___TokenizedTexts:
+        """Tokens, if return_tokens was set: after the header, before the frames."""
+
+    @_builtins.property
+    def frame(self) -> Global___Frame:
+        """Rows; their numbers are in data."""
+
+    @_builtins.property
+    def summary(self) -> Global___EmbedSummary:
+        """The last message."""
+
+    @_builtins.property
+    def words(self) -> Global___SplitTexts:
+        """Words, if an output has a row for each: after the header, before the frames."""
+
+    @_builtins.property
+    def shared_rows(self) -> Global___SharedRows:
+        """With a frame whose rows lie in the segment that the call named: where."""
+
+    def __init__(
+        self,
+        *,
+        header: Global___EmbedHeader | None = ...,
+        tokens: Global___TokenizedTexts | None = ...,
+        frame: Global___Frame | None = ...,
+        summary: Global___EmbedSummary | None = ...,
+        words: Global___SplitTexts | None = ...,
+        shared_rows: Global___SharedRows | None = ...,
+        data: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["frame", b"frame", "header", b"header", "part", b"part", "shared_rows", b"shared_rows", "summary", b"summary", "tokens", b"tokens", "words", b"words"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["data", b"data", "frame", b"frame", "header", b"header", "part", b"part", "shared_rows", b"shared_rows", "summary", b"summary", "tokens", b"tokens", "words", b"words"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_part: _TypeAlias = _typing.Literal["header", "tokens", "frame", "summary", "words"]  # noqa: Y015
+    _WhichOneofArgType_part: _TypeAlias = _typing.Literal["part", b"part"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_part) -> _WhichOneofReturnType_part | None: ...
+
+Global___EmbedLayersResponse: _TypeAlias = EmbedLayersResponse  # noqa: Y015
+
+@_typing.final
+class EmbedStreamRequest(_message.Message):
+    """EmbedStreamRequest is one message of an EmbedStream call."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    OPTIONS_FIELD_NUMBER: _builtins.int
+    INPUTS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def options(self) -> Global___StreamOptions:
+        """The first message, exactly once."""
+
+    @_builtins.property
+    def inputs(self) -> Global___StreamInputs:
+        """Every later message."""
+
+    def __init__(
+        self,
+        *,
+        options: Global___StreamOptions | None = ...,
+        inputs: Global___StreamInputs | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["inputs", b"inputs", "kind", b"kind", "options", b"options"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["inputs", b"inputs", "kind", b"kind", "options", b"options"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_kind: _TypeAlias = _typing.Literal["options", "inputs"]  # noqa: Y015
+    _WhichOneofArgType_kind: _TypeAlias = _typing.Literal["kind", b"kind"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_kind) -> _WhichOneofReturnType_kind | None: ...
+
+Global___EmbedStreamRequest: _TypeAlias = EmbedStreamRequest  # noqa: Y015
+
+@_typing.final
+class EmbedStreamResponse(_message.Message):
+    """EmbedStreamResponse is one message of an EmbedStream answer."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    HEADER_FIELD_NUMBER: _builtins.int
+    RESULTS_FIELD_NUMBER: _builtins.int
+    FRAME_FIELD_NUMBER: _builtins.int
+    SHARED_ROWS_FIELD_NUMBER: _builtins.int
+    DATA_FIELD_NUMBER: _builtins.int
+    data: _builtins.bytes
+    """With results or a frame: the rows, dtype of the header, row-major,
+    little-endian. The highest field number, so that it is written last and can be
+    viewed in place.
+    """
+    @_builtins.property
+    def header(self) -> Global___EmbedHeader:
+        """The first message."""
+
+    @_builtins.property
+    def results(self) -> Global___StreamResults:
+        """Whole results."""
+
+    @_builtins.property
+    def frame(self) -> Global___StreamFrame:
+        """A part of a large result."""
+
+    @_builtins.property
+    def shared_rows(self) -> Global___SharedRows:
+        """With results whose rows lie in the segment that the call named: where."""
+
+    def __init__(
+        self,
+        *,
+        header: Global___EmbedHeader | None = ...,
+        results: Global___StreamResults | None = ...,
+        frame: Global___StreamFrame | None = ...,
+        shared_rows: Global___SharedRows | None = ...,
+        data: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["frame", b"frame", "header", b"header", "part", b"part", "results", b"results", "shared_rows", b"shared_rows"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["data", b"data", "frame", b"frame", "header", b"header", "part", b"part", "results", b"results", "shared_rows", b"shared_rows"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_part: _TypeAlias = _typing.Literal["header", "results", "frame"]  # noqa: Y015
+    _WhichOneofArgType_part: _TypeAlias = _typing.Literal["part", b"part"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_part) -> _WhichOneofReturnType_part | None: ...
+
+Global___EmbedStreamResponse: _TypeAlias = EmbedStreamResponse  # noqa: Y015
+
+@_typing.final
+class ShareMemoryRequest(_message.Message):
+    """ShareMemoryRequest asks for a segment; it has no fields."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ShareMemoryRequest: _TypeAlias = ShareMemoryRequest  # noqa: Y015
+
+@_typing.final
+class ShareMemoryResponse(_message.Message):
+    """ShareMemoryResponse describes the segment. A caller of the same user on the same
+    host opens /proc/<process_id>/fd/<file_descriptor> and maps it; it must check that
+    it finds the nonce at offset 0, since elsewhere the same path is another file.
+
+    The caller writes two tables in it, which the server reads when it needs room:
+      slots  one byte for each slot, cleared by the server before it sends SharedRows.
+             1: the message has been read, its rows are in use. 2: they no longer are.
+      calls  one little-endian int64 for each call_number modulo call_count: that call
+             number, once the caller reads no further message of the call. Rows whose
+             slot is still 0 then go back to the server.
+    Nothing that a caller writes can harm another: each has a segment of its own.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SEGMENT_ID_FIELD_NUMBER: _builtins.int
+    PROCESS_ID_FIELD_NUMBER: _builtins.int
+    FILE_DESCRIPTOR_FIELD_NUMBER: _builtins.int
+    BYTE_COUNT_FIELD_NUMBER: _builtins.int
+    NONCE_FIELD_NUMBER: _builtins.int
+    SLOT_OFFSET_FIELD_NUMBER: _builtins.int
+    SLOT_COUNT_FIELD_NUMBER: _builtins.int
+    CALL_OFFSET_FIELD_NUMBER: _builtins.int
+    CALL_COUNT_FIELD_NUMBER: _builtins.int
+    segment_id: _builtins.str
+    """What SharedMemoryUse calls the segment; not to be guessed."""
+    process_id: _builtins.int
+    """The server's process."""
+    file_descriptor: _builtins.int
+    """The segment among its open files. It can be neither shrunk nor grown."""
+    byte_count: _builtins.int
+    """The size of the segment."""
+    nonce: _builtins.bytes
+    """16 random bytes, also found at offset 0."""
+    slot_offset: _builtins.int
+    """Where the slots begin, in bytes."""
+    slot_count: _builtins.int
+    """How many there are."""
+    call_offset: _builtins.int
+    """Where the calls begin, in bytes; a multiple of 8."""
+    call_count: _builtins.int
+    """How many there are."""
+    def __init__(
+        self,
+        *,
+        segment_id: _builtins.str = ...,
+        process_id: _builtins.int = ...,
+        file_descriptor: _builtins.int = ...,
+        byte_count: _builtins.int = ...,
+        nonce: _builtins.bytes = ...,
+        slot_offset: _builtins.int = ...,
+        slot_count: _builtins.int = ...,
+        call_offset: _builtins.int = ...,
+        call_count: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["byte_count", b"byte_count", "call_count", b"call_count", "call_offset", b"call_offset", "file_descriptor", b"file_descriptor", "nonce", b"nonce", "process_id", b"process_id", "segment_id", b"segment_id", "slot_count", b"slot_count", "slot_offset", b"slot_offset"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ShareMemoryResponse: _TypeAlias = ShareMemoryResponse  # noqa: Y015
+
+@_typing.final
+class Input(_message.Message):
+    """Input is one text."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TEXT_FIELD_NUMBER: _builtins.int
+    PAIR_FIELD_NUMBER: _builtins.int
+    WORDS_FIELD_NUMBER: _builtins.int
+    TOKEN_IDS_FIELD_NUMBER: _builtins.int
+    text: _builtins.str
+    """A string. The empty string is a text: [CLS][SEP]."""
+    @_builtins.property
+    def pair(self) -> Global___TextPair:
+        """Two strings."""
+
+    @_builtins.property
+    def words(self) -> Global___Words:
+        """Words."""
+
+    @_builtins.property
+    def token_ids(self) -> Global___TokenIds:
+        """Token ids."""
+
+    def __init__(
+        self,
+        *,
+        text: _builtins.str = ...,
+        pair: Global___TextPair | None = ...,
+        words: Global___Words | None = ...,
+        token_ids: Global___TokenIds | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["kind", b"kind", "pair", b"pair", "text", b"text", "token_ids", b"token_ids", "words", b"words"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["kind", b"kind", "pair", b"pair", "text", b"text", "token_ids", b"token_ids", "words", b"words"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_kind: _TypeAlias = _typing.Literal["text", "pair", "words", "token_ids"]  # noqa: Y015
+    _WhichOneofArgType_kind: _TypeAlias = _typing.Literal["kind", b"kind"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_kind) -> _WhichOneofReturnType_kind | None: ...
+
+Global___Input: _TypeAlias = Input  # noqa: Y015
 
 @_typing.final
 class TextPair(_message.Message):
@@ -334,7 +963,7 @@ class TokenIds(_message.Message):
 
     @_builtins.property
     def attention_mask(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """Shape: [token_count], each 0 or 1, in any pattern: who may be attended to.
+        """Shape: [token_count], each 0 or 1, in any pattern: the positions that may be attended to.
         Every position is computed whatever its mask. Empty: all 1.
         """
 
@@ -358,91 +987,119 @@ class TokenIds(_message.Message):
 Global___TokenIds: _TypeAlias = TokenIds  # noqa: Y015
 
 @_typing.final
-class Input(_message.Message):
-    """Input is one text."""
+class EmbedOptions(_message.Message):
+    """EmbedOptions is what the three embed RPCs have in common."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
-    TEXT_FIELD_NUMBER: _builtins.int
-    PAIR_FIELD_NUMBER: _builtins.int
-    WORDS_FIELD_NUMBER: _builtins.int
-    TOKEN_IDS_FIELD_NUMBER: _builtins.int
-    text: _builtins.str
-    """A string. The empty string is a text: [CLS][SEP]."""
-    @_builtins.property
-    def pair(self) -> Global___TextPair:
-        """Two strings."""
-
-    @_builtins.property
-    def words(self) -> Global___Words:
-        """Words."""
-
-    @_builtins.property
-    def token_ids(self) -> Global___TokenIds:
-        """Token ids."""
-
-    def __init__(
-        self,
-        *,
-        text: _builtins.str = ...,
-        pair: Global___TextPair | None = ...,
-        words: Global___Words | None = ...,
-        token_ids: Global___TokenIds | None = ...,
-    ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["kind", b"kind", "pair", b"pair", "text", b"text", "token_ids", b"token_ids", "words", b"words"]  # noqa: Y015
-    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["kind", b"kind", "pair", b"pair", "text", b"text", "token_ids", b"token_ids", "words", b"words"]  # noqa: Y015
-    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_kind: _TypeAlias = _typing.Literal["text", "pair", "words", "token_ids"]  # noqa: Y015
-    _WhichOneofArgType_kind: _TypeAlias = _typing.Literal["kind", b"kind"]  # noqa: Y015
-    def WhichOneof(self, oneof_group: _WhichOneofArgType_kind) -> _WhichOneofReturnType_kind | None: ...
-
-Global___Input: _TypeAlias = Input  # noqa: Y015
-
-@_typing.final
-class LayerMix(_message.Message):
-    """LayerMix makes one layer of several, in float32: whatever is then made of its rows
-    is made of the mix. Its rows leave once, after the highest of its layers. Row size:
-    hidden_size; MIX_STRATEGY_CONCAT: that times the number of layers.
+    OUTPUTS_FIELD_NUMBER: _builtins.int
+    TRUNCATION_FIELD_NUMBER: _builtins.int
+    MAX_LENGTH_FIELD_NUMBER: _builtins.int
+    DTYPE_FIELD_NUMBER: _builtins.int
+    RETURN_TOKENS_FIELD_NUMBER: _builtins.int
+    SHARED_MEMORY_FIELD_NUMBER: _builtins.int
+    PROMPT_FIELD_NUMBER: _builtins.int
+    PROMPT_NAME_FIELD_NUMBER: _builtins.int
+    LOWER_CASE_FIELD_NUMBER: _builtins.int
+    truncation: Global___Truncation.ValueType
+    """What happens to texts above max_length. Token ids are never truncated."""
+    max_length: _builtins.int
+    """The most tokens a text may have, special tokens counted: from 2 to the model's
+    max_length, and at least the special tokens that the tokenizer adds. 0:
+    default_max_length of the model.
     """
-
-    DESCRIPTOR: _descriptor.Descriptor
-
-    STRATEGY_FIELD_NUMBER: _builtins.int
-    LAYERS_FIELD_NUMBER: _builtins.int
-    ALL_LAYERS_FIELD_NUMBER: _builtins.int
-    WEIGHTS_FIELD_NUMBER: _builtins.int
-    strategy: Global___MixStrategy.ValueType
-    """How they become one."""
-    all_layers: _builtins.bool
-    """All layers, 0 to L, ascending. With it, layers must be empty."""
+    dtype: Global___Dtype.ValueType
+    """The number format of the answer."""
+    return_tokens: _builtins.bool
+    """Also answers with the tokens of each text."""
+    prompt: _builtins.str
+    """Put before each text, as it stands: "query: " wants its space. Only plain strings
+    take one; beside it pairs, words and token ids are refused with INVALID_ARGUMENT,
+    each for itself. Pooled vectors leave its tokens out, and what the tokenizer puts
+    before them, where sentence_config.include_prompt is false. Empty: none.
+    """
+    prompt_name: _builtins.str
+    """The same by the name it has in sentence_config.prompts. An unknown name is refused
+    with INVALID_ARGUMENT, and so is a name beside a prompt. Empty: none.
+    """
+    lower_case: _builtins.bool
+    """Strings are turned to lower case before the tokenizer does with them what it
+    always does. Special tokens written out in a text stay what they are.
+    """
     @_builtins.property
-    def layers(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """Layer numbers, -L-1 to L, in any order, each layer once. At least one, unless
-        all_layers is set.
+    def outputs(self) -> _containers.RepeatedCompositeFieldContainer[Global___Output]:
+        """What to hand out of one forward pass, answered in this order. 1 to 64 outputs.
+        The model runs no further than the highest layer asked for.
         """
 
     @_builtins.property
-    def weights(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
-        """With MIX_STRATEGY_WEIGHTED, and only then: one for each layer, in their order.
-        Range: -1000000 to 1000000; used as they are, whatever their sum.
-        """
+    def shared_memory(self) -> Global___SharedMemoryUse:
+        """EmbedLayers and EmbedStream: rows may come through this segment. Absent: none do."""
 
     def __init__(
         self,
         *,
-        strategy: Global___MixStrategy.ValueType = ...,
-        layers: _abc.Iterable[_builtins.int] | None = ...,
-        all_layers: _builtins.bool = ...,
-        weights: _abc.Iterable[_builtins.float] | None = ...,
+        outputs: _abc.Iterable[Global___Output] | None = ...,
+        truncation: Global___Truncation.ValueType = ...,
+        max_length: _builtins.int = ...,
+        dtype: Global___Dtype.ValueType = ...,
+        return_tokens: _builtins.bool = ...,
+        shared_memory: Global___SharedMemoryUse | None = ...,
+        prompt: _builtins.str = ...,
+        prompt_name: _builtins.str = ...,
+        lower_case: _builtins.bool = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["shared_memory", b"shared_memory"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["all_layers", b"all_layers", "layers", b"layers", "strategy", b"strategy", "weights", b"weights"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["dtype", b"dtype", "lower_case", b"lower_case", "max_length", b"max_length", "outputs", b"outputs", "prompt", b"prompt", "prompt_name", b"prompt_name", "return_tokens", b"return_tokens", "shared_memory", b"shared_memory", "truncation", b"truncation"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
-Global___LayerMix: _TypeAlias = LayerMix  # noqa: Y015
+Global___EmbedOptions: _TypeAlias = EmbedOptions  # noqa: Y015
+
+@_typing.final
+class Output(_message.Message):
+    """Output is one thing to hand out of the forward pass."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    HIDDEN_STATES_FIELD_NUMBER: _builtins.int
+    POOLER_OUTPUT_FIELD_NUMBER: _builtins.int
+    POOLED_VECTORS_FIELD_NUMBER: _builtins.int
+    WORD_VECTORS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def hidden_states(self) -> Global___HiddenStates:
+        """Token rows of chosen layers."""
+
+    @_builtins.property
+    def pooler_output(self) -> Global___PoolerOutput:
+        """The model's pooler."""
+
+    @_builtins.property
+    def pooled_vectors(self) -> Global___PooledVectors:
+        """One vector a text."""
+
+    @_builtins.property
+    def word_vectors(self) -> Global___WordVectors:
+        """One vector a word."""
+
+    def __init__(
+        self,
+        *,
+        hidden_states: Global___HiddenStates | None = ...,
+        pooler_output: Global___PoolerOutput | None = ...,
+        pooled_vectors: Global___PooledVectors | None = ...,
+        word_vectors: Global___WordVectors | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["hidden_states", b"hidden_states", "kind", b"kind", "pooled_vectors", b"pooled_vectors", "pooler_output", b"pooler_output", "word_vectors", b"word_vectors"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["hidden_states", b"hidden_states", "kind", b"kind", "pooled_vectors", b"pooled_vectors", "pooler_output", b"pooler_output", "word_vectors", b"word_vectors"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_kind: _TypeAlias = _typing.Literal["hidden_states", "pooler_output", "pooled_vectors", "word_vectors"]  # noqa: Y015
+    _WhichOneofArgType_kind: _TypeAlias = _typing.Literal["kind", b"kind"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_kind) -> _WhichOneofReturnType_kind | None: ...
+
+Global___Output: _TypeAlias = Output  # noqa: Y015
 
 @_typing.final
 class HiddenStates(_message.Message):
@@ -459,7 +1116,8 @@ class HiddenStates(_message.Message):
     """All layers, 0 to L. With it, layers must be empty."""
     @_builtins.property
     def layers(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """Layer numbers, -L-1 to L, in any order, doubles allowed; answered ascending
+        """Layer numbers, -L-1 to L, in any order, doubles allowed, at most 256 entries (or
+        L + 1, if that is more); answered ascending
         and without doubles. Empty, without all_layers and mix: the last layer.
         """
 
@@ -481,54 +1139,6 @@ class HiddenStates(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___HiddenStates: _TypeAlias = HiddenStates  # noqa: Y015
-
-@_typing.final
-class WordVectors(_message.Message):
-    """WordVectors asks for one vector a word, of one or several layers, or of a mix.
-    Rows: ragged, one a word; of a pair those of the first string, then those of the
-    second. Row size: hidden_size, or the mix's; WORD_POOLING_FIRST_LAST: twice that.
-
-    A text that comes as words has exactly one row for each of them, also for a word
-    of several pieces, and for one of none (the empty string, a control character, or
-    a word that truncation has cut away): its row is zeros, and its piece_count 0. A
-    string has the words that are left of it after truncation; those of a prompt before
-    it are among them. Special tokens belong to no word. Token ids have no words and are
-    refused with INVALID_ARGUMENT.
-    """
-
-    DESCRIPTOR: _descriptor.Descriptor
-
-    POOLING_FIELD_NUMBER: _builtins.int
-    LAYERS_FIELD_NUMBER: _builtins.int
-    ALL_LAYERS_FIELD_NUMBER: _builtins.int
-    MIX_FIELD_NUMBER: _builtins.int
-    pooling: Global___WordPooling.ValueType
-    """How the rows of its pieces become the row of a word."""
-    all_layers: _builtins.bool
-    """All layers, 0 to L. With it, layers must be empty."""
-    @_builtins.property
-    def layers(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """Layer numbers, as in HiddenStates."""
-
-    @_builtins.property
-    def mix(self) -> Global___LayerMix:
-        """One mix of layers. With it, layers and all_layers must be empty."""
-
-    def __init__(
-        self,
-        *,
-        pooling: Global___WordPooling.ValueType = ...,
-        layers: _abc.Iterable[_builtins.int] | None = ...,
-        all_layers: _builtins.bool = ...,
-        mix: Global___LayerMix | None = ...,
-    ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["mix", b"mix"]  # noqa: Y015
-    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["all_layers", b"all_layers", "layers", b"layers", "mix", b"mix", "pooling", b"pooling"]  # noqa: Y015
-    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
-
-Global___WordVectors: _TypeAlias = WordVectors  # noqa: Y015
 
 @_typing.final
 class PoolerOutput(_message.Message):
@@ -605,119 +1215,97 @@ class PooledVectors(_message.Message):
 Global___PooledVectors: _TypeAlias = PooledVectors  # noqa: Y015
 
 @_typing.final
-class Output(_message.Message):
-    """Output is one thing to hand out of the forward pass."""
+class WordVectors(_message.Message):
+    """WordVectors asks for one vector a word, of one or several layers, or of a mix.
+    Rows: ragged, one a word; of a pair those of the first string, then those of the
+    second. Row size: hidden_size, or the mix's; WORD_POOLING_FIRST_LAST: twice that.
+
+    A text that comes as words has exactly one row for each of them, also for a word
+    of several pieces, and for one of none (the empty string, a control character, or
+    a word that truncation has cut away): its row is zeros, and its piece_count 0. A
+    string has the words that are left of it after truncation; those of a prompt before
+    it are among them. Special tokens belong to no word. Token ids have no words and are
+    refused with INVALID_ARGUMENT.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
-    HIDDEN_STATES_FIELD_NUMBER: _builtins.int
-    POOLER_OUTPUT_FIELD_NUMBER: _builtins.int
-    POOLED_VECTORS_FIELD_NUMBER: _builtins.int
-    WORD_VECTORS_FIELD_NUMBER: _builtins.int
+    POOLING_FIELD_NUMBER: _builtins.int
+    LAYERS_FIELD_NUMBER: _builtins.int
+    ALL_LAYERS_FIELD_NUMBER: _builtins.int
+    MIX_FIELD_NUMBER: _builtins.int
+    pooling: Global___WordPooling.ValueType
+    """How the rows of its pieces become the row of a word."""
+    all_layers: _builtins.bool
+    """All layers, 0 to L. With it, layers must be empty."""
     @_builtins.property
-    def hidden_states(self) -> Global___HiddenStates:
-        """Token rows of chosen layers."""
+    def layers(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Layer numbers, as in HiddenStates."""
 
     @_builtins.property
-    def pooler_output(self) -> Global___PoolerOutput:
-        """The model's pooler."""
-
-    @_builtins.property
-    def pooled_vectors(self) -> Global___PooledVectors:
-        """One vector a text."""
-
-    @_builtins.property
-    def word_vectors(self) -> Global___WordVectors:
-        """One vector a word."""
+    def mix(self) -> Global___LayerMix:
+        """One mix of layers. With it, layers and all_layers must be empty."""
 
     def __init__(
         self,
         *,
-        hidden_states: Global___HiddenStates | None = ...,
-        pooler_output: Global___PoolerOutput | None = ...,
-        pooled_vectors: Global___PooledVectors | None = ...,
-        word_vectors: Global___WordVectors | None = ...,
+        pooling: Global___WordPooling.ValueType = ...,
+        layers: _abc.Iterable[_builtins.int] | None = ...,
+        all_layers: _builtins.bool = ...,
+        mix: Global___LayerMix | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["hidden_states", b"hidden_states", "kind", b"kind", "pooled_vectors", b"pooled_vectors", "pooler_output", b"pooler_output", "word_vectors", b"word_vectors"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["mix", b"mix"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["hidden_states", b"hidden_states", "kind", b"kind", "pooled_vectors", b"pooled_vectors", "pooler_output", b"pooler_output", "word_vectors", b"word_vectors"]  # noqa: Y015
-    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_kind: _TypeAlias = _typing.Literal["hidden_states", "pooler_output", "pooled_vectors", "word_vectors"]  # noqa: Y015
-    _WhichOneofArgType_kind: _TypeAlias = _typing.Literal["kind", b"kind"]  # noqa: Y015
-    def WhichOneof(self, oneof_group: _WhichOneofArgType_kind) -> _WhichOneofReturnType_kind | None: ...
-
-Global___Output: _TypeAlias = Output  # noqa: Y015
-
-@_typing.final
-class EmbedOptions(_message.Message):
-    """EmbedOptions is what the three embed RPCs have in common."""
-
-    DESCRIPTOR: _descriptor.Descriptor
-
-    OUTPUTS_FIELD_NUMBER: _builtins.int
-    TRUNCATION_FIELD_NUMBER: _builtins.int
-    MAX_LENGTH_FIELD_NUMBER: _builtins.int
-    DTYPE_FIELD_NUMBER: _builtins.int
-    RETURN_TOKENS_FIELD_NUMBER: _builtins.int
-    SHARED_MEMORY_FIELD_NUMBER: _builtins.int
-    PROMPT_FIELD_NUMBER: _builtins.int
-    PROMPT_NAME_FIELD_NUMBER: _builtins.int
-    LOWER_CASE_FIELD_NUMBER: _builtins.int
-    truncation: Global___Truncation.ValueType
-    """What happens to texts above max_length. Token ids are never truncated."""
-    max_length: _builtins.int
-    """The most tokens a text may have, special tokens counted: from 2 to the model's
-    max_length, and at least the special tokens that the tokenizer adds. 0:
-    default_max_length of the model.
-    """
-    dtype: Global___Dtype.ValueType
-    """The number format of the answer."""
-    return_tokens: _builtins.bool
-    """Also answers with the tokens of each text."""
-    prompt: _builtins.str
-    """Put before each text, as it stands: "query: " wants its space. Only plain strings
-    take one; beside it pairs, words and token ids are refused with INVALID_ARGUMENT,
-    each for itself. Pooled vectors leave its tokens out, and what the tokenizer puts
-    before them, where sentence_config.include_prompt is false. Empty: none.
-    """
-    prompt_name: _builtins.str
-    """The same by the name it has in sentence_config.prompts. An unknown name is refused
-    with INVALID_ARGUMENT, and so is a name beside a prompt. Empty: none.
-    """
-    lower_case: _builtins.bool
-    """Strings are turned to lower case before the tokenizer does with them what it
-    always does. Special tokens written out in a text stay what they are.
-    """
-    @_builtins.property
-    def outputs(self) -> _containers.RepeatedCompositeFieldContainer[Global___Output]:
-        """What to hand out of one forward pass, answered in this order. At least one.
-        The model runs no further than the highest layer asked for.
-        """
-
-    @_builtins.property
-    def shared_memory(self) -> Global___SharedMemoryUse:
-        """EmbedLayers and EmbedStream: rows may come through this segment. Absent: none do."""
-
-    def __init__(
-        self,
-        *,
-        outputs: _abc.Iterable[Global___Output] | None = ...,
-        truncation: Global___Truncation.ValueType = ...,
-        max_length: _builtins.int = ...,
-        dtype: Global___Dtype.ValueType = ...,
-        return_tokens: _builtins.bool = ...,
-        shared_memory: Global___SharedMemoryUse | None = ...,
-        prompt: _builtins.str = ...,
-        prompt_name: _builtins.str = ...,
-        lower_case: _builtins.bool = ...,
-    ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["shared_memory", b"shared_memory"]  # noqa: Y015
-    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["dtype", b"dtype", "lower_case", b"lower_case", "max_length", b"max_length", "outputs", b"outputs", "prompt", b"prompt", "prompt_name", b"prompt_name", "return_tokens", b"return_tokens", "shared_memory", b"shared_memory", "truncation", b"truncation"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["all_layers", b"all_layers", "layers", b"layers", "mix", b"mix", "pooling", b"pooling"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
-Global___EmbedOptions: _TypeAlias = EmbedOptions  # noqa: Y015
+Global___WordVectors: _TypeAlias = WordVectors  # noqa: Y015
+
+@_typing.final
+class LayerMix(_message.Message):
+    """LayerMix makes one layer of several, in float32: whatever is then made of its rows
+    is made of the mix. Its rows leave once, after the highest of its layers. Row size:
+    hidden_size; MIX_STRATEGY_CONCAT: that times the number of layers.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    STRATEGY_FIELD_NUMBER: _builtins.int
+    LAYERS_FIELD_NUMBER: _builtins.int
+    ALL_LAYERS_FIELD_NUMBER: _builtins.int
+    WEIGHTS_FIELD_NUMBER: _builtins.int
+    strategy: Global___MixStrategy.ValueType
+    """How they become one."""
+    all_layers: _builtins.bool
+    """All layers, 0 to L, ascending. With it, layers must be empty."""
+    @_builtins.property
+    def layers(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Layer numbers, -L-1 to L, in any order, each layer once. At least one, unless
+        all_layers is set.
+        """
+
+    @_builtins.property
+    def weights(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
+        """With MIX_STRATEGY_WEIGHTED, and only then: one for each layer, in their order.
+        Range: -1000000 to 1000000; used as they are, whatever their sum.
+        """
+
+    def __init__(
+        self,
+        *,
+        strategy: Global___MixStrategy.ValueType = ...,
+        layers: _abc.Iterable[_builtins.int] | None = ...,
+        all_layers: _builtins.bool = ...,
+        weights: _abc.Iterable[_builtins.float] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["all_layers", b"all_layers", "layers", b"layers", "strategy", b"strategy", "weights", b"weights"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___LayerMix: _TypeAlias = LayerMix  # noqa: Y015
 
 @_typing.final
 class SharedMemoryUse(_message.Message):
@@ -1227,23 +1815,6 @@ class SplitTexts(_message.Message):
 Global___SplitTexts: _TypeAlias = SplitTexts  # noqa: Y015
 
 @_typing.final
-class GetModelInfoRequest(_message.Message):
-    """GetModelInfoRequest asks for the served model; it has no fields."""
-
-    DESCRIPTOR: _descriptor.Descriptor
-
-    def __init__(
-        self,
-    ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
-    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
-    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
-
-Global___GetModelInfoRequest: _TypeAlias = GetModelInfoRequest  # noqa: Y015
-
-@_typing.final
 class Limits(_message.Message):
     """Limits are the server's bounds; above them a request is refused."""
 
@@ -1294,7 +1865,7 @@ class Limits(_message.Message):
     connection has reached its age.
     """
     max_connection_age_ns: _builtins.int
-    """How old a connection gets before its client is asked to connect anew. 0: any age."""
+    """The age at which a connection is closed and its client connects anew. 0: none."""
     def __init__(
         self,
         *,
@@ -1363,7 +1934,7 @@ class SentenceConfig(_message.Message):
     INCLUDE_PROMPT_FIELD_NUMBER: _builtins.int
     unsupported: _builtins.str
     """What the model asks for that this server cannot do, as a clause; the vectors of
-    sentence-transformers cannot be had then. Empty: all fields below hold.
+    sentence-transformers cannot be computed then. Empty: all fields below hold.
     """
     normalize: _builtins.bool
     """Divides the vector by its Euclidean length."""
@@ -1376,7 +1947,7 @@ class SentenceConfig(_message.Message):
     lower_case: _builtins.bool
     """The lower_case of EmbedOptions."""
     default_prompt_name: _builtins.str
-    """The prompt of callers who name none. Empty: none."""
+    """The prompt of a request that names none. Empty: none."""
     include_prompt: _builtins.bool
     """Whether the tokens of a prompt are pooled."""
     @_builtins.property
@@ -1410,409 +1981,6 @@ class SentenceConfig(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___SentenceConfig: _TypeAlias = SentenceConfig  # noqa: Y015
-
-@_typing.final
-class GetModelInfoResponse(_message.Message):
-    """GetModelInfoResponse describes the served model."""
-
-    DESCRIPTOR: _descriptor.Descriptor
-
-    MODEL_ID_FIELD_NUMBER: _builtins.int
-    FINGERPRINT_FIELD_NUMBER: _builtins.int
-    MODEL_TYPE_FIELD_NUMBER: _builtins.int
-    LAYER_COUNT_FIELD_NUMBER: _builtins.int
-    HIDDEN_SIZE_FIELD_NUMBER: _builtins.int
-    ATTENTION_HEAD_COUNT_FIELD_NUMBER: _builtins.int
-    VOCAB_SIZE_FIELD_NUMBER: _builtins.int
-    TYPE_VOCAB_SIZE_FIELD_NUMBER: _builtins.int
-    MAX_LENGTH_FIELD_NUMBER: _builtins.int
-    HAS_POOLER_OUTPUT_FIELD_NUMBER: _builtins.int
-    COMPUTE_DTYPE_FIELD_NUMBER: _builtins.int
-    DEVICES_FIELD_NUMBER: _builtins.int
-    SPECIAL_TOKEN_IDS_FIELD_NUMBER: _builtins.int
-    PAD_TOKEN_ID_FIELD_NUMBER: _builtins.int
-    LIMITS_FIELD_NUMBER: _builtins.int
-    SERVER_VERSION_FIELD_NUMBER: _builtins.int
-    SENTENCE_CONFIG_FIELD_NUMBER: _builtins.int
-    DEFAULT_MAX_LENGTH_FIELD_NUMBER: _builtins.int
-    model_id: _builtins.str
-    """The name of the model; never a path."""
-    fingerprint: _builtins.str
-    """As in EmbedHeader."""
-    model_type: _builtins.str
-    """The architecture; always "bert"."""
-    layer_count: _builtins.int
-    """L: encoder blocks. There are L + 1 layers, 0 to L."""
-    hidden_size: _builtins.int
-    """Values a token row has."""
-    attention_head_count: _builtins.int
-    """Heads of each attention."""
-    vocab_size: _builtins.int
-    """Ids are below this."""
-    type_vocab_size: _builtins.int
-    """Token types are below this."""
-    max_length: _builtins.int
-    """The most tokens of one text, special tokens counted: the model's positions."""
-    has_pooler_output: _builtins.bool
-    """Whether the model has pooler weights."""
-    compute_dtype: Global___Dtype.ValueType
-    """What the server computes in."""
-    pad_token_id: _builtins.int
-    """The id that padding uses."""
-    server_version: _builtins.str
-    """The version of the server."""
-    default_max_length: _builtins.int
-    """The most tokens of one text where a request names no max_length: model_max_length
-    of the tokenizer, at most max_length.
-    """
-    @_builtins.property
-    def devices(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """Where it computes, such as "cpu" or "cuda:0"."""
-
-    @_builtins.property
-    def special_token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """The ids that the tokenizer adds to a text, and that of padding, ascending. Of token
-        ids exclude_special_tokens leaves these out; [UNK] and [MASK] are not among them.
-        """
-
-    @_builtins.property
-    def limits(self) -> Global___Limits:
-        """The bounds in force."""
-
-    @_builtins.property
-    def sentence_config(self) -> Global___SentenceConfig:
-        """What the model's folder says about sentences."""
-
-    def __init__(
-        self,
-        *,
-        model_id: _builtins.str = ...,
-        fingerprint: _builtins.str = ...,
-        model_type: _builtins.str = ...,
-        layer_count: _builtins.int = ...,
-        hidden_size: _builtins.int = ...,
-        attention_head_count: _builtins.int = ...,
-        vocab_size: _builtins.int = ...,
-        type_vocab_size: _builtins.int = ...,
-        max_length: _builtins.int = ...,
-        has_pooler_output: _builtins.bool = ...,
-        compute_dtype: Global___Dtype.ValueType = ...,
-        devices: _abc.Iterable[_builtins.str] | None = ...,
-        special_token_ids: _abc.Iterable[_builtins.int] | None = ...,
-        pad_token_id: _builtins.int = ...,
-        limits: Global___Limits | None = ...,
-        server_version: _builtins.str = ...,
-        sentence_config: Global___SentenceConfig | None = ...,
-        default_max_length: _builtins.int = ...,
-    ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["limits", b"limits", "sentence_config", b"sentence_config"]  # noqa: Y015
-    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attention_head_count", b"attention_head_count", "compute_dtype", b"compute_dtype", "default_max_length", b"default_max_length", "devices", b"devices", "fingerprint", b"fingerprint", "has_pooler_output", b"has_pooler_output", "hidden_size", b"hidden_size", "layer_count", b"layer_count", "limits", b"limits", "max_length", b"max_length", "model_id", b"model_id", "model_type", b"model_type", "pad_token_id", b"pad_token_id", "sentence_config", b"sentence_config", "server_version", b"server_version", "special_token_ids", b"special_token_ids", "type_vocab_size", b"type_vocab_size", "vocab_size", b"vocab_size"]  # noqa: Y015
-    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
-
-Global___GetModelInfoResponse: _TypeAlias = GetModelInfoResponse  # noqa: Y015
-
-@_typing.final
-class TokenizeRequest(_message.Message):
-    """TokenizeRequest asks for the tokens of texts."""
-
-    DESCRIPTOR: _descriptor.Descriptor
-
-    INPUTS_FIELD_NUMBER: _builtins.int
-    OMIT_SPECIAL_TOKENS_FIELD_NUMBER: _builtins.int
-    TRUNCATION_FIELD_NUMBER: _builtins.int
-    MAX_LENGTH_FIELD_NUMBER: _builtins.int
-    PAD_TO_FIELD_NUMBER: _builtins.int
-    FIRST_TEXT_FIELD_NUMBER: _builtins.int
-    omit_special_tokens: _builtins.bool
-    """Leaves out [CLS] and [SEP]."""
-    truncation: Global___Truncation.ValueType
-    """What happens to texts above max_length."""
-    max_length: _builtins.int
-    """The most tokens a text may have; here it may exceed what the model embeds.
-    0: default_max_length of the model.
-    """
-    pad_to: _builtins.int
-    """Appends padding until each text has this many tokens, whichever padding_side the
-    tokenizer's own configuration names; longer ones stay as they are. 0: none. At most the max_length in force.
-    """
-    first_text: _builtins.int
-    """Where the first input stands in what the caller sends in several requests; errors
-    count from there.
-    """
-    @_builtins.property
-    def inputs(self) -> _containers.RepeatedCompositeFieldContainer[Global___Input]:
-        """1 to limits.max_text_count texts; token ids are refused."""
-
-    def __init__(
-        self,
-        *,
-        inputs: _abc.Iterable[Global___Input] | None = ...,
-        omit_special_tokens: _builtins.bool = ...,
-        truncation: Global___Truncation.ValueType = ...,
-        max_length: _builtins.int = ...,
-        pad_to: _builtins.int = ...,
-        first_text: _builtins.int = ...,
-    ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
-    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["first_text", b"first_text", "inputs", b"inputs", "max_length", b"max_length", "omit_special_tokens", b"omit_special_tokens", "pad_to", b"pad_to", "truncation", b"truncation"]  # noqa: Y015
-    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
-
-Global___TokenizeRequest: _TypeAlias = TokenizeRequest  # noqa: Y015
-
-@_typing.final
-class TokenizeResponse(_message.Message):
-    """TokenizeResponse carries the tokens."""
-
-    DESCRIPTOR: _descriptor.Descriptor
-
-    TEXTS_FIELD_NUMBER: _builtins.int
-    PAD_TOKEN_ID_FIELD_NUMBER: _builtins.int
-    pad_token_id: _builtins.int
-    """The id that padding uses."""
-    @_builtins.property
-    def texts(self) -> _containers.RepeatedCompositeFieldContainer[Global___TokenizedText]:
-        """One for each text, in request order."""
-
-    def __init__(
-        self,
-        *,
-        texts: _abc.Iterable[Global___TokenizedText] | None = ...,
-        pad_token_id: _builtins.int = ...,
-    ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
-    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["pad_token_id", b"pad_token_id", "texts", b"texts"]  # noqa: Y015
-    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
-
-Global___TokenizeResponse: _TypeAlias = TokenizeResponse  # noqa: Y015
-
-@_typing.final
-class DecodeRequest(_message.Message):
-    """DecodeRequest asks for strings."""
-
-    DESCRIPTOR: _descriptor.Descriptor
-
-    TEXTS_FIELD_NUMBER: _builtins.int
-    SKIP_SPECIAL_TOKENS_FIELD_NUMBER: _builtins.int
-    skip_special_tokens: _builtins.bool
-    """Leaves special tokens out of the strings."""
-    @_builtins.property
-    def texts(self) -> _containers.RepeatedCompositeFieldContainer[Global___TokenIds]:
-        """1 to limits.max_text_count texts as ids; masks are ignored. A text may be empty."""
-
-    def __init__(
-        self,
-        *,
-        texts: _abc.Iterable[Global___TokenIds] | None = ...,
-        skip_special_tokens: _builtins.bool = ...,
-    ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
-    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["skip_special_tokens", b"skip_special_tokens", "texts", b"texts"]  # noqa: Y015
-    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
-
-Global___DecodeRequest: _TypeAlias = DecodeRequest  # noqa: Y015
-
-@_typing.final
-class DecodeResponse(_message.Message):
-    """DecodeResponse carries the strings."""
-
-    DESCRIPTOR: _descriptor.Descriptor
-
-    TEXTS_FIELD_NUMBER: _builtins.int
-    @_builtins.property
-    def texts(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """One for each text, in request order."""
-
-    def __init__(
-        self,
-        *,
-        texts: _abc.Iterable[_builtins.str] | None = ...,
-    ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
-    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["texts", b"texts"]  # noqa: Y015
-    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
-
-Global___DecodeResponse: _TypeAlias = DecodeResponse  # noqa: Y015
-
-@_typing.final
-class EmbedRequest(_message.Message):
-    """EmbedRequest asks for small results in one message."""
-
-    DESCRIPTOR: _descriptor.Descriptor
-
-    INPUTS_FIELD_NUMBER: _builtins.int
-    OPTIONS_FIELD_NUMBER: _builtins.int
-    @_builtins.property
-    def inputs(self) -> _containers.RepeatedCompositeFieldContainer[Global___Input]:
-        """1 to limits.max_text_count texts."""
-
-    @_builtins.property
-    def options(self) -> Global___EmbedOptions:
-        """What to do with them."""
-
-    def __init__(
-        self,
-        *,
-        inputs: _abc.Iterable[Global___Input] | None = ...,
-        options: Global___EmbedOptions | None = ...,
-    ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["options", b"options"]  # noqa: Y015
-    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["inputs", b"inputs", "options", b"options"]  # noqa: Y015
-    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
-
-Global___EmbedRequest: _TypeAlias = EmbedRequest  # noqa: Y015
-
-@_typing.final
-class EmbedResponse(_message.Message):
-    """EmbedResponse is the whole answer."""
-
-    DESCRIPTOR: _descriptor.Descriptor
-
-    HEADER_FIELD_NUMBER: _builtins.int
-    TENSORS_FIELD_NUMBER: _builtins.int
-    TOKENS_FIELD_NUMBER: _builtins.int
-    TIMINGS_FIELD_NUMBER: _builtins.int
-    WORDS_FIELD_NUMBER: _builtins.int
-    @_builtins.property
-    def header(self) -> Global___EmbedHeader:
-        """What was computed."""
-
-    @_builtins.property
-    def tensors(self) -> _containers.RepeatedCompositeFieldContainer[Global___LayerTensor]:
-        """By output_index, then by layer, ascending."""
-
-    @_builtins.property
-    def tokens(self) -> _containers.RepeatedCompositeFieldContainer[Global___TokenizedText]:
-        """The tokens of all texts, in request order, if return_tokens was set."""
-
-    @_builtins.property
-    def timings(self) -> Global___Timings:
-        """Where the time went."""
-
-    @_builtins.property
-    def words(self) -> _containers.RepeatedCompositeFieldContainer[Global___SplitText]:
-        """The words of all texts, in request order, if an output has a row for each."""
-
-    def __init__(
-        self,
-        *,
-        header: Global___EmbedHeader | None = ...,
-        tensors: _abc.Iterable[Global___LayerTensor] | None = ...,
-        tokens: _abc.Iterable[Global___TokenizedText] | None = ...,
-        timings: Global___Timings | None = ...,
-        words: _abc.Iterable[Global___SplitText] | None = ...,
-    ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["header", b"header", "timings", b"timings"]  # noqa: Y015
-    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["header", b"header", "tensors", b"tensors", "timings", b"timings", "tokens", b"tokens", "words", b"words"]  # noqa: Y015
-    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
-
-Global___EmbedResponse: _TypeAlias = EmbedResponse  # noqa: Y015
-
-@_typing.final
-class EmbedLayersRequest(_message.Message):
-    """EmbedLayersRequest asks for layers as a stream."""
-
-    DESCRIPTOR: _descriptor.Descriptor
-
-    INPUTS_FIELD_NUMBER: _builtins.int
-    OPTIONS_FIELD_NUMBER: _builtins.int
-    @_builtins.property
-    def inputs(self) -> _containers.RepeatedCompositeFieldContainer[Global___Input]:
-        """1 to limits.max_text_count texts."""
-
-    @_builtins.property
-    def options(self) -> Global___EmbedOptions:
-        """What to do with them."""
-
-    def __init__(
-        self,
-        *,
-        inputs: _abc.Iterable[Global___Input] | None = ...,
-        options: Global___EmbedOptions | None = ...,
-    ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["options", b"options"]  # noqa: Y015
-    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["inputs", b"inputs", "options", b"options"]  # noqa: Y015
-    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
-
-Global___EmbedLayersRequest: _TypeAlias = EmbedLayersRequest  # noqa: Y015
-
-@_typing.final
-class EmbedLayersResponse(_message.Message):
-    """EmbedLayersResponse is one message of an EmbedLayers answer."""
-
-    DESCRIPTOR: _descriptor.Descriptor
-
-    HEADER_FIELD_NUMBER: _builtins.int
-    TOKENS_FIELD_NUMBER: _builtins.int
-    FRAME_FIELD_NUMBER: _builtins.int
-    SUMMARY_FIELD_NUMBER: _builtins.int
-    WORDS_FIELD_NUMBER: _builtins.int
-    SHARED_ROWS_FIELD_NUMBER: _builtins.int
-    DATA_FIELD_NUMBER: _builtins.int
-    data: _builtins.bytes
-    """With a frame: its rows. Shape: [row_count, row_size], dtype of the header,
-    row-major, little-endian. The highest field number, so that it is written last
-    and can be viewed in place.
-    """
-    @_builtins.property
-    def header(self) -> Global___EmbedHeader:
-        """The first message."""
-
-    @_builtins.property
-    def tokens(self) -> Global___TokenizedTexts:
-        """Tokens, if return_tokens was set: after the header, before the frames."""
-
-    @_builtins.property
-    def frame(self) -> Global___Frame:
-        """Rows; their numbers are in data."""
-
-    @_builtins.property
-    def summary(self) -> Global___EmbedSummary:
-        """The last message."""
-
-    @_builtins.property
-    def words(self) -> Global___SplitTexts:
-        """Words, if an output has a row for each: after the header, before the frames."""
-
-    @_builtins.property
-    def shared_rows(self) -> Global___SharedRows:
-        """With a frame whose rows lie in the segment that the call named: where."""
-
-    def __init__(
-        self,
-        *,
-        header: Global___EmbedHeader | None = ...,
-        tokens: Global___TokenizedTexts | None = ...,
-        frame: Global___Frame | None = ...,
-        summary: Global___EmbedSummary | None = ...,
-        words: Global___SplitTexts | None = ...,
-        shared_rows: Global___SharedRows | None = ...,
-        data: _builtins.bytes = ...,
-    ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["frame", b"frame", "header", b"header", "part", b"part", "shared_rows", b"shared_rows", "summary", b"summary", "tokens", b"tokens", "words", b"words"]  # noqa: Y015
-    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["data", b"data", "frame", b"frame", "header", b"header", "part", b"part", "shared_rows", b"shared_rows", "summary", b"summary", "tokens", b"tokens", "words", b"words"]  # noqa: Y015
-    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_part: _TypeAlias = _typing.Literal["header", "tokens", "frame", "summary", "words"]  # noqa: Y015
-    _WhichOneofArgType_part: _TypeAlias = _typing.Literal["part", b"part"]  # noqa: Y015
-    def WhichOneof(self, oneof_group: _WhichOneofArgType_part) -> _WhichOneofReturnType_part | None: ...
-
-Global___EmbedLayersResponse: _TypeAlias = EmbedLayersResponse  # noqa: Y015
 
 @_typing.final
 class StreamOptions(_message.Message):
@@ -1893,38 +2061,6 @@ class StreamInputs(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___StreamInputs: _TypeAlias = StreamInputs  # noqa: Y015
-
-@_typing.final
-class EmbedStreamRequest(_message.Message):
-    """EmbedStreamRequest is one message of an EmbedStream call."""
-
-    DESCRIPTOR: _descriptor.Descriptor
-
-    OPTIONS_FIELD_NUMBER: _builtins.int
-    INPUTS_FIELD_NUMBER: _builtins.int
-    @_builtins.property
-    def options(self) -> Global___StreamOptions:
-        """The first message, exactly once."""
-
-    @_builtins.property
-    def inputs(self) -> Global___StreamInputs:
-        """Every later message."""
-
-    def __init__(
-        self,
-        *,
-        options: Global___StreamOptions | None = ...,
-        inputs: Global___StreamInputs | None = ...,
-    ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["inputs", b"inputs", "kind", b"kind", "options", b"options"]  # noqa: Y015
-    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["inputs", b"inputs", "kind", b"kind", "options", b"options"]  # noqa: Y015
-    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_kind: _TypeAlias = _typing.Literal["options", "inputs"]  # noqa: Y015
-    _WhichOneofArgType_kind: _TypeAlias = _typing.Literal["kind", b"kind"]  # noqa: Y015
-    def WhichOneof(self, oneof_group: _WhichOneofArgType_kind) -> _WhichOneofReturnType_kind | None: ...
-
-Global___EmbedStreamRequest: _TypeAlias = EmbedStreamRequest  # noqa: Y015
 
 @_typing.final
 class StreamFailure(_message.Message):
@@ -2092,136 +2228,3 @@ class StreamFrame(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___StreamFrame: _TypeAlias = StreamFrame  # noqa: Y015
-
-@_typing.final
-class EmbedStreamResponse(_message.Message):
-    """EmbedStreamResponse is one message of an EmbedStream answer."""
-
-    DESCRIPTOR: _descriptor.Descriptor
-
-    HEADER_FIELD_NUMBER: _builtins.int
-    RESULTS_FIELD_NUMBER: _builtins.int
-    FRAME_FIELD_NUMBER: _builtins.int
-    SHARED_ROWS_FIELD_NUMBER: _builtins.int
-    DATA_FIELD_NUMBER: _builtins.int
-    data: _builtins.bytes
-    """With results or a frame: the rows, dtype of the header, row-major,
-    little-endian. The highest field number, so that it is written last and can be
-    viewed in place.
-    """
-    @_builtins.property
-    def header(self) -> Global___EmbedHeader:
-        """The first message."""
-
-    @_builtins.property
-    def results(self) -> Global___StreamResults:
-        """Whole results."""
-
-    @_builtins.property
-    def frame(self) -> Global___StreamFrame:
-        """A part of a large result."""
-
-    @_builtins.property
-    def shared_rows(self) -> Global___SharedRows:
-        """With results whose rows lie in the segment that the call named: where."""
-
-    def __init__(
-        self,
-        *,
-        header: Global___EmbedHeader | None = ...,
-        results: Global___StreamResults | None = ...,
-        frame: Global___StreamFrame | None = ...,
-        shared_rows: Global___SharedRows | None = ...,
-        data: _builtins.bytes = ...,
-    ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["frame", b"frame", "header", b"header", "part", b"part", "results", b"results", "shared_rows", b"shared_rows"]  # noqa: Y015
-    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["data", b"data", "frame", b"frame", "header", b"header", "part", b"part", "results", b"results", "shared_rows", b"shared_rows"]  # noqa: Y015
-    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_part: _TypeAlias = _typing.Literal["header", "results", "frame"]  # noqa: Y015
-    _WhichOneofArgType_part: _TypeAlias = _typing.Literal["part", b"part"]  # noqa: Y015
-    def WhichOneof(self, oneof_group: _WhichOneofArgType_part) -> _WhichOneofReturnType_part | None: ...
-
-Global___EmbedStreamResponse: _TypeAlias = EmbedStreamResponse  # noqa: Y015
-
-@_typing.final
-class ShareMemoryRequest(_message.Message):
-    """ShareMemoryRequest asks for a segment; it has no fields."""
-
-    DESCRIPTOR: _descriptor.Descriptor
-
-    def __init__(
-        self,
-    ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
-    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
-    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
-
-Global___ShareMemoryRequest: _TypeAlias = ShareMemoryRequest  # noqa: Y015
-
-@_typing.final
-class ShareMemoryResponse(_message.Message):
-    """ShareMemoryResponse describes the segment. A caller of the same user on the same
-    host opens /proc/<process_id>/fd/<file_descriptor> and maps it; it must check that
-    it finds the nonce at offset 0, since elsewhere the same path is another file.
-
-    The caller writes two tables in it, which the server reads when it needs room:
-      slots  one byte for each slot, cleared by the server before it sends SharedRows.
-             1: the message has been read, its rows are in use. 2: they no longer are.
-      calls  one little-endian int64 for each call_number modulo call_count: that call
-             number, once the caller reads no further message of the call. Rows whose
-             slot is still 0 then go back to the server.
-    Nothing that a caller writes can harm another: each has a segment of its own.
-    """
-
-    DESCRIPTOR: _descriptor.Descriptor
-
-    SEGMENT_ID_FIELD_NUMBER: _builtins.int
-    PROCESS_ID_FIELD_NUMBER: _builtins.int
-    FILE_DESCRIPTOR_FIELD_NUMBER: _builtins.int
-    BYTE_COUNT_FIELD_NUMBER: _builtins.int
-    NONCE_FIELD_NUMBER: _builtins.int
-    SLOT_OFFSET_FIELD_NUMBER: _builtins.int
-    SLOT_COUNT_FIELD_NUMBER: _builtins.int
-    CALL_OFFSET_FIELD_NUMBER: _builtins.int
-    CALL_COUNT_FIELD_NUMBER: _builtins.int
-    segment_id: _builtins.str
-    """What SharedMemoryUse calls the segment; not to be guessed."""
-    process_id: _builtins.int
-    """The server's process."""
-    file_descriptor: _builtins.int
-    """The segment among its open files. It can be neither shrunk nor grown."""
-    byte_count: _builtins.int
-    """The size of the segment."""
-    nonce: _builtins.bytes
-    """16 random bytes, also found at offset 0."""
-    slot_offset: _builtins.int
-    """Where the slots begin, in bytes."""
-    slot_count: _builtins.int
-    """How many there are."""
-    call_offset: _builtins.int
-    """Where the calls begin, in bytes; a multiple of 8."""
-    call_count: _builtins.int
-    """How many there are."""
-    def __init__(
-        self,
-        *,
-        segment_id: _builtins.str = ...,
-        process_id: _builtins.int = ...,
-        file_descriptor: _builtins.int = ...,
-        byte_count: _builtins.int = ...,
-        nonce: _builtins.bytes = ...,
-        slot_offset: _builtins.int = ...,
-        slot_count: _builtins.int = ...,
-        call_offset: _builtins.int = ...,
-        call_count: _builtins.int = ...,
-    ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
-    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["byte_count", b"byte_count", "call_count", b"call_count", "call_offset", b"call_offset", "file_descriptor", b"file_descriptor", "nonce", b"nonce", "process_id", b"process_id", "segment_id", b"segment_id", "slot_count", b"slot_count", "slot_offset", b"slot_offset"]  # noqa: Y015
-    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
-
-Global___ShareMemoryResponse: _TypeAlias = ShareMemoryResponse  # noqa: Y015

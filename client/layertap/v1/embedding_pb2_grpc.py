@@ -77,7 +77,7 @@ class EmbeddingServiceServicer(object):
     """
 
     def GetModelInfo(self, request, context):
-        """GetModelInfo tells which model is served, its shapes and the limits in force.
+        """GetModelInfo returns the served model, its shapes and the limits in force.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -92,7 +92,9 @@ class EmbeddingServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def Decode(self, request, context):
-        """Decode turns token ids back into strings.
+        """Decode turns token ids back into strings. An answer above
+        limits.max_response_bytes is refused with INVALID_ARGUMENT, and so is a request
+        with more than a quarter as many ids.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -129,11 +131,11 @@ class EmbeddingServiceServicer(object):
 
     def ShareMemory(self, request, context):
         """ShareMemory lends a segment of memory to a caller on the same host, for as long
-        as the call lasts. The only response describes it; after that nothing is said,
-        and whichever side ends the call ends the lease. Rows that lie in the segment
+        as the call lasts. The only response describes it; no other follows, and either
+        side ends the lease by ending the call. Rows that lie in the segment
         then need not travel: see SharedMemoryUse. A server that shares no memory
         answers FAILED_PRECONDITION, one that lends too many segments already
-        RESOURCE_EXHAUSTED. Never needed: without it every row travels as bytes.
+        RESOURCE_EXHAUSTED. It is optional: without it every row travels as bytes.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -22,7 +22,7 @@ Status codes every RPC may end with:
   DEADLINE_EXCEEDED   the caller's deadline passed.
   UNAVAILABLE         the server is starting or stopping.
   UNAUTHENTICATED     the server asks for a bearer token (authorization metadata) and
-                      got none, or one that it does not know.
+                      got none, or an unknown one.
   INTERNAL            a fault of the server.
 With each of them the server sends the trailing metadata grpc-retry-pushback-ms: how
 many milliseconds to wait before a retry, or -1 where a retry is of no use.
@@ -59,13 +59,16 @@ class EmbeddingServiceStub:
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> EmbeddingServiceAsyncStub: ...
     GetModelInfo: _grpc.UnaryUnaryMultiCallable[_embedding_pb2.GetModelInfoRequest, _embedding_pb2.GetModelInfoResponse]
-    """GetModelInfo tells which model is served, its shapes and the limits in force."""
+    """GetModelInfo returns the served model, its shapes and the limits in force."""
     Tokenize: _grpc.UnaryUnaryMultiCallable[_embedding_pb2.TokenizeRequest, _embedding_pb2.TokenizeResponse]
     """Tokenize turns texts into the model's tokens, exactly as transformers does.
     An answer above limits.max_response_bytes is refused with INVALID_ARGUMENT.
     """
     Decode: _grpc.UnaryUnaryMultiCallable[_embedding_pb2.DecodeRequest, _embedding_pb2.DecodeResponse]
-    """Decode turns token ids back into strings."""
+    """Decode turns token ids back into strings. An answer above
+    limits.max_response_bytes is refused with INVALID_ARGUMENT, and so is a request
+    with more than a quarter as many ids.
+    """
     Embed: _grpc.UnaryUnaryMultiCallable[_embedding_pb2.EmbedRequest, _embedding_pb2.EmbedResponse]
     """Embed answers with all outputs in one message, for small results and callers
     in any language. What would not fit limits.max_response_bytes is refused with
@@ -85,11 +88,11 @@ class EmbeddingServiceStub:
     """
     ShareMemory: _grpc.UnaryStreamMultiCallable[_embedding_pb2.ShareMemoryRequest, _embedding_pb2.ShareMemoryResponse]
     """ShareMemory lends a segment of memory to a caller on the same host, for as long
-    as the call lasts. The only response describes it; after that nothing is said,
-    and whichever side ends the call ends the lease. Rows that lie in the segment
+    as the call lasts. The only response describes it; no other follows, and either
+    side ends the lease by ending the call. Rows that lie in the segment
     then need not travel: see SharedMemoryUse. A server that shares no memory
     answers FAILED_PRECONDITION, one that lends too many segments already
-    RESOURCE_EXHAUSTED. Never needed: without it every row travels as bytes.
+    RESOURCE_EXHAUSTED. It is optional: without it every row travels as bytes.
     """
 
 @_typing.type_check_only
@@ -98,13 +101,16 @@ class EmbeddingServiceAsyncStub(EmbeddingServiceStub):
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     GetModelInfo: _aio.UnaryUnaryMultiCallable[_embedding_pb2.GetModelInfoRequest, _embedding_pb2.GetModelInfoResponse]  # type: ignore[assignment]
-    """GetModelInfo tells which model is served, its shapes and the limits in force."""
+    """GetModelInfo returns the served model, its shapes and the limits in force."""
     Tokenize: _aio.UnaryUnaryMultiCallable[_embedding_pb2.TokenizeRequest, _embedding_pb2.TokenizeResponse]  # type: ignore[assignment]
     """Tokenize turns texts into the model's tokens, exactly as transformers does.
     An answer above limits.max_response_bytes is refused with INVALID_ARGUMENT.
     """
     Decode: _aio.UnaryUnaryMultiCallable[_embedding_pb2.DecodeRequest, _embedding_pb2.DecodeResponse]  # type: ignore[assignment]
-    """Decode turns token ids back into strings."""
+    """Decode turns token ids back into strings. An answer above
+    limits.max_response_bytes is refused with INVALID_ARGUMENT, and so is a request
+    with more than a quarter as many ids.
+    """
     Embed: _aio.UnaryUnaryMultiCallable[_embedding_pb2.EmbedRequest, _embedding_pb2.EmbedResponse]  # type: ignore[assignment]
     """Embed answers with all outputs in one message, for small results and callers
     in any language. What would not fit limits.max_response_bytes is refused with
@@ -124,11 +130,11 @@ class EmbeddingServiceAsyncStub(EmbeddingServiceStub):
     """
     ShareMemory: _aio.UnaryStreamMultiCallable[_embedding_pb2.ShareMemoryRequest, _embedding_pb2.ShareMemoryResponse]  # type: ignore[assignment]
     """ShareMemory lends a segment of memory to a caller on the same host, for as long
-    as the call lasts. The only response describes it; after that nothing is said,
-    and whichever side ends the call ends the lease. Rows that lie in the segment
+    as the call lasts. The only response describes it; no other follows, and either
+    side ends the lease by ending the call. Rows that lie in the segment
     then need not travel: see SharedMemoryUse. A server that shares no memory
     answers FAILED_PRECONDITION, one that lends too many segments already
-    RESOURCE_EXHAUSTED. Never needed: without it every row travels as bytes.
+    RESOURCE_EXHAUSTED. It is optional: without it every row travels as bytes.
     """
 
 class EmbeddingServiceServicer(metaclass=_abc_1.ABCMeta):
@@ -140,7 +146,7 @@ class EmbeddingServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _embedding_pb2.GetModelInfoRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_embedding_pb2.GetModelInfoResponse, _abc.Awaitable[_embedding_pb2.GetModelInfoResponse]]:
-        """GetModelInfo tells which model is served, its shapes and the limits in force."""
+        """GetModelInfo returns the served model, its shapes and the limits in force."""
 
     @_abc_1.abstractmethod
     def Tokenize(
@@ -158,7 +164,10 @@ class EmbeddingServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _embedding_pb2.DecodeRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_embedding_pb2.DecodeResponse, _abc.Awaitable[_embedding_pb2.DecodeResponse]]:
-        """Decode turns token ids back into strings."""
+        """Decode turns token ids back into strings. An answer above
+        limits.max_response_bytes is refused with INVALID_ARGUMENT, and so is a request
+        with more than a quarter as many ids.
+        """
 
     @_abc_1.abstractmethod
     def Embed(
@@ -202,11 +211,11 @@ class EmbeddingServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_embedding_pb2.ShareMemoryResponse], _abc.AsyncIterator[_embedding_pb2.ShareMemoryResponse]]:
         """ShareMemory lends a segment of memory to a caller on the same host, for as long
-        as the call lasts. The only response describes it; after that nothing is said,
-        and whichever side ends the call ends the lease. Rows that lie in the segment
+        as the call lasts. The only response describes it; no other follows, and either
+        side ends the lease by ending the call. Rows that lie in the segment
         then need not travel: see SharedMemoryUse. A server that shares no memory
         answers FAILED_PRECONDITION, one that lends too many segments already
-        RESOURCE_EXHAUSTED. Never needed: without it every row travels as bytes.
+        RESOURCE_EXHAUSTED. It is optional: without it every row travels as bytes.
         """
 
 def add_EmbeddingServiceServicer_to_server(servicer: EmbeddingServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

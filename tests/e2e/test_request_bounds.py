@@ -1,0 +1,124 @@
+"""A request is refused by the lengths of its lists, before objects are made of them; others do not wait for it."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Iterator
+
+import grpc
+import psutil
+import pytest
+from google.protobuf.message import Message
+from support import Server
+
+from layertap.v1 import embedding_pb2 as pb
+from layertap.v1 import embedding_pb2_grpc
+from layertap_server.model.checkpoint import EMBEDDED_MODEL
+from layertap_server.model.facts import ModelFacts
+from layertap_server.model.sentence_config import SentenceConfig
+from layertap_server.model.tokenizer import Tokenizer
+from layertap_server.observability.call_log import Record
+from layertap_server.protocol.limits import Limits
+from layertap_server.protocol.preprocess import Preprocessor
+
+WITHIN_S = 5.0
+"""A server that first makes what it refuses takes several times as long."""
+MOST_MEMORY = 512 << 20
+
+LAST = pb.EmbedOptions(outputs=[pb.Output(hidden_states=pb.HiddenStates())])
+
+
+@pytest.fixture(scope="module")
+def stub(tiny_server: Server) -> Iterator[embedding_pb2_grpc.EmbeddingServiceStub]:
+    with grpc.insecure_channel(tiny_server.address, options=[("grpc.max_receive_message_length", -1)]) as channel:
+        yield embedding_pb2_grpc.EmbeddingServiceStub(channel)
+
+
+@pytest.fixture(scope="module")
+def preprocessor() -> Preprocessor:
+    tokenizer = Tokenizer(EMBEDDED_MODEL)
+    model = ModelFacts(
+        model_id="m",
+        fingerprint="f",
+        layer_count=2,
+        hidden_size=8,
+        head_count=1,
+        vocab_size=30522,
+        type_vocab_size=2,
+        max_length=512,
+        default_max_length=512,
+        has_pooler_output=False,
+        pad_token_id=0,
+        special_token_ids=(),
+    )
+    limits = Limits(**{field.name: 1 << 20 for field in pb.Limits.DESCRIPTOR.fields})
+    return Preprocessor(model=model, limits=limits, sentences=SentenceConfig(max_length=512), tokenizer=tokenizer)
+
+
+def options(**kinds: Message) -> pb.EmbedRequest:
+    return pb.EmbedRequest(inputs=[pb.Input(text="a")], options=pb.EmbedOptions(outputs=[pb.Output(**kinds)]))
+
+
+MANY = [0] * 5_000_000
+REQUESTS = {
+    "padding": ("Tokenize", pb.TokenizeRequest(inputs=[pb.Input(text="")] * 1000, pad_to=100_000, max_length=100_000)),
+    "ids to decode": ("Decode", pb.DecodeRequest(texts=[pb.TokenIds(input_ids=MANY)])),
+    "ids of many texts": ("Decode", pb.DecodeRequest(texts=[pb.TokenIds(input_ids=MANY[:20_000])] * 1000)),
+    "layers": ("Embed", options(hidden_states=pb.HiddenStates(layers=MANY))),
+    "mixed layers": ("Embed", options(hidden_states=pb.HiddenStates(mix=pb.LayerMix(layers=MANY)))),
+    "weights": (
+        "Embed",
+        options(
+            hidden_states=pb.HiddenStates(mix=pb.LayerMix(strategy=pb.MIX_STRATEGY_WEIGHTED, layers=[0], weights=MANY))
+        ),
+    ),
+    "outputs": ("Embed", pb.EmbedRequest(inputs=[pb.Input(text="a")], options={"outputs": [pb.Output()] * 500_000})),
+    "inputs": ("Embed", pb.EmbedRequest(inputs=[pb.Input(text="a")] * 500_000, options=LAST)),
+    "words": (
+        "Embed",
+        pb.EmbedRequest(inputs=[pb.Input(words=pb.Words(words=[""] * 5_000_000))], options=LAST),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REQUESTS)
+def test_long_lists_are_refused_before_objects_are_made_of_them(
+    name: str, stub: embedding_pb2_grpc.EmbeddingServiceStub, tiny_server: Server
+) -> None:
+    rpc, request = REQUESTS[name]
+    process = psutil.Process(tiny_server.process.pid)
+    before = process.memory_info().rss
+    started = time.monotonic()
+    with pytest.raises(grpc.RpcError) as caught:
+        getattr(stub, rpc)(request, timeout=60)
+    assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+    assert time.monotonic() - started < WITHIN_S
+    assert process.memory_info().rss - before < MOST_MEMORY
+
+
+def test_the_cache_of_options_keeps_known_fields_of_a_bounded_size_only(preprocessor: Preprocessor) -> None:
+    plain = preprocessor.options(LAST)
+    unknown = pb.EmbedOptions.FromString(LAST.SerializeToString() + b"\xfa\x07\x04abcd")
+    assert preprocessor.options(unknown) is plain  # Unknown fields are no part of the key.
+    large = pb.EmbedOptions.FromString(LAST.SerializeToString() + b"\xfa\x07\x80\x80\x01" + bytes(1 << 14))
+    assert preprocessor.options(large) == plain and preprocessor.options(large) is not plain
+
+
+def test_texts_of_one_request_are_tokenized_in_slices_that_other_callers_come_between(
+    preprocessor: Preprocessor,
+) -> None:
+    long = pb.EmbedOptions(outputs=LAST.outputs, truncation=pb.TRUNCATION_RIGHT)
+
+    async def run() -> bool:
+        texts = [pb.Input(text="many words " * 5_000)] * 100
+        slow = asyncio.create_task(preprocessor.embed(texts, long, Record(method="Embed", request_id="1", client="a")))
+        await asyncio.sleep(0)
+        short = [pb.Input(text="word " * 2_000)]
+        await preprocessor.embed(short, long, Record(method="Embed", request_id="2", client="b"))
+        first = not slow.done()
+        slow.cancel()
+        await asyncio.gather(slow, return_exceptions=True)
+        return first
+
+    assert asyncio.run(run())
