@@ -1,6 +1,6 @@
 """The server's own words for what is to be done: texts as tokens, the outputs asked of them, and what comes out.
 
-Pure data, with numpy as its only library. The tokenizer makes a `Text`, intake a `Plan`, the batcher a `Run`, the
+Pure data, with numpy as its only library. The tokenizer makes a `Text`, `protocol` a `Plan`, the batcher a `Run`, the
 encoder `Rows`, or one of the two errors that say more of its device than that a batch has failed. Nothing here knows
 protobuf, gRPC or torch.
 """

@@ -21,7 +21,7 @@ TOKEN_BYTES: Final = 48
 """Room for one token with all its numbers, in the vocabularies of BERT."""
 
 LEAST_TOKEN_BYTES: Final = 9
-"""The fewest bytes of one token in an answer: an empty piece and eight numbers, each with its tag or shared one."""
+"""The fewest bytes of one token in an answer: an empty piece and eight numbers, without the tags of the lists."""
 
 WORD_BYTES: Final = 12
 """Room for the piece count and the offsets of one word."""

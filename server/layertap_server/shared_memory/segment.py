@@ -1,4 +1,4 @@
-"""Memory that the server shares with callers on its host: segments, the blocks in them, and who may have them back.
+"""Memory that the server shares with callers on its host: segments, the blocks in them, and when they are free again.
 
 A segment is a memfd: it has no name in any file system, so nothing is left behind however either side ends, and it is
 sealed, so that a caller cannot shrink it under the server's feet. Each caller has its own; `ShareMemoryResponse` in the
@@ -6,7 +6,7 @@ contract describes it. Rules:
 
 - Nothing ever waits. When there is no room, `allocate` says so and the rows travel as bytes.
 - The server believes only its own tables. A caller's flags can give back no block but one that was sent to that caller,
-  and reach no other segment: whoever scribbles in the tables spoils its own answers.
+  and reach no other segment: a caller that writes nonsense into the tables spoils its own answers.
 - A block is free again when the server has let go of its buffer *and* no message stands for it any more. So nothing
   that is still being written, by a batch whose caller has left say, is lent a second time.
 
@@ -80,7 +80,7 @@ class Segment:
         """Makes a segment with room for so many bytes of rows.
 
         Raises:
-            OSError: The system has no such memory.
+            OSError: if the system has no such memory.
         """
         self.id = secrets.token_hex(16)
         self.nonce = secrets.token_bytes(16)
@@ -176,7 +176,7 @@ class Segment:
             return slot
 
     def end(self, lending: Lending) -> None:
-        """Takes note that a call sends nothing more."""
+        """Notes that a call sends nothing more."""
         with self._lock:
             if not self._closed and lending.slots:
                 self._ended.append(lending)
@@ -252,7 +252,13 @@ class Segments:
     """The segments of all callers. All methods may be called from any thread."""
 
     def __init__(self, *, byte_count: int, max_count: int, pin: Pin | None = None) -> None:
-        """Takes the size of each segment, 0 for none at all, and how many there may be."""
+        """Makes no segment yet.
+
+        Args:
+            byte_count: The size of each segment; 0 means that no memory is shared.
+            max_count: How many there may be at once.
+            pin: Makes a segment fit for direct copies from a device. None: it stays as it is.
+        """
         self._byte_count = byte_count
         self._max_count = max_count
         self._pin = pin
@@ -264,8 +270,8 @@ class Segments:
         """Returns a new segment, to be given to `close`. Takes time where it is registered with a device.
 
         Raises:
-            FailedPreconditionError: The server shares no memory.
-            ResourceExhaustedError: There are too many, or the system has no such memory.
+            FailedPreconditionError: if the server shares no memory.
+            ResourceExhaustedError: if there are too many, or the system has no such memory.
         """
         if not self._byte_count:
             raise FailedPreconditionError("this server shares no memory; start it with --shared-memory-bytes")
