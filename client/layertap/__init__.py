@@ -27,9 +27,8 @@ from layertap.errors import (
 from layertap.quantization import quantize_embeddings
 from layertap.results.embedding import Embedding, LayerRows, StreamResult, TorchEmbedding
 from layertap.results.hidden_states import HiddenStates
-from layertap.results.mixed_rows import MixedRows
 from layertap.results.tokens import Tokens
-from layertap.results.words import Words
+from layertap.results.words import MixedRows, Words
 from layertap.types import LayerMix, Limits, ModelInfo, ModelRef, Pooling, SentenceConfig, Timings, TokenIds
 from layertap.wire import keep_pages
 

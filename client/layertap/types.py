@@ -189,7 +189,7 @@ class SentenceConfig:
     unsupported: str | None
 
 
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True, repr=False)
 class ModelInfo:
     """The served model.
 
@@ -233,6 +233,12 @@ class ModelInfo:
     limits: Limits
     server_version: str
     sentence_config: SentenceConfig
+
+    def __repr__(self) -> str:
+        """Its name and shapes; `_repr_html_` and the fields have all."""
+        names = ("layer_count", "hidden_size", "max_length", "compute_dtype", "devices")
+        facts = ((name, repr(getattr(self, name))) for name in ("model_id", *names))
+        return _repr.line("ModelInfo", [*facts, ("fingerprint", f"{self.fingerprint[:12]}…")])
 
     def _repr_html_(self) -> str:
         facts = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}

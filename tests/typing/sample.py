@@ -105,6 +105,9 @@ def look_at_results(embedding: Embedding) -> None:
     assert_type(embedding.truncated, npt.NDArray[np.bool_])
     assert_type(embedding.attention_mask, npt.NDArray[np.int64])
     assert len(embedding.to_tuple()) == 3 and "pooler_output" in [column.name for column in embedding.columns()]
+    for one in embedding:
+        assert_type(one, Embedding)
+        assert len(one) == 1
     model, timings = embedding.model, embedding.timings
     assert_type(model, ModelRef)
     assert_type(timings, Timings)
@@ -120,7 +123,10 @@ def look_at_words(embedding: Embedding) -> None:
     assert_type(words.mixed.padded, Floats)
     for array in (words.word_counts, *words.piece_counts, *words.offsets, *words.sequence_ids):
         assert_type(array, npt.NDArray[np.int64])
-    assert words.word_counts.sum() == sum(map(len, words.offsets))
+    assert words.word_counts.sum() == sum(map(len, words.offsets)) == sum(map(len, words.strings))
+    assert_type(words.strings, tuple[tuple[str, ...], ...])
+    for one in words:
+        assert_type(one, Words)
 
 
 def look_at_a_mix(embedding: Embedding) -> None:
@@ -215,6 +221,9 @@ def use(target: str, extras: bool) -> None:
         if extras:
             look_at_interop(embedding)
         look_at_one_array(client.embed(TokenIds(ids, ids > 0), pooling=best))
+        look_at_one_array(client.embed({"input_ids": ids, "attention_mask": ids > 0}, pooling=best))
+        hidden, pooled = client.embed("I love Paris", layers=-1, pooler_output=True).to_tuple()
+        assert hidden.shape[-1] == pooled.shape[-1]
         mix = LayerMix("weighted", layers=[-1, -2], weights=[0.75, 0.25])
         look_at_words(client.embed(corpus(), words="mean", layers=[-1], mix=mix))
         look_at_a_mix(client.embed("I love Paris", mix=mix))

@@ -14,9 +14,8 @@ from layertap._protocol import inputs
 from layertap.errors import DataLossError
 from layertap.results.embedding import Embedding
 from layertap.results.hidden_states import HiddenStates
-from layertap.results.mixed_rows import MixedRows
 from layertap.results.tokens import Tokens
-from layertap.results.words import Words
+from layertap.results.words import MixedRows, Words
 from layertap.types import BoolArray, FloatArray, IntArray, ModelRef, Timings
 from layertap.v1 import embedding_pb2 as pb
 
@@ -129,7 +128,8 @@ def build_embedding(
         if len(words) != len(token_counts):
             raise DataLossError("the words of the answer are not those of its texts; ask again")
         word_counts = np.array([len(text.piece_counts) for text in words], np.int64)
-        split = _build_words(words, *rows(pb.ROW_UNIT_WORD, word_counts))
+        strings = _strings(words, messages, options)
+        split = _build_words(words, strings, *rows(pb.ROW_UNIT_WORD, word_counts))
     return Embedding(
         hidden_states=hidden_states,
         pools=tuple(pools),
@@ -149,7 +149,34 @@ def build_embedding(
     )
 
 
-def _build_words(texts: Sequence[pb.SplitText], vectors: HiddenStates, mixed: MixedRows | None) -> Words:
+def _strings(
+    texts: Sequence[pb.SplitText], messages: list[pb.Input], options: pb.EmbedOptions
+) -> tuple[tuple[str, ...], ...] | None:
+    """Returns the words of each text as they stand in it; None where the server alone knows the prompt before them."""
+    if options.prompt_name:
+        return None
+    found: list[tuple[str, ...]] = []
+    for text, message in zip(texts, messages, strict=True):
+        if message.HasField("words"):
+            found.append(tuple(message.words.words))
+            continue
+        first = options.prompt + message.text if message.HasField("text") else message.pair.first
+        spans = zip(text.offsets[::2], text.offsets[1::2], strict=False)
+        found.append(
+            tuple(
+                (first if place < text.first_word_count else message.pair.second)[start:end]
+                for place, (start, end) in enumerate(spans)
+            )
+        )
+    return tuple(found)
+
+
+def _build_words(
+    texts: Sequence[pb.SplitText],
+    strings: tuple[tuple[str, ...], ...] | None,
+    vectors: HiddenStates,
+    mixed: MixedRows | None,
+) -> Words:
     counts = vectors.token_counts.tolist()
     fits = all(len(text.offsets) == 2 * count for text, count in zip(texts, counts, strict=True))
     fits &= all(0 <= text.first_word_count <= count for text, count in zip(texts, counts, strict=True))
@@ -165,6 +192,7 @@ def _build_words(texts: Sequence[pb.SplitText], vectors: HiddenStates, mixed: Mi
         ),
         _states=vectors,
         _mixed=mixed,
+        _strings=strings,
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy.typing as npt
@@ -12,9 +12,8 @@ from layertap import _repr
 from layertap.errors import LayertapError
 from layertap.results import export
 from layertap.results.hidden_states import HiddenStates
-from layertap.results.mixed_rows import MixedRows
 from layertap.results.tokens import Tokens
-from layertap.results.words import Words
+from layertap.results.words import MixedRows, Words
 from layertap.types import BoolArray, FloatArray, IntArray, ModelRef, Timings
 
 if TYPE_CHECKING:
@@ -129,20 +128,43 @@ class Embedding:
         """
         return self.hidden_states.ragged(layer)
 
-    def to_tuple(self) -> tuple[FloatArray | tuple[FloatArray, ...], ...]:
-        """Returns (last_hidden_state, pooler_output, hidden_states), less what was not asked for."""
-        parts: list[FloatArray | tuple[FloatArray, ...]] = []
-        if self.hidden_states.layer_count in self.layers:
-            parts.append(self.last_hidden_state)
+    def to_tuple(self) -> tuple[Any, ...]:
+        """Returns (last_hidden_state, pooler_output, hidden_states), less what was not asked for.
+
+        As in transformers `hidden_states`, a tuple of the held layers, is there only if more than the last was asked
+        for: `hidden, pooled = client.embed(text, layers=-1, pooler_output=True).to_tuple()`.
+        """
+        last = self.hidden_states.layer_count
+        parts: list[Any] = [self.last_hidden_state] if last in self.layers else []
         if self._pooler_output is not None:
             parts.append(self._pooler_output)
-        if self.layers:
+        if set(self.layers) - {last}:
             parts.append(tuple(self.hidden_states))
         return tuple(parts)
 
     def __len__(self) -> int:
         """The number of texts."""
         return len(self.token_counts)
+
+    def __iter__(self) -> Iterator[Embedding]:
+        """Yields the embedding of each text by itself, as views without the padding that others needed."""
+        return (self._text(index) for index in range(len(self)))
+
+    def _text(self, index: int) -> Embedding:
+        """Returns the embedding of one text."""
+        one = slice(index, index + 1)
+        return dataclasses.replace(
+            self,
+            hidden_states=self.hidden_states._text(index),
+            pools=tuple(pool[one] for pool in self.pools),
+            token_counts=self.token_counts[one],
+            truncated=self.truncated[one],
+            attention_mask=self.attention_mask[one, : int(self.token_counts[index])],
+            _pooler_output=None if self._pooler_output is None else self._pooler_output[one],
+            _tokens=None if self._tokens is None else self._tokens._text(index),
+            _mixed=None if self._mixed is None else self._mixed._text(index),
+            _words=None if self._words is None else self._words._text(index),
+        )
 
     def __repr__(self) -> str:
         """Shapes, never a page of numbers."""
@@ -269,6 +291,13 @@ class TorchEmbedding:
     pools: tuple[torch.Tensor, ...]
     attention_mask: torch.Tensor
 
+    def __repr__(self) -> str:
+        """Shapes, never a page of numbers."""
+        arrays = [("last_hidden_state", self.last_hidden_state), ("pooler_output", self.pooler_output)]
+        arrays += [(f"pool_{n}", pool) for n, pool in enumerate(self.pools)]
+        shown = [(name, str(list(array.shape))) for name, array in arrays if array is not None]
+        return _repr.line("TorchEmbedding", [*shown, ("hidden_states", str(len(self.hidden_states)))])
+
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class LayerRows:
@@ -283,6 +312,10 @@ class LayerRows:
     layer: int
     texts: range
     rows: Sequence[FloatArray]
+
+    def __len__(self) -> int:
+        """The number of texts."""
+        return len(self.texts)
 
     def __repr__(self) -> str:
         """Shapes, never a page of numbers."""

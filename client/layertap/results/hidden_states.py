@@ -105,6 +105,14 @@ class HiddenStates:
         """Returns views of one layer, one a text. Shape of each: [token_count, hidden_size]."""
         return export.split(self._ragged[self._absolute(layer)], self.token_counts)
 
+    def _text(self, index: int) -> HiddenStates:
+        """Returns the held layers of one text."""
+        counts = self.token_counts[index : index + 1]
+        start = int(self.token_counts[:index].sum())
+        rows = slice(start, start + int(counts[0]))
+        ragged = {layer: values[rows] for layer, values in self._ragged.items()}
+        return HiddenStates(ragged=ragged, token_counts=counts, layer_count=self.layer_count)
+
     def _columns(self) -> list[export.Column]:
         """Returns the held layers as columns of a table, one row a text."""
         return [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -48,6 +49,25 @@ class Tokens:
     def __len__(self) -> int:
         """The number of texts."""
         return len(self.token_counts)
+
+    def __iter__(self) -> Iterator[Tokens]:
+        """Yields the tokens of each text by themselves, as views without the padding that others needed."""
+        return (self._text(index) for index in range(len(self)))
+
+    def _text(self, index: int) -> Tokens:
+        """Returns the tokens of one text."""
+        one, length = slice(index, index + 1), slice(int(self.token_counts[index]))
+        return Tokens(
+            tokens=self.tokens[one],
+            input_ids=self.input_ids[one, length],
+            attention_mask=self.attention_mask[one, length],
+            token_type_ids=self.token_type_ids[one, length],
+            special_tokens_mask=self.special_tokens_mask[one, length],
+            word_ids=self.word_ids[one, length],
+            offset_mapping=self.offset_mapping[one, length],
+            token_counts=self.token_counts[one],
+            truncated=self.truncated[one],
+        )
 
     def __repr__(self) -> str:
         """Shapes and the first tokens."""

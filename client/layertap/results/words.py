@@ -1,16 +1,64 @@
-"""The words of texts, with one vector each."""
+"""The words of texts with one vector each, and the rows of several layers that were mixed into one."""
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 
 import numpy as np
 
 from layertap import _repr
 from layertap.results import export
 from layertap.results.hidden_states import HiddenStates
-from layertap.results.mixed_rows import MixedRows
 from layertap.types import FloatArray, IntArray
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True, eq=False, repr=False)
+class MixedRows:
+    """The rows of one mix of layers: one a token, or one a word in `Words.mixed`.
+
+    Attributes:
+        layers: The layers in it, absolute, in the order of the mix.
+    """
+
+    layers: tuple[int, ...]
+    _states: HiddenStates
+
+    @property
+    def padded(self) -> FloatArray:
+        """The rows of all texts. Shape: [text_count, length, row_size]; rows past a text's own are 0."""
+        return self._states[self._states.layers[0]]
+
+    def ragged(self) -> list[FloatArray]:
+        """Returns views of the rows, one a text. Shape of each: [row_count, row_size]."""
+        return self._states.ragged(self._states.layers[0])
+
+    def __len__(self) -> int:
+        """The number of texts."""
+        return len(self._states.token_counts)
+
+    def __iter__(self) -> Iterator[MixedRows]:
+        """Yields the rows of each text by itself, as views."""
+        return (self._text(index) for index in range(len(self)))
+
+    def _text(self, index: int) -> MixedRows:
+        """Returns the rows of one text."""
+        return MixedRows(layers=self.layers, _states=self._states._text(index))
+
+    def __repr__(self) -> str:
+        """Shapes, never a page of numbers."""
+        return _repr.line("MixedRows", self._summary())
+
+    def _repr_html_(self) -> str:
+        return _repr.table("MixedRows", self._summary())
+
+    def _columns(self) -> list[export.Column]:
+        """Returns the rows as the column of a table, one row a text."""
+        return [dataclasses.replace(column, name="mixed") for column in self._states._columns()]
+
+    def _summary(self) -> list[tuple[str, str]]:
+        """Returns the layers of the mix in words, and the dtype and shape of its rows."""
+        return [("layers", _repr.layers(self.layers)), *self._states._summary()[1:]]
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True, eq=False, repr=False)
@@ -38,11 +86,23 @@ class Words:
     sequence_ids: tuple[IntArray, ...]
     _states: HiddenStates
     _mixed: MixedRows | None
+    _strings: tuple[tuple[str, ...], ...] | None = None
 
     @property
     def layers(self) -> tuple[int, ...]:
         """The held layers, absolute, ascending."""
         return self._states.layers
+
+    @property
+    def strings(self) -> tuple[tuple[str, ...], ...]:
+        """The words of each text as they stand in it; of a text that came as words, those words.
+
+        Raises:
+            LookupError: if the prompt was named by `prompt_name`, so that the client does not have its words.
+        """
+        if self._strings is None:
+            raise LookupError("the words of a prompt_name are on the server; pass the prompt itself with prompt=")
+        return self._strings
 
     @property
     def mixed(self) -> MixedRows:
@@ -74,6 +134,23 @@ class Words:
     def __len__(self) -> int:
         """The number of texts."""
         return len(self.word_counts)
+
+    def __iter__(self) -> Iterator[Words]:
+        """Yields the words of each text by themselves, as views."""
+        return (self._text(index) for index in range(len(self)))
+
+    def _text(self, index: int) -> Words:
+        """Returns the words of one text."""
+        one = slice(index, index + 1)
+        return Words(
+            word_counts=self.word_counts[one],
+            piece_counts=self.piece_counts[one],
+            offsets=self.offsets[one],
+            sequence_ids=self.sequence_ids[one],
+            _states=self._states._text(index),
+            _mixed=None if self._mixed is None else self._mixed._text(index),
+            _strings=None if self._strings is None else self._strings[one],
+        )
 
     def __repr__(self) -> str:
         """Shapes, never a page of numbers."""
