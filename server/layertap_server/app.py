@@ -1,8 +1,9 @@
-"""The only wiring: find the model → load → warm → serve → drain. Who needs what is decided here and nowhere else."""
+"""The only wiring: check the address, find the model, load, warm, serve, drain."""
 
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import logging
 import os
 import queue
@@ -25,8 +26,9 @@ from layertap_server.observability.metrics import Endpoint, Metrics, Server, Sta
 from layertap_server.protocol.limits import Limits
 from layertap_server.protocol.model_info import info_of
 from layertap_server.protocol.preprocess import Preprocessor
-from layertap_server.rpc import server as listen
 from layertap_server.rpc.admission import Admission
+from layertap_server.rpc.health import HealthService
+from layertap_server.rpc.server import Listener, ListenError, ListenSettings, add_standard_services, check_port
 from layertap_server.rpc.service import EmbeddingService
 from layertap_server.scheduler.batcher import Batcher
 from layertap_server.scheduler.events import CallFailed, Event, RunDone
@@ -74,6 +76,12 @@ class App:
         """
         self._config = config
         self.metrics_url = ""
+        try:
+            self._listener = Listener(listen_settings(config))
+            if config.metrics_port >= 0:
+                check_port(config.metrics_host, config.metrics_port, flag="--metrics-port")
+        except ListenError as exc:
+            raise ConfigError(str(exc)) from exc
         found = _timed(
             "found the model",
             lambda: checkpoint.find(
@@ -173,7 +181,7 @@ class App:
 
         Args:
             standard_services: Whether health and reflection are served too.
-            ready: Is told the address once the server answers.
+            ready: Called with the address once the server answers.
 
         Returns:
             Whether all threads have ended; the process must not wait for one that has not.
@@ -184,18 +192,16 @@ class App:
         """
         config = self._config
         endpoint = self._show_metrics()
-        server = listen.make_server(config, self._metrics or NoHooks())
+        server = self._listener.make_server(self._metrics or NoHooks())
         server.add_generic_rpc_handlers((self._service.handler(),))
-        set_health = listen.add_standard_services(server, wire.SERVICE_NAME) if standard_services else None
-
-        async def set_serving(serving: bool) -> None:
-            self._serving = serving
-            if set_health:
-                await set_health(serving)
-
-        address = listen.bind(server, config)
+        health = add_standard_services(server, wire.SERVICE_NAME) if standard_services else HealthService(())
+        try:
+            address = self._listener.bind(server)
+        except ListenError as exc:
+            raise ConfigError(str(exc)) from exc
         await server.start()
-        await set_serving(True)
+        self._serving = True
+        await health.set_serving(True)
         ready(address)
         signalled = asyncio.create_task(lifecycle.until_signalled())
         lost = asyncio.create_task(lifecycle.until_lost(self.batcher, timeout_s=config.instance_timeout_s))
@@ -203,9 +209,16 @@ class App:
         for task in (signalled, lost):
             task.cancel()
         log.info("stopping: running calls have %.0f s to finish", config.grace_s)
-        await set_serving(False)
+        self._serving = False
+        await health.set_serving(False)
         self._sharing.stop()
-        ended = await lifecycle.drain(self._admission, self.batcher, stop=server.stop, grace_s=config.grace_s)
+        ended = await lifecycle.drain(
+            self._admission,
+            self.batcher,
+            stop=server.stop,
+            end_watches=health.end_watches,
+            grace_s=config.grace_s,
+        )
         if endpoint:
             endpoint.close()
         if self._tracing:
@@ -284,6 +297,12 @@ def _limits(config: Config) -> Limits:
         grace_time_ns=int(config.grace_s * 1e9),
         max_connection_age_ns=int(config.max_connection_age_s * 1e9),
     )
+
+
+def listen_settings(config: Config) -> ListenSettings:
+    """Returns how a server with these knobs listens."""
+    names = {field.name for field in dataclasses.fields(ListenSettings)}
+    return ListenSettings(**{name: getattr(config, name) for name in names})
 
 
 def _tracing() -> Tracing:

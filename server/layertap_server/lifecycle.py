@@ -1,7 +1,8 @@
-"""How a server ends: what makes it, and in which order it lets go.
+"""How a server ends.
 
-Health says so first, and nothing new is let in. Calls under way have a grace to finish; an EmbedStream answers what it
-has read. Whatever is left after that is told UNAVAILABLE, in the queue or not, and the engine ends.
+In this order: health says NOT_SERVING and new calls are refused; calls under way have a grace to finish, an EmbedStream
+answers what it has read; calls that are left fail with UNAVAILABLE; watchers of health are sent their last status;
+connections close; the engine ends.
 """
 
 from __future__ import annotations
@@ -17,10 +18,10 @@ from layertap_server.scheduler.batcher import Batcher
 
 log = logging.getLogger(__name__)
 
-_LAST_WORDS_S: Final = 2.0
-"""How long it may take to tell the callers that are left, and how long instances may take to end their batches."""
+_LAST_STATUS_S: Final = 2.0
+"""How long sending the last statuses may take, and how long instances may take to end their batches."""
 _WATCH_S: Final = 1.0
-"""How often instances are looked at."""
+"""How often the instances are checked."""
 
 
 async def until_signalled() -> None:
@@ -52,26 +53,33 @@ async def until_lost(batcher: Batcher, *, timeout_s: float) -> None:
 
 
 async def drain(
-    admission: Admission, batcher: Batcher, *, stop: Callable[[float | None], Awaitable[None]], grace_s: float
+    admission: Admission,
+    batcher: Batcher,
+    *,
+    stop: Callable[[float | None], Awaitable[None]],
+    end_watches: Callable[[float], Awaitable[None]],
+    grace_s: float,
 ) -> bool:
-    """Ends a server whose health says already that it stops.
+    """Ends a server whose health is already NOT_SERVING.
 
     Args:
-        admission: Where its calls are.
-        batcher: Where its texts are.
-        stop: Lets no more calls in at once, and cuts the connections after so many seconds, None: at once.
-        grace_s: How long calls under way may take.
+        admission: Its calls.
+        batcher: Its queue.
+        stop: Refuses new calls at once and closes the connections after so many seconds; None: at once.
+        end_watches: Ends the watches of health after their last status, within so many seconds.
+        grace_s: How long calls under way may take, in seconds.
 
     Returns:
         Whether all threads of the engine have ended.
     """
     admission.close()
-    stopping = asyncio.ensure_future(stop(grace_s + 2 * _LAST_WORDS_S))
+    stopping = asyncio.ensure_future(stop(grace_s + 2 * _LAST_STATUS_S))
     if not await admission.emptied(grace_s):
         log.warning("%d calls did not finish within %.0f s", admission.call_count, grace_s)
         admission.cut()
-        await admission.emptied(_LAST_WORDS_S)
-    # What is still connected only watches health.
+        await admission.emptied(_LAST_STATUS_S)
+    # Only now, so that no connection closes under a watcher that has not been sent its last status.
+    await end_watches(_LAST_STATUS_S)
     await stop(None)
     await stopping
-    return await asyncio.to_thread(batcher.stop, _LAST_WORDS_S)
+    return await asyncio.to_thread(batcher.stop, _LAST_STATUS_S)

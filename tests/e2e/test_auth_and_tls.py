@@ -23,10 +23,10 @@ from support.authority import Authority
 from layertap import TLS, Client, LayertapError, UnauthenticatedError, UnavailableError
 from layertap.v1 import embedding_pb2 as pb
 from layertap.v1 import embedding_pb2_grpc
+from layertap_server.app import listen_settings
 from layertap_server.cli import parse
-from layertap_server.config import ConfigError
 from layertap_server.rpc import auth
-from layertap_server.rpc import server as listen
+from layertap_server.rpc.server import Listener, ListenError
 from layertap_server.scheduler.hooks import NoHooks
 
 WAIT_S = 30.0
@@ -253,9 +253,9 @@ def test_a_certificate_is_rotated_while_the_server_runs(kind: str, house: House)
 
 
 async def listens(*flags: str) -> None:
-    config = parse(["--port", "0", *flags], {})
-    server = listen.make_server(config, NoHooks())
-    listen.bind(server, config)
+    listener = Listener(listen_settings(parse(["--port", "0", *flags], {})))
+    server = listener.make_server(NoHooks())
+    listener.bind(server)
     await server.stop(None)
 
 
@@ -273,7 +273,7 @@ def test_files_that_cannot_be_used_are_told_before_anything_listens(tmp_path: Pa
         (["--token-file", str(empty)], "no token"),
         (["--token-file", str(tmp_path / "none")], "No such file"),
     ):
-        with pytest.raises(ConfigError) as caught:
+        with pytest.raises(ListenError) as caught:
             asyncio.run(listens(*flags))
         assert words in str(caught.value) and "\n" not in str(caught.value)
 

@@ -1,131 +1,232 @@
-"""Where a server listens: its address, who may connect, how connections are kept, and the standard services.
+"""Where a server listens: its address, its certificate and tokens, and how connections are kept.
 
-Knows the config and gRPC, and nothing of what is served.
+Whatever can be wrong with them is found when a `Listener` is made, which is before a model is loaded.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import errno
 import logging
 import os
 import socket
 import stat
-from collections.abc import Awaitable, Callable
 
 import grpc
 import grpc.aio
 
-from layertap_server.config import Config, ConfigError
 from layertap_server.rpc import tls
-from layertap_server.rpc.auth import AuthInterceptor, read_tokens
+from layertap_server.rpc.auth import AuthInterceptor, Tokens, read_tokens
 from layertap_server.rpc.file_reload import ReloadedFiles
+from layertap_server.rpc.health import HealthService
 from layertap_server.scheduler.hooks import Hooks
 
 log = logging.getLogger(__name__)
 
 
-def make_server(config: Config, hooks: Hooks) -> grpc.aio.Server:
-    """Returns a server that listens nowhere yet, and lets in only who has a token if there are tokens.
+class ListenError(Exception):
+    """The server cannot listen as its settings say; the message is one line with the reason and the next step."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class ListenSettings:
+    """How a server listens.
+
+    Attributes:
+        host: A host name, an IPv4 or IPv6 address (with or without brackets), `unix:/path` or `unix-abstract:name`.
+        port: The port; 0: any free one.
+        is_local: Whether only this host can reach the address.
+        tls_cert: The path of the certificate in PEM; empty: plaintext.
+        tls_key: The path of its key in PEM.
+        tls_client_ca: The path of the certificates in PEM that sign those of clients; empty: clients need none.
+        token_file: The path of the file of tokens; empty: clients need none.
+        max_request_bytes: The most bytes of one request message.
+        max_concurrent_call_count: The most calls under way at once.
+        max_connection_age_s: How old a connection may get, in seconds; 0: any age.
+        grace_s: How long its calls may then take, in seconds.
+        keepalive_time_s: How long a connection may be silent before a ping, in seconds.
+        keepalive_timeout_s: How long the answer to a ping may take, in seconds.
+    """
+
+    host: str
+    port: int
+    is_local: bool
+    tls_cert: str
+    tls_key: str
+    tls_client_ca: str
+    token_file: str
+    max_request_bytes: int
+    max_concurrent_call_count: int
+    max_connection_age_s: float
+    grace_s: float
+    keepalive_time_s: float
+    keepalive_timeout_s: float
+
+    @property
+    def is_unix(self) -> bool:
+        """Whether the address is a unix socket."""
+        return self.host.startswith(("unix:", "unix-abstract:"))
+
+    def address(self, port: int) -> str:
+        """Returns the address with this port, as clients use it."""
+        return self.host if self.is_unix else join_host_port(self.host, port)
+
+
+class Listener:
+    """The address of a server, checked, with the files of its certificate and tokens read."""
+
+    def __init__(self, settings: ListenSettings) -> None:
+        """Reads the files and checks the address.
+
+        Raises:
+            ListenError: A file cannot be used, or the address cannot be listened on.
+        """
+        self._settings = settings
+        self._tokens = self._read_tokens()
+        self._credentials = self._read_credentials()
+        if settings.is_unix:
+            _free_socket_file(settings.host)
+        else:
+            check_port(settings.host, settings.port, flag="--port")
+
+    def make_server(self, hooks: Hooks) -> grpc.aio.Server:
+        """Returns a server that listens nowhere yet, and refuses calls without a token if there are tokens."""
+        options = _options(self._settings)
+        if self._tokens is None:
+            return grpc.aio.server(options=options)
+        if not self._settings.is_local and self._credentials is None:
+            log.warning("tokens cross the network unencrypted; give --tls-cert and --tls-key")
+        return grpc.aio.server(options=options, interceptors=[AuthInterceptor(self._tokens, hooks)])
+
+    def bind(self, server: grpc.aio.Server) -> str:
+        """Lets a server listen; returns the address for clients.
+
+        Raises:
+            ListenError: The address cannot be listened on.
+        """
+        settings = self._settings
+        if self._credentials is None and not settings.is_local:
+            log.warning("nothing is encrypted on %s, which other hosts can reach", settings.host)
+        address = settings.address(settings.port)
+        if settings.is_unix:
+            _free_socket_file(settings.host)
+        try:
+            if self._credentials is None:
+                port = server.add_insecure_port(address)
+            else:
+                port = server.add_secure_port(address, self._credentials)
+        except RuntimeError as exc:
+            if not settings.is_unix:
+                check_port(settings.host, settings.port, flag="--port")
+            hint = "the path may be too long" if settings.is_unix else "the reason is unknown; try --port 0"
+            raise ListenError(f"cannot listen on {address}: {hint}") from exc
+        return settings.address(port)
+
+    def _read_tokens(self) -> ReloadedFiles[Tokens] | None:
+        path = self._settings.token_file
+        if not path:
+            return None
+        try:
+            return ReloadedFiles("the token file", [path], lambda: read_tokens(path))
+        except (OSError, ValueError) as exc:
+            why = exc.strerror or str(exc) if isinstance(exc, OSError) else str(exc)
+            raise ListenError(f"--token-file {path} cannot be used: {why}") from exc
+
+    def _read_credentials(self) -> grpc.ServerCredentials | None:
+        settings = self._settings
+        if not settings.tls_cert:
+            return None
+        try:
+            return tls.credentials(cert=settings.tls_cert, key=settings.tls_key, client_ca=settings.tls_client_ca)
+        except OSError as exc:
+            raise ListenError(f"a file of TLS cannot be read: {exc.filename}: {exc.strerror}") from exc
+        except ValueError as exc:
+            raise ListenError(f"TLS cannot be set up: {exc}") from exc
+
+
+def join_host_port(host: str, port: int) -> str:
+    """Returns `host:port`; an IPv6 address gets its brackets."""
+    host = host.strip("[]")
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def check_port(host: str, port: int, *, flag: str) -> None:
+    """Checks that a port can be listened on.
 
     Args:
-        config: The knobs.
-        hooks: Is told of who is not let in.
+        host: A host name or an address.
+        port: The port; 0: any free one.
+        flag: The flag of the port, for the message.
 
     Raises:
-        ConfigError: The file of tokens cannot be used.
+        ListenError: It cannot.
     """
-    if not config.token_file:
-        return grpc.aio.server(options=_options(config))
-    if not config.is_local and not config.tls_cert:
-        log.warning("tokens cross the network unencrypted; give --tls-cert and --tls-key")
+    address = join_host_port(host, port)
     try:
-        found = ReloadedFiles("the token file", [config.token_file], lambda: read_tokens(config.token_file))
-    except (OSError, ValueError) as exc:
-        raise ConfigError(f"--token-file {config.token_file} cannot be used: {_why(exc)}") from exc
-    return grpc.aio.server(options=_options(config), interceptors=[AuthInterceptor(found, hooks)])
+        found = socket.getaddrinfo(host.strip("[]"), port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    except (OSError, UnicodeError) as exc:
+        raise ListenError(
+            f"cannot listen on {address}: the host name does not resolve; use an address of this machine"
+        ) from exc
+    for family, kind, protocol, _, where in found:
+        try:
+            with socket.socket(family, kind, protocol) as probe:
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                if family == socket.AF_INET6:
+                    probe.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+                probe.bind(where)
+        except OSError as exc:
+            raise ListenError(f"cannot listen on {address}: {_why_not(exc, flag)}") from exc
 
 
-def bind(server: grpc.aio.Server, config: Config) -> str:
-    """Lets a server listen; returns the address that callers reach it at.
-
-    Raises:
-        ConfigError: The address cannot be listened on, or a file of TLS cannot be used.
-    """
-    address = config.host if _is_unix(config.host) else f"{config.host}:{config.port}"
-    secret = _credentials(config)
-    _free_socket_file(address)
-    try:
-        port = server.add_secure_port(address, secret) if secret else server.add_insecure_port(address)
-    except RuntimeError as exc:
-        hint = "is the path too long?" if _is_unix(address) else "is the port taken? try --port 0"
-        raise ConfigError(f"cannot listen on {address}; {hint}") from exc
-    return address if _is_unix(address) else f"{config.host}:{port}"
+def _why_not(exc: OSError, flag: str) -> str:
+    if exc.errno == errno.EADDRINUSE:
+        return f"the port is taken; stop the program that has it, or use another port ({flag} 0: any free one)"
+    if exc.errno in (errno.EACCES, errno.EPERM):
+        return f"this user may not listen on this port; use a {flag} of 1024 or more"
+    if exc.errno in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT):
+        return "this machine does not have this address; use one of its own, or 127.0.0.1"
+    return exc.strerror or str(exc)
 
 
-def add_standard_services(server: grpc.aio.Server, service_name: str) -> Callable[[bool], Awaitable[None]]:
-    """Adds health and reflection for a service; returns what sets the health."""
-    from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+def add_standard_services(server: grpc.aio.Server, service_name: str) -> HealthService:
+    """Adds health and reflection for a service; returns the health service."""
+    from grpc_health.v1 import health, health_pb2_grpc
     from grpc_reflection.v1alpha import reflection
 
-    servicer = health.aio.HealthServicer()  # type: ignore[attr-defined]  # grpc-stubs lacks it
-    health_pb2_grpc.add_HealthServicer_to_server(servicer, server)
+    service = HealthService(("", service_name))
+    health_pb2_grpc.add_HealthServicer_to_server(service, server)
     reflection.enable_server_reflection((service_name, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
-
-    async def set_serving(serving: bool) -> None:
-        status = health_pb2.HealthCheckResponse.SERVING if serving else health_pb2.HealthCheckResponse.NOT_SERVING
-        for name in ("", service_name):
-            await servicer.set(name, status)
-
-    return set_serving
+    return service
 
 
-def _credentials(config: Config) -> grpc.ServerCredentials | None:
-    if not config.tls_cert:
-        if not config.is_local:
-            log.warning("nothing is encrypted on %s, which others can reach", config.host)
-        return None
-    try:
-        return tls.credentials(cert=config.tls_cert, key=config.tls_key, client_ca=config.tls_client_ca)
-    except OSError as exc:
-        raise ConfigError(f"a file of TLS cannot be read: {exc.filename}: {exc.strerror}") from exc
-    except ValueError as exc:
-        raise ConfigError(f"TLS cannot be set up: {exc}") from exc
-
-
-def _why(exc: Exception) -> str:
-    return exc.strerror or str(exc) if isinstance(exc, OSError) else str(exc)
-
-
-def _options(config: Config) -> list[tuple[str, int]]:
-    age_ms, grace_ms = int(config.max_connection_age_s * 1000), int(config.grace_s * 1000)
+def _options(settings: ListenSettings) -> list[tuple[str, int]]:
+    age_ms, grace_ms = int(settings.max_connection_age_s * 1000), int(settings.grace_s * 1000)
     return [
         *([("grpc.max_connection_age_ms", age_ms), ("grpc.max_connection_age_grace_ms", grace_ms)] if age_ms else []),
-        ("grpc.max_receive_message_length", config.max_request_bytes),
+        ("grpc.max_receive_message_length", settings.max_request_bytes),
         ("grpc.max_send_message_length", -1),
         # More of one connection wait at the client, where what they send takes none of our memory. What is above the
-        # calls that are let in is for health, and for refusing at once.
-        ("grpc.max_concurrent_streams", config.max_concurrent_call_count + 64),
+        # calls that are admitted is for health, and for refusing at once.
+        ("grpc.max_concurrent_streams", settings.max_concurrent_call_count + 64),
         # Two servers on one port would share its callers in silence.
         ("grpc.so_reuseport", 0),
-        ("grpc.keepalive_time_ms", int(config.keepalive_time_s * 1000)),
-        ("grpc.keepalive_timeout_ms", int(config.keepalive_timeout_s * 1000)),
-        ("grpc.http2.ping_timeout_ms", int(config.keepalive_timeout_s * 1000)),
-        # Ours does every 30 s; others may a little more often.
+        ("grpc.keepalive_time_ms", int(settings.keepalive_time_s * 1000)),
+        ("grpc.keepalive_timeout_ms", int(settings.keepalive_timeout_s * 1000)),
+        ("grpc.http2.ping_timeout_ms", int(settings.keepalive_timeout_s * 1000)),
+        # The SDK pings every 30 s; other clients may ping a little more often.
         ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
         ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),
     ]
 
 
-def _is_unix(address: str) -> bool:
-    return address.startswith(("unix:", "unix-abstract:"))
-
-
 def _free_socket_file(address: str) -> None:
     """Removes the file of a unix socket that a killed server has left.
 
-    gRPC would remove any, also that of a server which still runs, and whose callers would then be lost in silence.
+    gRPC would remove any, also that of a running server, whose callers would then be lost in silence.
 
     Raises:
-        ConfigError: Somebody listens there, or it is no socket.
+        ListenError: Another program listens there, or the file is not a socket.
     """
     if not address.startswith("unix:"):
         return
@@ -133,16 +234,16 @@ def _free_socket_file(address: str) -> None:
     path = "/" + path.lstrip("/") if path.startswith("//") else path
     try:
         if not stat.S_ISSOCK(os.stat(path).st_mode):
-            raise ConfigError(f"--host is {address}, but that file is no socket; choose another path")
+            raise ListenError(f"--host is {address}, but that file is not a socket; choose another path")
         with socket.socket(socket.AF_UNIX) as probe:
             probe.connect(path)
     except FileNotFoundError:
         folder = os.path.dirname(path) or "."
         if not os.access(folder, os.W_OK | os.X_OK):
-            raise ConfigError(f"cannot listen on {address}: {folder} is not a folder that may be written to") from None
+            raise ListenError(f"cannot listen on {address}: {folder} is not a folder that may be written to") from None
     except ConnectionRefusedError:
         os.unlink(path)
     except OSError as exc:
-        raise ConfigError(f"cannot listen on {address}: {exc.strerror or exc}") from exc
+        raise ListenError(f"cannot listen on {address}: {exc.strerror or exc}") from exc
     else:
-        raise ConfigError(f"cannot listen on {address}: another server does; stop it, or choose another path")
+        raise ListenError(f"cannot listen on {address}: another server does; stop it, or choose another path")

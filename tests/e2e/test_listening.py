@@ -1,0 +1,116 @@
+"""Where a server listens: what is wrong is said before a model loads, and watchers of health see the end."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from support import running
+
+from layertap import Client
+from layertap_server import lifecycle
+from layertap_server.app import App
+from layertap_server.config import Config, ConfigError
+from layertap_server.rpc.health import HealthService
+from layertap_server.rpc.server import ListenError, check_port, join_host_port
+
+STATUS = health_pb2.HealthCheckResponse
+WAIT_S = 30.0
+
+
+def has_ipv6() -> bool:
+    try:
+        with socket.socket(socket.AF_INET6) as probe:
+            probe.bind(("::1", 0))
+    except OSError:
+        return False
+    return True
+
+
+@pytest.mark.parametrize("metrics", [False, True])
+def test_a_taken_port_is_found_before_the_model_is_looked_for(metrics: bool, tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        knobs: Any = {"metrics_port": port} if metrics else {"port": port, "metrics_port": -1}
+        flag = "--metrics-port 0" if metrics else "--port 0"
+        with pytest.raises(ConfigError, match=rf"127.0.0.1:{port}: the port is taken.*{flag}"):
+            App(Config(model_id=str(tmp_path / "no such folder"), **{"port": 0, **knobs}))
+
+
+def test_each_reason_is_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ListenError, match="does not have this address"):
+        check_port("192.0.2.1", 0, flag="--port")
+    with pytest.raises(ListenError, match="does not resolve"):
+        check_port("no.such.host.invalid", 0, flag="--port")
+
+    def forbidden(*_: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(socket.socket, "bind", forbidden)
+    with pytest.raises(ListenError, match=r"this user may not listen.*1024"):
+        check_port("127.0.0.1", 80, flag="--port")
+
+
+def test_ipv6_addresses_have_brackets() -> None:
+    assert join_host_port("::1", 7) == join_host_port("[::1]", 7) == "[::1]:7"
+    assert join_host_port("localhost", 7) == "localhost:7"
+
+
+@pytest.mark.skipif(not has_ipv6(), reason="this machine has no IPv6")
+@pytest.mark.parametrize("host", ["::1", "[::1]"])
+def test_a_server_listens_on_ipv6(host: str, tiny_folder: Path) -> None:
+    with running("--device", "cpu", "--model-id", str(tiny_folder), "--host", host) as server:
+        assert server.address.startswith("[::1]:")
+        with Client(server.address) as client:
+            assert client.embed("x").layers == (3,)
+
+
+class NoCalls:
+    call_count = 0
+
+    def close(self) -> None: ...
+
+    def cut(self) -> None: ...
+
+    async def emptied(self, timeout_s: float) -> bool:
+        return True
+
+
+class NoBatcher:
+    def stop(self, timeout_s: float) -> bool:
+        return True
+
+
+def test_watchers_are_sent_not_serving_before_connections_close() -> None:
+    """A hundred watchers on as many connections: each sees NOT_SERVING and then the end, never a cut."""
+
+    async def watch(address: str, ready: asyncio.Semaphore) -> list[int]:
+        async with grpc.aio.insecure_channel(address) as channel:
+            found = []
+            async for message in health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest()):
+                found.append(message.status)
+                ready.release()
+            return found
+
+    async def run() -> list[list[int]]:
+        server = grpc.aio.server()
+        health = HealthService(("",))
+        health_pb2_grpc.add_HealthServicer_to_server(health, server)
+        port = server.add_insecure_port("127.0.0.1:0")
+        await server.start()
+        await health.set_serving(True)
+        ready = asyncio.Semaphore(0)
+        watches = [asyncio.create_task(watch(f"127.0.0.1:{port}", ready)) for _ in range(100)]
+        for _ in watches:
+            await asyncio.wait_for(ready.acquire(), WAIT_S)
+        await health.set_serving(False)
+        drained: Any = lifecycle.drain
+        await drained(NoCalls(), NoBatcher(), stop=server.stop, end_watches=health.end_watches, grace_s=1)
+        return await asyncio.gather(*watches)
+
+    assert asyncio.run(run()) == [[STATUS.SERVING, STATUS.NOT_SERVING]] * 100
