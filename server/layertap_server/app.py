@@ -94,6 +94,18 @@ class App:
         )
         self.tokenizer = _timed("loaded the tokenizer", lambda: Tokenizer(found.tokenizer_folder))
         devices = encoder.devices(config.device)
+        log.info(
+            "layertap-server starts",
+            extra={
+                "fields": {
+                    "version": layertap.__version__,
+                    "model_id": found.name,
+                    "devices": ",".join(devices),
+                    "dtype": config.dtype,
+                    "address": self._listener.address,
+                }
+            },
+        )
         if config.dtype == "float16" and devices == ["cpu"]:
             raise ConfigError("--dtype is float16, which needs cuda; use float32 or bfloat16 on the CPU")
         encoders = _timed(
@@ -202,6 +214,9 @@ class App:
         await server.start()
         self._serving = True
         await health.set_serving(True)
+        log.info(
+            "layertap-server listens", extra={"fields": {"address": address, "instances": self.batcher.instance_count}}
+        )
         ready(address)
         signalled = asyncio.create_task(lifecycle.until_signalled())
         lost = asyncio.create_task(lifecycle.until_lost(self.batcher, timeout_s=config.instance_timeout_s))

@@ -1,4 +1,4 @@
-"""`layertap-server`: flags made from the fields of `Config`, logging, and one line for whatever goes wrong at start.
+"""`layertap-server`: flags made from the fields of `Config`, logging, and one line for an error at start.
 
 `layertap-server parity` is a command of its own; see `parity`. Without it the server serves.
 """
@@ -10,10 +10,12 @@ import asyncio
 import dataclasses
 import gc
 import os
+import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final, NoReturn
 
+import layertap
 from layertap_server.config import Config, ConfigError, flag, variable
 from layertap_server.observability import log_format
 
@@ -96,7 +98,7 @@ def parse(argv: Sequence[str], environment: Mapping[str, str]) -> Config:
         if variable(field.name) in environment:
             kind: type[Any] = type(field.default)
             try:
-                settings[field.name] = _READERS.get(kind, kind)(environment[variable(field.name)])
+                settings[field.name] = _reader(field)(environment[variable(field.name)])
             except ValueError as exc:
                 raise ConfigError(
                     f"{variable(field.name)} is not of type {kind.__name__}; correct or unset it"
@@ -106,13 +108,16 @@ def parse(argv: Sequence[str], environment: Mapping[str, str]) -> Config:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="layertap-server",
         description="Serves tokens and every layer of a BERT over gRPC.",
         epilog="Each flag is also an environment variable: --max-batch-tokens is LAYERTAP_MAX_BATCH_TOKENS. "
         "`layertap-server parity --help` tells how to compare a running server with transformers.",
         argument_default=argparse.SUPPRESS,
+        usage="%(prog)s [--flag value ...]",
     )
+    parser.add_argument("--version", action="version", version=f"layertap-server {layertap.__version__}")
+    groups: dict[str, Any] = {}
     for field in dataclasses.fields(Config):
         kind = type(field.default)
         unit = field.metadata["unit"]
@@ -120,9 +125,12 @@ def _parser() -> argparse.ArgumentParser:
         about = f"{field.metadata['reason']} [{kind.__name__}{', ' + unit if unit else ''}; default: {default}]"
         # A flag that is true or false may also stand alone.
         alone: dict[str, Any] = {"nargs": "?", "const": True} if kind is bool else {}
-        parser.add_argument(
+        name = field.metadata["group"]
+        if name not in groups:
+            groups[name] = parser.add_argument_group(name)
+        groups[name].add_argument(
             flag(field.name),
-            type=_READERS.get(kind, kind),
+            type=_reader(field),
             **alone,
             choices=field.metadata["choices"] or None,
             metavar=None if field.metadata["choices"] else kind.__name__.upper(),
@@ -138,8 +146,32 @@ def _bool(value: str) -> bool:
         raise ValueError("neither true nor false") from exc
 
 
-_READERS: Final[dict[type[Any], Callable[[str], Any]]] = {bool: _bool}
-"""How a knob is read from text where its type does not do that itself."""
+_SIZE: Final = re.compile(r"(\d+) *([KMGT]iB)?")
+_UNITS: Final = {"": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30, "TiB": 1 << 40}
+
+
+def _bytes(value: str) -> int:
+    """Reads a number of bytes, such as 65536 or 64MiB."""
+    found = _SIZE.fullmatch(value.strip())
+    if not found:
+        return int(value)  # For negative numbers, which are refused by their bounds, and for the error.
+    return int(found[1]) * _UNITS[found[2] or ""]
+
+
+def _reader(field: dataclasses.Field[Any]) -> Callable[[str], Any]:
+    """Returns what reads a knob from text."""
+    kind: type[Any] = type(field.default)
+    if kind is bool:
+        return _bool
+    return _bytes if field.metadata["unit"] == "bytes" else kind
+
+
+class _Parser(argparse.ArgumentParser):
+    """A parser whose errors are one line and the way to the help."""
+
+    def error(self, message: str) -> NoReturn:
+        """Prints the error and ends with exit code 2."""
+        self.exit(2, f"{self.prog}: {message}; see {self.prog} --help\n")
 
 
 def _announce(address: str, metrics_url: str) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+import layertap
 from layertap_server.cli import main, parse
 from layertap_server.config import Config, ConfigError, flag, variable
 
@@ -48,9 +49,44 @@ def test_every_knob_has_a_reason_that_is_a_sentence(field: Any) -> None:
     assert type(field.default) in (bool, int, float, str)
 
 
-@named([field for field in NUMBERS if field.name != "seed"])
-def test_every_number_has_a_least_value(field: Any) -> None:
-    assert field.metadata["least"] is not None
+@named(NUMBERS)
+def test_every_number_has_bounds(field: Any) -> None:
+    least, most = field.metadata["least"], field.metadata["most"]
+    assert least is not None and least <= field.default <= most
+    for value in (most + 1 if isinstance(field.default, int) else most * 2, float("inf"), float("nan")):
+        with pytest.raises(ConfigError, match=f"^{flag(field.name)} is .*the (most|least) is"):
+            Config(**{field.name: value})
+
+
+@pytest.mark.parametrize("flags", [["--instances", "10000"], ["--grace-s", "1e30"], ["--seed", str(2**200)]])
+def test_absurd_values_are_refused_before_anything_starts(flags: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(flags) == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and flags[0] in err and "the most is" in err
+
+
+@pytest.mark.parametrize(
+    ("text", "value"), [("65536", 65536), ("64KiB", 65536), ("64 MiB", 64 << 20), ("1GiB", 1 << 30), ("1TiB", 1 << 40)]
+)
+def test_byte_sizes_have_units(text: str, value: int) -> None:
+    assert parse(["--max-batch-bytes", text], {}).max_batch_bytes == value
+    assert parse([], {"LAYERTAP_MAX_BATCH_BYTES": text}).max_batch_bytes == value
+
+
+@pytest.mark.parametrize("text", ["64MB", "64 megabytes", "1.5GiB", ""])
+def test_other_sizes_are_refused(text: str) -> None:
+    with pytest.raises(ConfigError, match=r"^LAYERTAP_MAX_BATCH_BYTES "):
+        parse([], {"LAYERTAP_MAX_BATCH_BYTES": text})
+
+
+def test_the_version_is_told_and_an_error_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        parse(["--version"], {})
+    assert caught.value.code == 0 and capsys.readouterr().out == f"layertap-server {layertap.__version__}\n"
+    with pytest.raises(SystemExit) as caught:
+        parse(["--port", "seven"], {})
+    err = capsys.readouterr().err
+    assert caught.value.code == 2 and err.count("\n") == 1 and "--port" in err and "--help" in err
 
 
 @named([field for field in NUMBERS if field.name.startswith("max_")])
@@ -198,7 +234,9 @@ def test_help_tells_of_every_flag_its_type_default_unit_and_reason(capsys: pytes
     assert caught.value.code == 0
     told = " ".join(capsys.readouterr().out.split())
     for field in FIELDS:
-        start = told.index(f" {flag(field.name)} ", told.index("options:"))
+        kind = type(field.default).__name__.upper()
+        value = f"{{{','.join(field.metadata['choices'])}}}" if field.metadata["choices"] else kind
+        start = told.index(f" {flag(field.name)} {f'[{value}]' if kind == 'BOOL' else value} ")
         about = told[start : start + 400]
         assert field.metadata["reason"] in about
         assert f"[{type(field.default).__name__}" in about
