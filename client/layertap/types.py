@@ -213,6 +213,7 @@ class ModelInfo:
         limits: The bounds in force.
         server_version: The version of the server.
         sentence_config: What the model's folder says about sentences.
+        batch_invariant: Whether a text has the same bits alone and in any batch, on the same machine.
     """
 
     model_id: str
@@ -233,6 +234,7 @@ class ModelInfo:
     limits: Limits
     server_version: str
     sentence_config: SentenceConfig
+    batch_invariant: bool
 
     def __repr__(self) -> str:
         """Its name and shapes; `_repr_html_` and the fields have all."""

@@ -108,9 +108,19 @@ class App:
         )
         if config.dtype == "float16" and devices == ["cpu"]:
             raise ConfigError("--dtype is float16, which needs cuda; use float32 or bfloat16 on the CPU")
+        threads = cpu_threads.share(instance_count=config.instances, thread_count=config.instance_threads)
         encoders = _timed(
             f"loaded the weights on {', '.join(devices)}",
-            lambda: [make_encoder(found, device=device, dtype=config.dtype) for device in devices],
+            lambda: [
+                make_encoder(
+                    found,
+                    device=device,
+                    dtype=config.dtype,
+                    thread_count=threads.thread_count,
+                    max_thread_count=threads.lone_thread_count,
+                )
+                for device in devices
+            ],
         )
         sentence_config = self.tokenizer.sentence_config(found)
         if sentence_config.unsupported:
@@ -141,7 +151,7 @@ class App:
         self._tracing = _tracing() if config.traces == "otlp" else None
         self._encoders = encoders
         self.batcher = Batcher(
-            cpu_threads.make(encoders, instance_count=config.instances, thread_count=config.instance_threads),
+            cpu_threads.make(encoders, threads),
             max_batch_tokens=batch_tokens,
             max_batch_bytes=config.max_batch_bytes,
             min_share_tokens=config.min_share_tokens,
@@ -182,6 +192,7 @@ class App:
                 devices=devices,
                 dtype=config.dtype,
                 sentence_config=sentence_config,
+                batch_invariant=all(one.batch_invariant for one in encoders),
             ),
             lookahead_tokens=batch_tokens * (self.batcher.instance_count + 1),
             admission=self._admission,

@@ -49,9 +49,10 @@ def dtype(request: pytest.FixtureRequest) -> str:
 def batcher(request: pytest.FixtureRequest, tiny_folder: Path, device: str, dtype: str) -> Iterator[Batcher]:
     found = checkpoint.find(model_id=str(tiny_folder), revision="", name="", load_format="safetensors", seed=0)
     devices = [device if device == "cpu" else "cuda:0"]
-    encoders = [Encoder(found, device=one, dtype=dtype) for one in devices]
+    threads = cpu_threads.share(instance_count=request.param)
+    encoders = [Encoder(found, device=one, dtype=dtype, max_thread_count=threads.lone_thread_count) for one in devices]
     made = Batcher(
-        cpu_threads.make(encoders, instance_count=request.param, thread_count=0),
+        cpu_threads.make(encoders, threads),
         max_batch_tokens=150,
         max_batch_bytes=1 << 20,
         min_share_tokens=10,

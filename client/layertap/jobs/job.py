@@ -1,7 +1,7 @@
 """One job: a source, an output, what to ask of the model; begun, resumed, finished.
 
 What is done lies in `OUTPUT.parts` beside the output. Whenever the process dies, the same job resumes after the last
-part and ends with the same bytes, as far as the server computes the same numbers. It refuses where it would not: other
+part and ends with the same bytes, wherever the server is batch-invariant. It refuses where it would not: other
 settings, another model, other items than those that were done. Whatever can be refused is refused before anything is
 computed, and nothing is replaced or removed that a job did not write, but for the output when overwriting is allowed.
 """

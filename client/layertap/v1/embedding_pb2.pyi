@@ -306,6 +306,7 @@ class GetModelInfoResponse(_message.Message):
     SERVER_VERSION_FIELD_NUMBER: _builtins.int
     SENTENCE_CONFIG_FIELD_NUMBER: _builtins.int
     DEFAULT_MAX_LENGTH_FIELD_NUMBER: _builtins.int
+    BATCH_INVARIANT_FIELD_NUMBER: _builtins.int
     model_id: _builtins.str
     """The name of the model; never a path."""
     fingerprint: _builtins.str
@@ -335,6 +336,11 @@ class GetModelInfoResponse(_message.Message):
     default_max_length: _builtins.int
     """The most tokens of one text where a request names no max_length: model_max_length
     of the tokenizer, at most max_length.
+    """
+    batch_invariant: _builtins.bool
+    """Whether a text has the same bits alone and in any batch, whatever other calls
+    run, through every RPC, as long as the server runs on the same machine with the
+    same libraries. False: the last bits may differ from batch to batch.
     """
     @_builtins.property
     def devices(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
@@ -375,10 +381,11 @@ class GetModelInfoResponse(_message.Message):
         server_version: _builtins.str = ...,
         sentence_config: Global___SentenceConfig | None = ...,
         default_max_length: _builtins.int = ...,
+        batch_invariant: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["limits", b"limits", "sentence_config", b"sentence_config"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attention_head_count", b"attention_head_count", "compute_dtype", b"compute_dtype", "default_max_length", b"default_max_length", "devices", b"devices", "fingerprint", b"fingerprint", "has_pooler_output", b"has_pooler_output", "hidden_size", b"hidden_size", "layer_count", b"layer_count", "limits", b"limits", "max_length", b"max_length", "model_id", b"model_id", "model_type", b"model_type", "pad_token_id", b"pad_token_id", "sentence_config", b"sentence_config", "server_version", b"server_version", "special_token_ids", b"special_token_ids", "type_vocab_size", b"type_vocab_size", "vocab_size", b"vocab_size"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attention_head_count", b"attention_head_count", "batch_invariant", b"batch_invariant", "compute_dtype", b"compute_dtype", "default_max_length", b"default_max_length", "devices", b"devices", "fingerprint", b"fingerprint", "has_pooler_output", b"has_pooler_output", "hidden_size", b"hidden_size", "layer_count", b"layer_count", "limits", b"limits", "max_length", b"max_length", "model_id", b"model_id", "model_type", b"model_type", "pad_token_id", b"pad_token_id", "sentence_config", b"sentence_config", "server_version", b"server_version", "special_token_ids", b"special_token_ids", "type_vocab_size", b"type_vocab_size", "vocab_size", b"vocab_size"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

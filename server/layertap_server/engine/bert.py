@@ -1,4 +1,4 @@
-"""BERT's forward pass over packed rows, from one asked-for layer to the next.
+"""BERT's forward pass over packed rows, from one wanted layer to the next.
 
 The residual stream and LayerNorm are float32 whatever the compute dtype: that costs little and keeps a third of the
 error of doing all in bfloat16. Parameter names are those of transformers' BertModel, with or without the prefix
@@ -7,6 +7,9 @@ error of doing all in bfloat16. Parameter names are those of transformers' BertM
 
 from __future__ import annotations
 
+import logging
+import math
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Final, TypeAlias
 
@@ -17,11 +20,14 @@ from torch.nn import functional as F
 from transformers.activations import ACT2FN
 
 from layertap_server.engine.attention import Attention, Prepared
-from layertap_server.engine.block import Blocks, Norm, compiled, narrow, project, settle, widen
+from layertap_server.engine.block import Blocks, Norm, attention_output, compiled, ffn_down, ffn_up, qkv
 from layertap_server.engine.block import Weights as BlockWeights
+from layertap_server.engine.invariance import NO_PADDING, Invariance, Probe
 from layertap_server.engine.linear import Dense, Linears, dense
 from layertap_server.engine.packing import Layout
 from layertap_server.model.checkpoint import CheckpointError
+
+log = logging.getLogger(__name__)
 
 Activation: TypeAlias = Callable[[torch.Tensor], torch.Tensor]
 Weights = dict[str, torch.Tensor]
@@ -29,13 +35,43 @@ Weights = dict[str, torch.Tensor]
 _OLD_NAMES: Final = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}
 
 
+_TAIL: Final = 64
+"""Values at the end of a tensor, or of a thread's part of it, that an activation may compute in another way than the
+rest. Differences are too rare for a probe to find."""
+_LEAST_TEAM_SIZE: Final = 128
+"""Narrower models have nothing to gain from a team, and too few values for a probe to find differences."""
+
+
 class Bert:
-    """The weights of one model on one device, ready to run."""
+    """The weights of one model on one device, ready to run.
+
+    Attributes:
+        hidden_size: Values a row has.
+        layer_count: Encoder blocks.
+        invariance: What the probe for batch invariance found.
+    """
 
     def __init__(
-        self, settings: Mapping[str, Any], weights: Weights, *, device: torch.device, dtype: torch.dtype
+        self,
+        settings: Mapping[str, Any],
+        weights: Weights,
+        *,
+        device: torch.device,
+        dtype: torch.dtype,
+        packing: bool | None = None,
+        thread_count: int = 1,
+        max_thread_count: int = 1,
     ) -> None:
-        """Moves the weights to the device, taking each out of `weights`.
+        """Moves the weights to the device, taking each out of `weights`, and probes for batch invariance.
+
+        Args:
+            settings: The model's config.json.
+            weights: By name; emptied.
+            device: Where to compute.
+            dtype: What matrices are multiplied in.
+            packing: Whether weights are laid out for oneDNN; None: if it pays.
+            thread_count: CPU threads of each instance.
+            max_thread_count: CPU threads that a lone caller should get.
 
         Raises:
             CheckpointError: A weight is missing or has another shape, or the activation is unknown.
@@ -50,10 +86,17 @@ class Bert:
             device=device, dtype=dtype, head_count=settings["num_attention_heads"], hidden_size=self.hidden_size
         )
         intermediate_size: int = settings["intermediate_size"]
+        self._intermediate_size = intermediate_size
         self._activation = _activation(settings.get("hidden_act", "gelu"))
-        linears = Linears(device=device, dtype=dtype, hidden_size=self.hidden_size, intermediate_size=intermediate_size)
+        linears = Linears(
+            device=device,
+            dtype=dtype,
+            hidden_size=self.hidden_size,
+            intermediate_size=intermediate_size,
+            packing=packing,
+        )
         self._packed = linears.packed
-        self._padded = linears.padded
+        self._program_rows = linears.padded
 
         def take(name: str, *shape: int) -> torch.Tensor:
             try:
@@ -105,6 +148,7 @@ class Bert:
             if self._program is not None:
                 self._blocks = []
         self._pooler = linear("pooler.dense", hidden, hidden) if "pooler.dense.weight" in weights else None
+        self.invariance = self._probe(thread_count, max_thread_count)
 
     @property
     def has_pooler(self) -> bool:
@@ -132,6 +176,42 @@ class Bert:
 
     def pooler(self, first_rows: torch.Tensor) -> torch.Tensor:
         """Applies the pooler to row 0 of texts. Shape: [text_count, hidden_size], float32 in and out."""
+        text_count = len(first_rows)
+        more = self._padded(text_count) - text_count
+        if more:
+            first_rows = torch.cat([first_rows, first_rows.new_zeros(more, self.hidden_size)])
+        return self._pool(first_rows)[:text_count]
+
+    def _padded(self, row_count: int) -> int:
+        """Returns how many rows to compute for so many."""
+        return self._program_rows(self.invariance.padding.padded(row_count))
+
+    def _probe(self, thread_count: int, max_thread_count: int) -> Invariance:
+        if self._device.type != "cpu":  # Not measured yet.
+            return Invariance(padding=NO_PADDING, holds=False, max_thread_count=1)
+        started = time.perf_counter()
+        fused = self._activation is F.gelu
+        probe = Probe(
+            lambda rows, groups: self._run(0, 1, rows, self._attention.prepare(groups)),
+            self._pool if self.has_pooler else None,
+            hidden_size=self.hidden_size,
+            extra=self._program_rows,
+            least_step=1 if fused else _TAIL // math.gcd(_TAIL, self._intermediate_size),
+        )
+        if not fused or self.hidden_size < _LEAST_TEAM_SIZE:
+            max_thread_count = thread_count
+        found = probe.run(thread_count=thread_count, max_thread_count=max_thread_count)
+        log.info(
+            "batch invariance: %s; rows at least %d, in steps of %d; up to %d threads (probed in %.2f s)",
+            "holds" if found.holds else "does not hold on this CPU",
+            found.padding.least,
+            found.padding.step,
+            found.max_thread_count,
+            time.perf_counter() - started,
+        )
+        return found
+
+    def _pool(self, first_rows: torch.Tensor) -> torch.Tensor:
         assert self._pooler is not None
         return torch.tanh(dense(first_rows.to(self._dtype), self._pooler, self._packed, False)).float()
 
@@ -142,13 +222,13 @@ class Bert:
             return found
         packed, epsilon, fused = self._packed, self._epsilon, self._activation is F.gelu
         for weights in self._blocks[first:last]:
-            rows = settle(attention(project(rows, weights, packed)), rows, weights, packed, epsilon)
-            wide = widen(rows, weights, packed, fused)
-            rows = narrow(wide if fused else self._activation(wide), rows, weights, packed, epsilon)
+            rows = attention_output(attention(qkv(rows, weights, packed)), rows, weights, packed, epsilon)
+            wide = ffn_up(rows, weights, packed, fused)
+            rows = ffn_down(wide if fused else self._activation(wide), rows, weights, packed, epsilon)
         return rows
 
     def _embed(self, layout: Layout) -> torch.Tensor:
-        """Returns layer 0, and behind it rows that are nobody's. Shape: [padded row count, hidden_size]."""
+        """Returns layer 0, and behind it the rows of the padding. Shape: [padded row count, hidden_size]."""
         row_count = layout.row_count(0)
         pad = np.zeros(self._padded(row_count) - row_count, np.int64)
 

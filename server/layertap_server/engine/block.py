@@ -1,9 +1,9 @@
 """Encoder blocks, written so that torch can compile them.
 
-A block is two dozen small steps. Run one by one from Python, each takes its turn at the interpreter, and an instance
-waits at every step for whoever has it: other instances, and the loop that talks to the callers. Compiled, all blocks up
-to the next layer that somebody asked for are one step. The program has the weights to itself: references to tensors
-that Python knows too are counted with the interpreter's lock held.
+A block is two dozen small steps. Run one by one from Python, each needs the interpreter's lock, and an instance waits
+at every step for the threads that hold it: other instances and the event loop. Compiled, all blocks up to the next
+wanted layer are one step. Only the program holds the weights: references to tensors that Python knows too are counted
+with the interpreter's lock held.
 
 Where torch cannot compile it (a later torch, an activation of its own), the same functions run as they stand. Torch
 reads the annotations here, so they are objects and not strings.
@@ -40,24 +40,26 @@ class Weights(NamedTuple):
     output_norm: Norm
 
 
-def project(rows: torch.Tensor, weights: Weights, packed: bool) -> torch.Tensor:
+def qkv(rows: torch.Tensor, weights: Weights, packed: bool) -> torch.Tensor:
     """Makes query, key and value. Shape: [row_count, hidden_size], float32, to [row_count, 3 · hidden_size]."""
     return dense(rows.to(weights.qkv.bias.dtype), weights.qkv, packed, False)
 
 
-def settle(context: torch.Tensor, rows: torch.Tensor, weights: Weights, packed: bool, epsilon: float) -> torch.Tensor:
-    """Brings what was attended to into the rows. Shape: [row_count, hidden_size], float32."""
+def attention_output(
+    context: torch.Tensor, rows: torch.Tensor, weights: Weights, packed: bool, epsilon: float
+) -> torch.Tensor:
+    """Adds the projected attention output to the rows, then LayerNorm. Shape: [row_count, hidden_size], float32."""
     attended = dense(context, weights.attended, packed, False).float().add_(rows)
     return F.layer_norm(attended, [rows.size(1)], weights.attended_norm.weight, weights.attended_norm.bias, epsilon)
 
 
-def widen(rows: torch.Tensor, weights: Weights, packed: bool, gelu: bool) -> torch.Tensor:
-    """Makes the intermediate values, GELU applied if asked. Shape: [row_count, intermediate_size]."""
+def ffn_up(rows: torch.Tensor, weights: Weights, packed: bool, gelu: bool) -> torch.Tensor:
+    """Makes the intermediate values, with GELU if asked. Shape: [row_count, intermediate_size]."""
     return dense(rows.to(weights.qkv.bias.dtype), weights.intermediate, packed, gelu)
 
 
-def narrow(wide: torch.Tensor, rows: torch.Tensor, weights: Weights, packed: bool, epsilon: float) -> torch.Tensor:
-    """Brings the intermediate values into the rows. Shape: [row_count, hidden_size], float32."""
+def ffn_down(wide: torch.Tensor, rows: torch.Tensor, weights: Weights, packed: bool, epsilon: float) -> torch.Tensor:
+    """Adds the projected intermediate values to the rows, then LayerNorm. Shape: [row_count, hidden_size], float32."""
     output = dense(wide, weights.output, packed, False).float().add_(rows)
     return F.layer_norm(output, [rows.size(1)], weights.output_norm.weight, weights.output_norm.bias, epsilon)
 
@@ -87,9 +89,9 @@ class Blocks(torch.nn.Module):
         Shape: [row_count, hidden_size], float32, in and out. `shapes` and `masks` are those of `attend`.
         """
         for weights in self.blocks[first:last]:
-            context = attend(project(rows, weights, self.packed), shapes, masks, self.head_count)
-            rows = settle(context, rows, weights, self.packed, self.epsilon)
-            rows = narrow(widen(rows, weights, self.packed, True), rows, weights, self.packed, self.epsilon)
+            context = attend(qkv(rows, weights, self.packed), shapes, masks, self.head_count)
+            rows = attention_output(context, rows, weights, self.packed, self.epsilon)
+            rows = ffn_down(ffn_up(rows, weights, self.packed, True), rows, weights, self.packed, self.epsilon)
         return rows
 
 

@@ -1,13 +1,15 @@
-"""Which engine threads there are, and how many CPU threads each of them computes with.
+"""How many instances compute on the CPU, and with how many threads each.
 
-On cuda one instance for each device. On the CPU several instances with one thread each, which share the weights: that
-is faster than one instance with several threads. A small batch of one caller that comes while nobody else computes gets
-all cores, if it falls to the first instance, which the batcher wakes first. Only one instance may have a team: OpenMP's
-threads wait for each other awake, which a short text needs, only as long as the process has no more of them than cores.
+On cuda there is one instance for each device. On the CPU several instances with one thread each share the weights:
+that is faster than one instance with several threads. A small batch of one caller that comes while all instances are
+idle gets all cores, if it falls to the first instance, which the batcher wakes first. Only one instance may have a team
+of threads: the threads of OpenMP wait for each other awake, which pays only while the process has no more of them than
+cores. A team is only as large as gives the same bits.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import logging
 import os
@@ -21,35 +23,62 @@ log = logging.getLogger(__name__)
 
 _MAX_CPU_INSTANCES: Final = 4
 _LONE_TOKENS: Final = 256
-"""Up to here a caller who is alone gets all cores; of more, other instances take their share."""
+"""Up to so many tokens a lone caller gets all cores; of more, other instances take their share."""
 
 
-def make(encoders: Sequence[Encoder], *, instance_count: int, thread_count: int) -> list[Encode]:
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class CpuThreads:
+    """How the cores are shared.
+
+    Attributes:
+        instance_count: Instances.
+        thread_count: Threads of each instance.
+        lone_thread_count: Threads of a lone caller's small batch, if they give the same bits.
+    """
+
+    instance_count: int
+    thread_count: int
+    lone_thread_count: int
+
+
+def share(*, instance_count: int = 0, thread_count: int = 0) -> CpuThreads:
+    """Returns how the cores are shared.
+
+    Args:
+        instance_count: Instances on the CPU; 0 chooses by the number of cores.
+        thread_count: Threads of each instance; 0 shares the cores between the instances.
+    """
+    cores = len(os.sched_getaffinity(0))
+    instance_count = instance_count or min(cores, _MAX_CPU_INSTANCES)
+    thread_count = thread_count or max(1, cores // instance_count)
+    return CpuThreads(
+        instance_count=instance_count,
+        thread_count=thread_count,
+        lone_thread_count=cores if thread_count == 1 else thread_count,
+    )
+
+
+def make(encoders: Sequence[Encoder], threads: CpuThreads) -> list[Encode]:
     """Returns what each instance runs.
 
     Args:
         encoders: One for each device.
-        instance_count: Instances on the CPU; 0 chooses by the cores there are.
-        thread_count: Threads of each instance on the CPU; 0 shares the cores out.
+        threads: How the cores are shared, if the device is the CPU.
     """
     if encoders[0].device.type != "cpu":
         return [encoder.encode for encoder in encoders]
     (encoder,) = encoders
-    cores = len(os.sched_getaffinity(0))
-    instance_count = instance_count or min(cores, _MAX_CPU_INSTANCES)
-    thread_count = thread_count or max(1, cores // instance_count)
-    log.info("%d instances with %d threads each", instance_count, thread_count)
-    crew = _Crew(encoder, thread_count=thread_count, lone_thread_count=cores if thread_count == 1 else thread_count)
-    return [functools.partial(crew.encode, instance) for instance in range(instance_count)]
+    log.info("%d instances with %d threads each", threads.instance_count, threads.thread_count)
+    instances = _CpuInstances(encoder, threads.thread_count)
+    return [functools.partial(instances.encode, instance) for instance in range(threads.instance_count)]
 
 
-class _Crew:
+class _CpuInstances:
     """The instances of a CPU, which know of each other whether they work."""
 
-    def __init__(self, encoder: Encoder, *, thread_count: int, lone_thread_count: int) -> None:
+    def __init__(self, encoder: Encoder, thread_count: int) -> None:
         self._encoder = encoder
         self._thread_count = thread_count
-        self._lone_thread_count = lone_thread_count
         self._busy: set[int] = set()  # Each instance changes its own entry alone, so no two can disagree on a count.
 
     def encode(self, instance: int, batch: Sequence[Run]) -> Iterator[Rows]:
@@ -57,7 +86,7 @@ class _Crew:
         lone = instance == 0 and not self._busy and len(batch) == 1 and token_count <= _LONE_TOKENS
         self._busy.add(instance)
         try:
-            self._encoder.use_threads(self._lone_thread_count if lone else self._thread_count)
+            self._encoder.use_threads(self._encoder.max_thread_count if lone else self._thread_count)
             yield from self._encoder.encode(batch)
         finally:
             self._busy.discard(instance)

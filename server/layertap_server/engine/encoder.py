@@ -33,7 +33,17 @@ Allocate = Callable[[int], memoryview]
 class Encoder:
     """One model on one device."""
 
-    def __init__(self, checkpoint: Checkpoint, *, device: str, dtype: str, allocate: Allocate | None = None) -> None:
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        *,
+        device: str,
+        dtype: str,
+        allocate: Allocate | None = None,
+        packing: bool | None = None,
+        thread_count: int = 1,
+        max_thread_count: int = 1,
+    ) -> None:
         """Loads the weights.
 
         Args:
@@ -41,6 +51,9 @@ class Encoder:
             device: "cpu" or "cuda:N".
             dtype: What matrices are multiplied in: "float32", "bfloat16", or on cuda "float16".
             allocate: Where the host buffers of answers come from; None: this module's own.
+            packing: Whether weights are laid out for oneDNN on the CPU; None: if it pays.
+            thread_count: CPU threads of each instance; see `use_threads`.
+            max_thread_count: CPU threads that a lone caller should get.
 
         Raises:
             CheckpointError: The weights do not fit the configuration.
@@ -53,7 +66,35 @@ class Encoder:
             dummy_weights(checkpoint.settings, checkpoint.seed) if not checkpoint.weight_files else _load(checkpoint)
         )
         with torch.inference_mode():
-            self._bert = Bert(checkpoint.settings, weights, device=self.device, dtype=DTYPES[dtype])
+            self._bert = Bert(
+                checkpoint.settings,
+                weights,
+                device=self.device,
+                dtype=DTYPES[dtype],
+                packing=packing,
+                thread_count=thread_count,
+                max_thread_count=max_thread_count,
+            )
+
+    @property
+    def hidden_size(self) -> int:
+        """Values a token row has."""
+        return self._bert.hidden_size
+
+    @property
+    def layer_count(self) -> int:
+        """Encoder blocks."""
+        return self._bert.layer_count
+
+    @property
+    def batch_invariant(self) -> bool:
+        """Whether a text has the same bits alone and in any batch."""
+        return self._bert.invariance.holds
+
+    @property
+    def max_thread_count(self) -> int:
+        """How many CPU threads a lone caller may have: the most that give the same bits, of those asked for."""
+        return self._bert.invariance.max_thread_count
 
     @property
     def has_pooler(self) -> bool:

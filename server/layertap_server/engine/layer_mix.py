@@ -66,7 +66,8 @@ class Mixes:
             held[:, place * size : (place + 1) * size] = rows
         else:
             weight = mix.weights[place] if mix.weights else 1.0
-            held = rows * weight if held is None else held.add_(rows, alpha=weight)
+            # Not in one step: whether that rounds once or twice may depend on where in the tensor a value lies.
+            held = rows * weight if held is None else held.add_(rows if weight == 1.0 else rows * weight)
             if mix.mixing is Mixing.MEAN and layer == mix.top:
                 held.div_(len(mix.layers))
         self._held[mix] = held

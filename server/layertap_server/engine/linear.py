@@ -1,7 +1,7 @@
 """The dense layers of the encoder, as fast as the device has them.
 
 On the CPU, oneDNN multiplies faster by weights that were laid out for it once, and can apply GELU on the way. Torch
-reaches it by private operators; this file is the only door to them. `Linears` tries them at start and keeps to
+reaches it by private operators, which only this file uses. `Linears` tries them at start and keeps to
 `F.linear` where they are missing, slower, or give other numbers. `dense` is written so that torch can compile it.
 """
 
@@ -17,6 +17,9 @@ log = logging.getLogger(__name__)
 _TOLERANCE: Final = 2e-5
 _PROBE_ROWS: Final = 256
 _PROBE_ROUNDS: Final = 7
+_CLEARLY_SLOWER: Final = 0.8
+"""Packing is used above this ratio of speeds. A ratio near 1 would fall differently at each start of a server, and the
+two ways give different bits."""
 _ROW_STEPS: Final = ((16, 1), (64, 2))
 """Up to how many rows their number goes by which step."""
 _LARGEST_ROW_STEP: Final = 8
@@ -45,24 +48,42 @@ def dense(rows: torch.Tensor, layer: Dense, packed: bool, gelu: bool) -> torch.T
 
 
 class Linears:
-    """Makes dense layers of one dtype on one device, by whichever way a probe found better.
+    """Makes dense layers of one dtype on one device, by the way that a probe found better.
 
     Attributes:
         packed: Whether weights are laid out for oneDNN.
     """
 
-    def __init__(self, *, device: torch.device, dtype: torch.dtype, hidden_size: int, intermediate_size: int) -> None:
-        """Probes with the shape of the model's largest matrix."""
+    def __init__(
+        self,
+        *,
+        device: torch.device,
+        dtype: torch.dtype,
+        hidden_size: int,
+        intermediate_size: int,
+        packing: bool | None = None,
+    ) -> None:
+        """Probes with the shape of the model's largest matrix.
+
+        Args:
+            device: Where the layers compute.
+            dtype: What they compute in.
+            hidden_size: Values a row has.
+            intermediate_size: Values a row has inside the feed-forward network.
+            packing: Whether to lay weights out for oneDNN; None: if the probe finds that it pays.
+        """
         self._device = device
         self._dtype = dtype
-        self.packed = device.type == "cpu" and _packing_pays(dtype, hidden_size, intermediate_size)
+        self.packed = device.type == "cpu" and (
+            _packing_pays(dtype, hidden_size, intermediate_size) if packing is None else packing
+        )
 
     def padded(self, row_count: int) -> int:
         """Returns how many rows to run so many as: a few more where that spares oneDNN work.
 
-        It writes a program for each number of rows that it meets, which takes a tenth of the time of a batch of 150,
-        and keeps the last thousand programs. A batch may have any number of rows, so few numbers are let through: 160
-        of the first 1,024. In larger batches the writing is too small a part to give rows for.
+        oneDNN compiles a program for each number of rows that it meets, which takes a tenth of the time of a batch of
+        150, and keeps the last thousand programs. A batch may have any number of rows, so few numbers are used: 160
+        of the first 1,024.
         """
         if not self.packed:
             return row_count
@@ -94,17 +115,17 @@ def _packing_pays(dtype: torch.dtype, in_size: int, out_size: int) -> bool:
         results = [dense(rows, layer, packed, True) for packed, layer in layers.items()]
         difference = (results[0] - results[1]).abs().max().item()
         times = {False: [0.0] * _PROBE_ROUNDS, True: [0.0] * _PROBE_ROUNDS}
-        for turn in range(_PROBE_ROUNDS):
+        for attempt in range(_PROBE_ROUNDS):
             for packed, layer in layers.items():
                 started = time.perf_counter()
                 dense(rows, layer, packed, True)
-                times[packed][turn] = time.perf_counter() - started
+                times[packed][attempt] = time.perf_counter() - started
     except Exception as exc:  # Private operators may be missing or changed in any way.
         log.info("prepacked linears are not available in torch %s (%s)", torch.__version__, type(exc).__name__)
         return False
     ratio = sorted(times[False])[_PROBE_ROUNDS // 2] / sorted(times[True])[_PROBE_ROUNDS // 2]
     tolerance = _TOLERANCE if dtype is torch.float32 else 0.05
-    pays = ratio > 1.0 and difference <= tolerance
+    pays = ratio > _CLEARLY_SLOWER and difference <= tolerance
     log.info(
         "prepacked linears: %s (%.2f times as fast as F.linear, largest difference %.1e)",
         "used" if pays else "not used",

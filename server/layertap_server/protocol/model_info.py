@@ -21,6 +21,7 @@ def info_of(
     devices: Sequence[str],
     dtype: str,
     sentence_config: SentenceConfig,
+    batch_invariant: bool,
 ) -> bytes:
     """Returns the answer to GetModelInfo, serialized.
 
@@ -46,6 +47,7 @@ def info_of(
         limits=pb.Limits(**dataclasses.asdict(limits)),
         server_version=layertap.__version__,
         sentence_config=_sentence_config(sentence_config),
+        batch_invariant=batch_invariant,
     ).SerializeToString()
     if len(answer) > limits.max_response_bytes:
         raise CheckpointError(

@@ -84,6 +84,7 @@ INFO = ModelInfo(
     pad_token_id=0,
     limits=Limits(**{field.name: 1 for field in dataclasses.fields(Limits)}),
     server_version="1",
+    batch_invariant=True,
     sentence_config=SentenceConfig(
         poolings=("mean",),
         normalize=True,

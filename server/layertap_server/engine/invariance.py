@@ -1,0 +1,192 @@
+"""Batch invariance: a text gets the same bits alone, in any batch, and with any number of CPU threads.
+
+Matrix products sum in another order for other row counts, and some element-wise kernels compute the end of a tensor
+in another way than its middle. Which counts are concerned depends on the CPU, its libraries, the shapes and the
+dtype, so nothing is assumed: a probe runs one block of the model over texts alone and in batches and compares bits.
+The cheapest padding of rows that makes them equal is used; where none does, the server says that it is not
+batch-invariant.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import threading
+from collections.abc import Callable, Sequence
+from typing import Final
+
+import numpy as np
+import torch
+
+from layertap_server.engine.packing import Group
+
+Forward = Callable[[torch.Tensor, Sequence[Group]], torch.Tensor]
+"""Runs one block over rows. Shape: [row_count, hidden_size], float32, in and out."""
+Pooler = Callable[[torch.Tensor], torch.Tensor]
+"""Applies the pooler. Shape: [row_count, hidden_size], float32, in and out."""
+
+_LENGTHS: Final = (*range(1, 14), 17, 31, 40, 66)
+"""Tokens of the texts of the probe: most row counts that are special are small."""
+_LONE_LENGTH: Final = 256
+"""The longest text that a lone caller computes with a team of threads."""
+_POOLER_COUNTS: Final = (1, 2, 3, 5, 8, 13)
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class RowPadding:
+    """How many rows are computed in place of those that there are.
+
+    Attributes:
+        least: At least so many rows.
+        step: A multiple of so many rows; a power of two.
+    """
+
+    least: int = 1
+    step: int = 1
+
+    def padded(self, row_count: int) -> int:
+        """Returns how many rows to compute; never fewer for more rows."""
+        return max(self.least, -(-row_count // self.step) * self.step)
+
+
+NO_PADDING: Final = RowPadding()
+_CANDIDATES: Final = (
+    RowPadding(least=2),
+    RowPadding(least=4),
+    *(RowPadding(least=step, step=step) for step in (2, 4, 8, 16, 32, 64)),
+)
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Invariance:
+    """What the probe found.
+
+    Attributes:
+        padding: The padding of rows to compute with.
+        holds: Whether a text then has the same bits in any batch.
+        max_thread_count: The largest team of threads, of those asked for, that gives the same bits too.
+    """
+
+    padding: RowPadding
+    holds: bool
+    max_thread_count: int
+
+
+class Probe:
+    """Compares the bits of texts alone and in batches.
+
+    Args:
+        forward: Runs one block of the model.
+        pooler: Its pooler, if it has one.
+        hidden_size: Values a row has.
+        extra: Pads rows once more, for speed; a multiple of any step stays one.
+        least_step: The least step of rows.
+    """
+
+    def __init__(
+        self,
+        forward: Forward,
+        pooler: Pooler | None,
+        *,
+        hidden_size: int,
+        extra: Callable[[int], int],
+        least_step: int = 1,
+    ) -> None:
+        self._forward, self._pooler, self._extra = forward, pooler, extra
+        self._candidates = [one for one in _CANDIDATES if one.step >= least_step]
+        generator = torch.Generator().manual_seed(0)
+        # Every third text from the third on has an attention mask of its own.
+        random = np.random.default_rng(0)
+        lengths = [*_LENGTHS, _LONE_LENGTH]
+        self._texts = [torch.randn(length, hidden_size, generator=generator) for length in lengths]
+        self._masks = [
+            None if n % 3 < 2 else random.integers(0, 2, length, dtype=np.int32) for n, length in enumerate(lengths)
+        ]
+        self._team_texts = [*range(0, len(lengths) - 1, 2), len(lengths) - 1]
+        self._first_rows = torch.randn(max(_POOLER_COUNTS), hidden_size, generator=generator)
+
+    def run(self, *, thread_count: int, max_thread_count: int) -> Invariance:
+        """Returns the cheapest padding that holds with `thread_count` threads, and the largest team that agrees.
+
+        Runs in a thread of its own: a thread that has computed with a team keeps the team.
+        """
+        found: list[Invariance | BaseException] = []
+
+        def search() -> None:
+            try:
+                with torch.inference_mode():
+                    found.append(self._search(thread_count, max_thread_count))
+            except BaseException as exc:
+                found.append(exc)
+
+        thread = threading.Thread(target=search, name="probe")
+        thread.start()
+        thread.join()
+        (result,) = found
+        if isinstance(result, BaseException):
+            raise result
+        return result
+
+    def _search(self, thread_count: int, max_thread_count: int) -> Invariance:
+        torch.set_num_threads(thread_count)
+        for padding in self._candidates:
+            if (wanted := self._same_bits(padding)) is not None:
+                break
+        else:
+            return Invariance(padding=NO_PADDING, holds=False, max_thread_count=thread_count)
+        count = max_thread_count
+        while count > thread_count:
+            torch.set_num_threads(count)
+            agrees = all(torch.equal(self._bits_alone(n, padding), wanted[n]) for n in self._team_texts)
+            if agrees and self._poolers_agree(padding):
+                break
+            count //= 2
+        return Invariance(padding=padding, holds=True, max_thread_count=max(count, thread_count))
+
+    def _same_bits(self, padding: RowPadding) -> list[torch.Tensor] | None:
+        """Returns each text's bits if they are the same alone, in a batch of all, and in one of each several times."""
+        if not self._poolers_agree(padding):
+            return None
+        alone = self._alone(padding)
+        count = len(self._texts)
+        for batch in (list(range(count)), [n for n in range(count - 1) for _ in range(n % 2 + 1)], [0, 4, 9]):
+            if not all(torch.equal(rows, alone[n]) for n, rows in self._run(batch, padding)):
+                return None
+        return alone
+
+    def _alone(self, padding: RowPadding) -> list[torch.Tensor]:
+        return [self._bits_alone(n, padding) for n in range(len(self._texts))]
+
+    def _bits_alone(self, n: int, padding: RowPadding) -> torch.Tensor:
+        ((_, rows),) = self._run([n], padding)
+        return rows
+
+    def _run(self, batch: Sequence[int], padding: RowPadding) -> list[tuple[int, torch.Tensor]]:
+        """Runs a batch of texts that is sorted by length; returns each text with its rows."""
+        groups, start = [], 0
+        for n, members in itertools.groupby(batch):
+            text_count, length, mask = len(list(members)), len(self._texts[n]), self._masks[n]
+            groups.append(
+                Group(
+                    start=start,
+                    text_count=text_count,
+                    length=length,
+                    depth=1,
+                    attention_mask=None if mask is None else np.stack([mask] * text_count),
+                )
+            )
+            start = groups[-1].end
+        rows = self._forward(self._padded([self._texts[n] for n in batch], padding), groups)
+        return list(zip(batch, rows[:start].split_with_sizes([len(self._texts[n]) for n in batch]), strict=True))
+
+    def _poolers_agree(self, padding: RowPadding) -> bool:
+        if self._pooler is None:
+            return True
+        results = [self._pooler(self._padded([self._first_rows[:count]], padding)) for count in _POOLER_COUNTS]
+        counts = zip(results, _POOLER_COUNTS, strict=True)
+        return all(torch.equal(rows[:count], results[-1][:count]) for rows, count in counts)
+
+    def _padded(self, parts: list[torch.Tensor], padding: RowPadding) -> torch.Tensor:
+        row_count = sum(len(part) for part in parts)
+        more = self._extra(padding.padded(row_count)) - row_count
+        return torch.cat([*parts, parts[0].new_zeros(more, parts[0].size(1))])
