@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Iterable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Sequence
 from types import TracebackType
 from typing import Any, Literal, Self, Unpack, overload
 
@@ -26,9 +26,17 @@ from layertap._transport.embed_stream import Items, run_stream
 from layertap._transport.settings import DEFAULT_RETRIES, DEFAULT_TIMEOUT_S, TLS, Connection, Option, settle
 from layertap._transport.transport import AsyncLink
 from layertap.errors import LayertapError
+from layertap.quantization import Precision
 from layertap.results.embedding import Embedding, LayerRows, StreamResult
 from layertap.results.tokens import Tokens
-from layertap.sentence_transformers import EncodeOptions, Encoding, OutputValue
+from layertap.sentence_transformers import (
+    EncodeOptions,
+    Encoding,
+    OutputValue,
+    Sentences,
+    TaskOptions,
+    check_options,
+)
 from layertap.types import ModelInfo
 
 
@@ -130,37 +138,58 @@ class AsyncClient:
     @overload
     async def encode(
         self,
-        sentences: str | Iterable[str],
-        *,
+        sentences: Sentences,
+        prompt_name: str | None = ...,
+        prompt: str | None = ...,
+        batch_size: int | None = ...,
+        show_progress_bar: bool | None = ...,
         output_value: Literal["sentence_embedding"] = ...,
-        show_progress_bar: bool | None = None,
-        timeout_s: float | None = None,
+        precision: Precision = ...,
+        *,
+        timeout_s: float | None = ...,
         **options: Unpack[EncodeOptions],
     ) -> npt.NDArray[Any]: ...
     @overload
     async def encode(
         self,
-        sentences: str | Iterable[str],
+        sentences: Sentences,
+        prompt_name: str | None = ...,
+        prompt: str | None = ...,
+        batch_size: int | None = ...,
+        show_progress_bar: bool | None = ...,
+        output_value: OutputValue = ...,
+        precision: Precision = ...,
         *,
-        output_value: OutputValue,
-        show_progress_bar: bool | None = None,
-        timeout_s: float | None = None,
+        timeout_s: float | None = ...,
         **options: Unpack[EncodeOptions],
     ) -> npt.NDArray[Any] | list[npt.NDArray[Any]]: ...
     async def encode(
         self,
-        sentences: str | Iterable[str],
-        *,
-        output_value: OutputValue = "sentence_embedding",
+        sentences: Sentences = (),
+        prompt_name: str | None = None,
+        prompt: str | None = None,
+        batch_size: int | None = None,
         show_progress_bar: bool | None = None,
+        output_value: OutputValue = "sentence_embedding",
+        precision: Precision = "float32",
+        *,
         timeout_s: float | None = None,
         **options: Unpack[EncodeOptions],
     ) -> npt.NDArray[Any] | list[npt.NDArray[Any]]:
         """See `Client.encode`."""
-        check_names(options, EncodeOptions)
+        check_options(options)
         try:
             self._model = self._model or await self.model_info(timeout_s=timeout_s)
-            encoding = Encoding(sentences, self._model, output_value=output_value, **options)
+            encoding = Encoding(
+                sentences,
+                self._model,
+                prompt_name=prompt_name,
+                prompt=prompt,
+                batch_size=batch_size,
+                output_value=output_value,
+                precision=precision,
+                **options,
+            )
             with progress.bar(total=len(encoding.texts), unit="text", shown=show_progress_bar) as advance:
                 if (request := encoding.request()) is not None:
                     advance(encoding.note(0, await self._embed(request, timeout_s)))
@@ -173,6 +202,28 @@ class AsyncClient:
             self._model = None
             raise
         return await asyncio.to_thread(encoding.answer)
+
+    async def encode_query(
+        self,
+        sentences: Sentences,
+        prompt_name: str | None = None,
+        prompt: str | None = None,
+        **options: Unpack[TaskOptions],
+    ) -> npt.NDArray[Any] | list[npt.NDArray[Any]]:
+        """See `Client.encode_query`."""
+        options["task"] = "query"
+        return await self.encode(sentences, prompt_name, prompt, **options)
+
+    async def encode_document(
+        self,
+        sentences: Sentences,
+        prompt_name: str | None = None,
+        prompt: str | None = None,
+        **options: Unpack[TaskOptions],
+    ) -> npt.NDArray[Any] | list[npt.NDArray[Any]]:
+        """See `Client.encode_document`."""
+        options["task"] = "document"
+        return await self.encode(sentences, prompt_name, prompt, **options)
 
     async def wait_until_ready(self, *, timeout_s: float | None = None) -> None:
         """See `Client.wait_until_ready`."""

@@ -27,9 +27,17 @@ from layertap._transport.settings import DEFAULT_RETRIES, DEFAULT_TIMEOUT_S, TLS
 from layertap._transport.sync_bridge import Iteration
 from layertap._transport.transport import Link
 from layertap.errors import LayertapError
+from layertap.quantization import Precision
 from layertap.results.embedding import Embedding, LayerRows, StreamResult
 from layertap.results.tokens import Tokens
-from layertap.sentence_transformers import EncodeOptions, Encoding, OutputValue
+from layertap.sentence_transformers import (
+    EncodeOptions,
+    Encoding,
+    OutputValue,
+    Sentences,
+    TaskOptions,
+    check_options,
+)
 from layertap.types import ModelInfo
 
 
@@ -237,29 +245,41 @@ class Client:
     @overload
     def encode(
         self,
-        sentences: str | Iterable[str],
-        *,
+        sentences: Sentences,
+        prompt_name: str | None = ...,
+        prompt: str | None = ...,
+        batch_size: int | None = ...,
+        show_progress_bar: bool | None = ...,
         output_value: Literal["sentence_embedding"] = ...,
-        show_progress_bar: bool | None = None,
-        timeout_s: float | None = None,
+        precision: Precision = ...,
+        *,
+        timeout_s: float | None = ...,
         **options: Unpack[EncodeOptions],
     ) -> npt.NDArray[Any]: ...
     @overload
     def encode(
         self,
-        sentences: str | Iterable[str],
+        sentences: Sentences,
+        prompt_name: str | None = ...,
+        prompt: str | None = ...,
+        batch_size: int | None = ...,
+        show_progress_bar: bool | None = ...,
+        output_value: OutputValue = ...,
+        precision: Precision = ...,
         *,
-        output_value: OutputValue,
-        show_progress_bar: bool | None = None,
-        timeout_s: float | None = None,
+        timeout_s: float | None = ...,
         **options: Unpack[EncodeOptions],
     ) -> npt.NDArray[Any] | list[npt.NDArray[Any]]: ...
     def encode(
         self,
-        sentences: str | Iterable[str],
-        *,
-        output_value: OutputValue = "sentence_embedding",
+        sentences: Sentences = (),
+        prompt_name: str | None = None,
+        prompt: str | None = None,
+        batch_size: int | None = None,
         show_progress_bar: bool | None = None,
+        output_value: OutputValue = "sentence_embedding",
+        precision: Precision = "float32",
+        *,
         timeout_s: float | None = None,
         **options: Unpack[EncodeOptions],
     ) -> npt.NDArray[Any] | list[npt.NDArray[Any]]:
@@ -269,10 +289,10 @@ class Client:
         case, prompts. Many texts go over one stream, so that neither side holds more of them than it works on.
 
         Args:
-            sentences: One str, or an iterable of str.
+            sentences: One str, or an iterable of str and pairs, which are tuples of two str.
             prompt_name: The prompt to put before each text, by its name in the model's folder. None: the folder's
                 default, if it has one.
-            prompt: The prompt itself; "" for none in spite of a default.
+            prompt: The prompt itself, which wins over prompt_name; "" for none in spite of a default.
             batch_size: How many texts are sent at once at most. It bounds messages, not memory or speed: the server
                 makes batches of its own, by tokens. None: as many as suit the connection.
             show_progress_bar: Whether to show one, with tqdm (the extra `progress`). None: on a terminal, for what
@@ -288,15 +308,25 @@ class Client:
             each text, or one for one str. Shape: [token_count, hidden_size].
 
         Raises:
+            TypeError: if an option asks for what layertap cannot do, such as tensors (convert_to_tensor) or a device.
             InvalidArgumentError: An argument or a text is at fault; the message names it.
             FailedPreconditionError: The model's folder asks for something that layertap cannot do, or the server now
                 serves another model than at the last call.
             ModuleNotFoundError: A progress bar is wanted and tqdm is not installed.
         """
-        check_names(options, EncodeOptions)
+        check_options(options)
         try:
             self._model = self._model or self.model_info(timeout_s=timeout_s)
-            encoding = Encoding(sentences, self._model, output_value=output_value, **options)
+            encoding = Encoding(
+                sentences,
+                self._model,
+                prompt_name=prompt_name,
+                prompt=prompt,
+                batch_size=batch_size,
+                output_value=output_value,
+                precision=precision,
+                **options,
+            )
             with progress.bar(total=len(encoding.texts), unit="text", shown=show_progress_bar) as advance:
                 if (request := encoding.request()) is not None:
                     advance(encoding.note(0, self._embed(request, timeout_s)))
@@ -307,6 +337,28 @@ class Client:
             self._model = None
             raise
         return encoding.answer()
+
+    def encode_query(
+        self,
+        sentences: Sentences,
+        prompt_name: str | None = None,
+        prompt: str | None = None,
+        **options: Unpack[TaskOptions],
+    ) -> npt.NDArray[Any] | list[npt.NDArray[Any]]:
+        """Makes one vector of each query: `encode` with the prompt that the model's folder has for it."""
+        options["task"] = "query"
+        return self.encode(sentences, prompt_name, prompt, **options)
+
+    def encode_document(
+        self,
+        sentences: Sentences,
+        prompt_name: str | None = None,
+        prompt: str | None = None,
+        **options: Unpack[TaskOptions],
+    ) -> npt.NDArray[Any] | list[npt.NDArray[Any]]:
+        """Makes one vector of each document: `encode` with the prompt that the model's folder has for it."""
+        options["task"] = "document"
+        return self.encode(sentences, prompt_name, prompt, **options)
 
     def wait_until_ready(self, *, timeout_s: float | None = None) -> None:
         """Waits until the server answers calls, as after a start of both at once.

@@ -7,8 +7,8 @@ order of sentence-transformers: pool, normalize if the model does, cut, normaliz
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Any, Final, Literal, TypeAlias, TypedDict
+from collections.abc import Iterable, Mapping
+from typing import Any, Final, Literal, TypeAlias, TypedDict, Unpack
 
 import numpy as np
 import numpy.typing as npt
@@ -16,7 +16,7 @@ import numpy.typing as npt
 from layertap import quantization
 from layertap._protocol import requests
 from layertap._protocol.inputs import check_items, to_message, to_messages
-from layertap._protocol.options import count, embed_options
+from layertap._protocol.options import check_names, count, embed_options
 from layertap._protocol.stream_state import MAX_MESSAGE_COUNT, StreamLedger
 from layertap.errors import FailedPreconditionError, InvalidArgumentError
 from layertap.quantization import Precision
@@ -39,15 +39,72 @@ _LEAST_LENGTH: Final = 1e-12
 """A shorter vector is divided by this instead of its length, as torch does."""
 
 
+_TASK_PROMPTS: Final = {"query": ("query",), "document": ("document", "passage", "corpus")}
+"""The prompts that a task takes where none is named: the first that the model's folder has."""
+
+Sentence: TypeAlias = str | tuple[str, str]
+"""What `encode` makes one vector of: a text, or a pair."""
+
+Sentences: TypeAlias = str | Iterable[Sentence]
+
+
 class EncodeOptions(TypedDict, total=False):
     """The options of `Client.encode`, which documents them."""
 
-    prompt_name: str | None
-    prompt: str | None
-    batch_size: int | None
-    precision: Precision
     normalize_embeddings: bool | None
     truncate_dim: int | None
+    task: Literal["query", "document"] | None
+    convert_to_numpy: Literal[True]
+    convert_to_tensor: Literal[False]
+    device: None
+    pool: None
+    chunk_size: None
+
+
+class PromptedOptions(EncodeOptions, total=False):
+    """The options of an `Encoding` that has its prompt among them."""
+
+    prompt_name: str | None
+    prompt: str | None
+
+
+class TaskOptions(EncodeOptions, total=False):
+    """The options of `Client.encode_query` and `Client.encode_document`; `Client.encode` documents them."""
+
+    batch_size: int | None
+    show_progress_bar: bool | None
+    output_value: OutputValue
+    precision: Precision
+    timeout_s: float | None
+
+
+def check_options(options: Mapping[str, object]) -> None:
+    """Checks the options that sentence-transformers takes and layertap cannot do.
+
+    Raises:
+        TypeError: if one is unknown, or asks for what layertap cannot do; the message says what to do instead.
+    """
+    if "inputs" in options:
+        raise TypeError("encode takes the texts as its first argument: encode(texts, …), or sentences=texts")
+    check_names(options, EncodeOptions)
+    if options.get("convert_to_tensor", False) or not options.get("convert_to_numpy", True):
+        raise TypeError(
+            "encode returns numpy arrays, so convert_to_tensor must be False and convert_to_numpy True; "
+            "torch.from_numpy(vectors) makes a tensor of them without a copy"
+        )
+    for name in ("device", "pool", "chunk_size"):
+        if options.get(name) is not None:
+            raise TypeError(f"encode takes no {name}: the server computes, on the device of its --device; leave it out")
+
+
+class _Fixed(TypedDict, total=False):
+    """What `check_options` has found to be as it must be."""
+
+    convert_to_numpy: Literal[True]
+    convert_to_tensor: Literal[False]
+    device: None
+    pool: None
+    chunk_size: None
 
 
 class Encoding:
@@ -60,7 +117,7 @@ class Encoding:
 
     def __init__(
         self,
-        sentences: str | Iterable[str],
+        sentences: Sentences,
         info: ModelInfo,
         *,
         output_value: OutputValue = SENTENCE,
@@ -70,23 +127,15 @@ class Encoding:
         precision: Precision = "float32",
         normalize_embeddings: bool | None = None,
         truncate_dim: int | None = None,
+        task: Literal["query", "document"] | None = None,
+        **_checked: Unpack[_Fixed],
     ) -> None:
-        """Checks the arguments of `Client.encode`.
-
-        Args:
-            sentences: As there, as all others.
-            info: The served model.
-            prompt_name: See sentences.
-            prompt: See sentences.
-            batch_size: See sentences.
-            output_value: See sentences.
-            precision: See sentences.
-            normalize_embeddings: See sentences.
-            truncate_dim: See sentences.
+        """Checks the arguments of `Client.encode`, which documents them; `info` is the served model.
 
         Raises:
-            InvalidArgumentError: An argument is at fault.
-            FailedPreconditionError: The model's sentence vectors cannot be had.
+            TypeError: if output_value is None, which layertap has nothing for.
+            InvalidArgumentError: if an argument is at fault.
+            FailedPreconditionError: if layertap cannot make the model's sentence vectors.
         """
         config = info.sentence_config
         if config.unsupported is not None:
@@ -94,11 +143,13 @@ class Encoding:
                 f"encode cannot give what sentence-transformers gives with {info.model_id}: {config.unsupported}; ask "
                 "embed for layers or a pooling instead"
             )
+        if output_value is None:
+            raise TypeError("encode has no output_value=None; ask embed for several outputs of one forward pass")
         if output_value not in (SENTENCE, TOKENS):
             raise InvalidArgumentError(f"output_value is {output_value!r}; pass {SENTENCE!r} or {TOKENS!r}")
         self._info = info
         self._single = isinstance(sentences, str)
-        self.texts = [sentences] if isinstance(sentences, str) else _texts(sentences)
+        self.texts: list[Sentence] = [sentences] if isinstance(sentences, str) else _texts(sentences)
         self._message_count = count("batch_size", batch_size) or MAX_MESSAGE_COUNT
         self._precision = quantization.check(precision)
         self._normalize = bool(normalize_embeddings)
@@ -108,8 +159,11 @@ class Encoding:
             # Cut before it travels. Not what a model normalizes before it is cut.
             size = min(self._width or info.hidden_size, info.hidden_size)
             poolings = [Pooling(config.poolings[0], dimensions=size)]
-        if prompt is None and prompt_name is None:
-            prompt_name = config.default_prompt_name
+        if prompt is not None:
+            prompt_name = None  # A prompt beside a name wins, as in sentence-transformers.
+        elif prompt_name is None:
+            names = _TASK_PROMPTS[task] if task is not None else ()
+            prompt_name = next((name for name in names if name in config.prompts), config.default_prompt_name)
         of_tokens = output_value == TOKENS
         self.options = embed_options(
             layers=[-1] if of_tokens else None,
@@ -131,7 +185,7 @@ class Encoding:
         """Returns all of it as one request if there are only few texts, else None."""
         count = len(self.texts)
         few = 0 < count <= min(_FEW_TEXTS, self._message_count, self._info.limits.max_text_count)
-        if not few or sum(map(len, self.texts)) > _FEW_CHARACTERS:
+        if not few or sum(map(_length, self.texts)) > _FEW_CHARACTERS:
             return None
         if self._tokens is None and count * (64 + self._info.hidden_size * 4 * len(self.options.outputs)) > (
             self._info.limits.max_response_bytes
@@ -180,17 +234,25 @@ class Encoding:
         return vectors[0] if self._single else vectors
 
 
-def _texts(sentences: Iterable[str]) -> list[str]:
+def _texts(sentences: Iterable[Sentence]) -> list[Sentence]:
     check_items(sentences)
-    texts: list[str] = []
+    texts: list[Sentence] = []
     for index, text in enumerate(sentences):
         message = to_message(text, index)
-        if not message.HasField("text"):
+        if message.HasField("pair"):
+            texts.append((message.pair.first, message.pair.second))
+        elif message.HasField("text"):
+            texts.append(message.text)
+        else:
             raise InvalidArgumentError(
-                f"inputs[{index}] is {message.WhichOneof('kind')}; encode takes only str, pass all else to embed"
+                f"inputs[{index}] is {message.WhichOneof('kind')}; encode takes only str and tuples of two str, pass "
+                "all else to embed"
             )
-        texts.append(message.text)
     return texts
+
+
+def _length(sentence: Sentence) -> int:
+    return len(sentence) if isinstance(sentence, str) else sum(map(len, sentence))
 
 
 def _normalize(vectors: Array) -> None:

@@ -347,7 +347,6 @@ def test_only_plain_strings_take_a_prompt(tiny: Any, item: Any, called: str) -> 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"prompt": "a", "prompt_name": "query"}, "both prompt and prompt_name"),
         ({"prompt_name": "secret"}, "has document, query"),
         ({"prompt": "a" * 10_001}, "10001 characters, the most is 10000"),
         ({"prompt": 5}, "prompt is of type int"),
@@ -384,13 +383,11 @@ def test_a_text_that_is_all_prompt_has_nothing_to_pool(kind: str, instructed: Pa
     ("sentences", "options", "message"),
     [
         (5, {}, "inputs is of type int"),
-        (["fine", ("a", "pair")], {}, r"inputs\[1\] is pair; encode takes only str"),
         (["fine", ["words"]], {}, r"inputs\[1\] is words; encode takes only str"),
         (["fine", [101, 102]], {}, r"inputs\[1\] is token_ids; encode takes only str"),
         (["fine", None], {}, r"inputs\[1\] is missing"),
         (["fine", "\ud800"], {}, r"inputs\[1\] has a lone surrogate"),
         ("a", {"output_value": "tokens"}, "output_value is 'tokens'"),
-        ("a", {"output_value": None}, "output_value is None"),
         ("a", {"precision": "int4"}, "precision is 'int4'"),
         ("a", {"precision": "int8"}, "one embedding alone has no ranges"),
         ("a", {"batch_size": 0}, "batch_size is 0"),

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import sys
 from collections.abc import AsyncIterator, Iterator
-from typing import assert_type
+from typing import Any, assert_type
 
 import grpc
 import grpc.aio
@@ -161,6 +161,9 @@ def look_at_sentences(client: Client) -> None:
     assert client.encode("I love Paris").shape == (384,)
     vectors = client.encode(["I love Paris", "Hello"], normalize_embeddings=True, truncate_dim=64, batch_size=8)
     assert vectors.shape == (2, 64)
+    assert_type(client.encode(["I love Paris"], None, "query: ", 8), npt.NDArray[Any])
+    assert len(client.encode_query("Who plays?")) == len(client.encode_document("A guitar", truncate_dim=384))
+    assert client.encode([("I love Paris", "Hello")]).shape == (1, 384)
     ranges = np.stack([vectors.min(0), vectors.max(0)])
     assert layertap.quantize_embeddings(vectors[0], precision="int8", ranges=ranges).dtype == np.int8
     tokens = client.encode(["I love Paris"], output_value="token_embeddings", prompt="query: ")

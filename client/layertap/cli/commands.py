@@ -22,7 +22,7 @@ from layertap.jobs.readers import Lines, Source
 from layertap.jobs.runner import Answers
 from layertap.jobs.tasks import EmbedTask, EncodeTask, Task
 from layertap.quantization import Precision
-from layertap.sentence_transformers import EncodeOptions
+from layertap.sentence_transformers import PromptedOptions
 from layertap.types import Pooling
 
 _HEALTH: Final = ("UNKNOWN", "SERVING", "NOT_SERVING", "SERVICE_UNKNOWN")
@@ -114,7 +114,7 @@ def embed(args: argparse.Namespace) -> int:
 
 def encode(args: argparse.Namespace) -> int:
     """Shows sentence vectors, or writes them to a file."""
-    options: EncodeOptions = {
+    options: PromptedOptions = {
         "prompt": args.prompt,
         "prompt_name": args.prompt_name,
         "normalize_embeddings": args.normalize,

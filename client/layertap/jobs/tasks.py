@@ -15,7 +15,7 @@ from layertap.jobs.items import Item
 from layertap.quantization import Precision
 from layertap.results.embedding import Embedding, StreamResult
 from layertap.results.export import Column
-from layertap.sentence_transformers import TOKENS, EncodeOptions, Encoding, OutputValue
+from layertap.sentence_transformers import TOKENS, Encoding, OutputValue, PromptedOptions
 from layertap.types import ModelInfo
 
 
@@ -93,7 +93,7 @@ class EncodeTask:
         precision: As there; applied to all texts together, when they are done.
     """
 
-    options: EncodeOptions
+    options: PromptedOptions
     output_value: OutputValue
     precision: Precision
     _encoding: Encoding | None = None
