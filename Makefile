@@ -34,7 +34,7 @@ generate = PATH="$(CURDIR)/$(BIN):$$PATH" PYTHONPATH=.tools $(BIN)/python -m grp
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: bench-compute bench-callers bench-fuzz bench-gpu bench-jobs bench-load bench-streams bench-wire help install model protos protos-fresh lint format check test test-unit test-model test-e2e test-floors test-newest demo docs notebook serve bench clean
+.PHONY: bench-compute bench-callers bench-fuzz bench-gpu bench-jobs bench-load bench-streams bench-wire help install model protos protos-fresh lint format check test test-unit test-model test-e2e test-cpus test-floors test-newest demo docs notebook serve bench clean
 
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z][a-z-]*:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -82,6 +82,12 @@ test-model: $(INSTALL_STAMP) $(MODEL_STAMP)  ## Run the tests that compare numbe
 
 test-e2e: $(INSTALL_STAMP) $(MODEL_STAMP)  ## Run the tests that start real servers
 	$(BIN)/python -m pytest tests/e2e $(ARGS)
+
+NUMBERS := tests/model/test_batch_invariance.py tests/model/test_engine.py
+
+test-cpus: $(INSTALL_STAMP) $(MODEL_STAMP)  ## Run the tests of numbers and bits as on two older kinds of CPU (2 min)
+	ATEN_CPU_CAPABILITY=avx2 MKL_ENABLE_INSTRUCTIONS=AVX2 ONEDNN_MAX_CPU_ISA=AVX2 $(BIN)/python -m pytest $(NUMBERS)
+	ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 $(BIN)/python -m pytest $(NUMBERS)
 
 test-floors: $(INSTALL_STAMP) $(MODEL_STAMP) $(OLDEST_STAMP)  ## Run the client on the oldest numpy, grpcio and protobuf
 	$(BIN)/python tests/floors.py $(dir $(OLDEST_STAMP))
