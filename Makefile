@@ -34,7 +34,7 @@ generate = PATH="$(CURDIR)/$(BIN):$$PATH" PYTHONPATH=.tools $(BIN)/python -m grp
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: bench-compute bench-callers bench-fuzz bench-gpu bench-jobs bench-load bench-streams bench-wire help install model protos protos-fresh lint format check test test-unit test-model test-e2e test-cpus test-floors test-newest demo docs notebook serve bench clean
+.PHONY: bench-compute bench-callers bench-fuzz bench-gpu bench-jobs bench-load bench-streams bench-wire help install model protos protos-fresh lint format check test test-unit test-model test-e2e test-heavy test-cpus test-floors test-newest demo docs notebook serve bench clean
 
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z][a-z-]*:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -64,6 +64,10 @@ lint: $(INSTALL_STAMP)  ## Run ruff, mypy --strict, pyright, import-linter and b
 	$(BIN)/basedpyright
 	$(BIN)/lint-imports --no-logo
 	cd protos && ../$(BIN)/buf lint
+	@tag=$$(git describe --tags --abbrev=0 2>/dev/null) || tag=; \
+	if [ -n "$$tag" ]; then echo "buf breaking against $$tag"; \
+		cd protos && ../$(BIN)/buf breaking --against "../.git#tag=$$tag,subdir=protos"; \
+	else echo "buf breaking: skipped, there is no tag to compare with"; fi
 
 format: $(INSTALL_STAMP)  ## Format the code and apply the safe fixes of ruff
 	$(BIN)/ruff check --fix-only
@@ -71,8 +75,8 @@ format: $(INSTALL_STAMP)  ## Format the code and apply the safe fixes of ruff
 
 check: lint protos-fresh  ## Run all that is checked without running the code
 
-test: $(INSTALL_STAMP) $(MODEL_STAMP)  ## Run all tests
-	$(BIN)/python -m pytest $(ARGS)
+test: $(INSTALL_STAMP) $(MODEL_STAMP)  ## Run all tests but the heavy ones
+	$(BIN)/python -m pytest -m "not heavy" $(ARGS)
 
 test-unit: $(INSTALL_STAMP) $(MODEL_STAMP)  ## Run the tests that need neither torch nor a server (20 s)
 	$(BIN)/python -m pytest tests/unit $(ARGS)
@@ -81,7 +85,10 @@ test-model: $(INSTALL_STAMP) $(MODEL_STAMP)  ## Run the tests that compare numbe
 	$(BIN)/python -m pytest tests/model $(ARGS)
 
 test-e2e: $(INSTALL_STAMP) $(MODEL_STAMP)  ## Run the tests that start real servers
-	$(BIN)/python -m pytest tests/e2e $(ARGS)
+	$(BIN)/python -m pytest -m "not heavy" tests/e2e $(ARGS)
+
+test-heavy: $(INSTALL_STAMP) $(MODEL_STAMP)  ## Run the tests that take long: kills at any step of a file job
+	$(BIN)/python -m pytest -m heavy $(ARGS)
 
 NUMBERS := tests/model/test_batch_invariance.py tests/model/test_engine.py
 

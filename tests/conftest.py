@@ -14,12 +14,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from support import TINY_SETTINGS, Server, open_client, running
+from support import TINY_SETTINGS, Server, forks, open_client, running
 
 from layertap_server.model.checkpoint import EMBEDDED_MODEL
 
 if TYPE_CHECKING:
     from support.oracle import Oracle
+
+
+@pytest.fixture(scope="session", autouse=True)
+def forking_process_ends() -> Iterator[None]:
+    """Is set up first and so torn down last, after the servers of the session."""
+    yield
+    forks.close()
 
 
 @pytest.fixture(scope="session")

@@ -56,12 +56,7 @@ class ServerProcess:
         """
         self._stop_timeout_s = stop_timeout_s
         self._log: list[bytes] = []
-        self.process = subprocess.Popen(
-            [sys.executable, *program, "--port", "0", *flags],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            env={**os.environ, **(environment or {})},
-        )
+        self.process = self._start([*program, "--port", "0", *flags], {**os.environ, **(environment or {})})
         self._reader = threading.Thread(target=self._read_log, daemon=True)
         self._reader.start()
         try:
@@ -97,6 +92,11 @@ class ServerProcess:
         """Ends the server as a crash does, by SIGKILL; returns its exit code."""
         self.process.kill()
         return self._end()
+
+    def _start(self, arguments: Sequence[str], environment: Mapping[str, str]) -> subprocess.Popen[bytes]:
+        return subprocess.Popen(
+            [sys.executable, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment
+        )
 
     def _end(self) -> int:
         code = self.process.wait(timeout=self._stop_timeout_s)

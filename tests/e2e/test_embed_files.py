@@ -318,6 +318,7 @@ def test_more_items_at_the_end_of_the_input_are_taken_up(
 # Broken off.
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize(("name", "flags"), [("out.npz", LAYERS), ("out.parquet", POOLED)])
 def test_killed_at_ten_random_moments_it_makes_the_same_file(
     name: str,
@@ -375,6 +376,7 @@ class Death:
         return call
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("after", [False, True])
 def test_dead_at_any_step_of_the_end_it_makes_the_same_file(
     after: bool, server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -10,7 +10,7 @@ import contextlib
 import inspect
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ import numpy as np
 from layertap import AsyncClient, Client
 from layertap_server.parity.compare import BOUNDS
 from layertap_server.testing import ServerProcess
+from support import forks
 
 ROOT = Path(__file__).parents[2]
 """The checkout."""
@@ -63,6 +64,9 @@ class Server(ServerProcess):
     def __init__(self, *flags: str, environment: dict[str, str] | None = None, script: Path | None = None) -> None:
         program = {"program": [str(script)]} if script else {}
         super().__init__(*flags, environment=environment, stop_timeout_s=STOP_TIMEOUT_S, **program)
+
+    def _start(self, arguments: Sequence[str], environment: Mapping[str, str]) -> Any:
+        return forks.start(arguments, environment) or super()._start(arguments, environment)
 
     @property
     def log(self) -> bytes:
