@@ -114,7 +114,7 @@ def refusal(kind: str, address: str, **options: Any) -> LayertapError:
     return found[0]
 
 
-def test_the_right_papers_open_the_door(kind: str, house: House, mutual: House, tmp_path: Path) -> None:
+def test_the_right_certificates_and_token_are_accepted(kind: str, house: House, mutual: House, tmp_path: Path) -> None:
     assert ask(kind, house.server.address, tls=house.tls, token=ALICE) == (1, 32)
     assert ask(kind, house.server.address, tls=TLS(ca=house.authority.pem), token=BOB) == (1, 32)
     named = house.server.address.replace("127.0.0.1", "localhost")
@@ -125,7 +125,7 @@ def test_the_right_papers_open_the_door(kind: str, house: House, mutual: House, 
     assert ask(kind, mutual.server.address, tls=TLS(ca=mutual.ca, cert=cert, key=key)) == (1, 32)
 
 
-def test_the_environment_opens_the_door(kind: str, house: House, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_credentials_come_from_the_environment(kind: str, house: House, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LAYERTAP_TARGET", house.server.address)
     monkeypatch.setenv("LAYERTAP_TLS_CA", house.ca)
     monkeypatch.setenv("LAYERTAP_TOKEN", ALICE)
@@ -259,7 +259,7 @@ async def listens(*flags: str) -> None:
     await server.stop(None)
 
 
-def test_files_that_cannot_be_used_are_told_before_anything_listens(tmp_path: Path) -> None:
+def test_unusable_files_end_the_start_before_the_server_listens(tmp_path: Path) -> None:
     authority = Authority()
     cert, key = authority.sign("one").write(tmp_path, "one")
     _, other_key = authority.sign("other").write(tmp_path, "other")

@@ -1,4 +1,4 @@
-"""What users can get wrong, and what the world can: the exact error, a message that helps, and nobody else harmed.
+"""What users can get wrong, and what the world can: the exact error, a message that helps, and no other client harmed.
 
 Every text here carries SECRET, which may appear in no error and in no log. Both servers are this file's own: `server`
 serves the tiny model; `flawed` a model whose weights go wrong for some tokens, under small limits.
@@ -419,7 +419,7 @@ def test_layers_that_are_none(client: Any, layers: Any) -> None:
     _refused(InvalidArgumentError, lambda: list(client.embed_layers(SECRET, layers=layers)), "layers")
 
 
-def test_names_that_nobody_knows(client: Any) -> None:
+def test_unknown_names(client: Any) -> None:
     for name in ("float64", "FLOAT32", "", None, 32):
         _refused(InvalidArgumentError, lambda name=name: client.embed(SECRET, dtype=name), "dtype", "bfloat16")
     for name in ("middle", "", None, True):
@@ -451,7 +451,7 @@ def test_token_ids_have_no_words(client: Any) -> None:
 
 
 @pytest.mark.parametrize("words", ["middle", "", "MEAN", True, 1, ["mean"]], ids=repr)
-def test_words_that_nobody_knows(client: Any, words: Any) -> None:
+def test_unknown_word_options(client: Any, words: Any) -> None:
     _refused(InvalidArgumentError, lambda: client.embed(SECRET, words=words), "words", "first_last")
     _refused(InvalidArgumentError, lambda: list(client.embed_stream([SECRET], words=words)), "words", "first_last")
 
@@ -764,7 +764,7 @@ def test_a_stream_opens_with_its_options_once(stub: Stub) -> None:
 
 def test_ids_that_are_in_flight_twice(stub: Stub) -> None:
     _stream_refused(stub, [_opening(), _texts(3, 5, 3)], "id 3", "anew")
-    # Answered ids may come again: whoever waits for the answer can number from 0 each time.
+    # Answered ids may come again: a caller that waits for the answer can number from 0 each time.
     answered = threading.Event()
 
     def messages() -> Iterator[pb.EmbedStreamRequest]:
@@ -918,9 +918,9 @@ def test_a_model_without_a_pooler(flawed: Any) -> None:
 # --- what goes wrong on the way -------------------------------------------------------------------
 
 
-def test_nobody_listens(kind: str) -> None:
+def test_no_server_listens(kind: str) -> None:
     with socket.socket() as held:
-        held.bind(("127.0.0.1", 0))  # Bound and not listening: refused, and nobody else can take the port.
+        held.bind(("127.0.0.1", 0))  # Bound and not listening: refused, and no other process can take the port.
         target = f"127.0.0.1:{held.getsockname()[1]}"
         client = open_client(kind, target)
         for call in (
@@ -1060,7 +1060,7 @@ def test_a_server_that_dies_ends_every_call(tiny_folder: Path) -> None:
                 assert all([event.wait(PATIENCE_S) for event in began])
                 server.signal(signal.SIGSTOP)
                 late = [pool.submit(whole), pool.submit(lambda: asyncio.run(awhole()))]
-                assert not wait(late, timeout=0.5).done  # A server that stands still answers nobody.
+                assert not wait(late, timeout=0.5).done  # A stopped server answers no call.
             finally:
                 server.signal(signal.SIGKILL)
                 killed.set()

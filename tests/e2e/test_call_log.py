@@ -129,7 +129,7 @@ def stub(tiny_server: Server) -> Iterator[embedding_pb2_grpc.EmbeddingServiceStu
         yield embedding_pb2_grpc.EmbeddingServiceStub(channel)
 
 
-def test_a_server_logs_text_unless_told_otherwise(stub: Any, tiny_server: Server) -> None:
+def test_a_server_logs_text_by_default(stub: Any, tiny_server: Server) -> None:
     request = pb.EmbedRequest(inputs=to_messages("x"), options=embed_options(**POOLED))
     stub.Embed(request, metadata=(("x-request-id", "the-text-log"),), timeout=WAIT_S)
     wanted = b" call ended request_id=the-text-log method=Embed code=OK client=127.0.0.1 "
@@ -183,8 +183,8 @@ def test_errors_of_the_server_tell_their_request_and_others_have_none(kind: str,
         assert (str(copy), copy.request_id) == (str(caught.value), found[-1])
     assert len(set(found)) == len(found) and None not in found
     client.close()
-    nobody = open_client(kind, "127.0.0.1:1")
+    client = open_client(kind, "127.0.0.1:1")
     with pytest.raises(UnavailableError) as caught:
-        nobody.embed("x", timeout_s=WAIT_S)
+        client.embed("x", timeout_s=WAIT_S)
     assert caught.value.request_id is None and "request" not in str(caught.value)
-    nobody.close()
+    client.close()

@@ -112,7 +112,7 @@ def test_texts_come_from_arguments_files_and_stdin(
     assert finish(start(command, "-", *reading), rows) == (0, wanted, "")
 
 
-def test_a_bad_text_is_told_and_the_others_go_on(target: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_bad_text_is_reported_and_the_others_go_on(target: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["embed", "one", "private " * 600, "three", "--pooling", "mean"]) == 3
     found = capsys.readouterr()
     assert [line for line in found.out.splitlines() if line[0] != " "] == ["text 1: 3 tokens", "text 3: 3 tokens"]

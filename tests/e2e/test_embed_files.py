@@ -144,7 +144,7 @@ def test_a_file_has_what_the_client_gets(server: Server, corpus: Path, tmp_path:
             np.testing.assert_allclose(found[name], array, atol=2e-5, err_msg=name)
 
 
-def test_bad_items_are_told_with_number_id_code_and_reason(
+def test_bad_items_are_reported_with_number_id_code_and_reason(
     unbroken: Callable[[str, tuple[str, ...]], dict[str, bytes]],
 ) -> None:
     found = [json.loads(line) for line in unbroken("out.npz", LAYERS)["out.npz.errors.jsonl"].splitlines()]

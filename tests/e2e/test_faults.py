@@ -226,7 +226,7 @@ def test_work_for_a_caller_who_left_stops_within_one_batch(slow: Server, way: st
                 elif way == "deadline":
                     with pytest.raises(grpc.RpcError):
                         list(call)
-        client.embed("x")  # What runs has ended, or has seen that nobody waits.
+        client.embed("x")  # What runs has ended, or has seen that no caller waits.
         before = encoded(slow)
         client.embed("y")
         assert encoded(slow) == before + 1
@@ -285,7 +285,7 @@ def test_sigterm_under_load_fails_no_call_that_was_accepted(tiny_folder: Path) -
         for caller in callers:
             caller.join(WAIT_S)
             assert not caller.is_alive()
-        assert server.process.wait(WAIT_S) == 0, "an open Watch holds up nobody"
+        assert server.process.wait(WAIT_S) == 0, "an open Watch must not delay the stop"
         server.stop()
     found = [outcomes.get() for _ in range(outcomes.qsize())]
     ends = [outcome for outcome in found if outcome != "done"]
@@ -295,7 +295,7 @@ def test_sigterm_under_load_fails_no_call_that_was_accepted(tiny_folder: Path) -
     assert b"did not finish" not in server.log and b"Traceback" not in server.log, server.log.decode()
 
 
-def test_a_stream_goes_on_at_the_next_server_when_its_own_is_told_to_end(tiny_folder: Path) -> None:
+def test_a_stream_continues_at_the_next_server_when_its_own_stops(tiny_folder: Path) -> None:
     texts = [f"{EIGHT} {n}" for n in range(400)]
     flags = ("--device", "cpu", "--model-id", str(tiny_folder), "--grace-s", str(WAIT_S))
     port = "0"
@@ -325,7 +325,7 @@ def test_a_stream_goes_on_at_the_next_server_when_its_own_is_told_to_end(tiny_fo
                 assert np.abs(result.embedding.last_hidden_state - rows).max() <= BOUND
 
 
-def test_what_outlasts_the_grace_is_told_so_and_a_second_signal_ends_all_at_once(tiny_folder: Path) -> None:
+def test_calls_that_outlast_the_grace_fail_and_a_second_signal_ends_all_at_once(tiny_folder: Path) -> None:
     flags = (*slow_flags(tiny_folder), "--batch-s", "0.2")
     with ending(Server(*flags, "--grace-s", "0.2", script=SCRIPT)) as server, stub_of(server) as (stub, _):
         calls = [stub.EmbedLayers(request_for(400), timeout=WAIT_S) for _ in range(3)]

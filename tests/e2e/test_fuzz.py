@@ -52,7 +52,7 @@ def test_whatever_is_sent_ends_with_a_code_of_the_contract(server: Server) -> No
 
 
 @pytest.mark.parametrize("preface", [b"", b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"])
-def test_bytes_that_are_no_http_2_harm_nobody(server: Server, preface: bytes) -> None:
+def test_bytes_that_are_not_http_2_harm_no_other_client(server: Server, preface: bytes) -> None:
     chance = random.Random(7)
     with Client(server.address) as client:
         for size in (1, 9, 100, 5000):

@@ -35,7 +35,7 @@ def test_a_service_that_is_not_there_is_not_found(tiny_server: Server) -> None:
     assert caught.value.code() is grpc.StatusCode.NOT_FOUND
 
 
-def test_whoever_watches_a_service_sees_it_stop(tiny_folder: Path) -> None:
+def test_a_health_watch_sees_the_service_stop(tiny_folder: Path) -> None:
     flags = ("--device", "cpu", "--model-id", str(tiny_folder))
     with running(*flags) as server, grpc.insecure_channel(server.address) as channel:
         stub = health_pb2_grpc.HealthStub(channel)

@@ -1,4 +1,4 @@
-"""Servers that stop, die and come back, callers who stop reading or leave: nobody else notices, nothing is lost."""
+"""Servers that stop, die and come back, callers that stop reading or leave: no other notices, nothing is lost."""
 
 from __future__ import annotations
 
@@ -116,7 +116,7 @@ def tight_server(tiny_folder: Path) -> Iterator[Server]:
         yield server
 
 
-def test_a_stalled_reader_harms_nobody_and_is_dropped(tight_server: Server) -> None:
+def test_a_stalled_reader_harms_no_other_client_and_is_dropped(tight_server: Server) -> None:
     with stub_of(tight_server) as (stub, _), Client(tight_server.address) as client:
         stalled = stub.EmbedLayers(request_for([LONG] * 50), timeout=WAIT_S)
         assert next(stalled).WhichOneof("part") == "header"
@@ -224,7 +224,7 @@ def test_a_stream_survives_a_killed_server_each_result_once_and_in_order(tiny_fo
         ended(server)
 
 
-def test_a_stream_refuses_to_go_on_with_another_model_and_gives_up_when_nobody_comes_back(tiny_folder: Path) -> None:
+def test_a_stream_refuses_another_model_and_gives_up_when_no_server_returns(tiny_folder: Path) -> None:
     flags = ("--device", "cpu", "--model-id", str(tiny_folder))
     server = Server(*flags)
     again: queue.Queue[str] = queue.Queue()

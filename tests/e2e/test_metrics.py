@@ -151,7 +151,7 @@ def load(server: Server) -> Iterator[Load]:
 def test_the_metrics_are_what_the_callers_counted(load: Load, url: str) -> None:
     before = Exposed(url)
     assert before("serving") == 1 and before("instances") == before("instances_live") == 1
-    assert before("batch_tokens_count") == 0, "the warm-up is nobody's batch"
+    assert before("batch_tokens_count") == 0, "the warm-up is not counted as a batch"
 
     # What goes well, or is refused before the queue.
     good = pb.EmbedRequest(inputs=to_messages(["I love Paris", "Hello"]), options=POOLED)

@@ -226,7 +226,7 @@ def test_calls_that_are_broken_off_give_all_back(small: Server) -> None:
             parts = client.embed_layers([LONG] * (1 + n % 3))
             assert next(parts).layer == 0
             if n % 2:
-                finished.wait(0.05)  # Some calls are over for the server, with messages that nobody has read.
+                finished.wait(0.05)  # Some calls are over for the server, with unread messages.
             parts.close()
             results = client.embed_stream([LONG] * 4, layers="all")
             assert next(results).index == 0
@@ -364,7 +364,7 @@ def test_clients_above_the_most_get_bytes(tiny_folder: Path, caplog: pytest.LogC
         assert "--max-shared-memory-call-count" in caplog.text
 
 
-def test_nobody_is_asked_for_memory_unless_it_is_wanted(kind: str, large: Server) -> None:
+def test_memory_is_requested_only_if_the_client_wants_it(kind: str, large: Server) -> None:
     poll(lambda: not segment_count(large))
     with opened(kind, large.address, shared_memory=False) as client:
         client.embed(LONG, layers="all")
@@ -388,7 +388,7 @@ def test_a_segment_that_the_server_does_not_know_is_as_good_as_none(large: Serve
     assert sum(len(message.data) for message in messages) == LONG_BYTES // 4
 
 
-def test_a_caller_who_scribbles_all_over_its_segment_harms_nobody_else(large: Server, wanted: Embedding) -> None:
+def test_a_client_that_overwrites_its_segment_harms_no_other_client(large: Server, wanted: Embedding) -> None:
     options = pb.EmbedOptions(outputs=[pb.Output(hidden_states=pb.HiddenStates(all_layers=True))])
     stop = threading.Event()
     with grpc.insecure_channel(large.address) as channel:

@@ -116,7 +116,7 @@ def test_what_cannot_be_meant_is_refused_at_once(arguments: dict[str, Any], word
         {"target": "10.0.0.1:1", "tls": False},
     ],
 )
-def test_a_token_goes_where_nobody_listens(arguments: dict[str, Any]) -> None:
+def test_a_token_goes_over_tls_to_loopback_or_where_tls_is_refused_by_name(arguments: dict[str, Any]) -> None:
     found = settle(token="t0", **arguments)
     assert found.metadata == (("authorization", "Bearer t0"),) and "t0" not in repr(found)
 
@@ -223,7 +223,7 @@ def test_a_large_request_is_repeated_too(kind: str) -> None:
         client.close()
 
 
-def test_several_servers_take_turns(kind: str) -> None:
+def test_several_servers_are_used_round_robin(kind: str) -> None:
     with standing_in("one", "two") as [(_, one), (_, two)]:
         client = open_client(kind, f"{one},{two}")
         client.wait_until_ready(timeout_s=WAIT_S)
@@ -277,10 +277,10 @@ def test_waiting_until_ready(kind: str) -> None:
         with pytest.raises(LayertapError, match="token="):
             client.wait_until_ready(timeout_s=WAIT_S)
         client.close()
-    nobody = open_client(kind, address, retries=0)
+    client = open_client(kind, address, retries=0)
     with pytest.raises(DeadlineExceededError, match=r"not ready within 0\.3 s.*no server answers"):
-        nobody.wait_until_ready(timeout_s=0.3)
-    nobody.close()
+        client.wait_until_ready(timeout_s=0.3)
+    client.close()
 
 
 # Channels of the user's.
@@ -432,7 +432,7 @@ def test_where_grpc_would_hang_in_a_child_the_client_says_so(tiny_server: Server
         assert line.startswith("FailedPreconditionError") and "GRPC_ENABLE_FORK_SUPPORT=1" in line
 
 
-def test_nobody_answers(kind: str) -> None:
+def test_no_server_answers(kind: str) -> None:
     client = open_client(kind, "127.0.0.1:1", retries=1)
     with pytest.raises(UnavailableError, match="no server answers at 127"):
         client.model_info()

@@ -1,4 +1,4 @@
-"""Requests of many kinds in one batch: whoever shares it, each text comes out as transformers computes it alone."""
+"""Requests of many kinds in one batch: whatever shares it, each text comes out as transformers computes it alone."""
 
 from __future__ import annotations
 

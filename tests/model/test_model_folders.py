@@ -286,7 +286,7 @@ def test_a_pair_for_a_model_with_one_token_type_is_refused_by_name(odd_client: A
 
 def test_what_the_model_is(odd_client: Any, odd: Path) -> None:
     info = odd_client.model_info()
-    assert info.model_id == "odd-bert"  # Its last part: where it lies is nobody's business.
+    assert info.model_id == "odd-bert"  # Its last part: the path of the folder is not part of it.
     assert (info.layer_count, info.hidden_size, info.attention_head_count) == (2, 15, 3)
     assert (info.vocab_size, info.type_vocab_size, info.max_length) == (60, 1, 64)
     assert (info.has_pooler_output, info.devices, info.compute_dtype) == (False, ("cpu",), "float32")

@@ -1,4 +1,4 @@
-"""Requests that nobody would send: made at random from the contract itself, mutated, or no messages at all.
+"""Requests that no client sends: made at random from the contract itself, mutated, or no messages at all.
 
 What the contract describes is filled in by its descriptors, so a field that is added is fuzzed from the first day. The
 values lean to what nearly makes sense: what is refused at the door reaches nothing behind it. One case is one call; it

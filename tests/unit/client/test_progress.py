@@ -1,4 +1,4 @@
-"""The progress bar: seen when asked for, unseen where nobody looks, and a clear word where tqdm is missing."""
+"""The progress bar: drawn when asked for, absent without a terminal, and a clear error without tqdm."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def drawn(monkeypatch: pytest.MonkeyPatch, screen: Screen | None, **options: Any
 
 
 @pytest.mark.parametrize("terminal", [True, False])
-def test_a_bar_that_is_asked_for_is_drawn_whoever_looks(monkeypatch: pytest.MonkeyPatch, terminal: bool) -> None:
+def test_a_requested_bar_is_drawn_on_any_output(monkeypatch: pytest.MonkeyPatch, terminal: bool) -> None:
     last = drawn(monkeypatch, Screen(terminal), shown=True, label="embedding").split("\r")[-1]
     assert last.startswith("embedding: 100%") and "3/3" in last and "texts/s" in last
 

@@ -212,7 +212,7 @@ def test_names_of_flags_and_variables() -> None:
     assert variable("max_batch_tokens") == "LAYERTAP_MAX_BATCH_TOKENS"
 
 
-def test_other_variables_are_nobodys_business() -> None:
+def test_other_variables_are_ignored() -> None:
     assert parse([], {"LAYERTAP_NO_SUCH_KNOB": "1", "PORT": "7", "PATH": "/"}) == Config()
 
 

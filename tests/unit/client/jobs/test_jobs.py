@@ -106,7 +106,7 @@ def test_json_lines_carry_texts_words_and_ids(json_of: Callable[..., list[Item |
         ('{"id": 1, "text": "private \\ud800"}', 1, "lone surrogate"),
     ],
 )
-def test_a_bad_line_of_json_is_told_with_its_number_and_never_its_text(
+def test_a_bad_line_of_json_is_reported_by_number_and_never_by_text(
     line: str, known: int | None, reason: str, json_of: Callable[..., list[Item | BadItem]]
 ) -> None:
     good, bad = json_of('{"id": 0, "text": "fine"}', line)

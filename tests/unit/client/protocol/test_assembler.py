@@ -292,7 +292,7 @@ def test_a_summary_that_counts_otherwise_is_a_data_loss() -> None:
             assemble(SMALL, messages)
 
 
-def test_a_part_that_nobody_knows_is_a_data_loss() -> None:
+def test_an_unknown_part_is_a_data_loss() -> None:
     header, *rest = opened(SMALL, whole_frames(SMALL))
     both_ends(SMALL, [header, (pb.EmbedLayersResponse(), b""), *rest])
 

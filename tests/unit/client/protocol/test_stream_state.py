@@ -136,7 +136,7 @@ def test_the_opening_carries_options_and_order() -> None:
         assert opening.options.options == ANSWER.options and opening.options.order == order
 
 
-def test_answers_that_come_early_wait_for_their_turn_or_do_not_as_asked() -> None:
+def test_early_answers_are_held_back_only_if_order_is_asked() -> None:
     for ordered in (True, False):
         to = opened(ordered=ordered)
         send_all(to)
@@ -306,14 +306,14 @@ def spoilt() -> Iterator[Any]:
             setattr(messages[at][0].frame, name, value)
         return messages
 
-    yield case("an id that nobody sent", with_results(lambda results: results.ids.__setitem__(0, 77)))
+    yield case("an id that was not sent", with_results(lambda results: results.ids.__setitem__(0, 77)))
     yield case("a negative id", with_results(lambda results: results.ids.__setitem__(0, -1)))
     yield case("an id twice in a message", with_results(lambda results: results.ids.__setitem__(1, 0)))
     yield case("an id answered before", packed([0]), packed([0]))
-    yield case("a failure for nobody", failure(77))
+    yield case("a failure of an unknown id", failure(77))
     yield case("a failure for whom there is an answer", packed([0]), failure(0))
     yield case("a header again", (pb.EmbedStreamResponse(header=responses.header(answers.IDENTITY, ANSWER.plan)), b""))
-    yield case("a part that nobody knows", (pb.EmbedStreamResponse(), memoryview(b"")))
+    yield case("an unknown part", (pb.EmbedStreamResponse(), memoryview(b"")))
     yield case("counts for fewer", with_results(lambda results: results.token_counts.pop()))
     yield case("truncated for fewer", with_results(lambda results: results.truncated.pop()))
     yield case("timings for fewer", with_results(lambda results: results.timings.pop()))
@@ -323,7 +323,7 @@ def spoilt() -> Iterator[Any]:
     yield case("data missing", (packed([0, 1])[0], packed([0, 1])[1][:-1]))
     yield case("data too much", (packed([0, 1])[0], memoryview(bytes(packed([0, 1])[1]) + b"\0")))
     yield case("no data", (packed([0, 1])[0], memoryview(b"")))
-    yield case("a frame for nobody", *with_frame(0, id=77))
+    yield case("a frame of an unknown id", *with_frame(0, id=77))
     yield case("a frame twice", frames(2)[0], frames(2)[0])
     yield case("frames in another order", *frames(2)[1::-1])
     yield case("a frame missing", *frames(2)[:1], *frames(2)[2:])

@@ -225,7 +225,7 @@ def test_texts_of_a_call_are_numbered_on_through_its_batches(make: Make, engine:
     ]
 
 
-def test_clients_take_turns(make: Make, engine: Engine) -> None:
+def test_clients_are_served_round_robin(make: Make, engine: Engine) -> None:
     batcher = make(max_batch_tokens=4)
     plugged(batcher, engine)
     Caller(batcher, client="bulk", reads=True).add(*range(10, 20))
@@ -259,7 +259,7 @@ def test_a_client_gets_no_more_for_opening_many_connections(make: Make, engine: 
     assert sorted(engine.next_batch()) == [[14], [15], [16], [17]]
 
 
-def test_connections_of_one_client_take_turns_and_keep_their_order(make: Make, engine: Engine) -> None:
+def test_connections_of_one_client_are_served_round_robin_and_keep_their_order(make: Make, engine: Engine) -> None:
     batcher = make(max_batch_tokens=4)
     plugged(batcher, engine)
     Caller(batcher, connection="flood", reads=True).add(*range(10, 20))
@@ -429,7 +429,7 @@ def test_a_call_closed_in_mid_batch_gets_no_further_events_and_holds_nothing(mak
 
 
 @pytest.mark.parametrize("instance_busy", [False, True])
-def test_an_expired_call_is_told_so_and_never_encoded(make: Make, engine: Engine, instance_busy: bool) -> None:
+def test_an_expired_call_fails_and_is_never_encoded(make: Make, engine: Engine, instance_busy: bool) -> None:
     batcher = make()
     if instance_busy:
         plugged(batcher, engine)
