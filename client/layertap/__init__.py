@@ -1,7 +1,7 @@
 """layertap: tokens, pooled vectors and every layer of a BERT over gRPC, as numpy arrays."""
 
-from layertap._transport import fork as fork  # First: gRPC looks at what it sets.
 from layertap._transport.settings import TLS
+from layertap._version import __version__
 from layertap.async_client import AsyncClient
 from layertap.client import Client
 from layertap.errors import (
@@ -74,5 +74,3 @@ __all__ = [
     "keep_pages",
     "quantize_embeddings",
 ]
-
-__version__ = "0.1.0"

@@ -7,25 +7,23 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Iterable
 from types import TracebackType
-from typing import Any, Literal, Self, Unpack, overload
+from typing import TYPE_CHECKING, Any, Literal, Self, Unpack, overload
 
-import grpc
-import grpc.aio
 import numpy.typing as npt
 
 from layertap import progress
 from layertap._protocol import requests as calls
-from layertap._protocol.assembler import LayerAssembler
-from layertap._protocol.inputs import Inputs, check_items
+from layertap._protocol.assembler import EmbedAssembler, LayerAssembler
+from layertap._protocol.collected import CollectedStream
+from layertap._protocol.inputs import InputItem, Inputs, check_items
 from layertap._protocol.options import EmbedOptions, LayerOptions, OnError, TokenizeOptions, check_names, raises
-from layertap._protocol.stream_state import StreamLedger
-from layertap._shared_memory.mapping import SharedMemory
-from layertap._transport.embed_stream import Items, run_stream
-from layertap._transport.settings import DEFAULT_RETRIES, DEFAULT_TIMEOUT_S, TLS, Connection, Option, settle
-from layertap._transport.transport import AsyncLink
-from layertap.errors import LayertapError
+from layertap._protocol.stream_state import StreamState
+from layertap._transport import fork
+from layertap._transport.base import BaseClient
+from layertap._transport.readiness import PASSING, Readiness
+from layertap._transport.settings import DEFAULT_TIMEOUT_S, CallSettings, Metadata
 from layertap.quantization import Precision
 from layertap.results.embedding import Embedding, LayerRows, StreamResult
 from layertap.results.tokens import Tokens
@@ -39,8 +37,17 @@ from layertap.sentence_transformers import (
 )
 from layertap.types import ModelInfo
 
+if TYPE_CHECKING:
+    import grpc
+    import grpc.aio
 
-class AsyncClient:
+    from layertap._transport.transport import AsyncTransport
+    from layertap.v1 import embedding_pb2 as pb
+
+Items = Iterable[InputItem] | AsyncIterable[InputItem]
+
+
+class AsyncClient(BaseClient):
     """The same as `Client` for asyncio: every method awaits, every iterator is an `async for`.
 
     Example:
@@ -48,45 +55,40 @@ class AsyncClient:
         ...     embedding = await client.embed("I love Paris")
     """
 
-    def __init__(
-        self,
-        target: str | None = None,
-        *,
-        shared_memory: bool = False,
-        tls: TLS | bool | None = None,
-        token: str | None = None,
-        retries: int = DEFAULT_RETRIES,
-        options: Sequence[Option] = (),
-        timeout_s: float | None = None,
-    ) -> None:
-        """See `Client`."""
-        connection = settle(target, tls=tls, token=token, retries=retries, options=options, timeout_s=timeout_s)
-        self._set_up(connection, shared_memory, None)
-
     @classmethod
     def from_channel(cls, channel: grpc.aio.Channel, *, timeout_s: float = DEFAULT_TIMEOUT_S) -> Self:
-        """See `Client.from_channel`; this one has `embed_stream` too, over the given channel."""
-        client = cls.__new__(cls)
-        client._set_up(Connection(target="the given channel", timeout_s=timeout_s), False, channel)
-        return client
+        """See `Client.from_channel`."""
+        return cls._from_channel(channel, timeout_s)
 
-    def _set_up(self, connection: Connection, shared_memory: bool, channel: grpc.aio.Channel | None) -> None:
-        self.target = connection.target
-        self.shared_memory = SharedMemory(wanted=shared_memory)
-        self._link = AsyncLink(connection, self.shared_memory, channel)
-        self._model: ModelInfo | None = None
+    @property
+    def _transport(self) -> AsyncTransport:
+        def make() -> AsyncTransport:
+            fork.prepare()
+            # Not before the first call: importing gRPC reads the environment.
+            from layertap._transport.transport import AsyncTransport
+
+            return AsyncTransport(self._connection, self.shared_memory, self._given)
+
+        return self._lazy("_opened", make)  # type: ignore[no-any-return]
 
     async def tokenize(
         self,
         inputs: Inputs,
         *,
         timeout_s: float | None = None,
+        metadata: Metadata = (),
         **options: Unpack[TokenizeOptions],
     ) -> Tokens:
         """See `Client.tokenize`."""
         check_names(options, TokenizeOptions)
         requests = calls.tokenize(inputs, **options)
-        return calls.read_tokens([await self._link.unary(request, timeout_s) for request in requests])
+        call, answers, request_id = self._connection.call(timeout_s, metadata), [], None
+        for request in requests:
+            reply = await self._transport.unary(request, call)
+            calls.check_tokens(request, reply.message)
+            answers.append(reply.message)
+            request_id = reply.request_id
+        return calls.read_tokens(answers, request_id)
 
     async def decode(
         self,
@@ -94,30 +96,34 @@ class AsyncClient:
         *,
         skip_special_tokens: bool = True,
         timeout_s: float | None = None,
+        metadata: Metadata = (),
     ) -> list[str]:
         """See `Client.decode`."""
         request = calls.decode(ids, skip_special_tokens=skip_special_tokens)
-        return list((await self._link.unary(request, timeout_s)).texts)
+        call = self._connection.call(timeout_s, metadata)
+        return calls.read_texts(request, (await self._transport.unary(request, call)).message)
 
     async def embed(
         self,
         inputs: Inputs,
         *,
         timeout_s: float | None = None,
+        metadata: Metadata = (),
         **options: Unpack[EmbedOptions],
     ) -> Embedding:
         """See `Client.embed`."""
-        return await self._embed(calls.embed(inputs, options), timeout_s)
+        return await self._embed(calls.embed(inputs, options), self._connection.call(timeout_s, metadata))
 
     def embed_layers(
         self,
         inputs: Inputs,
         *,
         timeout_s: float | None = None,
+        metadata: Metadata = (),
         **options: Unpack[LayerOptions],
     ) -> AsyncIterator[LayerRows]:
         """See `Client.embed_layers`."""
-        return self._layers(calls.embed_layers(inputs, options), timeout_s)
+        return self._layers(calls.embed_layers(inputs, options), self._connection.call(timeout_s, metadata))
 
     def embed_stream(
         self,
@@ -127,13 +133,21 @@ class AsyncClient:
         on_error: OnError = "return",
         item_timeout_s: float | None = None,
         reconnect_timeout_s: float | None = None,
+        metadata: Metadata = (),
         **options: Unpack[EmbedOptions],
     ) -> AsyncIterator[StreamResult]:
         """See `Client.embed_stream`; `inputs` may also be an async iterable."""
-        ledger = StreamLedger(calls.embed_stream(options), ordered=ordered)
+        state = StreamState(calls.embed_stream(options), ordered=ordered, pin=self._transport.pin)
         if not isinstance(inputs, AsyncIterable):
             check_items(inputs)
-        return self._results(ledger, inputs, raises(on_error), item_timeout_s, reconnect_timeout_s)
+        return self._results(
+            state,
+            inputs,
+            self._connection.call(None, metadata),
+            raising=raises(on_error),
+            item_timeout_s=item_timeout_s,
+            reconnect_timeout_s=reconnect_timeout_s,
+        )
 
     @overload
     async def encode(
@@ -147,6 +161,7 @@ class AsyncClient:
         precision: Precision = ...,
         *,
         timeout_s: float | None = ...,
+        metadata: Metadata = ...,
         **options: Unpack[EncodeOptions],
     ) -> npt.NDArray[Any]: ...
     @overload
@@ -161,6 +176,7 @@ class AsyncClient:
         precision: Precision = ...,
         *,
         timeout_s: float | None = ...,
+        metadata: Metadata = ...,
         **options: Unpack[EncodeOptions],
     ) -> npt.NDArray[Any] | list[npt.NDArray[Any]]: ...
     async def encode(
@@ -174,33 +190,37 @@ class AsyncClient:
         precision: Precision = "float32",
         *,
         timeout_s: float | None = None,
+        metadata: Metadata = (),
         **options: Unpack[EncodeOptions],
     ) -> npt.NDArray[Any] | list[npt.NDArray[Any]]:
         """See `Client.encode`."""
         check_options(options)
-        try:
-            self._model = self._model or await self.model_info(timeout_s=timeout_s)
-            encoding = Encoding(
-                sentences,
-                self._model,
-                prompt_name=prompt_name,
-                prompt=prompt,
-                batch_size=batch_size,
-                output_value=output_value,
-                precision=precision,
-                **options,
-            )
-            with progress.bar(total=len(encoding.texts), unit="text", shown=show_progress_bar) as advance:
-                if (request := encoding.request()) is not None:
-                    advance(encoding.note(0, await self._embed(request, timeout_s)))
-                elif encoding.texts:
-                    running = self._results(encoding.ledger(), encoding.texts, True, timeout_s, timeout_s)
-                    async with contextlib.aclosing(running) as results:
-                        async for result in results:
-                            advance(encoding.note(result.index, result.embedding))
-        except LayertapError:
-            self._model = None
-            raise
+        call = self._connection.call(timeout_s, metadata)
+        encoding = Encoding(
+            sentences,
+            await self._info(call),
+            prompt_name=prompt_name,
+            prompt=prompt,
+            batch_size=batch_size,
+            output_value=output_value,
+            precision=precision,
+            **options,
+        )
+        with progress.bar(total=len(encoding.texts), unit="text", shown=show_progress_bar) as advance:
+            if (request := encoding.request()) is not None:
+                advance(encoding.note(0, await self._embed(request, call)))
+            elif encoding.texts:
+                running = self._results(
+                    encoding.state(self._transport.pin),
+                    encoding.texts,
+                    call,
+                    raising=True,
+                    item_timeout_s=call.timeout_s,
+                    reconnect_timeout_s=call.timeout_s,
+                )
+                async with contextlib.aclosing(running) as results:
+                    async for result in results:
+                        advance(encoding.note(result.index, result.embedding))
         return await asyncio.to_thread(encoding.answer)
 
     async def encode_query(
@@ -208,40 +228,48 @@ class AsyncClient:
         sentences: Sentences,
         prompt_name: str | None = None,
         prompt: str | None = None,
+        *,
+        metadata: Metadata = (),
         **options: Unpack[TaskOptions],
     ) -> npt.NDArray[Any] | list[npt.NDArray[Any]]:
         """See `Client.encode_query`."""
         options["task"] = "query"
-        return await self.encode(sentences, prompt_name, prompt, **options)
+        return await self.encode(sentences, prompt_name, prompt, metadata=metadata, **options)
 
     async def encode_document(
         self,
         sentences: Sentences,
         prompt_name: str | None = None,
         prompt: str | None = None,
+        *,
+        metadata: Metadata = (),
         **options: Unpack[TaskOptions],
     ) -> npt.NDArray[Any] | list[npt.NDArray[Any]]:
         """See `Client.encode_document`."""
         options["task"] = "document"
-        return await self.encode(sentences, prompt_name, prompt, **options)
+        return await self.encode(sentences, prompt_name, prompt, metadata=metadata, **options)
 
-    async def wait_until_ready(self, *, timeout_s: float | None = None) -> None:
+    async def wait_until_ready(self, *, timeout_s: float | None = None, metadata: Metadata = ()) -> None:
         """See `Client.wait_until_ready`."""
-        waiting = calls.Waiting(self._link.timeout_s(timeout_s))
+        call = self._connection.call(timeout_s, metadata)
+        readiness = Readiness(call.timeout_s)
         while True:
             try:
-                await self.model_info(timeout_s=waiting.left_s)
+                await self.model_info(timeout_s=readiness.left_s, metadata=metadata)
                 return
-            except calls.PASSING as exc:
-                await asyncio.sleep(waiting.pause_s(exc))
+            except PASSING as exc:
+                await asyncio.sleep(readiness.pause_s(exc))
 
-    async def model_info(self, *, timeout_s: float | None = None) -> ModelInfo:
+    async def model_info(self, *, timeout_s: float | None = None, metadata: Metadata = ()) -> ModelInfo:
         """See `Client.model_info`."""
-        return calls.read_model_info(await self._link.unary(calls.model_info(), timeout_s))
+        reply = await self._transport.unary(calls.model_info(), self._connection.call(timeout_s, metadata))
+        info = calls.read_model_info(reply.message)
+        self._transport.pin.check(info.model_id, info.fingerprint)
+        return info
 
     async def close(self) -> None:
         """See `Client.close`."""
-        await self._link.close()
+        await self._transport.close()
 
     async def __aenter__(self) -> Self:
         """Returns itself."""
@@ -253,39 +281,66 @@ class AsyncClient:
         """Closes the connection."""
         await self.close()
 
-    def __repr__(self) -> str:
-        """Says where it talks to."""
-        return f"AsyncClient({self.target!r})"
+    async def _info(self, call: CallSettings) -> ModelInfo:
+        """Returns the served model, from the first time that it was asked for."""
+        info: ModelInfo | None = self.__dict__.get("_model")
+        if info is None:
+            info = await self.model_info(timeout_s=call.timeout_s)
+            self._model = info
+        return info
 
-    async def _embed(self, call: calls.Embed, timeout_s: float | None) -> Embedding:
-        assembler = call.assembler()
-        if call.unary is not None:
-            return assembler.whole(await self._link.unary(call.unary, timeout_s))
-        async with contextlib.aclosing(self._link.layers(call.stream, timeout_s)) as parts:
-            async for message in parts:
-                assembler.feed(*message)
+    async def _embed(self, request: calls.Embed, call: CallSettings) -> Embedding:
+        if request.may_exceed_limits and request.exceeds((await self._info(call)).limits, call.named_timeout):
+            state = CollectedStream(request.messages, request.options, self._transport.pin)
+            running = self._results(
+                state, request.messages, call, raising=True, item_timeout_s=None, reconnect_timeout_s=None
+            )
+            async with contextlib.aclosing(running) as results:
+                async for _ in results:
+                    pass
+            return state.whole()
+        assembler = EmbedAssembler(request.messages, request.options, self._transport.pin)
+        if request.is_small:
+            reply = await self._transport.unary(request.unary(), call)
+            assembler.note_request_id(reply.request_id)
+            return assembler.whole(reply.message)
+        async with contextlib.aclosing(
+            self._transport.layers(request.layers(), call, assembler.note_request_id)
+        ) as parts:
+            async for part in parts:
+                assembler.feed(part.message, part.data, part.view)
         return assembler.finish()
 
-    async def _layers(self, call: calls.Embed, timeout_s: float | None) -> AsyncGenerator[LayerRows, None]:
-        assembler = LayerAssembler(call.messages, call.options)
-        async with contextlib.aclosing(self._link.layers(call.stream, timeout_s)) as parts:
-            async for message in parts:
-                for rows in assembler.feed(*message):
+    async def _layers(self, request: calls.Embed, call: CallSettings) -> AsyncGenerator[LayerRows, None]:
+        assembler = LayerAssembler(request.messages, request.options, self._transport.pin)
+        async with contextlib.aclosing(self._transport.layers(request.layers(), call, lambda _: None)) as parts:
+            async for part in parts:
+                for rows in assembler.feed(part.message, part.data, part.view):
                     yield rows
         assembler.finish()
 
-    async def _results(
+    def _results(
         self,
-        ledger: StreamLedger,
-        inputs: Items,
+        state: StreamState,
+        inputs: Items | list[pb.Input],
+        call: CallSettings,
+        *,
         raising: bool,
         item_timeout_s: float | None,
         reconnect_timeout_s: float | None,
     ) -> AsyncGenerator[StreamResult, None]:
-        channel, lease = self._link.open()
-        item_s, reconnect_s = self._link.timeout_s(item_timeout_s), self._link.timeout_s(reconnect_timeout_s)
-        running = run_stream(self._link.connection, channel, lease.begin, ledger, inputs, item_s, reconnect_s)
-        async with contextlib.aclosing(running) as groups:
+        """Returns the results of a stream; its arguments are checked here, before it is iterated."""
+        seconds = self._connection.stream_seconds(item_timeout_s, reconnect_timeout_s)
+        groups = self._transport.stream(
+            state, inputs, call, item_timeout_s=seconds.item_timeout_s, reconnect_timeout_s=seconds.reconnect_timeout_s
+        )
+        return self._flat(groups, raising)
+
+    @staticmethod
+    async def _flat(
+        groups: AsyncGenerator[list[StreamResult], None], raising: bool
+    ) -> AsyncGenerator[StreamResult, None]:
+        async with contextlib.aclosing(groups):
             async for group in groups:
                 for result in group:
                     if raising and result.error is not None:

@@ -7,26 +7,26 @@ client.
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator
 from types import TracebackType
-from typing import Any, Literal, Self, Unpack, overload
+from typing import TYPE_CHECKING, Any, Literal, Self, Unpack, overload
 
-import grpc
 import numpy.typing as npt
 
 from layertap import progress
 from layertap._protocol import requests as calls
-from layertap._protocol.assembler import LayerAssembler
+from layertap._protocol.assembler import EmbedAssembler, LayerAssembler
+from layertap._protocol.collected import CollectedStream
 from layertap._protocol.inputs import InputItem, Inputs, check_items
 from layertap._protocol.options import EmbedOptions, LayerOptions, OnError, TokenizeOptions, check_names, raises
-from layertap._protocol.stream_state import StreamLedger
-from layertap._shared_memory.mapping import SharedMemory
-from layertap._transport.embed_stream import Groups, run_stream
-from layertap._transport.settings import DEFAULT_RETRIES, DEFAULT_TIMEOUT_S, TLS, Connection, Option, settle
-from layertap._transport.sync_bridge import Iteration
-from layertap._transport.transport import Link
-from layertap.errors import LayertapError
+from layertap._protocol.stream_state import StreamState
+from layertap._transport import fork
+from layertap._transport.base import BaseClient
+from layertap._transport.readiness import PASSING, Readiness
+from layertap._transport.settings import DEFAULT_TIMEOUT_S, CallSettings, Metadata
+from layertap._transport.threads import check_threads
 from layertap.quantization import Precision
 from layertap.results.embedding import Embedding, LayerRows, StreamResult
 from layertap.results.tokens import Tokens
@@ -40,8 +40,14 @@ from layertap.sentence_transformers import (
 )
 from layertap.types import ModelInfo
 
+if TYPE_CHECKING:
+    import grpc
 
-class Client:
+    from layertap._transport.transport import Transport
+    from layertap.v1 import embedding_pb2 as pb
+
+
+class Client(BaseClient):
     """Talks to a layertap server and returns numpy arrays.
 
     Example:
@@ -51,63 +57,32 @@ class Client:
         (1, 5, 384)
     """
 
-    def __init__(
-        self,
-        target: str | None = None,
-        *,
-        shared_memory: bool = False,
-        tls: TLS | bool | None = None,
-        token: str | None = None,
-        retries: int = DEFAULT_RETRIES,
-        options: Sequence[Option] = (),
-        timeout_s: float | None = None,
-    ) -> None:
-        """Connects at the first call, not here. What is not said is taken from LAYERTAP_… variables.
-
-        Args:
-            target: The server: `host:port`, `unix:/path`, `dns:///name:port` (all that the name resolves to, in turns),
-                or several `ip:port` with commas between them. None: LAYERTAP_TARGET, else 127.0.0.1:50051.
-            shared_memory: Whether layers come through memory shared with the server, if it runs on this host as the
-                same user and offers that; else they come as ever, and the log says so. Arrays are then views of that
-                memory, which goes back to the server when they are collected; a process that forks copies first what
-                its children are to read.
-            tls: True encrypts and trusts whom this system trusts; a `TLS` says whom, and who the client is. None: as
-                LAYERTAP_TLS_CA, _CERT and _KEY say, if one is set. False: plaintext, also for a token.
-            token: The bearer token that each call carries. None: LAYERTAP_TOKEN. Never sent unencrypted to another
-                host, unless tls is False.
-            retries: How often, 0 to 4, a call is repeated that the server could not take: as soon as it wishes, and
-                not if it says that this is of no use.
-            options: What gRPC is told besides, as (name, value); see its channel arguments.
-            timeout_s: The deadline of calls for which none is named, in seconds. None: LAYERTAP_TIMEOUT_S, else 60.
-
-        Raises:
-            InvalidArgumentError: An argument or variable cannot be what it is.
-        """
-        connection = settle(target, tls=tls, token=token, retries=retries, options=options, timeout_s=timeout_s)
-        self._set_up(connection, shared_memory, None)
-
     @classmethod
     def from_channel(cls, channel: grpc.Channel, *, timeout_s: float = DEFAULT_TIMEOUT_S) -> Self:
-        """Returns a client that uses a channel of the user's, who goes on to own it: `close` leaves it open.
+        """Returns a client over a channel of the caller, who goes on to own it: `close` leaves it open.
 
-        Neither the environment nor retries, tokens or certificates of layertap's have a part in it. Such a client has
-        no `embed_stream`, which needs a connection of its own, and does not survive a fork.
+        The environment, retries, tokens and certificates of layertap have no part in it. Such a client cannot be
+        pickled or copied, and does not survive a fork.
         """
-        client = cls.__new__(cls)
-        client._set_up(Connection(target="the given channel", timeout_s=timeout_s), False, channel)
-        return client
+        return cls._from_channel(channel, timeout_s)
 
-    def _set_up(self, connection: Connection, shared_memory: bool, channel: grpc.Channel | None) -> None:
-        self.target = connection.target
-        self.shared_memory = SharedMemory(wanted=shared_memory)
-        self._link = Link(connection, self.shared_memory, channel)
-        self._model: ModelInfo | None = None
+    @property
+    def _transport(self) -> Transport:
+        def make() -> Transport:
+            fork.prepare()
+            # Not before the first call: importing gRPC reads the environment.
+            from layertap._transport.transport import Transport
+
+            return Transport(self._connection, self.shared_memory, self._given)
+
+        return self._lazy("_opened", make)  # type: ignore[no-any-return]
 
     def tokenize(
         self,
         inputs: Inputs,
         *,
         timeout_s: float | None = None,
+        metadata: Metadata = (),
         **options: Unpack[TokenizeOptions],
     ) -> Tokens:
         """Turns texts into tokens, exactly as the model's transformers tokenizer does.
@@ -119,13 +94,20 @@ class Client:
             truncation: What happens above max_length: "error", "right" or "left" (the side that is cut).
             max_length: The most tokens of one text; None: the model's.
             timeout_s: The deadline of each request, in seconds.
+            metadata: What each request carries besides, as pairs or a mapping.
 
         Raises:
             InvalidArgumentError: An input or option is at fault; the message names it.
         """
         check_names(options, TokenizeOptions)
         requests = calls.tokenize(inputs, **options)
-        return calls.read_tokens([self._link.unary(request, timeout_s) for request in requests])
+        call, answers, request_id = self._connection.call(timeout_s, metadata), [], None
+        for request in requests:
+            reply = self._transport.unary(request, call)
+            calls.check_tokens(request, reply.message)
+            answers.append(reply.message)
+            request_id = reply.request_id
+        return calls.read_tokens(answers, request_id)
 
     def decode(
         self,
@@ -133,6 +115,7 @@ class Client:
         *,
         skip_special_tokens: bool = True,
         timeout_s: float | None = None,
+        metadata: Metadata = (),
     ) -> list[str]:
         """Turns token ids back into strings.
 
@@ -140,18 +123,21 @@ class Client:
             ids: The ids of one text, of several, or `Tokens`.
             skip_special_tokens: Leaves [CLS], [SEP], [PAD] and the like out.
             timeout_s: The deadline, in seconds.
+            metadata: What the call carries besides, as pairs or a mapping; `x-request-id` names it in the server's log.
 
         Raises:
             InvalidArgumentError: An id is outside the vocabulary.
         """
         request = calls.decode(ids, skip_special_tokens=skip_special_tokens)
-        return list(self._link.unary(request, timeout_s).texts)
+        call = self._connection.call(timeout_s, metadata)
+        return calls.read_texts(request, (self._transport.unary(request, call)).message)
 
     def embed(
         self,
         inputs: Inputs,
         *,
         timeout_s: float | None = None,
+        metadata: Metadata = (),
         **options: Unpack[EmbedOptions],
     ) -> Embedding:
         """Embeds texts and returns everything that was asked for, from one forward pass.
@@ -174,6 +160,7 @@ class Client:
                 offsets are those of both together; pools leave it out if `model_info().sentence_config` says so.
             prompt_name: The same by its name in `model_info().sentence_config.prompts`.
             timeout_s: The deadline, in seconds.
+            metadata: What the call carries besides, as pairs or a mapping; `x-request-id` names it in the server's log.
 
         Raises:
             InvalidArgumentError: An input or option is at fault; the message names it.
@@ -183,13 +170,14 @@ class Client:
             DeadlineExceededError: timeout_s has passed.
             UnavailableError: No server answers.
         """
-        return self._embed(calls.embed(inputs, options), timeout_s)
+        return self._embed(calls.embed(inputs, options), self._connection.call(timeout_s, metadata))
 
     def embed_layers(
         self,
         inputs: Inputs,
         *,
         timeout_s: float | None = None,
+        metadata: Metadata = (),
         **options: Unpack[LayerOptions],
     ) -> Iterator[LayerRows]:
         """Embeds texts and yields the rows of each layer as they arrive, while later layers still compute.
@@ -197,7 +185,7 @@ class Client:
         Arguments and errors are those of `embed`. Every text comes once in every layer, whole; layers ascend
         for each text, and texts of one request may come in several groups.
         """
-        return self._layers(calls.embed_layers(inputs, options), timeout_s)
+        return self._layers(calls.embed_layers(inputs, options), self._connection.call(timeout_s, metadata))
 
     def embed_stream(
         self,
@@ -207,6 +195,7 @@ class Client:
         on_error: OnError = "return",
         item_timeout_s: float | None = None,
         reconnect_timeout_s: float | None = None,
+        metadata: Metadata = (),
         **options: Unpack[EmbedOptions],
     ) -> Iterator[StreamResult]:
         """Embeds any number of texts over one call, without holding them all, and survives lost connections.
@@ -228,6 +217,7 @@ class Client:
             on_error: "return" yields a bad item's error as its result; "raise" raises it.
             item_timeout_s: How long nothing may move while items wait, in seconds. There is no total deadline.
             reconnect_timeout_s: How long to look for the server after a lost connection, in seconds.
+            metadata: As in `embed`.
 
         Yields:
             One result for each input, exactly once.
@@ -238,9 +228,16 @@ class Client:
             FailedPreconditionError: A restarted server serves another model.
             Exception: Whatever `inputs` raised, after the results of all that came before it.
         """
-        ledger = StreamLedger(calls.embed_stream(options), ordered=ordered)
+        state = StreamState(calls.embed_stream(options), ordered=ordered, pin=self._transport.pin)
         check_items(inputs)
-        return self._results(ledger, inputs, raises(on_error), item_timeout_s, reconnect_timeout_s)
+        return self._results(
+            state,
+            inputs,
+            self._connection.call(None, metadata),
+            raising=raises(on_error),
+            item_timeout_s=item_timeout_s,
+            reconnect_timeout_s=reconnect_timeout_s,
+        )
 
     @overload
     def encode(
@@ -254,6 +251,7 @@ class Client:
         precision: Precision = ...,
         *,
         timeout_s: float | None = ...,
+        metadata: Metadata = ...,
         **options: Unpack[EncodeOptions],
     ) -> npt.NDArray[Any]: ...
     @overload
@@ -268,6 +266,7 @@ class Client:
         precision: Precision = ...,
         *,
         timeout_s: float | None = ...,
+        metadata: Metadata = ...,
         **options: Unpack[EncodeOptions],
     ) -> npt.NDArray[Any] | list[npt.NDArray[Any]]: ...
     def encode(
@@ -281,6 +280,7 @@ class Client:
         precision: Precision = "float32",
         *,
         timeout_s: float | None = None,
+        metadata: Metadata = (),
         **options: Unpack[EncodeOptions],
     ) -> npt.NDArray[Any] | list[npt.NDArray[Any]]:
         """Makes one vector of each text, as `SentenceTransformer.encode` does with the same model.
@@ -302,6 +302,7 @@ class Client:
             normalize_embeddings: Divides each vector by its length. Off, what the model's own Normalize does remains.
             truncate_dim: Keeps the first values of each vector. None: what the folder says, or all.
             timeout_s: How long an answer may take in seconds; of many texts, how long nothing may come.
+            metadata: What each call carries besides, as pairs or a mapping.
 
         Returns:
             Vectors. Shape: [text_count, dim], or [dim] for one str. With "token_embeddings" a list with one array for
@@ -315,27 +316,31 @@ class Client:
             ModuleNotFoundError: A progress bar is wanted and tqdm is not installed.
         """
         check_options(options)
-        try:
-            self._model = self._model or self.model_info(timeout_s=timeout_s)
-            encoding = Encoding(
-                sentences,
-                self._model,
-                prompt_name=prompt_name,
-                prompt=prompt,
-                batch_size=batch_size,
-                output_value=output_value,
-                precision=precision,
-                **options,
-            )
-            with progress.bar(total=len(encoding.texts), unit="text", shown=show_progress_bar) as advance:
-                if (request := encoding.request()) is not None:
-                    advance(encoding.note(0, self._embed(request, timeout_s)))
-                elif encoding.texts:
-                    for result in self._results(encoding.ledger(), encoding.texts, True, timeout_s, timeout_s):
-                        advance(encoding.note(result.index, result.embedding))
-        except LayertapError:
-            self._model = None
-            raise
+        call = self._connection.call(timeout_s, metadata)
+        encoding = Encoding(
+            sentences,
+            self._info(call),
+            prompt_name=prompt_name,
+            prompt=prompt,
+            batch_size=batch_size,
+            output_value=output_value,
+            precision=precision,
+            **options,
+        )
+        with progress.bar(total=len(encoding.texts), unit="text", shown=show_progress_bar) as advance:
+            if (request := encoding.request()) is not None:
+                advance(encoding.note(0, self._embed(request, call)))
+            elif encoding.texts:
+                running = self._results(
+                    encoding.state(self._transport.pin),
+                    encoding.texts,
+                    call,
+                    raising=True,
+                    item_timeout_s=call.timeout_s,
+                    reconnect_timeout_s=call.timeout_s,
+                )
+                for result in running:
+                    advance(encoding.note(result.index, result.embedding))
         return encoding.answer()
 
     def encode_query(
@@ -343,48 +348,57 @@ class Client:
         sentences: Sentences,
         prompt_name: str | None = None,
         prompt: str | None = None,
+        *,
+        metadata: Metadata = (),
         **options: Unpack[TaskOptions],
     ) -> npt.NDArray[Any] | list[npt.NDArray[Any]]:
         """Makes one vector of each query: `encode` with the prompt that the model's folder has for it."""
         options["task"] = "query"
-        return self.encode(sentences, prompt_name, prompt, **options)
+        return self.encode(sentences, prompt_name, prompt, metadata=metadata, **options)
 
     def encode_document(
         self,
         sentences: Sentences,
         prompt_name: str | None = None,
         prompt: str | None = None,
+        *,
+        metadata: Metadata = (),
         **options: Unpack[TaskOptions],
     ) -> npt.NDArray[Any] | list[npt.NDArray[Any]]:
         """Makes one vector of each document: `encode` with the prompt that the model's folder has for it."""
         options["task"] = "document"
-        return self.encode(sentences, prompt_name, prompt, **options)
+        return self.encode(sentences, prompt_name, prompt, metadata=metadata, **options)
 
-    def wait_until_ready(self, *, timeout_s: float | None = None) -> None:
+    def wait_until_ready(self, *, timeout_s: float | None = None, metadata: Metadata = ()) -> None:
         """Waits until the server answers calls, as after a start of both at once.
 
         Args:
             timeout_s: How long to wait, in seconds.
+            metadata: What each call carries besides, as pairs or a mapping.
 
         Raises:
             DeadlineExceededError: It did not in that time; the message says what stood in the way last.
             UnauthenticatedError: It wants another token.
         """
-        waiting = calls.Waiting(self._link.timeout_s(timeout_s))
+        call = self._connection.call(timeout_s, metadata)
+        readiness = Readiness(call.timeout_s)
         while True:
             try:
-                self.model_info(timeout_s=waiting.left_s)
+                self.model_info(timeout_s=readiness.left_s, metadata=metadata)
                 return
-            except calls.PASSING as exc:
-                time.sleep(waiting.pause_s(exc))
+            except PASSING as exc:
+                time.sleep(readiness.pause_s(exc))
 
-    def model_info(self, *, timeout_s: float | None = None) -> ModelInfo:
+    def model_info(self, *, timeout_s: float | None = None, metadata: Metadata = ()) -> ModelInfo:
         """Returns which model is served, its shapes, and the limits in force."""
-        return calls.read_model_info(self._link.unary(calls.model_info(), timeout_s))
+        reply = self._transport.unary(calls.model_info(), self._connection.call(timeout_s, metadata))
+        info = calls.read_model_info(reply.message)
+        self._transport.pin.check(info.model_id, info.fingerprint)
+        return info
 
     def close(self) -> None:
         """Closes the connection; calls and streams under way end with `CancelledError`."""
-        self._link.close()
+        self._transport.close()
 
     def __enter__(self) -> Self:
         """Returns itself."""
@@ -396,38 +410,70 @@ class Client:
         """Closes the connection."""
         self.close()
 
-    def __repr__(self) -> str:
-        """Says where it talks to."""
-        return f"Client({self.target!r})"
+    def _info(self, call: CallSettings) -> ModelInfo:
+        """Returns the served model, from the first time that it was asked for."""
+        info: ModelInfo | None = self.__dict__.get("_model")
+        if info is None:
+            info = self.model_info(timeout_s=call.timeout_s)
+            self._model = info
+        return info
 
-    def _embed(self, call: calls.Embed, timeout_s: float | None) -> Embedding:
-        assembler = call.assembler()
-        if call.unary is not None:
-            return assembler.whole(self._link.unary(call.unary, timeout_s))
-        for message in self._link.layers(call.stream, timeout_s):
-            assembler.feed(*message)
+    def _embed(self, request: calls.Embed, call: CallSettings) -> Embedding:
+        if request.may_exceed_limits and request.exceeds((self._info(call)).limits, call.named_timeout):
+            state = CollectedStream(request.messages, request.options, self._transport.pin)
+            running = self._results(
+                state, request.messages, call, raising=True, item_timeout_s=None, reconnect_timeout_s=None
+            )
+            for _ in running:
+                pass
+            return state.whole()
+        assembler = EmbedAssembler(request.messages, request.options, self._transport.pin)
+        if request.is_small:
+            reply = self._transport.unary(request.unary(), call)
+            assembler.note_request_id(reply.request_id)
+            return assembler.whole(reply.message)
+        for part in self._transport.layers(request.layers(), call, assembler.note_request_id):
+            assembler.feed(part.message, part.data, part.view)
         return assembler.finish()
 
-    def _layers(self, call: calls.Embed, timeout_s: float | None) -> Iterator[LayerRows]:
-        assembler = LayerAssembler(call.messages, call.options)
-        for message in self._link.layers(call.stream, timeout_s):
-            yield from assembler.feed(*message)
+    def _layers(self, request: calls.Embed, call: CallSettings) -> Iterator[LayerRows]:
+        assembler = LayerAssembler(request.messages, request.options, self._transport.pin)
+        for part in self._transport.layers(request.layers(), call, lambda _: None):
+            yield from assembler.feed(part.message, part.data, part.view)
         assembler.finish()
+
+    def _stream(self, state: StreamState, inputs: Iterable[InputItem], timeout_s: float) -> Iterator[StreamResult]:
+        """Returns the results of a stream, errors included, for the jobs of the command line."""
+        return self._results(
+            state,
+            inputs,
+            self._connection.call(),
+            raising=False,
+            item_timeout_s=timeout_s,
+            reconnect_timeout_s=timeout_s,
+        )
 
     def _results(
         self,
-        ledger: StreamLedger,
-        inputs: Iterable[InputItem],
+        state: StreamState,
+        inputs: Iterable[InputItem] | list[pb.Input],
+        call: CallSettings,
+        *,
         raising: bool,
         item_timeout_s: float | None,
         reconnect_timeout_s: float | None,
-    ) -> Iterator[StreamResult]:
-        item_s, reconnect_s = self._link.timeout_s(item_timeout_s), self._link.timeout_s(reconnect_timeout_s)
+    ) -> Generator[StreamResult, None, None]:
+        """Returns the results of a stream; its arguments are checked here, before it is iterated."""
+        check_threads()
+        seconds = self._connection.stream_seconds(item_timeout_s, reconnect_timeout_s)
+        groups = self._transport.stream(
+            state, inputs, call, item_timeout_s=seconds.item_timeout_s, reconnect_timeout_s=seconds.reconnect_timeout_s
+        )
+        return self._flat(groups, raising)
 
-        def start() -> Groups:
-            return run_stream(self._link.connection, None, self._link.begin, ledger, inputs, item_s, reconnect_s)
-
-        with self._link.iterating(Iteration(start)) as groups:
+    @staticmethod
+    def _flat(groups: Generator[list[StreamResult], None, None], raising: bool) -> Generator[StreamResult, None, None]:
+        with contextlib.closing(groups):
             for group in groups:
                 for result in group:
                     if raising and result.error is not None:

@@ -16,8 +16,9 @@ import numpy.typing as npt
 from layertap import quantization
 from layertap._protocol import requests
 from layertap._protocol.inputs import check_items, to_message, to_messages
+from layertap._protocol.model_pin import ModelPin
 from layertap._protocol.options import check_names, count, embed_options
-from layertap._protocol.stream_state import MAX_MESSAGE_COUNT, StreamLedger
+from layertap._protocol.stream_state import MAX_MESSAGE_COUNT, StreamState
 from layertap.errors import FailedPreconditionError, InvalidArgumentError
 from layertap.quantization import Precision
 from layertap.results.embedding import Embedding
@@ -177,9 +178,9 @@ class Encoding:
         self._vectors: FloatArray | None = None
         self._tokens: list[FloatArray | None] | None = [None] * len(self.texts) if of_tokens else None
 
-    def ledger(self) -> StreamLedger:
-        """Returns what keeps account of them, if they go over a stream."""
-        return StreamLedger(self.options, ordered=False, message_count=self._message_count)
+    def state(self, pin: ModelPin) -> StreamState:
+        """Returns the state of a stream of all texts."""
+        return StreamState(self.options, ordered=False, message_count=self._message_count, pin=pin)
 
     def request(self) -> requests.Embed | None:
         """Returns all of it as one request if there are only few texts, else None."""

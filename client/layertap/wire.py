@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 from google.protobuf.message import Message
 
-from layertap.errors import DataLossError
+from layertap.errors import DataLossError, ResourceExhaustedError
 from layertap.types import ITEM_BYTES, FloatArray
 from layertap.v1 import embedding_pb2 as pb
 
@@ -102,6 +102,22 @@ def array_dtype(dtype: pb.Dtype.ValueType) -> npt.DTypeLike:
     return np.float16 if dtype == pb.DTYPE_FLOAT16 else np.float32
 
 
+def empty(shape: tuple[int, ...], dtype: pb.Dtype.ValueType) -> FloatArray:
+    """Returns a new array for wire values.
+
+    Raises:
+        ResourceExhaustedError: if this process cannot hold it.
+    """
+    try:
+        array: FloatArray = np.empty(shape, array_dtype(dtype))
+    except (MemoryError, ValueError) as exc:
+        raise ResourceExhaustedError(
+            f"the answer has an array of shape {list(shape)}, which this process cannot hold; ask for fewer texts or "
+            "layers at once, or use embed_stream"
+        ) from exc
+    return array
+
+
 def item_bytes(dtype: pb.Dtype.ValueType) -> int:
     """Returns the bytes one value of a wire dtype takes."""
     return ITEM_BYTES[DTYPE_NAMES[dtype]]
@@ -140,7 +156,7 @@ def to_array(data: Buffer | ByteArray, shape: tuple[int, ...], dtype: pb.Dtype.V
             raise DataLossError(f"the answer has {data.size} bytes where {math.prod(shape)} values belong; ask again")
         kept: FloatArray = data.view(np.dtype(array_dtype(dtype)).newbyteorder("<"))
         return kept.reshape(shape)
-    array: FloatArray = np.empty(shape, array_dtype(dtype))
+    array = empty(shape, dtype)
     read_into(array, data, dtype)
     return array
 

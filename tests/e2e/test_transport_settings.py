@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import contextlib
+import copy
 import itertools
 import json
 import subprocess
@@ -31,7 +32,7 @@ from layertap import (
     ResourceExhaustedError,
     UnavailableError,
 )
-from layertap._transport.settings import settle
+from layertap._transport.settings import resolve
 from layertap.v1 import embedding_pb2 as pb
 
 WAIT_S = 30.0
@@ -48,17 +49,17 @@ def no_environment(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_arguments_beat_the_environment_and_that_beats_the_defaults(monkeypatch: pytest.MonkeyPatch) -> None:
-    found = settle(None)
+    found = resolve(None)
     assert (found.target, found.tls, found.token, found.timeout_s) == ("127.0.0.1:50051", None, None, 60.0)
     for name, value in (("TARGET", "there:7"), ("TOKEN", "t0"), ("TLS_CA", "ca.pem"), ("TIMEOUT_S", "7.5")):
         monkeypatch.setenv(f"LAYERTAP_{name}", value)
-    found = settle(None)
+    found = resolve(None)
     assert (found.target, found.tls, found.token, found.timeout_s) == ("there:7", TLS(ca="ca.pem"), "t0", 7.5)
-    found = settle("localhost:1", tls=False, token="", timeout_s=1)
+    found = resolve("localhost:1", tls=False, token="", timeout_s=1)
     assert (found.target, found.tls, found.token, found.timeout_s) == ("localhost:1", None, None, 1)
     monkeypatch.setenv("LAYERTAP_TLS_CERT", "cert.pem")
     with pytest.raises(InvalidArgumentError, match="cert without its key"):
-        settle(None)
+        resolve(None)
 
 
 @pytest.mark.parametrize(
@@ -73,7 +74,7 @@ def test_arguments_beat_the_environment_and_that_beats_the_defaults(monkeypatch:
     ],
 )
 def test_targets_in_grpcs_words(target: str, uri: str, turns: bool) -> None:
-    found = settle(target)
+    found = resolve(target)
     assert found.uri == uri
     assert ("loadBalancingConfig" in json.loads(found.service_config)) is turns
 
@@ -117,7 +118,7 @@ def test_what_cannot_be_meant_is_refused_at_once(arguments: dict[str, Any], word
     ],
 )
 def test_a_token_goes_over_tls_to_loopback_or_where_tls_is_refused_by_name(arguments: dict[str, Any]) -> None:
-    found = settle(token="t0", **arguments)
+    found = resolve(token="t0", **arguments)
     assert found.metadata == (("authorization", "Bearer t0"),) and "t0" not in repr(found)
 
 
@@ -219,7 +220,7 @@ def test_a_large_request_is_repeated_too(kind: str) -> None:
     with standing_in("one") as [(server, address)]:
         client = open_client(kind, address)
         server.refusals = [(FULL, "1")]
-        assert client.decode([list(range(1000))] * 500) == ["one"] and len(server.called_at) == 2
+        assert client.decode(list(range(1000)) * 500) == ["one"] and len(server.called_at) == 2
         client.close()
 
 
@@ -290,8 +291,9 @@ def test_a_given_channel_is_used_and_left_open(tiny_server: Server) -> None:
     with grpc.insecure_channel(tiny_server.address) as channel:
         with Client.from_channel(channel) as client:
             assert client.embed("I love Paris").layers == (3,)
-            with pytest.raises(FailedPreconditionError, match=r"AsyncClient\.from_channel"):
-                next(client.embed_stream(["x"]))
+            assert [result.index for result in client.embed_stream(["x"] * 600, pooling="mean")] == list(range(600))
+            with pytest.raises(TypeError, match="from_channel"):
+                copy.copy(client)
         with pytest.raises(FailedPreconditionError, match="closed"):
             client.model_info()
         assert Client.from_channel(channel).model_info().layer_count == 3

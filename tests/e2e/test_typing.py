@@ -21,6 +21,7 @@ CLASSES = [
 OF_NO_NEED = {
     "ModelInfo": {field.name for field in dataclasses.fields(layertap.ModelInfo)},  # Plain facts, all alike.
     "Client": {"target", "shared_memory"},
+    "AsyncClient": {"target", "shared_memory"},
 }
 
 

@@ -108,6 +108,7 @@ def look_at_results(embedding: Embedding) -> None:
     for one in embedding:
         assert_type(one, Embedding)
         assert len(one) == 1
+    assert_type(embedding.request_id, str | None)
     model, timings = embedding.model, embedding.timings
     assert_type(model, ModelRef)
     assert_type(timings, Timings)
@@ -212,7 +213,7 @@ def use(target: str, extras: bool) -> None:
     layertap.keep_pages()
     connect(target)
     with Client(target, shared_memory=False) as client:
-        look_at_a_model(client.model_info(timeout_s=10.0))
+        look_at_a_model(client.model_info(timeout_s=10.0, metadata={"x-request-id": "sample"}))
         look_at_tokens(client)
         look_at_sentences(client)
         best = Pooling("mean", layer=-2, include_special_tokens=False, normalize=True, dimensions=8)

@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from layertap import wire
+from layertap._protocol.model_pin import ModelPin
 from layertap._protocol.responses import build_embedding, check_header, row_counts
 from layertap.errors import DataLossError
 from layertap.results.embedding import Embedding, LayerRows
@@ -23,8 +24,8 @@ from layertap.v1 import embedding_pb2 as pb
 class EmbedAssembler:
     """Puts one Embed or EmbedLayers answer together."""
 
-    def __init__(self, messages: list[pb.Input], options: pb.EmbedOptions) -> None:
-        """Takes what was asked, to know what must come."""
+    def __init__(self, messages: list[pb.Input], options: pb.EmbedOptions, pin: ModelPin | None = None) -> None:
+        self._pin = pin or ModelPin()
         self._messages = messages
         self._options = options
         self._header: pb.EmbedHeader | None = None
@@ -34,6 +35,11 @@ class EmbedAssembler:
         self._words: list[pb.SplitText] = []
         self._frame_count = 0
         self._summary: pb.EmbedSummary | None = None
+        self._request_id: str | None = None
+
+    def note_request_id(self, request_id: str | None) -> None:
+        """Keeps the name of the call in the server's log."""
+        self._request_id = request_id
 
     def feed(self, part: pb.EmbedLayersResponse, data: wire.Buffer, view: wire.View | None = None) -> None:
         """Takes one message of a stream, its payload, and where to find rows that lie in shared memory.
@@ -91,6 +97,9 @@ class EmbedAssembler:
         self._tokens.extend(answer.tokens)
         self._words.extend(answer.words)
         arrays: dict[tuple[int, int], FloatArray] = {}
+        shapes = {(tensor.output_index, tensor.layer): tuple(tensor.tensor.shape) for tensor in answer.tensors}
+        if shapes != {key: rows.shape for key, rows in self._tensors.items()}:
+            raise DataLossError("the tensors of the answer are not those of its header; ask again")
         for tensor in answer.tensors:
             arrays[tensor.output_index, tensor.layer] = wire.tensor_to_array(tensor.tensor)
         wanted = {key: rows.shape for key, rows in self._tensors.items()}
@@ -99,7 +108,8 @@ class EmbedAssembler:
         return self._build(answer.header, arrays, answer.timings)
 
     def _open(self, header: pb.EmbedHeader) -> None:
-        check_header(header, self._options, len(self._messages))
+        check_header(header, self._options, self._messages)
+        self._pin.check(header.model_id, header.fingerprint)
         self._header = header
         for output_index, output in enumerate(header.outputs):
             if output.unit not in self._starts:
@@ -134,6 +144,7 @@ class EmbedAssembler:
             timings=timings,
             tokens=self._tokens,
             words=self._words,
+            request_id=self._request_id,
         )
 
 
@@ -161,7 +172,7 @@ class _Rows:
                 whole = wire.joined([self._kept[start] for start in sorted(self._kept)])
                 self._array = wire.to_array(whole, self.shape, self._dtype)
             else:
-                self._array = np.empty(self.shape, wire.array_dtype(self._dtype))
+                self._array = wire.empty(self.shape, self._dtype)
                 for start, data in self._kept.items():
                     wire.read_into(self._array[start : start + len(data) // self.row_bytes], data, self._dtype)
             self._kept = {}
@@ -211,8 +222,8 @@ def _payload(
 class LayerAssembler:
     """Hands out the rows of an EmbedLayers answer as they come, whole texts at a time."""
 
-    def __init__(self, messages: list[pb.Input], options: pb.EmbedOptions) -> None:
-        """Takes what was asked: hidden states and nothing else."""
+    def __init__(self, messages: list[pb.Input], options: pb.EmbedOptions, pin: ModelPin | None = None) -> None:
+        self._pin = pin or ModelPin()
         self._messages = messages
         self._options = options
         self._header: pb.EmbedHeader | None = None
@@ -230,7 +241,8 @@ class LayerAssembler:
         if (kind == "header") != (self._header is None) or self._ended:
             raise DataLossError("the answer is out of order; ask again")
         if kind == "header":
-            check_header(part.header, self._options, len(self._messages))
+            check_header(part.header, self._options, self._messages)
+            self._pin.check(part.header.model_id, part.header.fingerprint)
             self._header = part.header
             self._done = {k: np.zeros(len(part.header.token_counts), np.bool_) for k in part.header.outputs[0].layers}
         elif kind == "summary":

@@ -96,6 +96,8 @@ def to_message(item: InputItem, index: int) -> pb.Input:
     Raises:
         InvalidArgumentError: if the item is missing, or of another type.
     """
+    if isinstance(item, pb.Input):
+        return item
     item = _plain(item)
     if isinstance(item, Mapping):
         item = _from_mapping(item, f"inputs[{index}]")

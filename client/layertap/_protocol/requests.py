@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import time
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Final, Generic, TypeAlias, TypeVar, cast
 
@@ -16,17 +15,10 @@ import numpy.typing as npt
 from google.protobuf.message import Message
 
 from layertap import wire
-from layertap._protocol import assembler, responses
+from layertap._protocol import responses
 from layertap._protocol.inputs import Inputs, to_messages
 from layertap._protocol.options import EmbedOptions, LayerOptions, check_names, count, embed_options, named
-from layertap.errors import (
-    DataLossError,
-    DeadlineExceededError,
-    InvalidArgumentError,
-    LayertapError,
-    ResourceExhaustedError,
-    UnavailableError,
-)
+from layertap.errors import DataLossError, InvalidArgumentError
 from layertap.results.tokens import Tokens
 from layertap.types import Limits, ModelInfo, PoolingName, SentenceConfig, TokenIds, TruncationName
 from layertap.v1 import embedding_pb2 as pb
@@ -42,7 +34,9 @@ TokenRows: TypeAlias = Tokens | TokenIds | npt.ArrayLike | Iterable[npt.ArrayLik
 
 ResponseT = TypeVar("ResponseT", bound=Message)
 
-_WAITING_PAUSE_S: Final = 0.2
+_SURELY_TAKEN: Final = 32
+"""No more texts than this go in one request without asking the server for its limit."""
+
 _TOKENIZE_CHARACTERS: Final = 100_000
 _TOKENIZE_TEXTS: Final = 256
 """What one Tokenize call holds at most, so that its answer stays a small message."""
@@ -104,9 +98,36 @@ def tokenize(
     yield Unary("Tokenize", request(inputs=messages[first:], first_text=first), pb.TokenizeResponse)
 
 
-def read_tokens(answers: Sequence[pb.TokenizeResponse]) -> Tokens:
+def check_tokens(request: Unary[pb.TokenizeResponse], answer: pb.TokenizeResponse) -> None:
+    """Checks that an answer to one request of `tokenize` is no larger than its texts can make it.
+
+    Raises:
+        DataLossError: if it is.
+    """
+    asked = request.request
+    assert isinstance(asked, pb.TokenizeRequest)
+    bounds = [max(responses.token_bound(message, pb.EmbedOptions()), asked.pad_to) for message in asked.inputs]
+    counts = [len(text.input_ids) for text in answer.texts]
+    if len(counts) != len(bounds) or any(count > bound for count, bound in zip(counts, bounds, strict=True)):
+        raise DataLossError("the tokens of the answer are not those of the texts; ask again")
+
+
+def read_tokens(answers: Sequence[pb.TokenizeResponse], request_id: str | None) -> Tokens:
     """Reads what `tokenize` asked for."""
-    return responses.build_tokens([text for one in answers for text in one.texts], answers[0].pad_token_id)
+    texts = [text for one in answers for text in one.texts]
+    return responses.build_tokens(texts, answers[0].pad_token_id, request_id=request_id)
+
+
+def read_texts(request: Unary[pb.DecodeResponse], answer: pb.DecodeResponse) -> list[str]:
+    """Reads what `decode` asked for.
+
+    Raises:
+        DataLossError: if there is not one string for each text.
+    """
+    assert isinstance(request.request, pb.DecodeRequest)
+    if len(answer.texts) != len(request.request.texts):
+        raise DataLossError(f"{len(request.request.texts)} texts were asked for, {len(answer.texts)} came; ask again")
+    return list(answer.texts)
 
 
 def decode(ids: TokenRows, *, skip_special_tokens: bool) -> Unary[pb.DecodeResponse]:
@@ -134,21 +155,40 @@ class Embed:
     options: pb.EmbedOptions
 
     @property
-    def unary(self) -> Unary[pb.EmbedResponse] | None:
-        """The request as unary Embed if it asks only for one row a text, else None."""
-        one_a_text = ("pooler_output", "pooled_vectors")
-        if self.options.return_tokens or any(one.WhichOneof("kind") not in one_a_text for one in self.options.outputs):
-            return None
-        return Unary("Embed", pb.EmbedRequest(inputs=self.messages, options=self.options), pb.EmbedResponse)
+    def may_exceed_limits(self) -> bool:
+        """Whether there are so many texts that the server's limit must be known."""
+        return len(self.messages) > _SURELY_TAKEN
+
+    def exceeds(self, limits: Limits, named_timeout: bool) -> bool:
+        """Returns whether it must go over a stream, because one request may not hold so many texts.
+
+        Raises:
+            InvalidArgumentError: if it must, and a deadline was given, which a stream has not.
+        """
+        if not 0 < limits.max_text_count < len(self.messages):
+            return False
+        if named_timeout:
+            raise InvalidArgumentError(
+                f"inputs has {len(self.messages)} texts, one request holds {limits.max_text_count}, and more go over a "
+                "stream, which has no deadline; leave timeout_s out, or use embed_stream with item_timeout_s"
+            )
+        return True
 
     @property
-    def stream(self) -> pb.EmbedLayersRequest:
-        """The request as EmbedLayers."""
-        return pb.EmbedLayersRequest(inputs=self.messages, options=self.options)
+    def is_small(self) -> bool:
+        """Whether it asks only for one row a text, so that unary Embed answers it."""
+        one_a_text = ("pooler_output", "pooled_vectors")
+        return not self.options.return_tokens and all(
+            one.WhichOneof("kind") in one_a_text for one in self.options.outputs
+        )
 
-    def assembler(self) -> assembler.EmbedAssembler:
-        """Returns what puts the answer together."""
-        return assembler.EmbedAssembler(self.messages, self.options)
+    def unary(self) -> Unary[pb.EmbedResponse]:
+        """Returns the request as Embed."""
+        return Unary("Embed", pb.EmbedRequest(inputs=self.messages, options=self.options), pb.EmbedResponse)
+
+    def layers(self) -> pb.EmbedLayersRequest:
+        """Returns the request as EmbedLayers."""
+        return pb.EmbedLayersRequest(inputs=self.messages, options=self.options)
 
 
 def embed(inputs: Inputs, options: EmbedOptions) -> Embed:
@@ -168,35 +208,6 @@ def embed_stream(options: EmbedOptions) -> pb.EmbedOptions:
     """Returns what `Client.embed_stream` asks of each item."""
     check_names(options, EmbedOptions)
     return embed_options(**options)
-
-
-PASSING: Final = (UnavailableError, DeadlineExceededError, ResourceExhaustedError)
-"""Errors that `wait_until_ready` waits out."""
-
-
-class Waiting:
-    """How long `wait_until_ready` still waits, and how long between two attempts."""
-
-    def __init__(self, timeout_s: float) -> None:
-        """Takes how long to wait, in seconds."""
-        self._timeout_s = timeout_s
-        self._ends_at = time.monotonic() + timeout_s
-
-    @property
-    def left_s(self) -> float:
-        """How many seconds the next attempt may take."""
-        return max(self._ends_at - time.monotonic(), _WAITING_PAUSE_S)
-
-    def pause_s(self, error: LayertapError) -> float:
-        """Returns how long to wait after a failed attempt, in seconds.
-
-        Raises:
-            DeadlineExceededError: There is no time for another one.
-        """
-        pause_s = error.retry_after_s or _WAITING_PAUSE_S
-        if time.monotonic() + pause_s >= self._ends_at:
-            raise DeadlineExceededError(f"not ready within {self._timeout_s} s: {error.details}") from error
-        return pause_s
 
 
 def read_whole(raw: bytes, kind: type[ResponseT]) -> ResponseT:

@@ -28,6 +28,10 @@ _PER_TOKEN_FIELDS = (
 )
 
 
+_MOST_TOKENS_A_BYTE = 16
+_MOST_MORE_TOKENS = 1024
+_MOST_ROW_SIZE = 1 << 22
+
 _UNITS = {
     "hidden_states": pb.ROW_UNIT_TOKEN,
     "word_vectors": pb.ROW_UNIT_WORD,
@@ -50,28 +54,37 @@ def row_counts(
     return word_counts if unit == pb.ROW_UNIT_WORD else [1] * len(token_counts)
 
 
-def check_header(header: pb.EmbedHeader, options: pb.EmbedOptions, text_count: int) -> None:
+def token_bound(message: pb.Input, options: pb.EmbedOptions) -> int:
+    """Returns more tokens or words than any tokenizer makes of a text: what memory is taken for at most."""
+    return _MOST_TOKENS_A_BYTE * (message.ByteSize() + len(options.prompt.encode())) + _MOST_MORE_TOKENS
+
+
+def check_header(header: pb.EmbedHeader, options: pb.EmbedOptions, messages: Sequence[pb.Input]) -> None:
     """Checks that a header is that of a request.
 
     Args:
         header: What opens the answer.
         options: What was asked.
-        text_count: How many texts were sent; 0 for a stream, whose results carry their own counts.
+        messages: The texts that were sent; none for a stream, whose results carry their own counts.
 
     Raises:
         DataLossError: It is not.
     """
     wire.array_dtype(header.dtype)
+    text_count = len(messages)
     fits = len(header.outputs) == len(options.outputs) > 0
     fits &= len(header.token_counts) == len(header.truncated) == text_count
     fits &= all(count > 0 for count in header.token_counts)
     fits &= len(header.word_counts) == (text_count if has_words(options) else 0)
     fits &= all(count >= 0 for count in header.word_counts)
+    bounds = [token_bound(message, options) for message in messages] if fits else []
+    fits &= all(count <= bound for count, bound in zip(header.token_counts, bounds, strict=False))
+    fits &= all(count <= bound for count, bound in zip(header.word_counts, bounds, strict=False))
     for asked, output in zip(options.outputs, header.outputs, strict=False):
         kind = asked.WhichOneof("kind")
         assert kind is not None
         mixed = kind != "pooler_output" and getattr(asked, kind).HasField("mix")
-        fits &= output.row_size > 0 and len(set(output.layers)) == len(output.layers) > 0
+        fits &= 0 < output.row_size <= _MOST_ROW_SIZE and len(set(output.layers)) == len(output.layers) > 0
         fits &= output.unit == _UNITS[kind] and mixed == bool(output.mixed_layers)
         fits &= len(output.layers) == 1 or (output.unit != pb.ROW_UNIT_TEXT and not mixed)
     if not fits:
@@ -89,6 +102,7 @@ def build_embedding(
     timings: pb.Timings,
     tokens: Sequence[pb.TokenizedText],
     words: Sequence[pb.SplitText],
+    request_id: str | None = None,
 ) -> Embedding:
     """Returns whole arrays, by output index and layer, under the names that users know.
 
@@ -142,6 +156,7 @@ def build_embedding(
             tokenize_time_ns=timings.tokenize_time_ns,
             compute_time_ns=timings.compute_time_ns,
         ),
+        request_id=request_id,
         _pooler_output=pooler_output,
         _mixed=mixed,
         _words=split,
@@ -196,7 +211,7 @@ def _build_words(
     )
 
 
-def build_tokens(texts: Sequence[pb.TokenizedText], pad_token_id: int) -> Tokens:
+def build_tokens(texts: Sequence[pb.TokenizedText], pad_token_id: int, *, request_id: str | None = None) -> Tokens:
     """Returns tokenized texts as rectangular arrays; what lies past a text's tokens is padding.
 
     Raises:
@@ -227,4 +242,5 @@ def build_tokens(texts: Sequence[pb.TokenizedText], pad_token_id: int) -> Tokens
         offset_mapping=offsets,
         token_counts=counts,
         truncated=np.array([text.truncated for text in texts], np.bool_),
+        request_id=request_id,
     )

@@ -15,10 +15,10 @@ import numpy as np
 
 from layertap import wire
 from layertap._protocol.inputs import InputItem, to_message
-from layertap._protocol.responses import build_embedding, check_header, has_words, row_counts
+from layertap._protocol.model_pin import ModelPin
+from layertap._protocol.responses import build_embedding, check_header, has_words, row_counts, token_bound
 from layertap.errors import (
     DataLossError,
-    FailedPreconditionError,
     InvalidArgumentError,
     LayertapError,
     UnavailableError,
@@ -51,19 +51,40 @@ class _Item:
     word_count: int = 0
 
 
-class StreamLedger:
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class TextAnswer:
+    """All that came for one item: its rows by output index and layer, and what describes them."""
+
+    arrays: dict[tuple[int, int], FloatArray]
+    token_count: int
+    truncated: bool
+    timings: pb.Timings
+    tokens: list[pb.TokenizedText]
+    words: list[pb.SplitText]
+
+
+class StreamState:
     """The items of one `embed_stream`, from offered to answered."""
 
-    def __init__(self, options: pb.EmbedOptions, *, ordered: bool, message_count: int = MAX_MESSAGE_COUNT) -> None:
-        """Takes what to do with each item.
+    def __init__(
+        self,
+        options: pb.EmbedOptions,
+        *,
+        ordered: bool,
+        message_count: int = MAX_MESSAGE_COUNT,
+        pin: ModelPin | None = None,
+    ) -> None:
+        """Begins without any item.
 
         Args:
             options: What is asked of each.
             ordered: Whether answers leave in the order of the items.
             message_count: How many items one message carries at most.
+            pin: The one model that may answer.
         """
         self._options = options
         self._ordered = ordered
+        self._pin = pin or ModelPin()
         self._message_count = min(message_count, MAX_MESSAGE_COUNT)
         self._header: pb.EmbedHeader | None = None
         self._header_due = True
@@ -179,12 +200,8 @@ class StreamLedger:
         return results
 
     def _open(self, header: pb.EmbedHeader) -> None:
-        if self._header is not None and self._header.fingerprint != header.fingerprint:
-            raise FailedPreconditionError(
-                f"the server now serves another model ({header.model_id}, fingerprint {header.fingerprint[:12]}, "
-                f"before {self._header.fingerprint[:12]}); start the stream anew to mix no vectors"
-            )
-        check_header(header, self._options, 0)
+        self._pin.check(header.model_id, header.fingerprint)
+        check_header(header, self._options, [])
         self._header = header
         self._header_due = self._got_on = False
 
@@ -216,20 +233,22 @@ class StreamLedger:
                     payload: memoryview | wire.ByteArray = view(offset, size)
                 else:
                     payload, data = data[:size], data[size:]
+                if len(payload) != size:
+                    raise DataLossError("the answer has less data than results; ask again")
                 arrays[output_index, layer] = wire.to_array(payload, shape, header.dtype)
         if data or len(offsets) not in (0, len(arrays)):
             raise DataLossError("the answer has more data than results; ask again")
         for position, index in enumerate(results.ids):
             own = {key: array[starts[key[0]][position] : starts[key[0]][position + 1]] for key, array in arrays.items()}
-            self._embed(
-                index,
-                own,
-                int(counts[position]),
-                results.truncated[position],
-                results.timings[position],
+            answer = TextAnswer(
+                arrays=own,
+                token_count=int(counts[position]),
+                truncated=results.truncated[position],
+                timings=results.timings[position],
                 tokens=[results.tokens[position]] if results.tokens else [],
                 words=[results.words[position]] if results.words else [],
             )
+            self._embed(index, answer)
         for failure in results.failures:
             error = from_status(failure.code, failure.message)
             self._answer(failure.id, StreamResult(index=failure.id, error=error, _embedding=None))
@@ -240,7 +259,8 @@ class StreamLedger:
         if item is None:
             raise DataLossError(f"the answer has item {frame.id}, which is not waiting; ask again")
         if item.rows is None:
-            if frame.token_count < 1 or frame.word_count < 0:
+            bound = token_bound(item.message, self._options)
+            if not (1 <= frame.token_count <= bound and 0 <= frame.word_count <= bound):
                 raise DataLossError(f"item {frame.id} has {frame.token_count} tokens; ask again")
             item.rows, item.row_count = {}, 0
             item.token_count, item.word_count = frame.token_count, frame.word_count
@@ -248,7 +268,7 @@ class StreamLedger:
                 (row_count,) = row_counts(output.unit, [frame.token_count], [frame.word_count])
                 for layer in output.layers:
                     shape = row_count, output.row_size
-                    item.rows[output_index, layer] = np.empty(shape, wire.array_dtype(self._header.dtype))
+                    item.rows[output_index, layer] = wire.empty(shape, self._header.dtype)
         rows = item.rows.get((frame.output_index, frame.layer))
         expected = item.token_count, item.word_count, item.row_count
         if rows is None or expected != (frame.token_count, frame.word_count, self._rows_before(item.rows, frame)):
@@ -260,15 +280,15 @@ class StreamLedger:
                 raise DataLossError(f"the frames of item {frame.id} are incomplete; ask again")
             if len(frame.words.piece_counts) != frame.word_count:
                 raise DataLossError(f"the words of item {frame.id} are not those of its frames; ask again")
-            self._embed(
-                frame.id,
-                item.rows,
-                frame.token_count,
-                frame.truncated,
-                frame.timings,
+            answer = TextAnswer(
+                arrays=item.rows,
+                token_count=frame.token_count,
+                truncated=frame.truncated,
+                timings=frame.timings,
                 tokens=[frame.tokens] if frame.HasField("tokens") else [],
                 words=[frame.words] if frame.HasField("words") else [],
             )
+            self._embed(frame.id, answer)
 
     @staticmethod
     def _rows_before(rows: dict[tuple[int, int], FloatArray], frame: pb.StreamFrame) -> int:
@@ -276,33 +296,28 @@ class StreamLedger:
         place = frame.output_index, frame.layer
         return sum(len(array) for key, array in rows.items() if key < place) + frame.first_row
 
-    def _embed(
-        self,
-        index: int,
-        arrays: dict[tuple[int, int], FloatArray],
-        token_count: int,
-        truncated: bool,
-        timings: pb.Timings,
-        *,
-        tokens: list[pb.TokenizedText],
-        words: list[pb.SplitText],
-    ) -> None:
-        assert self._header is not None
+    def _embed(self, index: int, answer: TextAnswer) -> None:
         item = self._unanswered.get(index)
         if item is None:
             raise DataLossError(f"the answer has item {index}, which is not waiting; ask again")
+        if answer.token_count > token_bound(item.message, self._options):
+            raise DataLossError(f"item {index} has {answer.token_count} tokens; ask again")
+        self._answer(index, self._result(index, item.message, answer))
+
+    def _result(self, index: int, message: pb.Input, answer: TextAnswer) -> StreamResult:
+        assert self._header is not None
         embedding = build_embedding(
             header=self._header,
             options=self._options,
-            arrays=arrays,
-            messages=[item.message],
-            token_counts=np.array([token_count], np.int64),
-            truncated=np.array([truncated], np.bool_),
-            timings=timings,
-            tokens=tokens,
-            words=words,
+            arrays=answer.arrays,
+            messages=[message],
+            token_counts=np.array([answer.token_count], np.int64),
+            truncated=np.array([answer.truncated], np.bool_),
+            timings=answer.timings,
+            tokens=answer.tokens,
+            words=answer.words,
         )
-        self._answer(index, StreamResult(index=index, error=None, _embedding=embedding))
+        return StreamResult(index=index, error=None, _embedding=embedding)
 
     def _answer(self, index: int, result: StreamResult) -> None:
         item = self._unanswered.pop(index, None)

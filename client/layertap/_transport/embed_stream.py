@@ -1,7 +1,7 @@
 """`embed_stream` on the wire: sending and receiving at once, and again after a lost connection.
 
 One asyncio implementation serves both clients; `sync_bridge` lends it to synchronous callers. What to send and what
-came back is the ledger's business, not this file's.
+came back is the business of `StreamState`, not this file's.
 """
 
 from __future__ import annotations
@@ -19,16 +19,17 @@ import grpc.aio
 from layertap import wire
 from layertap._protocol.inputs import InputItem
 from layertap._protocol.requests import SERVICE
-from layertap._protocol.stream_state import StreamLedger
+from layertap._protocol.stream_state import StreamState
 from layertap._shared_memory.mapping import SharedCall, take
 from layertap._transport import input_reader
-from layertap._transport.channel import CLOSED_DURING_CALL, open_async_channel, translate
+from layertap._transport.duplex import DuplexChannel
 from layertap._transport.settings import Connection
+from layertap._transport.status import CLOSED_DURING_CALL, translate
 from layertap.errors import CancelledError, DeadlineExceededError, LayertapError, UnavailableError
 from layertap.results.embedding import StreamResult
 from layertap.v1 import embedding_pb2 as pb
 
-Items = Iterable[InputItem] | AsyncIterable[InputItem]
+Items = Iterable[InputItem] | AsyncIterable[InputItem] | list[pb.Input]
 Groups = AsyncGenerator[list[StreamResult], None]
 Begin = Callable[[float], Awaitable[SharedCall | None]]
 """Asks, for so many seconds at most, what shared memory a connection may use."""
@@ -43,19 +44,20 @@ class EmbedStream:
     def __init__(
         self,
         *,
-        channel: grpc.aio.Channel,
+        channel: grpc.aio.Channel | DuplexChannel,
         connection: Connection,
+        metadata: Any,
         begin: Begin,
-        ledger: StreamLedger,
+        state: StreamState,
         items: Items,
         item_timeout_s: float,
         reconnect_timeout_s: float,
     ) -> None:
-        """Takes what it needs; nothing happens before `results` is iterated."""
         self._channel = channel
         self._settings = connection
+        self._metadata = metadata
         self._begin = begin
-        self._ledger = ledger
+        self._state = state
         self._items = items
         self._item_timeout_s = item_timeout_s
         self._reconnect_timeout_s = reconnect_timeout_s
@@ -87,13 +89,13 @@ class EmbedStream:
                 except UnavailableError as exc:
                     now = time.monotonic()
                     lost_at = now if lost_at is None else lost_at
-                    if now - lost_at >= self._reconnect_timeout_s or not self._ledger.started:
+                    if now - lost_at >= self._reconnect_timeout_s or not self._state.started:
                         raise
-                    self._ledger.lost(exc)
+                    self._state.lost(exc)
                     pause = min(_MAX_BACKOFF_S, _BACKOFF_S * 2**attempt) * random.uniform(0.5, 1.0)
                     attempt += 1
                     await asyncio.sleep(min(pause, lost_at + self._reconnect_timeout_s - now))
-            if group := self._ledger.ready():
+            if group := self._state.ready():
                 yield group
             if self._source_error is not None:
                 raise self._source_error
@@ -103,7 +105,7 @@ class EmbedStream:
 
     @property
     def _finished(self) -> bool:
-        return self._source_ended and not self._ledger.unanswered_count
+        return self._source_ended and not self._state.unanswered_count
 
     async def _connection(self) -> Groups:
         """Sends and receives over one call until all is answered or the call breaks."""
@@ -118,9 +120,7 @@ class EmbedStream:
 
     async def _call(self, shared: SharedCall | None) -> Groups:
         try:
-            call = self._channel.stream_stream(SERVICE + "EmbedStream", None, None)(
-                None, metadata=self._settings.metadata
-            )
+            call = self._channel.stream_stream(SERVICE + "EmbedStream", None, None)(None, metadata=self._metadata)
         except grpc.aio.UsageError as exc:
             raise CancelledError(CLOSED_DURING_CALL) from exc
         writer = asyncio.create_task(self._write(call, shared))
@@ -139,12 +139,12 @@ class EmbedStream:
                             return
                         raise UnavailableError("the server ended the stream before all items were answered")
                     part, data = wire.split(pb.EmbedStreamResponse, raw)
-                    self._ledger.feed(part, data, take(shared, part))
+                    self._state.feed(part, data, take(shared, part))
                     self._moved_at = time.monotonic()
                     self._note_change()
-                    yield self._ledger.ready()
+                    yield self._state.ready()
                     self._moved_at = time.monotonic()  # The time that the caller took is not the server's.
-                elif group := self._ledger.ready():
+                elif group := self._state.ready():
                     yield group
                     self._moved_at = time.monotonic()
             # Nothing is owed any more: a server that is slow to end the call takes nothing from the answers.
@@ -153,7 +153,7 @@ class EmbedStream:
                 await asyncio.wait_for(read or call.read(), self._item_timeout_s)
         except grpc.RpcError as exc:
             error = translate(exc, self._settings, None, resumable=True)
-            if not self._ledger.accepted and int(error.code) != exc.code().value[0]:
+            if not self._state.accepted and int(error.code) != exc.code().value[0]:
                 error = await self._refusal(error)
             raise error from exc
         finally:
@@ -169,22 +169,22 @@ class EmbedStream:
         """
         method = self._channel.unary_unary(SERVICE + "GetModelInfo", None, None)
         try:
-            await method(b"", metadata=self._settings.metadata, timeout=self._item_timeout_s)
+            await method(b"", metadata=self._metadata, timeout=self._item_timeout_s)
         except grpc.RpcError as exc:
             return translate(exc, self._settings, self._item_timeout_s)
         return error
 
     async def _wait(self, read: asyncio.Task[Any]) -> None:
         """Waits until a message, an item or the end of all items has come."""
-        if not self._ledger.unanswered_count:
+        if not self._state.unanswered_count:
             self._moved_at = time.monotonic()
         changed = asyncio.create_task(self._change(self._change_count))
         left = self._moved_at + self._item_timeout_s - time.monotonic()
         try:
             await asyncio.wait({read, changed}, timeout=max(left, 0.0), return_when=asyncio.FIRST_COMPLETED)
-            if not read.done() and not changed.done() and self._ledger.unanswered_count:
+            if not read.done() and not changed.done() and self._state.unanswered_count:
                 raise DeadlineExceededError(
-                    f"no answer came for {self._item_timeout_s} s while {self._ledger.unanswered_count} items wait; "
+                    f"no answer came for {self._item_timeout_s} s while {self._state.unanswered_count} items wait; "
                     "raise item_timeout_s if the server needs longer"
                 )
         finally:
@@ -193,16 +193,16 @@ class EmbedStream:
     async def _write(self, call: Any, shared: SharedCall | None) -> None:
         # The reading side gets the status of a broken call and tells it.
         with contextlib.suppress(grpc.RpcError, asyncio.InvalidStateError):
-            opening = self._ledger.opening
+            opening = self._state.opening
             if shared is not None:
                 opening.options.options.shared_memory.CopyFrom(shared.use)
             await call.write(opening.SerializeToString())
             # A write that meets a refusal would hide its reason: see first whether the options are accepted.
-            while not self._ledger.accepted and not self._finished:
+            while not self._state.accepted and not self._finished:
                 await self._change(self._change_count)
             while not self._finished:
-                while self._ledger.has_unsent:
-                    await call.write(self._ledger.take().SerializeToString())
+                while self._state.has_unsent:
+                    await call.write(self._state.take().SerializeToString())
                 if not self._finished:
                     await self._change(self._change_count)
             await call.done_writing()
@@ -222,9 +222,9 @@ class EmbedStream:
             async with contextlib.aclosing(input_reader.groups(self._items)) as groups:
                 async for group in groups:
                     for item in group:
-                        while not self._ledger.has_room:
+                        while not self._state.has_room:
                             await self._change(self._change_count)
-                        self._ledger.offer(item)
+                        self._state.offer(item)
                         self._note_change()
         except asyncio.CancelledError as exc:
             task = asyncio.current_task()
@@ -236,30 +236,3 @@ class EmbedStream:
         finally:
             self._source_ended = True
             self._note_change()
-
-
-async def run_stream(
-    connection: Connection,
-    channel: grpc.aio.Channel | None,
-    begin: Begin,
-    ledger: StreamLedger,
-    items: Items,
-    item_timeout_s: float,
-    reconnect_timeout_s: float,
-) -> Groups:
-    """Runs one embed_stream, on a channel of its own where none is given."""
-    async with contextlib.AsyncExitStack() as stack:
-        if channel is None:
-            channel = await stack.enter_async_context(open_async_channel(connection))
-        stream = EmbedStream(
-            channel=channel,
-            connection=connection,
-            begin=begin,
-            ledger=ledger,
-            items=items,
-            item_timeout_s=item_timeout_s,
-            reconnect_timeout_s=reconnect_timeout_s,
-        )
-        groups = await stack.enter_async_context(contextlib.aclosing(stream.results()))
-        async for group in groups:
-            yield group

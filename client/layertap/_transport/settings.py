@@ -7,24 +7,24 @@ connects. Knows no gRPC; `channel` makes channels of this.
 from __future__ import annotations
 
 import dataclasses
-import ipaddress
 import json
 import os
+import re
 import ssl
 from collections.abc import Mapping, Sequence
-from typing import Any, Final
+from typing import Any, Final, TypeAlias
 
 from layertap import wire
+from layertap._transport import targets
 from layertap.errors import InvalidArgumentError
 
-DEFAULT_TARGET: Final = "127.0.0.1:50051"
+DEFAULT_TARGET: Final = f"127.0.0.1:{targets.DEFAULT_PORT}"
 DEFAULT_TIMEOUT_S: Final = 60.0
 """The deadline of calls for which the user names none, in seconds."""
 DEFAULT_RETRIES: Final = 3
 
 _MAX_RETRIES: Final = 4
 """gRPC makes five attempts at most."""
-_SCHEMES: Final = ("dns:", "ipv4:", "ipv6:", "unix:", "unix-abstract:", "vsock:", "xds:")
 _RETRY: Final = {
     "initialBackoff": "0.1s",
     "maxBackoff": "1s",
@@ -34,6 +34,29 @@ _RETRY: Final = {
 
 Pem = bytes | str | os.PathLike[str]
 Option = tuple[str, str | int]
+
+Metadata: TypeAlias = Mapping[str, str | bytes] | Sequence[tuple[str, str | bytes]]
+"""What a call carries beside its request: names in lower case; values of ASCII, or bytes if the name ends in -bin."""
+
+_MAX_TIMEOUT_S: Final = 10 * 366 * 86400.0
+"""A later deadline is none; gRPC's own clock would overflow at some."""
+
+_METADATA_NAME: Final = re.compile(r"[0-9a-z_.-]+")
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class CallSettings:
+    """What one call is sent with.
+
+    Attributes:
+        timeout_s: Its deadline, in seconds.
+        metadata: All that it carries, the token included.
+        named_timeout: Whether the caller named the deadline; else it is the client's.
+    """
+
+    timeout_s: float
+    metadata: tuple[tuple[str, str | bytes], ...] = dataclasses.field(default=(), repr=False)
+    named_timeout: bool = False
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,8 +96,16 @@ class TLS:
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class StreamSeconds:
+    """How long a stream waits for an answer, and for a lost server, in seconds."""
+
+    item_timeout_s: float
+    reconnect_timeout_s: float
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Connection:
-    """Everything that a channel is made of, and what each call needs.
+    """Everything that a client is: what its channel is made of, and what each call needs.
 
     Attributes:
         target: What the user calls the server.
@@ -83,6 +114,9 @@ class Connection:
         retries: How often a call is repeated that the server could not take.
         options: What gRPC is told besides, as (name, value).
         timeout_s: The deadline of calls for which the user names none, in seconds.
+        shared_memory: Whether layers come through memory shared with the server.
+        fingerprint: The only model that may answer; None: the first that does.
+        plaintext_token: Whether the token may go to another host unencrypted.
     """
 
     target: str
@@ -91,21 +125,82 @@ class Connection:
     retries: int = DEFAULT_RETRIES
     options: tuple[Option, ...] = ()
     timeout_s: float = DEFAULT_TIMEOUT_S
+    shared_memory: bool = False
+    fingerprint: str | None = None
+    plaintext_token: bool = False
 
     @property
     def uri(self) -> str:
         """The target in gRPC's words."""
-        return _uri(self.target)
+        return targets.uri(self.target)
 
     @property
     def is_local(self) -> bool:
         """Whether what is sent stays on this host."""
-        return all(map(_is_local, self.target.split(",")))
+        return targets.is_local(self.target)
 
     @property
     def metadata(self) -> tuple[tuple[str, str], ...]:
         """What each call carries."""
         return (("authorization", f"Bearer {self.token}"),) if self.token else ()
+
+    def call(self, timeout_s: float | None = None, metadata: Metadata = ()) -> CallSettings:
+        """Returns what one call is sent with, from its `timeout_s` and `metadata` arguments.
+
+        Raises:
+            InvalidArgumentError: if a deadline is none, or gRPC cannot carry the metadata.
+        """
+        named = timeout_s is not None
+        own = _metadata(metadata)
+        if any(name == "authorization" for name, _ in own):
+            if self.token:
+                raise InvalidArgumentError("metadata has authorization, which the client's token is sent as; pass one")
+            dataclasses.replace(self, token="authorization").check_token()
+        return CallSettings(
+            timeout_s=self.timeout_s if timeout_s is None else seconds("timeout_s", timeout_s),
+            metadata=(*self.metadata, *own),
+            named_timeout=named,
+        )
+
+    def stream_seconds(self, item_timeout_s: float | None, reconnect_timeout_s: float | None) -> StreamSeconds:
+        """Returns how long a stream waits, from the arguments of those names.
+
+        Raises:
+            InvalidArgumentError: if one is no number of seconds.
+        """
+        given = {"item_timeout_s": item_timeout_s, "reconnect_timeout_s": reconnect_timeout_s}
+        return StreamSeconds(
+            **{
+                name: self.timeout_s if value is None else seconds(name, value, zero=True)
+                for name, value in given.items()
+            }
+        )
+
+    def proxy_variable(self, environment: Mapping[str, str]) -> str | None:
+        """Returns the variable that names the proxy which gRPC takes to the target; None: it takes none."""
+        if dict(self.options).get("grpc.enable_http_proxy", 1) == 0:
+            return None
+        return targets.proxy_variable(self.target, environment)
+
+    def check_token(self) -> None:
+        """Checks that a token goes nowhere unencrypted where others could read it.
+
+        Raises:
+            InvalidArgumentError: if it would.
+        """
+        if not self.token or self.tls is not None:
+            return
+        if not self.is_local and not self.plaintext_token:
+            raise InvalidArgumentError(
+                f"a token would go to {self.target} unencrypted; pass tls=True or tls=TLS(ca=…), or set "
+                "LAYERTAP_TLS_CA; tls=False sends it nevertheless"
+            )
+        proxy = "grpc.http_proxy" if "grpc.http_proxy" in dict(self.options) else self.proxy_variable(os.environ)
+        if proxy is not None:
+            raise InvalidArgumentError(
+                f"a token would go unencrypted to the proxy that {proxy} names; pass tls=True, or add the host of "
+                f"{self.target} to the variable no_proxy"
+            )
 
     @property
     def service_config(self) -> str:
@@ -122,7 +217,7 @@ class Connection:
         return json.dumps(config)
 
 
-def settle(
+def resolve(
     target: str | None,
     *,
     tls: TLS | bool | None = None,
@@ -130,6 +225,8 @@ def settle(
     retries: int = DEFAULT_RETRIES,
     options: Sequence[Option] = (),
     timeout_s: float | None = None,
+    shared_memory: bool = False,
+    fingerprint: str | None = None,
 ) -> Connection:
     """Returns what a client is to use: its arguments, else LAYERTAP_… variables, else defaults.
 
@@ -139,10 +236,10 @@ def settle(
     environment = os.environ
     if timeout_s is None:
         timeout_s = _seconds(environment.get("LAYERTAP_TIMEOUT_S") or DEFAULT_TIMEOUT_S)
-    if not 0 < timeout_s < float("inf"):
-        raise InvalidArgumentError(f"timeout_s is {timeout_s}; pass a number of seconds above 0")
     if not 0 <= retries <= _MAX_RETRIES:
         raise InvalidArgumentError(f"retries is {retries}; it runs from 0 to {_MAX_RETRIES}")
+    if fingerprint is not None and not fingerprint:
+        raise InvalidArgumentError("fingerprint is no fingerprint; pass the one that model_info() has")
     token = environment.get("LAYERTAP_TOKEN") if token is None else token
     if token and not (token.isascii() and token.isprintable() and " " not in token):
         raise InvalidArgumentError("token has characters that no token has; pass it without spaces and line ends")
@@ -151,15 +248,14 @@ def settle(
         tls=_tls_of(tls, environment),
         token=token or None,
         retries=retries,
-        options=tuple(options),
-        timeout_s=timeout_s,
+        options=tuple((name, value) for name, value in options),
+        timeout_s=seconds("timeout_s", timeout_s),
+        shared_memory=shared_memory,
+        fingerprint=fingerprint,
+        plaintext_token=tls is False,
     )
-    _uri(found.target)
-    if found.token and found.tls is None and not found.is_local and tls is not False:
-        raise InvalidArgumentError(
-            f"a token would go to {found.target} unencrypted; pass tls=True or tls=TLS(ca=…), or set LAYERTAP_TLS_CA; "
-            "tls=False sends it nevertheless"
-        )
+    found.uri  # noqa: B018  # Refuses what is no target.
+    found.check_token()
     return found
 
 
@@ -172,39 +268,39 @@ def _tls_of(tls: TLS | bool | None, environment: Mapping[str, str]) -> TLS | Non
     return TLS(**paths) if tls or any(paths.values()) else None
 
 
-def _uri(target: str) -> str:
-    if target.startswith(_SCHEMES) or "," not in target:
-        return target
-    addresses = [_address(one.strip()) for one in target.split(",")]
-    versions = {version for version, _ in addresses}
-    if len(versions) > 1:
-        raise InvalidArgumentError("target has IPv4 and IPv6 addresses; pass several of one kind")
-    return f"ipv{versions.pop()}:" + ",".join(text for _, text in addresses)
+def seconds(field: str, value: object, *, zero: bool = False) -> float:
+    """Returns a number of seconds, no more than a clock can hold.
+
+    Raises:
+        InvalidArgumentError: if it is no number above 0, or 0 where `zero` allows it.
+    """
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not (value > 0 or (zero and not value)):
+        raise InvalidArgumentError(f"{field} is {value!r}; pass a number of seconds above 0")
+    if value == float("inf"):
+        raise InvalidArgumentError(f"{field} is {value!r}; pass a number of seconds")
+    return min(float(value), _MAX_TIMEOUT_S)
 
 
-def _address(text: str) -> tuple[int, str]:
-    """Returns one of several addresses, and which IP it is of."""
-    host, _, port = text.rpartition(":")
-    host = "127.0.0.1" if host == "localhost" else host
+def _metadata(metadata: Metadata) -> tuple[tuple[str, str | bytes], ...]:
     try:
-        return ipaddress.ip_address(host.strip("[]")).version, f"{host}:{int(port)}"
-    except ValueError as exc:
-        raise InvalidArgumentError(
-            f"target has {text!r} among several; pass IP addresses with ports, such as 10.0.0.1:50051,10.0.0.2:50051, "
-            "or one name that resolves to all of them: dns:///name:port"
-        ) from exc
-
-
-def _is_local(target: str) -> bool:
-    if target.startswith(("unix:", "unix-abstract:")):
-        return True
-    for scheme in _SCHEMES:
-        target = target.removeprefix(scheme)
-    host = target.strip().rpartition("/")[2].rpartition(":")[0].strip("[]")
-    try:
-        return host == "localhost" or ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
+        given = metadata.items() if isinstance(metadata, Mapping) else metadata
+        pairs: list[tuple[Any, Any]] = [(name, value) for name, value in given]
+    except (TypeError, ValueError) as exc:
+        raise InvalidArgumentError("metadata is no mapping of names to values, and no list of such pairs") from exc
+    for name, value in pairs:
+        if not isinstance(name, str) or not _METADATA_NAME.fullmatch(name) or name.startswith("grpc-"):
+            raise InvalidArgumentError(
+                f"metadata has the name {name!r}; pass lower-case letters, digits and -._, not beginning with grpc-"
+            )
+        fits = (
+            isinstance(value, bytes)
+            if name.endswith("-bin")
+            else isinstance(value, str) and value.isascii() and value.isprintable()
+        )
+        if not fits:
+            kind = "bytes" if name.endswith("-bin") else "a str of printable ASCII"
+            raise InvalidArgumentError(f"metadata[{name!r}] is of type {type(value).__name__}; it must be {kind}")
+    return tuple(pairs)
 
 
 def _seconds(value: str | float) -> float:

@@ -16,8 +16,8 @@ import threading
 from collections.abc import Callable, Coroutine, Iterator
 from typing import Any, Final, TypeAlias, TypeVar
 
-from layertap._transport.channel import CLOSED_DURING_CALL
 from layertap._transport.embed_stream import Groups
+from layertap._transport.status import CLOSED_DURING_CALL
 from layertap.errors import CancelledError
 from layertap.results.embedding import StreamResult
 
@@ -35,11 +35,10 @@ class _Failure:
 _Outcome: TypeAlias = "_T | _Failure"
 
 
-class Iteration:
-    """Runs an async generator on a loop in a thread of its own. To be iterated once and closed by whoever iterates."""
+class SyncBridge:
+    """Runs an async generator on a loop in a thread of its own. The caller iterates it once and closes it."""
 
     def __init__(self, start: Callable[[], Groups]) -> None:
-        """Takes what makes the generator; the thread starts with the iteration."""
         self._start = start
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread: threading.Thread | None = None
@@ -94,7 +93,7 @@ class Iteration:
         """
         # A future waits by a lock of Python's own, which Ctrl-C may leave half let go of; this queue is C's.
         outcome: queue.SimpleQueue[_Outcome[_T]] = queue.SimpleQueue()
-        loop.call_soon_threadsafe(lambda: loop.create_task(_settle(function, outcome)))
+        loop.call_soon_threadsafe(lambda: loop.create_task(_put_outcome(function, outcome)))
         found = outcome.get()
         if isinstance(found, _Failure):
             raise found.error
@@ -121,7 +120,9 @@ class Iteration:
             await asyncio.wait(rest, timeout=_END_S)
 
 
-async def _settle(function: Callable[[], Coroutine[Any, Any, _T]], outcome: queue.SimpleQueue[_Outcome[_T]]) -> None:
+async def _put_outcome(
+    function: Callable[[], Coroutine[Any, Any, _T]], outcome: queue.SimpleQueue[_Outcome[_T]]
+) -> None:
     """Puts what comes of it into the outcome; raised in a task, KeyboardInterrupt and SystemExit would end the loop."""
     try:
         outcome.put(await function())

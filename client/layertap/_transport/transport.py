@@ -1,68 +1,98 @@
-"""The wires between a client and its server: one channel, made at the first call, and anew in a forked child.
+"""What the clients send over: one channel, made at the first call, and anew in a forked child.
 
-Both kinds here send what `requests` has made and hand back what came; they differ only in how they wait.
+Both kinds here send what `requests` has made and hand back what came; they differ only in how they wait. Imported at
+the first call of a client, because importing gRPC reads the environment.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import os
 import threading
-from collections.abc import AsyncGenerator, Iterator
+from collections.abc import AsyncGenerator, Callable, Generator, Iterable, Iterator
+from typing import Generic
 
 import grpc
 import grpc.aio
 
 from layertap import wire
 from layertap._protocol import requests
+from layertap._protocol.inputs import InputItem
+from layertap._protocol.model_pin import ModelPin
 from layertap._protocol.requests import ResponseT
+from layertap._protocol.stream_state import StreamState
 from layertap._shared_memory.mapping import SharedCall, SharedMemory, take
 from layertap._shared_memory.session import AsyncLease, Lease
 from layertap._transport import fork
-from layertap._transport.channel import CLOSED_DURING_CALL, open_async_channel, open_channel, translate
-from layertap._transport.settings import Connection
-from layertap._transport.sync_bridge import Iteration
+from layertap._transport.channel import open_async_channel, open_channel
+from layertap._transport.duplex import DuplexChannel
+from layertap._transport.embed_stream import EmbedStream, Groups, Items
+from layertap._transport.settings import CallSettings, Connection
+from layertap._transport.status import CLOSED_DURING_CALL, request_id, translate
+from layertap._transport.sync_bridge import SyncBridge
 from layertap.errors import CancelledError, FailedPreconditionError
+from layertap.results.embedding import StreamResult
 from layertap.v1 import embedding_pb2 as pb
 
 _CLOSED = "this client is closed; make a new one"
 
-Part = tuple[pb.EmbedLayersResponse, memoryview, wire.View | None]
+NoteRequestId = Callable[[str | None], None]
+"""Receives the name of a call in the server's log, once the call has ended."""
 
 
-class Link:
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Part:
+    """One message of an EmbedLayers answer.
+
+    Attributes:
+        message: The message without its payload.
+        data: The payload.
+        view: Where to find rows that lie in shared memory.
+    """
+
+    message: pb.EmbedLayersResponse
+    data: memoryview
+    view: wire.View | None
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Reply(Generic[ResponseT]):
+    """One unary answer, and the name of its call in the server's log."""
+
+    message: ResponseT
+    request_id: str | None
+
+
+class Transport:
     """What `Client` sends over. Threads may share it."""
 
     def __init__(self, connection: Connection, memory: SharedMemory, channel: grpc.Channel | None) -> None:
-        """Takes how to connect, or a channel that belongs to the user."""
         self.connection = connection
+        self.pin = ModelPin(connection.fingerprint)
         self._memory = memory
         self._lock = threading.Lock()
         self._given = channel
         self._channel: grpc.Channel | None = None
         self._lease: Lease | None = None
-        self._iterations: set[Iteration] = set()
+        self._bridges: set[SyncBridge] = set()
         self._pid = 0
         self._closed = False
-
-    def timeout_s(self, timeout_s: float | None) -> float:
-        """Returns a deadline, in seconds; None: the client's."""
-        return self.connection.timeout_s if timeout_s is None else timeout_s
 
     def open(self) -> tuple[grpc.Channel, Lease]:
         """Returns the channel and the memory shared over it.
 
         Raises:
-            FailedPreconditionError: The client is closed.
+            FailedPreconditionError: if the client is closed.
         """
         with self._lock:
             if self._closed:
                 raise FailedPreconditionError(_CLOSED)
-            fork.check()  # First: where gRPC would hang, it does so already when a parent's channel is let go.
+            fork.check()  # First: where gRPC would hang, it does so already when a parent's channel is released.
             if self._channel is None or self._lease is None or self._pid != os.getpid():
                 self._channel = self._lease = None  # What a parent has left goes first.
-                self._iterations = set()
+                self._bridges = set()
                 self._channel = self._given or open_channel(self.connection)
                 self._lease = Lease(
                     self._channel, self._memory, target=self.connection.target, metadata=self.connection.metadata
@@ -70,86 +100,98 @@ class Link:
                 self._pid = os.getpid()
             return self._channel, self._lease
 
-    def unary(self, call: requests.Unary[ResponseT], timeout_s: float | None) -> ResponseT:
+    def unary(self, request: requests.Unary[ResponseT], call: CallSettings) -> Reply[ResponseT]:
         """Sends one request and waits for its answer."""
-        timeout_s = self.timeout_s(timeout_s)
-        method = self.open()[0].unary_unary(requests.SERVICE + call.rpc, None, None)
+        method = self.open()[0].unary_unary(requests.SERVICE + request.rpc, None, None)
         try:
-            raw = method(call.request.SerializeToString(), timeout=timeout_s, metadata=self.connection.metadata)
+            raw, ended = method.with_call(
+                request.request.SerializeToString(), timeout=call.timeout_s, metadata=call.metadata
+            )
         except (grpc.RpcError, ValueError) as exc:
-            raise translate(exc, self.connection, timeout_s, closed=self._closed) from exc
-        return requests.read_whole(raw, call.response)
+            raise translate(exc, self.connection, call.timeout_s, closed=self._closed) from exc
+        message = requests.read_whole(raw, request.response)
+        return Reply(message=message, request_id=request_id(ended.trailing_metadata()))
 
-    def layers(self, request: pb.EmbedLayersRequest, timeout_s: float | None) -> Iterator[Part]:
+    def layers(self, request: pb.EmbedLayersRequest, call: CallSettings, note: NoteRequestId) -> Iterator[Part]:
         """Sends one EmbedLayers and yields its messages."""
-        timeout_s = self.timeout_s(timeout_s)
         channel, lease = self.open()
         method = channel.unary_stream(requests.SERVICE + "EmbedLayers", None, None)
         with contextlib.ExitStack() as stack:
-            shared = lease.begin(timeout_s)
+            shared = lease.begin(call.timeout_s)
             if shared is not None:
                 stack.callback(shared.end)
                 request.options.shared_memory.CopyFrom(shared.use)
             try:
-                call = method(request.SerializeToString(), timeout=timeout_s, metadata=self.connection.metadata)
+                answer = method(request.SerializeToString(), timeout=call.timeout_s, metadata=call.metadata)
             except ValueError as exc:
-                raise translate(exc, self.connection, timeout_s, closed=self._closed) from exc
-            stack.callback(call.cancel)
+                raise translate(exc, self.connection, call.timeout_s, closed=self._closed) from exc
+            stack.callback(answer.cancel)
             try:
-                for raw in call:
-                    part, data = wire.split(pb.EmbedLayersResponse, raw)
-                    yield part, data, take(shared, part)
+                for raw in answer:
+                    message, data = wire.split(pb.EmbedLayersResponse, raw)
+                    yield Part(message=message, data=data, view=take(shared, message))
+                note(request_id(answer.trailing_metadata()))
             except grpc.RpcError as exc:
-                raise translate(exc, self.connection, timeout_s, closed=self._closed) from exc
+                raise translate(exc, self.connection, call.timeout_s, closed=self._closed) from exc
 
-    async def begin(self, timeout_s: float) -> SharedCall | None:
-        """Returns what a stream may use of the shared memory."""
-        if not self._memory.wanted:
-            return None
-        return await asyncio.to_thread(self.open()[1].begin, timeout_s)
+    def stream(
+        self,
+        state: StreamState,
+        items: Iterable[InputItem] | list[pb.Input],
+        call: CallSettings,
+        *,
+        item_timeout_s: float,
+        reconnect_timeout_s: float,
+    ) -> Generator[list[StreamResult], None, None]:
+        """Runs one EmbedStream over the channel and yields its results in groups, as they come."""
 
-    @contextlib.contextmanager
-    def iterating(self, iteration: Iteration) -> Iterator[Iteration]:
-        """Ends an iteration when it is left, and when the client is closed.
+        async def begin(timeout_s: float) -> SharedCall | None:
+            return await asyncio.to_thread(self.open()[1].begin, timeout_s) if self._memory.wanted else None
 
-        Raises:
-            FailedPreconditionError: The client is closed, or has only a channel that was given to it.
-        """
-        if self._given is not None:
-            raise FailedPreconditionError(
-                "embed_stream needs a connection of its own, which a client made from a channel cannot make; use "
-                "Client(target), or AsyncClient.from_channel"
-            )
-        self.open()
+        channel, _ = self.open()
+
+        def start() -> Groups:
+            return EmbedStream(
+                channel=DuplexChannel(channel),
+                connection=self.connection,
+                metadata=call.metadata,
+                begin=begin,
+                state=state,
+                items=items,
+                item_timeout_s=item_timeout_s,
+                reconnect_timeout_s=reconnect_timeout_s,
+            ).results()
+
+        bridge = SyncBridge(start)
         with self._lock:
-            self._iterations.add(iteration)
+            self._bridges.add(bridge)
         try:
-            yield iteration
+            yield from bridge
         finally:
             with self._lock:
-                self._iterations.discard(iteration)
-            iteration.close()
+                self._bridges.discard(bridge)
+            bridge.close()
 
     def close(self) -> None:
         """Ends what is under way, and the channel if it is the client's own."""
         with self._lock:
             self._closed = True
             channel, self._channel, self._lease = self._channel, None, None
-            iterations, self._iterations = self._iterations, set()
+            bridges, self._bridges = self._bridges, set()
         if self._pid != os.getpid():
             return
-        for iteration in iterations:
-            iteration.cancel()
+        for bridge in bridges:
+            bridge.cancel()
         if channel is not None and channel is not self._given:
             channel.close()
 
 
-class AsyncLink:
+class AsyncTransport:
     """What `AsyncClient` sends over. The tasks of one event loop may share it; a new loop gets a new channel."""
 
     def __init__(self, connection: Connection, memory: SharedMemory, channel: grpc.aio.Channel | None) -> None:
-        """See `Link`."""
         self.connection = connection
+        self.pin = ModelPin(connection.fingerprint)
         self._memory = memory
         self._given = channel
         self._channel: grpc.aio.Channel | None = None
@@ -157,12 +199,8 @@ class AsyncLink:
         self._owner: tuple[int, asyncio.AbstractEventLoop] | None = None
         self._closed = False
 
-    def timeout_s(self, timeout_s: float | None) -> float:
-        """See `Link.timeout_s`."""
-        return self.connection.timeout_s if timeout_s is None else timeout_s
-
     def open(self) -> tuple[grpc.aio.Channel, AsyncLease]:
-        """See `Link.open`."""
+        """See `Transport.open`."""
         if self._closed:
             raise FailedPreconditionError(_CLOSED)
         fork.check()
@@ -176,43 +214,71 @@ class AsyncLink:
             self._owner = owner
         return self._channel, self._lease
 
-    async def unary(self, call: requests.Unary[ResponseT], timeout_s: float | None) -> ResponseT:
-        """See `Link.unary`."""
-        timeout_s = self.timeout_s(timeout_s)
-        method = self.open()[0].unary_unary(requests.SERVICE + call.rpc, None, None)
+    async def unary(self, request: requests.Unary[ResponseT], call: CallSettings) -> Reply[ResponseT]:
+        """See `Transport.unary`."""
+        method = self.open()[0].unary_unary(requests.SERVICE + request.rpc, None, None)
         try:
-            raw = await method(call.request.SerializeToString(), timeout=timeout_s, metadata=self.connection.metadata)
+            answer = method(request.request.SerializeToString(), timeout=call.timeout_s, metadata=call.metadata)
+            raw = await answer
+            trailing = await answer.trailing_metadata()
         except (grpc.RpcError, grpc.aio.UsageError) as exc:
-            raise translate(exc, self.connection, timeout_s, closed=self._closed) from exc
+            raise translate(exc, self.connection, call.timeout_s, closed=self._closed) from exc
         except asyncio.CancelledError as exc:
             self._tell_closing(exc)
             raise
-        return requests.read_whole(raw, call.response)
+        return Reply(message=requests.read_whole(raw, request.response), request_id=request_id(trailing))
 
-    async def layers(self, request: pb.EmbedLayersRequest, timeout_s: float | None) -> AsyncGenerator[Part, None]:
-        """See `Link.layers`."""
-        timeout_s = self.timeout_s(timeout_s)
+    async def layers(
+        self, request: pb.EmbedLayersRequest, call: CallSettings, note: NoteRequestId
+    ) -> AsyncGenerator[Part, None]:
+        """See `Transport.layers`."""
         channel, lease = self.open()
         method = channel.unary_stream(requests.SERVICE + "EmbedLayers", None, None)
         with contextlib.ExitStack() as stack:
             try:
-                shared = await lease.begin(timeout_s)
+                shared = await lease.begin(call.timeout_s)
                 if shared is not None:
                     stack.callback(shared.end)
                     request.options.shared_memory.CopyFrom(shared.use)
-                call = method(request.SerializeToString(), timeout=timeout_s, metadata=self.connection.metadata)
-                stack.callback(call.cancel)
-                async for raw in call:
-                    part, data = wire.split(pb.EmbedLayersResponse, raw)
-                    yield part, data, take(shared, part)
+                answer = method(request.SerializeToString(), timeout=call.timeout_s, metadata=call.metadata)
+                stack.callback(answer.cancel)
+                async for raw in answer:
+                    message, data = wire.split(pb.EmbedLayersResponse, raw)
+                    yield Part(message=message, data=data, view=take(shared, message))
+                note(request_id(await answer.trailing_metadata()))
             except (grpc.RpcError, grpc.aio.UsageError) as exc:
-                raise translate(exc, self.connection, timeout_s, closed=self._closed) from exc
+                raise translate(exc, self.connection, call.timeout_s, closed=self._closed) from exc
             except asyncio.CancelledError as exc:
                 self._tell_closing(exc)
                 raise
 
+    async def stream(
+        self,
+        state: StreamState,
+        items: Items,
+        call: CallSettings,
+        *,
+        item_timeout_s: float,
+        reconnect_timeout_s: float,
+    ) -> Groups:
+        """See `Transport.stream`."""
+        channel, lease = self.open()
+        running = EmbedStream(
+            channel=channel,
+            connection=self.connection,
+            metadata=call.metadata,
+            begin=lease.begin,
+            state=state,
+            items=items,
+            item_timeout_s=item_timeout_s,
+            reconnect_timeout_s=reconnect_timeout_s,
+        ).results()
+        async with contextlib.aclosing(running) as groups:
+            async for group in groups:
+                yield group
+
     async def close(self) -> None:
-        """See `Link.close`."""
+        """See `Transport.close`."""
         self._closed = True
         channel, self._channel, self._lease = self._channel, None, None
         own = channel is not None and channel is not self._given

@@ -11,8 +11,9 @@ import grpc
 import numpy as np
 
 from layertap import quantization
-from layertap._transport.channel import open_channel, translate
-from layertap._transport.settings import settle
+from layertap._transport.channel import open_channel
+from layertap._transport.settings import resolve
+from layertap._transport.status import translate
 from layertap.cli import parsing
 from layertap.cli.parsing import connect
 from layertap.errors import InvalidArgumentError, LayertapError
@@ -91,7 +92,7 @@ def health(args: argparse.Namespace) -> int:
     # The standard service without its package, which the client does not require. The empty request asks for the server
     # as a whole; the answer has one field, number 1, an enum: byte 0x08, then its value.
     try:
-        connection = settle(args.target, timeout_s=args.timeout_s)
+        connection = resolve(args.target, timeout_s=args.timeout_s)
     except InvalidArgumentError as exc:
         raise parsing.UsageError(str(exc)) from exc
     with open_channel(connection) as channel:

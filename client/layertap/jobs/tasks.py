@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from layertap._protocol.inputs import InputItem
-from layertap._protocol.stream_state import StreamLedger
+from layertap._protocol.stream_state import StreamState
 from layertap.client import Client
 from layertap.jobs.items import Item
 from layertap.quantization import Precision
@@ -114,8 +114,8 @@ class EncodeTask:
     def stream(self, client: Client, contents: Iterable[InputItem], timeout_s: float) -> Iterator[StreamResult]:
         """Embeds contents in their order."""
         assert self._encoding is not None
-        ledger = StreamLedger(self._encoding.options, ordered=True)
-        return client._results(ledger, contents, False, timeout_s, timeout_s)
+        state = StreamState(self._encoding.options, ordered=True)
+        return client._stream(state, contents, timeout_s)
 
     def columns(self, embedding: Embedding) -> list[Column]:
         """Returns the sentence vector, or the rows of the last layer."""

@@ -34,6 +34,7 @@ class Embedding:
         attention_mask: Shape: [text_count, length]; as sent for token ids, else 1 for each token.
         model: Which model answered.
         timings: Where the time went.
+        request_id: The name of the call in the server's log; None: the server did not say, or it was a stream.
     """
 
     hidden_states: HiddenStates
@@ -47,6 +48,7 @@ class Embedding:
     _tokens: Tokens | None
     _mixed: MixedRows | None = None
     _words: Words | None = None
+    request_id: str | None = None
 
     @property
     def layers(self) -> tuple[int, ...]:

@@ -34,6 +34,7 @@ class Tokens:
         offset_mapping: Shape: [text_count, length, 2]; start and end in Unicode code points.
         token_counts: Shape: [text_count]; how many positions of each text are to be embedded.
         truncated: Shape: [text_count]; whether tokens were cut.
+        request_id: The name of the (last) call in the server's log; None: the server did not say.
     """
 
     tokens: list[list[str]]
@@ -45,6 +46,7 @@ class Tokens:
     offset_mapping: IntArray
     token_counts: IntArray
     truncated: BoolArray
+    request_id: str | None = None
 
     def __len__(self) -> int:
         """The number of texts."""

@@ -18,7 +18,7 @@ import layertap
 from layertap import DataLossError, Embedding, LayerRows, LayertapError, StreamResult, wire
 from layertap._protocol.assembler import EmbedAssembler, LayerAssembler
 from layertap._protocol.responses import build_tokens
-from layertap._protocol.stream_state import StreamLedger
+from layertap._protocol.stream_state import StreamState
 from layertap.v1 import embedding_pb2 as pb
 from layertap_server.model.tokenizer import Tokenized
 from layertap_server.observability.call_log import Phase, Record
@@ -542,9 +542,9 @@ def stream_results(answer: Answer) -> list[Result]:
     return [Result(id=n, tokenized=one, parts=parts[n], timings=TIMINGS) for n, one in enumerate(answer.tokenized)]
 
 
-def sent_ledger(answer: Answer, *, ordered: bool = True) -> StreamLedger:
+def sent_ledger(answer: Answer, *, ordered: bool = True) -> StreamState:
     """Returns a ledger that waits for the answers to all texts."""
-    ledger = StreamLedger(answer.options, ordered=ordered)
+    ledger = StreamState(answer.options, ordered=ordered)
     for text in answer.texts:
         ledger.offer(text.input_ids.tolist())
     while ledger.has_unsent:

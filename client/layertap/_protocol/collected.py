@@ -1,0 +1,61 @@
+"""One answer made of a whole stream: what `embed` returns for more texts than one request may hold. Pure."""
+
+from __future__ import annotations
+
+from typing import Final
+
+import numpy as np
+
+from layertap._protocol.model_pin import ModelPin
+from layertap._protocol.responses import build_embedding
+from layertap._protocol.stream_state import StreamState, TextAnswer
+from layertap.errors import DataLossError, ResourceExhaustedError
+from layertap.results.embedding import Embedding, StreamResult
+from layertap.v1 import embedding_pb2 as pb
+
+MAX_BYTES: Final = 8 << 30
+"""The largest answer that is collected; more should be read as it comes."""
+
+
+class CollectedStream(StreamState):
+    """A stream whose results are kept, and joined at its end."""
+
+    def __init__(self, messages: list[pb.Input], options: pb.EmbedOptions, pin: ModelPin) -> None:
+        super().__init__(options, ordered=False, pin=pin)
+        self._messages = messages
+        self._answers: dict[int, TextAnswer] = {}
+        self._byte_count = 0
+
+    def _result(self, index: int, message: pb.Input, answer: TextAnswer) -> StreamResult:
+        self._answers[index] = answer
+        self._byte_count += sum(array.nbytes for array in answer.arrays.values())
+        if self._byte_count > MAX_BYTES:
+            raise ResourceExhaustedError(
+                f"the answer is larger than {MAX_BYTES >> 30} GiB; use embed_stream, which yields each text"
+            )
+        return StreamResult(index=index, error=None, _embedding=None)
+
+    def whole(self) -> Embedding:
+        """Returns the embedding of all texts, once the stream has ended. Its times are the largest of any text.
+
+        Raises:
+            DataLossError: if a text has no result.
+        """
+        if self._header is None or len(self._answers) != len(self._messages):
+            raise DataLossError(f"{len(self._answers)} of {len(self._messages)} results came; ask again")
+        answers = [self._answers[index] for index in range(len(self._messages))]
+        times = {
+            field.name: max(getattr(answer.timings, field.name) for answer in answers)
+            for field in pb.Timings.DESCRIPTOR.fields
+        }
+        return build_embedding(
+            header=self._header,
+            options=self._options,
+            arrays={key: np.concatenate([answer.arrays[key] for answer in answers]) for key in answers[0].arrays},
+            messages=self._messages,
+            token_counts=np.array([answer.token_count for answer in answers], np.int64),
+            truncated=np.array([answer.truncated for answer in answers], np.bool_),
+            timings=pb.Timings(**times),
+            tokens=[text for answer in answers for text in answer.tokens],
+            words=[text for answer in answers for text in answer.words],
+        )

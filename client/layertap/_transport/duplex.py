@@ -1,0 +1,92 @@
+"""A synchronous channel with the methods that a stream needs of an asyncio one, so that one engine serves both.
+
+The asyncio loop of a stream runs in a thread of its own. Here one more thread waits for answers and hands them to
+that loop, at most two ahead of it: gRPC's own flow control then holds the server back.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import queue
+import threading
+from collections.abc import Callable
+from typing import Any, Final
+
+import grpc
+import grpc.aio
+
+from layertap._transport.status import CLOSED_DURING_CALL
+from layertap.errors import CancelledError
+
+_AHEAD_COUNT: Final = 2
+
+
+class DuplexChannel:
+    """The part of `grpc.aio.Channel` that a stream uses, over a synchronous channel."""
+
+    def __init__(self, channel: grpc.Channel) -> None:
+        self._channel = channel
+
+    def stream_stream(self, method: str, *_: Any) -> Callable[..., DuplexCall]:
+        """Returns what begins a call."""
+        return lambda _requests, metadata: DuplexCall(self._channel, method, metadata)
+
+    def unary_unary(self, method: str, *_: Any) -> Callable[..., Any]:
+        """Returns what makes a call and waits for its answer."""
+        call = self._channel.unary_unary(method, None, None)
+        return lambda request, **settings: asyncio.to_thread(call, request, **settings)
+
+
+class DuplexCall:
+    """One call that is read and written on the running loop."""
+
+    def __init__(self, channel: grpc.Channel, method: str, metadata: Any) -> None:
+        self._requests: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
+        try:
+            requests = iter(self._requests.get, None)
+            self._call: Any = channel.stream_stream(method, None, None)(requests, metadata=metadata)
+        except ValueError as exc:
+            raise CancelledError(CLOSED_DURING_CALL) from exc
+        self._loop = asyncio.get_running_loop()
+        self._answers: asyncio.Queue[Any] = asyncio.Queue()
+        self._room = threading.Semaphore(_AHEAD_COUNT)
+        threading.Thread(target=self._receive, name="layertap-receive", daemon=True).start()
+
+    async def read(self) -> Any:
+        """Returns the next answer, or `grpc.aio.EOF`.
+
+        Raises:
+            grpc.RpcError: if the call has failed.
+        """
+        answer = await self._answers.get()
+        self._room.release()
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    async def write(self, raw: bytes) -> None:
+        """Hands a request to gRPC; how much may wait there is bounded by what the stream leaves unanswered."""
+        self._requests.put(raw)
+
+    async def done_writing(self) -> None:
+        """Ends the requests."""
+        self._requests.put(None)
+
+    def cancel(self) -> None:
+        """Ends the call and its threads."""
+        self._requests.put(None)
+        self._call.cancel()
+        self._room.release()
+
+    def _receive(self) -> None:
+        answer: Any = None
+        while not isinstance(answer, Exception) and answer is not grpc.aio.EOF:  # type: ignore[attr-defined]
+            self._room.acquire()
+            try:
+                answer = next(self._call, grpc.aio.EOF)  # type: ignore[attr-defined]  # grpc-stubs lacks it
+            except Exception as exc:
+                answer = exc
+            try:
+                self._loop.call_soon_threadsafe(self._answers.put_nowait, answer)
+            except RuntimeError:  # The loop has closed: the stream has ended.
+                return

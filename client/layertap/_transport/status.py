@@ -1,0 +1,110 @@
+"""What the end of a call means: gRPC's status as one of layertap's own errors."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from typing import Any, Final
+
+import grpc
+
+from layertap._transport.settings import Connection
+from layertap.errors import CancelledError, LayertapError, StatusCode, from_status
+
+CLOSED_DURING_CALL: Final = "this client was closed during the call; make a new one"
+
+_REQUEST_ID: Final = "x-request-id"
+_DETAILS_LENGTH: Final = 4096
+"""A longer text than any of the server's own is cut."""
+
+
+def request_id(metadata: Iterable[Any] | None) -> str | None:
+    """Returns the name of a call in the server's log, from the metadata that ended it."""
+    found = dict(metadata or ()).get(_REQUEST_ID)
+    return found if isinstance(found, str) else None
+
+
+def translate(
+    exc: Exception,
+    connection: Connection,
+    timeout_s: float | None,
+    *,
+    resumable: bool = False,
+    closed: bool = False,
+) -> LayertapError:
+    """Returns what happened to a call as one of layertap's own errors.
+
+    A layertap server says with each of its errors whether to retry; where nothing is said, it was not the server who
+    spoke. A `resumable` call takes whatever breaks it on the way for a lost connection. Unless the client has been
+    `closed`, nobody here has cancelled the call: it came to a server that was about to end.
+    """
+    if not isinstance(exc, grpc.RpcError):
+        return CancelledError(CLOSED_DURING_CALL)
+    code = StatusCode(exc.code().value[0])
+    details = _printable(exc.details() or code.name)
+    # grpc-stubs describes metadata as objects; they are pairs.
+    trailing: dict[str, str | bytes] = dict(exc.trailing_metadata() or ())  # type: ignore[arg-type]
+    pushback = trailing.get("grpc-retry-pushback-ms")
+    broken = pushback is None and code in (StatusCode.INTERNAL, StatusCode.UNKNOWN)
+    # It has no deadline of its own: this one is a server's that would not wait for its answers to be read.
+    if pushback is None and code is StatusCode.CANCELLED and not closed:
+        code = StatusCode.UNAVAILABLE
+    if resumable and (broken or code is StatusCode.DEADLINE_EXCEEDED):
+        code = StatusCode.UNAVAILABLE
+    if code is StatusCode.UNAVAILABLE and pushback is None:
+        details = _unreachable(details, connection)
+    elif code is StatusCode.DEADLINE_EXCEEDED and timeout_s is not None:
+        details = f"no answer from {connection.target} within {timeout_s} s; raise timeout_s or ask for less"
+    elif code is StatusCode.UNAUTHENTICATED:
+        hint = "renew" if connection.token else "pass"
+        details = f"{details} ({hint} it with token=… or LAYERTAP_TOKEN)"
+    # Only a server that is none of layertap's sends anything but a number.
+    milliseconds = int(pushback) if isinstance(pushback, str) and pushback.isascii() and pushback.isdigit() else None
+    return from_status(
+        code,
+        details,
+        retry_after_s=None if milliseconds is None else milliseconds / 1000,
+        request_id=request_id(trailing.items()),
+    )
+
+
+def _printable(details: str) -> str:
+    """Returns a server's text without what would act on a terminal."""
+    return "".join(one if one.isprintable() else repr(one)[1:-1] for one in details[:_DETAILS_LENGTH])
+
+
+def _unreachable(details: str, connection: Connection) -> str:
+    """Returns why a connection failed. For what goes wrong in TLS gRPC has no codes, only its words."""
+    target, tls = connection.target, connection.tls
+    if "CERTIFICATE_VERIFY_FAILED" in details and "expired" in details:
+        hint = f"the certificate of {target} has expired; its operator must renew it"
+    elif "CERTIFICATE_VERIFY_FAILED" in details:
+        hint = (
+            f"the certificate of {target} is signed by an authority that is not trusted; pass tls=TLS(ca=…) or "
+            "LAYERTAP_TLS_CA with the certificate of that authority"
+        )
+    elif "Hostname Verification" in details:
+        hint = (
+            f"the certificate of {target} is for another name; use a name that it has as the target, or pass "
+            "tls=TLS(server_name=…)"
+        )
+    elif "WRONG_VERSION_NUMBER" in details:
+        hint = f"{target} speaks no TLS; leave tls and LAYERTAP_TLS_… out, or check the target"
+    elif "security handshaker" in details:
+        hint = "what tls names is no certificate in PEM and its key; check tls.ca, tls.cert and tls.key"
+    elif (proxy := connection.proxy_variable(os.environ)) is not None:
+        hint = (
+            f"{target} cannot be reached by way of the proxy that the variable {proxy} names; add its host to no_proxy "
+            "to connect without it"
+        )
+    elif "last error" not in details or "Connection refused" in details:
+        hint = f"no server answers at {target} (start one with layertap-server, or check the target)"
+    elif tls is None:
+        hint = f"{target} ends the connection at once; if it speaks TLS, pass tls=True or tls=TLS(ca=…)"
+    elif tls.cert is None:
+        hint = (
+            f"{target} ends the connection at once; if it asks clients for a certificate, pass tls=TLS(cert=…, key=…)"
+        )
+    else:
+        hint = f"{target} does not take the certificate in tls.cert; is it expired, or signed by another authority?"
+    return f"{hint}: {details}"
