@@ -18,8 +18,8 @@ DEPENDENT = ("execution", "language_info", "jupytext", "kernelspec")
 
 def main() -> None:
     notebook = jupytext.read(HERE / "layers.py")
-    with running_server() as address:
-        os.environ["LAYERTAP_TARGET"] = address
+    with running_server() as server:
+        os.environ["LAYERTAP_TARGET"] = server.address
         client = nbclient.NotebookClient(
             notebook, timeout=CELL_TIMEOUT_S, startup_timeout=CELL_TIMEOUT_S, kernel_name="python3"
         )

@@ -97,8 +97,8 @@ print(f"largest difference with [PAD] seen:   {np.abs(seen - alone).max():.2f}")
 #
 # ### How alike are the tokens of a sentence?
 #
-# The cosine of each pair of tokens, in four layers. At first tokens are alike if they are the same word; layer by
-# layer each takes up more of the whole sentence, until all have much in common.
+# The cosine of each pair of tokens, from -1 to 1, in four layers. At first tokens are alike if they are the same word;
+# layer by layer each takes up more of the whole sentence, until all have much in common.
 
 
 # %%
@@ -115,11 +115,11 @@ shown = [round(part * info.layer_count / 3) for part in range(4)]
 figure, axes = plt.subplots(1, 4, figsize=(13, 3.8), sharey=True, layout="constrained")
 for axis, layer in zip(axes, shown, strict=True):
     rows = spoken.ragged(layer)[0]
-    image = axis.imshow(cosines(rows, rows), vmin=0, vmax=1, cmap="magma")
+    image = axis.imshow(cosines(rows, rows), vmin=-1, vmax=1, cmap="RdBu_r")
     axis.set_title(f"layer {layer}")
     axis.set_xticks(range(len(pieces)), pieces, rotation=90)
     axis.set_yticks(range(len(pieces)), pieces)
-bar = figure.colorbar(image, ax=axes, label="cosine")
+bar = figure.colorbar(image, ax=axes, label="cosine (blue: below 0)")
 
 # %% [markdown]
 # ### One word, two contexts
@@ -142,7 +142,7 @@ figure, axis = plt.subplots(figsize=(7, 3.6), layout="constrained")
 axis.plot(contexts.layers, one_sense, "o-", label="the same sense: river and river, money and money")
 axis.plot(contexts.layers, two_senses, "s-", label="two senses: river and money")
 axis.set(xlabel="layer", ylabel='cosine of "bank" and "bank"', xticks=contexts.layers)
-legend = axis.legend(loc="lower left")
+legend = figure.legend(loc="outside lower center")
 
 # %% [markdown]
 # The same as a map. What the four vectors of a layer have in common is taken away; what is left is shown along the two
@@ -156,10 +156,11 @@ points = apart @ directions[:2].T
 figure, axis = plt.subplots(figsize=(7, 5), layout="constrained")
 for path, text, style in zip(points, [*river, *money], ["o-", "o--", "s-", "s--"], strict=True):
     axis.plot(*path.T, style, color="tab:blue" if text in river else "tab:orange", label=text)
-    axis.annotate(f"layer {info.layer_count}", path[-1], xytext=(6, 0), textcoords="offset points")
-axis.annotate("layer 0", points[:, 0].mean(0), xytext=(8, -12), textcoords="offset points")
+# Rings in place of labels, which would cover lines.
+for layer, size in ((0, 90), (info.layer_count, 260)):
+    axis.scatter(*points[:, layer].T, s=size, facecolors="none", edgecolors="black", label=f"layer {layer}")
 axis.set(xlabel="first principal component", ylabel="second principal component")
-legend = axis.legend(fontsize="small")
+legend = figure.legend(fontsize="small", loc="outside lower center", ncols=2)
 
 # %%
 client.close()

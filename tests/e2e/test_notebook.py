@@ -36,6 +36,13 @@ def test_the_script_runs(real_server: Server, monkeypatch: pytest.MonkeyPatch, t
     assert abs(found["one_sense"][0] - found["two_senses"][0]) < 0.02
     assert (found["one_sense"][1:] > found["two_senses"][1:] + 0.02).all()
     assert len(found["plt"].get_fignums()) == 3
+    assert found["image"].get_clim() == (-1, 1)  # No cosine is shown as another.
+    for number in found["plt"].get_fignums():
+        figure = found["plt"].figure(number)
+        figure.canvas.draw()
+        for legend in figure.legends + [axis.get_legend() for axis in figure.axes if axis.get_legend()]:
+            frame = legend.get_window_extent()
+            assert not any(frame.overlaps(axis.get_window_extent()) for axis in figure.axes), "a legend covers points"
     found["plt"].close("all")
 
 
