@@ -18,7 +18,7 @@ from layertap import wire
 from layertap.errors import LayertapError
 from layertap_server import lifecycle
 from layertap_server.config import Config, ConfigError
-from layertap_server.engine import cpu_threads, encoder
+from layertap_server.engine import cpu_threads, device, encoder
 from layertap_server.model import checkpoint
 from layertap_server.model.tokenizer import Tokenizer
 from layertap_server.observability.call_log import CallLog
@@ -93,7 +93,7 @@ class App:
             ),
         )
         self.tokenizer = _timed("loaded the tokenizer", lambda: Tokenizer(found.tokenizer_folder))
-        devices = encoder.devices(config.device)
+        devices = device.devices(config.device)
         log.info(
             "layertap-server starts",
             extra={
@@ -167,7 +167,7 @@ class App:
             Segments(
                 byte_count=config.shared_memory_bytes,
                 max_count=config.max_shared_memory_call_count,
-                pin=encoder.pin if encoders[0].device.type == "cuda" else None,
+                pin=device.pin if encoders[0].device.type == "cuda" else None,
             )
         )
         self._admission = Admission(

@@ -24,8 +24,8 @@ from layertap._protocol.options import embed_options
 from layertap.v1 import embedding_pb2 as pb
 from layertap.v1 import embedding_pb2_grpc
 from layertap_server.engine import device
-from layertap_server.engine.host_copy import Handover
-from layertap_server.engine.output_groups import orders
+from layertap_server.engine.host_copy import HostCopy
+from layertap_server.engine.output_groups import output_groups
 from layertap_server.types import OutOfMemoryError, Output, OutputKind, Plan, Run, Text
 
 SCRIPT = Path(faulty.__file__)
@@ -145,10 +145,10 @@ def test_a_row_that_is_no_number_fails_its_own_text_and_names_the_layer(value: f
     texts = [Text(np.zeros(count, np.int32)) for count in (1, 2, 1)]
     rows = torch.zeros(4, 2)
     rows[2, 1] = value
-    handover = Handover(torch.device("cpu"), None)
-    (order,) = orders([Run(plan=plan, texts=texts)])
-    handover.take(rows, order, 7)
-    (found,) = handover.rest()
+    host_copy = HostCopy(torch.device("cpu"), None)
+    (output_group,) = output_groups([Run(plan=plan, texts=texts)])
+    host_copy.take(rows, output_group, 7)
+    (found,) = host_copy.rest()
     assert list(found.failures) == [1]
     assert found.failures[1].code.name == "INTERNAL" and "layer 7" in found.failures[1].details
 

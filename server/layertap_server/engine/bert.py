@@ -24,7 +24,7 @@ from layertap_server.engine.block import Blocks, Norm, attention_output, compile
 from layertap_server.engine.block import Weights as BlockWeights
 from layertap_server.engine.invariance import NO_PADDING, Invariance, Probe
 from layertap_server.engine.linear import Dense, Linears, dense
-from layertap_server.engine.packing import Layout
+from layertap_server.engine.packing import PackedBatch
 from layertap_server.model.checkpoint import CheckpointError
 
 log = logging.getLogger(__name__)
@@ -155,21 +155,21 @@ class Bert:
         """Whether the checkpoint brought pooler weights."""
         return self._pooler is not None
 
-    def layers(self, layout: Layout, wanted: Sequence[int]) -> Iterator[tuple[int, torch.Tensor]]:
+    def layers(self, packed_batch: PackedBatch, wanted: Sequence[int]) -> Iterator[tuple[int, torch.Tensor]]:
         """Yields layers by number, while the next is not yet computed.
 
         Args:
-            layout: The batch.
+            packed_batch: The batch.
             wanted: Which layers, ascending; the deepest of each text is among them.
 
         Yields:
-            The layer and its rows. Shape: [layout.row_count(layer), hidden_size], float32.
+            The layer and its rows. Shape: [packed_batch.row_count(layer), hidden_size], float32.
         """
-        rows = self._embed(layout)
-        attention = self._attention.prepare(layout.groups)
+        rows = self._embed(packed_batch)
+        attention = self._attention.prepare(packed_batch.groups)
         done = 0
         for layer in wanted:
-            row_count = layout.row_count(layer)
+            row_count = packed_batch.row_count(layer)
             rows = self._run(done, layer, rows[: self._padded(row_count)], attention)
             done = layer
             yield layer, rows[:row_count]
@@ -227,21 +227,21 @@ class Bert:
             rows = ffn_down(wide if fused else self._activation(wide), rows, weights, packed, epsilon)
         return rows
 
-    def _embed(self, layout: Layout) -> torch.Tensor:
+    def _embed(self, packed_batch: PackedBatch) -> torch.Tensor:
         """Returns layer 0, and behind it the rows of the padding. Shape: [padded row count, hidden_size]."""
-        row_count = layout.row_count(0)
+        row_count = packed_batch.row_count(0)
         pad = np.zeros(self._padded(row_count) - row_count, np.int64)
 
         def on_device(array: npt.NDArray[Any]) -> torch.Tensor:
             padded = np.concatenate([array, pad], dtype=array.dtype) if len(pad) else array
             return torch.from_numpy(padded).to(self._device, non_blocking=True)
 
-        rows = F.embedding(on_device(layout.input_ids), self._words)
-        if layout.token_type_ids is None:
+        rows = F.embedding(on_device(packed_batch.input_ids), self._words)
+        if packed_batch.token_type_ids is None:
             rows += self._types[0]
         else:
-            rows += F.embedding(on_device(layout.token_type_ids), self._types)
-        rows += F.embedding(on_device(layout.position_ids), self._positions)
+            rows += F.embedding(on_device(packed_batch.token_type_ids), self._types)
+        rows += F.embedding(on_device(packed_batch.position_ids), self._positions)
         return F.layer_norm(rows, rows.shape[-1:], *self._norm, self._epsilon)
 
 

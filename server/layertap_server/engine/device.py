@@ -1,4 +1,4 @@
-"""What torch's errors say of the device, in the server's own words.
+"""Devices: which there are, their memory, host memory pinned for them, and what torch's errors say of them.
 
 Out of memory is told by type, but for the allocator of the CPU, which has none of its own. Whether a device is lost is
 asked of the device itself: after an error that is there to stay, every further call to it fails.
@@ -7,20 +7,83 @@ asked of the device itself: after an error that is there to stay, every further 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import logging
+from collections.abc import Callable, Iterator
 from typing import Final
 
+import numpy as np
 import torch
 
+from layertap_server.model.checkpoint import CheckpointError
 from layertap_server.types import DeviceLostError, OutOfMemoryError
+
+log = logging.getLogger(__name__)
 
 _CPU_ALLOCATOR: Final = "DefaultCPUAllocator"
 _CUDA_NO_MEMORY: Final = 2
 """cudaErrorMemoryAllocation, which pinning host memory gives as an error like any other."""
 
 
+def pin(memory: memoryview) -> Callable[[], None]:
+    """Registers host memory with cuda, so that every device copies straight into it; returns what undoes that.
+
+    Memory that cuda will not take stays what it is: copies into it are right, but slower.
+    """
+    runtime = torch.cuda.cudart()  # type: ignore[no-untyped-call]
+    address = np.frombuffer(memory, np.uint8).ctypes.data
+    portable = 1
+    if int(runtime.cudaHostRegister(address, memory.nbytes, portable)):
+        log.warning("cuda does not register shared memory of %d bytes; copies into it will be slower", memory.nbytes)
+        return lambda: None
+
+    def unpin() -> None:
+        runtime.cudaHostUnregister(address)
+
+    return unpin
+
+
+def devices(wanted: str) -> list[str]:
+    """Returns the devices to use, "cpu" or "cuda:N", each once.
+
+    Args:
+        wanted: "auto" (cuda if it is there), "cpu", "cuda" (all of them), or a list such as "cuda:0,cuda:1".
+
+    Raises:
+        CheckpointError: A device is not there.
+    """
+    available = [f"cuda:{n}" for n in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
+    if wanted == "auto":
+        return available[:1] or ["cpu"]
+    if wanted == "cpu":
+        return ["cpu"]
+    chosen = available if wanted == "cuda" else list(dict.fromkeys(wanted.split(",")))
+    missing = [name for name in chosen if name not in available]
+    if missing or not chosen:
+        raise CheckpointError(
+            f"--device {wanted} is not available: torch sees {', '.join(available) or 'no cuda device'}; "
+            "use --device cpu"
+        )
+    return chosen
+
+
+def memory(device: torch.device) -> dict[str, int]:
+    """Returns the bytes of a device's memory: allocated, reserved, free and total. A CPU has no entries."""
+    if device.type == "cpu":
+        return {}
+    try:
+        free, total = torch.cuda.mem_get_info(device)
+    except RuntimeError:  # The device is lost, which its instance tells.
+        return {}
+    return {
+        "allocated": torch.cuda.memory_allocated(device),
+        "reserved": torch.cuda.memory_reserved(device),
+        "free": free,
+        "total": total,
+    }
+
+
 @contextlib.contextmanager
-def named(device: torch.device) -> Iterator[None]:
+def named_errors(device: torch.device) -> Iterator[None]:
     """Raises errors of the block as what they are for the server; those it does not know stay as they are.
 
     Raises:

@@ -1,8 +1,8 @@
-"""The encoder: weights on a device, batches in, layers out. The only room with torch in it.
+"""The model on one device: a batch in, its outputs layer by layer.
 
-`bert` is the model, over rows that `layout` packs and sorts; `attention` and `linear` are its fast parts; `layer_mix`
-makes one layer of several, `pooling` vectors of rows; `host_copy` brings numbers to the host; `faults` names torch's
-errors. `Encoder` runs one batch through all of them.
+`bert` is the model, over rows that `packing` sorts and packs; `attention` and `linear` are its fast parts;
+`layer_mix` makes one layer of several, `pooling` makes vectors of rows; `output_groups` finds what several runs ask
+for alike; `host_copy` brings numbers to the host; `device` names torch's errors.
 """
 
 from __future__ import annotations
@@ -10,16 +10,16 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Sequence
 
-import numpy as np
 import safetensors.torch
 import torch
 
-from layertap_server.engine import device as faults
 from layertap_server.engine.bert import Bert, Weights, dummy_weights
-from layertap_server.engine.host_copy import DTYPES, Handover
+from layertap_server.engine.device import memory as device_memory
+from layertap_server.engine.device import named_errors
+from layertap_server.engine.host_copy import DTYPES, HostCopy
 from layertap_server.engine.layer_mix import Mixes
-from layertap_server.engine.output_groups import Order, orders, wanted_layers
-from layertap_server.engine.packing import Layout
+from layertap_server.engine.output_groups import OutputGroup, output_groups, wanted_layers
+from layertap_server.engine.packing import PackedBatch
 from layertap_server.engine.pooling import pool_rows, pool_words
 from layertap_server.model.checkpoint import Checkpoint, CheckpointError
 from layertap_server.types import OutputKind, Rows, Run
@@ -112,102 +112,49 @@ class Encoder:
             OutOfMemoryError: The device has no memory for the batch.
             DeviceLostError: The device does not work any more.
         """
-        with faults.named(self.device):
+        with named_errors(self.device):
             yield from self._encode(batch)
 
     def _encode(self, batch: Sequence[Run]) -> Iterator[Rows]:
-        layout = Layout(batch)
-        handover = Handover(self.device, self._allocate)
-        mixes = Mixes(batch, layout)
-        asked = orders(batch)
+        packed_batch = PackedBatch(batch)
+        host_copy = HostCopy(self.device, self._allocate)
+        mixes = Mixes(batch, packed_batch)
+        groups = output_groups(batch)
         try:
-            for layer, rows in self._bert.layers(layout, wanted_layers(batch)):
+            for layer, rows in self._bert.layers(packed_batch, wanted_layers(batch)):
                 mixes.add(layer, rows)
-                for order in asked:
-                    if layer not in order.output.layers:
+                for group in groups:
+                    if layer not in group.output.layers:
                         continue
-                    values = rows if order.output.mix is None else mixes.whole(order.output.mix)
-                    if order.output.kind is OutputKind.HIDDEN_STATES:
-                        handover.take(values, order, layer, index=layout.rows(order.run_indices))
+                    values = rows if group.output.mix is None else mixes.whole(group.output.mix)
+                    if group.output.kind is OutputKind.HIDDEN_STATES:
+                        host_copy.take(values, group, layer, index=packed_batch.rows(group.run_indices))
                     else:
-                        handover.take(self._vectors(values, layout, order), order, layer)
-                yield from handover.done()
-            yield from handover.rest()
+                        host_copy.take(self._vectors(values, packed_batch, group), group, layer)
+                yield from host_copy.done()
+            yield from host_copy.rest()
         finally:
-            handover.settle()
+            host_copy.wait()
 
-    def _vectors(self, values: torch.Tensor, layout: Layout, order: Order) -> torch.Tensor:
+    def _vectors(self, values: torch.Tensor, packed_batch: PackedBatch, group: OutputGroup) -> torch.Tensor:
         """Makes of token rows what an output has a row for. Shape: [word_count or text_count of the runs, row_size]."""
-        output, runs = order.output, order.run_indices
+        output, runs = group.output, group.run_indices
         if output.kind is OutputKind.POOLER_OUTPUT:
-            first = torch.from_numpy(layout.first_rows(runs)).to(self.device)
+            first = torch.from_numpy(packed_batch.first_rows(runs)).to(self.device)
             return self._bert.pooler(values.index_select(0, first))
         if output.word_pooling is not None:
-            return pool_words(values, layout.words(runs), output.word_pooling)
+            return pool_words(values, packed_batch.words(runs), output.word_pooling)
         assert output.pool is not None
-        return pool_rows(values, layout.bags(runs, output.pool), output.pool, output.row_size)
+        return pool_rows(values, packed_batch.bags(runs, output.pool), output.pool, output.row_size)
 
     def memory(self) -> dict[str, int]:
-        """Returns the bytes of the device's memory: allocated, reserved, free and total; of a CPU nothing."""
-        if self.device.type == "cpu":
-            return {}
-        try:
-            free, total = torch.cuda.mem_get_info(self.device)
-        except RuntimeError:  # The device is lost, which its instance tells.
-            return {}
-        return {
-            "allocated": torch.cuda.memory_allocated(self.device),
-            "reserved": torch.cuda.memory_reserved(self.device),
-            "free": free,
-            "total": total,
-        }
+        """Returns the bytes of the device's memory; see `device.memory`."""
+        return device_memory(self.device)
 
     @staticmethod
     def use_threads(count: int) -> None:
         """Sets how many threads the calling thread computes with on the CPU."""
         torch.set_num_threads(count)
-
-
-def pin(memory: memoryview) -> Callable[[], None]:
-    """Registers host memory with cuda, so that every device copies straight into it; returns what undoes that.
-
-    Memory that cuda will not take stays what it is: copies into it are right, but slower.
-    """
-    runtime = torch.cuda.cudart()  # type: ignore[no-untyped-call]
-    address = np.frombuffer(memory, np.uint8).ctypes.data
-    portable = 1
-    if int(runtime.cudaHostRegister(address, memory.nbytes, portable)):
-        log.warning("cuda does not register shared memory of %d bytes; copies into it will be slower", memory.nbytes)
-        return lambda: None
-
-    def unpin() -> None:
-        runtime.cudaHostUnregister(address)
-
-    return unpin
-
-
-def devices(wanted: str) -> list[str]:
-    """Returns the devices to use, "cpu" or "cuda:N", each once.
-
-    Args:
-        wanted: "auto" (cuda if it is there), "cpu", "cuda" (all of them), or a list such as "cuda:0,cuda:1".
-
-    Raises:
-        CheckpointError: A device is not there.
-    """
-    available = [f"cuda:{n}" for n in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
-    if wanted == "auto":
-        return available[:1] or ["cpu"]
-    if wanted == "cpu":
-        return ["cpu"]
-    chosen = available if wanted == "cuda" else list(dict.fromkeys(wanted.split(",")))
-    missing = [name for name in chosen if name not in available]
-    if missing or not chosen:
-        raise CheckpointError(
-            f"--device {wanted} is not to be had: torch sees {', '.join(available) or 'no cuda device'}; "
-            "use --device cpu"
-        )
-    return chosen
 
 
 def _load(checkpoint: Checkpoint) -> Weights:

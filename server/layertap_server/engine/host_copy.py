@@ -18,7 +18,7 @@ import torch
 
 from layertap.errors import InternalError, LayertapError, OutOfRangeError
 from layertap.types import ITEM_BYTES
-from layertap_server.engine.output_groups import Order
+from layertap_server.engine.output_groups import OutputGroup
 from layertap_server.types import Rows
 
 DTYPES: Final = {name: getattr(torch, name) for name in ITEM_BYTES}
@@ -29,14 +29,14 @@ _LIMITS: Final = {"float32": float("inf"), "float16": 65520.0, "bfloat16": 3.395
 
 @dataclasses.dataclass(slots=True)
 class _Pending:
-    order: Order
+    group: OutputGroup
     layer: int
     data: memoryview
     peaks: torch.Tensor
     arrived: Any
 
 
-class Handover:
+class HostCopy:
     """What one batch has computed and not yet handed over."""
 
     def __init__(self, device: torch.device, allocate: Callable[[int], memoryview] | None) -> None:
@@ -48,27 +48,27 @@ class Handover:
         self._peaks: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def take(
-        self, values: torch.Tensor, order: Order, layer: int, *, index: npt.NDArray[np.int64] | None = None
+        self, values: torch.Tensor, group: OutputGroup, layer: int, *, index: npt.NDArray[np.int64] | None = None
     ) -> None:
         """Starts to bring values to the host.
 
         Args:
             values: Shape: [row_count, row_size], float32.
-            order: Whose they are.
+            group: The outputs that they are.
             layer: The layer they come from.
             index: The rows to bring, in order; None: all.
         """
-        dtype = DTYPES[order.dtype]
+        dtype = DTYPES[group.dtype]
         row_count = len(values) if index is None else len(index)
         if not row_count:  # Texts without words; there is nothing that a buffer could hold.
-            self._pending.append(_Pending(order, layer, memoryview(b""), torch.empty(0), None))
+            self._pending.append(_Pending(group, layer, memoryview(b""), torch.empty(0), None))
             return
         peaks = self._row_peaks(values)
         byte_count = row_count * values.shape[1] * dtype.itemsize
         data = None
-        if len(order.portions) == 1:
-            (portion,) = order.portions
-            data = portion.run.allocate(portion.output_index, layer, byte_count)
+        if len(group.members) == 1:
+            (member,) = group.members
+            data = member.run.allocate(member.output_index, layer, byte_count)
         if data is None:
             data = self._allocate(byte_count)
         host = torch.frombuffer(data, dtype=dtype).view(row_count, values.shape[1])
@@ -95,7 +95,7 @@ class Handover:
                 peaks.record_stream(self._stream)
                 arrived, peaks = torch.cuda.Event(), host_peaks  # type: ignore[no-untyped-call]
                 arrived.record(self._stream)
-        self._pending.append(_Pending(order, layer, data, peaks, arrived))
+        self._pending.append(_Pending(group, layer, data, peaks, arrived))
 
     def done(self) -> Iterator[Rows]:
         """Yields what has arrived, without waiting."""
@@ -109,7 +109,7 @@ class Handover:
                 self._pending[0].arrived.synchronize()
             yield from _rows(self._pending.popleft())
 
-    def settle(self) -> None:
+    def wait(self) -> None:
         """Waits until nothing is being written any more; buffers that are let go of may be lent anew at once."""
         for pending in self._pending:
             if pending.arrived is not None:
@@ -125,20 +125,20 @@ class Handover:
 
 def _rows(pending: _Pending) -> Iterator[Rows]:
     """Yields what has arrived, portion by portion."""
-    order = pending.order
-    bad = ~(pending.peaks.numpy() < _LIMITS[order.dtype])
+    group = pending.group
+    bad = ~(pending.peaks.numpy() < _LIMITS[group.dtype])
     none_bad = not bad.any()
-    shared = len(order.portions) > 1
+    shared = len(group.members) > 1
     row = 0
-    for portion in order.portions:
-        counts = order.output.row_counts(portion.run.texts)
+    for member in group.members:
+        counts = group.output.row_counts(member.run.texts)
         end = row + sum(counts)
-        row_bytes = portion.run.plan.row_bytes(order.output)
+        row_bytes = member.run.plan.row_bytes(group.output)
         # Of a buffer that several share each gets a copy: nobody holds what another has read long ago.
         data = memoryview(bytes(pending.data[row * row_bytes : end * row_bytes])) if shared else pending.data
         yield Rows(
-            run_index=portion.run_index,
-            output_index=portion.output_index,
+            run_index=member.run_index,
+            output_index=member.output_index,
             layer=pending.layer,
             data=data,
             failures={} if none_bad else _failures(pending, slice(row, end), counts),
@@ -148,7 +148,7 @@ def _rows(pending: _Pending) -> Iterator[Rows]:
 
 def _failures(pending: _Pending, rows: slice, counts: Sequence[int]) -> dict[int, LayertapError]:
     """Returns which texts of a portion cannot be sent, and why."""
-    peaks, dtype = pending.peaks.numpy()[rows], pending.order.dtype
+    peaks, dtype = pending.peaks.numpy()[rows], pending.group.dtype
     bad = ~(peaks < _LIMITS[dtype])
     text_of_row = np.repeat(np.arange(len(counts)), counts)
     return {

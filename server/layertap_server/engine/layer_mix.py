@@ -12,7 +12,7 @@ from typing import Final
 
 import torch
 
-from layertap_server.engine.packing import Layout
+from layertap_server.engine.packing import PackedBatch
 from layertap_server.types import Mix, Mixing, OutOfMemoryError, Run
 
 _MOST_BYTES: Final = 1 << 30
@@ -22,9 +22,9 @@ _MOST_BYTES: Final = 1 << 30
 class Mixes:
     """The mixes of one batch."""
 
-    def __init__(self, batch: Sequence[Run], layout: Layout) -> None:
+    def __init__(self, batch: Sequence[Run], packed_batch: PackedBatch) -> None:
         """Finds out which are asked for."""
-        self._layout = layout
+        self._packed_batch = packed_batch
         mixes = (output.mix for run in batch for output in run.plan.outputs)
         self._wanted = list(dict.fromkeys(mix for mix in mixes if mix is not None))
         self._held: dict[Mix, torch.Tensor] = {}
@@ -40,7 +40,7 @@ class Mixes:
             if mix.top < layer:
                 self._held.pop(mix, None)
             elif layer in mix.layers:
-                self._add(mix, layer, rows[: self._layout.row_count(mix.top)])
+                self._add(mix, layer, rows[: self._packed_batch.row_count(mix.top)])
 
     def whole(self, mix: Mix) -> torch.Tensor:
         """Returns a mix whose highest layer was the last to be added. Shape: [row_count, mixed_size], float32."""

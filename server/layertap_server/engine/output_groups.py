@@ -17,7 +17,7 @@ _SMALL_BYTES: Final = 64 << 10
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Portion:
+class GroupMember:
     """What one run gets of something that is made.
 
     Attributes:
@@ -32,7 +32,7 @@ class Portion:
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Order:
+class OutputGroup:
     """Something that is made once for each of its layers.
 
     Attributes:
@@ -43,24 +43,24 @@ class Order:
 
     output: Output
     dtype: str
-    portions: list[Portion]
+    members: list[GroupMember]
 
     @property
     def run_indices(self) -> list[int]:
         """The runs that get it."""
-        return [portion.run_index for portion in self.portions]
+        return [member.run_index for member in self.members]
 
 
-def orders(batch: Sequence[Run]) -> list[Order]:
+def output_groups(batch: Sequence[Run]) -> list[OutputGroup]:
     """Returns all that is to be made of a batch."""
-    found: dict[object, Order] = {}
+    found: dict[object, OutputGroup] = {}
     for run_index, run in enumerate(batch):
         for output_index, output in enumerate(run.plan.outputs):
             own = (run_index, output_index) if _is_large(run, output) else None
-            order = found.setdefault(
-                (output, run.plan.dtype, own), Order(output=output, dtype=run.plan.dtype, portions=[])
+            group = found.setdefault(
+                (output, run.plan.dtype, own), OutputGroup(output=output, dtype=run.plan.dtype, members=[])
             )
-            order.portions.append(Portion(run=run, run_index=run_index, output_index=output_index))
+            group.members.append(GroupMember(run=run, run_index=run_index, output_index=output_index))
     return list(found.values())
 
 

@@ -57,7 +57,7 @@ class Bags:
     counts: Indices
 
 
-class Layout:
+class PackedBatch:
     """One batch, packed and sorted."""
 
     def __init__(self, runs: Sequence[Run]) -> None:

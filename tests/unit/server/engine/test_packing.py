@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from layertap_server.engine.packing import Layout
+from layertap_server.engine.packing import PackedBatch
 from layertap_server.types import Mix, Mixing, Output, OutputKind, Plan, Pool, Run, Strategy, Text, WordPooling
 
 MODEST = settings(max_examples=200, deadline=None)
@@ -50,47 +50,49 @@ def as_list(values: np.ndarray | None, length: int, rest: int) -> list[int]:
 @MODEST
 @given(batch=batches)
 def test_every_row_of_every_text_is_where_the_layout_says(batch: list[Run]) -> None:
-    layout = Layout(batch)
+    packed_batch = PackedBatch(batch)
     taken: list[int] = []
     for run_index, run in enumerate(batch):
-        rows, firsts = layout.rows([run_index]).tolist(), layout.first_rows([run_index]).tolist()
+        rows, firsts = packed_batch.rows([run_index]).tolist(), packed_batch.first_rows([run_index]).tolist()
         assert len(firsts) == len(run.texts)
         taken.extend(rows)
         for text, first in zip(run.texts, firsts, strict=True):
             own, rows = rows[: text.token_count], rows[text.token_count :]
             assert own == list(range(first, first + text.token_count))
-            assert layout.input_ids[own].tolist() == text.input_ids.tolist()
-            assert layout.position_ids[own].tolist() == list(range(text.token_count))
-            found = [0] * len(own) if layout.token_type_ids is None else layout.token_type_ids[own].tolist()
+            assert packed_batch.input_ids[own].tolist() == text.input_ids.tolist()
+            assert packed_batch.position_ids[own].tolist() == list(range(text.token_count))
+            found = [0] * len(own) if packed_batch.token_type_ids is None else packed_batch.token_type_ids[own].tolist()
             assert found == as_list(text.token_type_ids, text.token_count, 0)
         assert not rows
-    assert sorted(taken) == list(range(len(layout.input_ids))) == list(range(len(layout.position_ids)))
+    assert sorted(taken) == list(range(len(packed_batch.input_ids))) == list(range(len(packed_batch.position_ids)))
     typed = any(text.token_type_ids is not None for run in batch for text in run.texts)
-    assert (layout.token_type_ids is not None) == typed
+    assert (packed_batch.token_type_ids is not None) == typed
 
 
 @MODEST
 @given(batch=batches)
 def test_the_rows_that_a_layer_needs_come_first_and_are_counted(batch: list[Run]) -> None:
-    layout = Layout(batch)
-    assert layout.depth == max(run.plan.depth for run in batch)
+    packed_batch = PackedBatch(batch)
+    assert packed_batch.depth == max(run.plan.depth for run in batch)
     for layer in range(7):
-        needed = [row for n, run in enumerate(batch) if run.plan.depth >= layer for row in layout.rows([n]).tolist()]
-        assert layout.row_count(layer) == len(needed)
+        needed = [
+            row for n, run in enumerate(batch) if run.plan.depth >= layer for row in packed_batch.rows([n]).tolist()
+        ]
+        assert packed_batch.row_count(layer) == len(needed)
         assert sorted(needed) == list(range(len(needed)))
 
 
 @MODEST
 @given(batch=batches)
 def test_groups_cover_all_rows_with_texts_of_one_length_and_one_depth(batch: list[Run]) -> None:
-    layout = Layout(batch)
+    packed_batch = PackedBatch(batch)
     places = {
         int(first): (text, run.plan.depth)
         for n, run in enumerate(batch)
-        for text, first in zip(run.texts, layout.first_rows([n]), strict=True)
+        for text, first in zip(run.texts, packed_batch.first_rows([n]), strict=True)
     }
     end = 0
-    for group in layout.groups:
+    for group in packed_batch.groups:
         assert group.start == end and group.text_count > 0
         end = group.end
         assert end == group.start + group.text_count * group.length
@@ -103,28 +105,30 @@ def test_groups_cover_all_rows_with_texts_of_one_length_and_one_depth(batch: lis
                 assert group.attention_mask[position].tolist() == text.attention_mask.tolist()
         if group.attention_mask is not None:
             assert group.attention_mask.shape == (group.text_count, group.length)
-    assert end == len(layout.input_ids) and not places
-    assert [group.depth for group in layout.groups] == sorted((group.depth for group in layout.groups), reverse=True)
+    assert end == len(packed_batch.input_ids) and not places
+    assert [group.depth for group in packed_batch.groups] == sorted(
+        (group.depth for group in packed_batch.groups), reverse=True
+    )
 
 
 @MODEST
 @given(batch=batches)
 def test_a_layer_is_needed_by_whole_groups(batch: list[Run]) -> None:
-    layout = Layout(batch)
-    for layer in range(layout.depth + 1):
-        whole = [group for group in layout.groups if group.depth >= layer]
-        assert layout.row_count(layer) == sum(group.text_count * group.length for group in whole)
+    packed_batch = PackedBatch(batch)
+    for layer in range(packed_batch.depth + 1):
+        whole = [group for group in packed_batch.groups if group.depth >= layer]
+        assert packed_batch.row_count(layer) == sum(group.text_count * group.length for group in whole)
 
 
 @MODEST
 @given(batch=batches, pool=pools)
 def test_a_bag_holds_the_pooled_rows_of_each_text(batch: list[Run], pool: Pool) -> None:
-    layout = Layout(batch)
+    packed_batch = PackedBatch(batch)
     for run_index, run in enumerate(batch):
-        bags = layout.bags([run_index], pool)
+        bags = packed_batch.bags([run_index], pool)
         rows = bags.rows.tolist()
         assert len(bags.counts) == len(run.texts)
-        for text, first, count in zip(run.texts, layout.first_rows([run_index]), bags.counts, strict=True):
+        for text, first, count in zip(run.texts, packed_batch.first_rows([run_index]), bags.counts, strict=True):
             own, rows = rows[:count], rows[count:]
             assert own == [first + position for position in pooled(text, pool)]
         assert not rows
@@ -145,8 +149,8 @@ def pooled(text: Text, pool: Pool) -> list[int]:
 def test_equal_texts_of_several_runs_share_a_group() -> None:
     text = Text(np.arange(4, dtype=np.int32))
     plan = Plan(outputs=(Output(kind=OutputKind.HIDDEN_STATES, layers=(2,), row_size=2),), dtype="float32")
-    layout = Layout([Run(plan=plan, texts=[text] * 3), Run(plan=plan, texts=[text] * 2)])
-    (group,) = layout.groups
+    packed_batch = PackedBatch([Run(plan=plan, texts=[text] * 3), Run(plan=plan, texts=[text] * 2)])
+    (group,) = packed_batch.groups
     assert (group.start, group.text_count, group.length, group.depth) == (0, 5, 4, 2)
     assert group.attention_mask is None
 
