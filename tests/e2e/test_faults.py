@@ -131,11 +131,11 @@ def test_the_allocators_own_errors_are_out_of_memory_and_no_other_is() -> None:
     cpu = torch.device("cpu")
     too_much = 1 << 60
     for allocate in (lambda: torch.empty(too_much, dtype=torch.uint8), lambda: np.empty(too_much, np.uint8)):
-        with pytest.raises(OutOfMemoryError), device.named(cpu):
+        with pytest.raises(OutOfMemoryError), device.named_errors(cpu):
             allocate()
-    with pytest.raises(OutOfMemoryError), device.named(cpu):
+    with pytest.raises(OutOfMemoryError), device.named_errors(cpu):
         raise torch.OutOfMemoryError
-    with pytest.raises(RuntimeError, match="shape"), device.named(cpu):
+    with pytest.raises(RuntimeError, match="shape"), device.named_errors(cpu):
         torch.zeros(2) @ torch.zeros(3, 3).view(9)[:4].view(1, 5)
 
 
