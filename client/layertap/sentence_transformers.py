@@ -195,15 +195,7 @@ class Encoding:
         return requests.Embed(to_messages(self.texts), self.options)
 
     def note(self, first: int, embedding: Embedding) -> int:
-        """Takes the answer to some texts, of which the first is at that place; returns how many they are.
-
-        Raises:
-            FailedPreconditionError: Another model has answered than the one that was asked for its sentences.
-        """
-        if embedding.model.fingerprint != self._info.fingerprint:
-            raise FailedPreconditionError(
-                f"the server now serves another model ({embedding.model.model_id}); call again to encode with that one"
-            )
+        """Keeps the answer to some texts, of which the first is at that place; returns how many they are."""
         count = len(embedding)
         if self._tokens is not None:
             self._tokens[first : first + count] = embedding.ragged(-1)

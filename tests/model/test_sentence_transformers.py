@@ -9,7 +9,7 @@ import dataclasses
 import json
 import logging
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from support import Server, open_client, running
 from tokenizers import normalizers
 
 from layertap import Client, FailedPreconditionError, InvalidArgumentError, TokenIds
+from layertap._protocol.model_pin import ModelPin
 from layertap.sentence_transformers import Encoding
 from layertap_server.model import checkpoint
 from layertap_server.model import sentence_config as sentences
@@ -401,13 +402,26 @@ def test_what_cannot_be_encoded_is_refused(tiny: Any, sentences: Any, options: d
     assert tiny.encode("a").shape == (32,)
 
 
-@pytest.mark.parametrize("count", [1, 40])
-def test_a_client_that_knows_another_model_says_so_once(tiny_server: Server, count: int) -> None:
-    with Client(tiny_server.address) as client:
-        client._model = dataclasses.replace(client.model_info(), fingerprint="0" * 64)
-        with pytest.raises(FailedPreconditionError, match="another model"):
-            client.encode(["a"] * count)
-        assert client.encode(["a"] * count).shape == (count, 32)
+@pytest.mark.parametrize(
+    "ask",
+    [
+        lambda client: client.encode(["a"]),
+        lambda client: client.encode(["a"] * 40),
+        lambda client: client.model_info(),
+        lambda client: client.embed("a", pooling="mean"),
+        lambda client: client.embed("a"),
+        lambda client: list(client.embed_layers("a")),
+        lambda client: list(client.embed_stream(["a"])),
+    ],
+)
+def test_a_client_of_one_model_takes_no_answer_of_another(
+    kind: str, tiny_server: Server, ask: Callable[[Any], Any]
+) -> None:
+    client = open_client(kind, tiny_server.address, fingerprint="0" * 64)
+    for _ in range(2):
+        with pytest.raises(FailedPreconditionError, match=r"another model.*'000000000000'"):
+            ask(client)
+    client.close()
 
 
 def test_a_batch_size_bounds_what_is_sent_at_once(tiny_server: Server) -> None:
@@ -416,10 +430,10 @@ def test_a_batch_size_bounds_what_is_sent_at_once(tiny_server: Server) -> None:
     options = {"prompt_name": None, "prompt": None, "output_value": "sentence_embedding", "precision": "float32"}
     options |= {"normalize_embeddings": None, "truncate_dim": None}
     encoding = Encoding(MANY, info, batch_size=7, **options)
-    ledger = encoding.ledger()
+    state = encoding.state(ModelPin())
     for text in encoding.texts[:20]:
-        ledger.offer(text)
-    assert [len(ledger.take().inputs.inputs) for _ in range(3)] == [7, 7, 6]
+        state.offer(text)
+    assert [len(state.take().inputs.inputs) for _ in range(3)] == [7, 7, 6]
     assert Encoding(MANY[:8], info, batch_size=7, **options).request() is None
     assert Encoding(MANY[:7], info, batch_size=7, **options).request() is not None
 

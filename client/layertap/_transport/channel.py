@@ -7,7 +7,7 @@ from typing import Any, Final
 import grpc
 import grpc.aio
 
-from layertap._transport import fork
+from layertap._transport import fork, threads
 from layertap._transport.settings import Connection
 from layertap._version import __version__
 from layertap.errors import InvalidArgumentError
@@ -53,6 +53,9 @@ def open_async_channel(connection: Connection) -> grpc.aio.Channel:
 def _options(connection: Connection) -> list[tuple[str, Any]]:
     options: list[tuple[str, Any]] = [*_OPTIONS, ("grpc.service_config", connection.service_config)]
     options.append(("grpc.primary_user_agent", f"layertap/{__version__}"))
+    if threads.are_patched():
+        # A thread of gRPC's that waits for answers would stop all others.
+        options.append(("SingleThreadedUnaryStream", 1))
     if connection.is_local:
         options.append(("grpc.enable_http_proxy", 0))
     if connection.tls is not None and connection.tls.server_name:

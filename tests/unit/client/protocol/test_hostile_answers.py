@@ -1,0 +1,118 @@
+"""Answers of a server that lies about sizes: a named error, before memory is taken for what it announces."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import grpc
+import numpy as np
+import pytest
+
+from layertap import DataLossError, LayertapError, ResourceExhaustedError, wire
+from layertap._protocol import requests
+from layertap._protocol.assembler import EmbedAssembler, LayerAssembler
+from layertap._protocol.inputs import to_messages
+from layertap._protocol.options import embed_options
+from layertap._protocol.stream_state import StreamState
+from layertap._transport.settings import resolve
+from layertap._transport.status import translate
+from layertap.v1 import embedding_pb2 as pb
+
+HUGE = 2**31 - 1
+LAYER = embed_options(layers=[-1])
+POOLED = embed_options(pooling="mean")
+
+
+def header(unit: Any, *, row_size: int = 4, token_count: int = 3, texts: int = 1) -> pb.EmbedHeader:
+    return pb.EmbedHeader(
+        model_id="m",
+        fingerprint="f",
+        dtype=pb.DTYPE_FLOAT32,
+        layer_count=3,
+        outputs=[pb.OutputHeader(layers=[3], row_size=row_size, unit=unit)],
+        token_counts=[token_count] * texts,
+        truncated=[False] * texts,
+    )
+
+
+@pytest.mark.parametrize("wrong", [{"token_count": HUGE}, {"row_size": HUGE}, {"texts": 2}])
+@pytest.mark.parametrize("kind", [EmbedAssembler, LayerAssembler])
+def test_a_header_is_held_against_the_request(kind: Any, wrong: dict[str, int]) -> None:
+    assembler = kind(to_messages("x"), LAYER)
+    with pytest.raises(DataLossError):
+        assembler.feed(pb.EmbedLayersResponse(header=header(pb.ROW_UNIT_TOKEN, **wrong)), memoryview(b""))
+
+
+def test_the_tensors_of_a_unary_answer_have_the_shapes_of_its_header() -> None:
+    tensor = pb.Tensor(dtype=pb.DTYPE_FLOAT32, shape=[0, 2**62, 2**62], data=b"")
+    answer = pb.EmbedResponse(
+        header=header(pb.ROW_UNIT_TEXT), tensors=[pb.LayerTensor(output_index=0, layer=3, tensor=tensor)]
+    )
+    with pytest.raises(DataLossError, match="tensors"):
+        EmbedAssembler(to_messages("x"), POOLED).whole(answer)
+
+
+def opened(options: pb.EmbedOptions, unit: Any) -> StreamState:
+    state = StreamState(options, ordered=True)
+    state.offer("x")
+    state.take()
+    state.feed(pb.EmbedStreamResponse(header=header(unit, texts=0)), memoryview(b""))
+    return state
+
+
+def test_a_frame_of_a_stream_is_held_against_its_item() -> None:
+    frame = pb.StreamFrame(id=0, layer=3, token_count=HUGE, row_count=1)
+    with pytest.raises(DataLossError, match="tokens"):
+        opened(LAYER, pb.ROW_UNIT_TOKEN).feed(pb.EmbedStreamResponse(frame=frame), memoryview(bytes(16)))
+
+
+def test_results_of_a_stream_take_no_memory_before_their_bytes_are_there() -> None:
+    results = pb.StreamResults(ids=[0], token_counts=[HUGE], truncated=[False], timings=[pb.Timings()])
+    with pytest.raises(DataLossError, match="less data"):
+        opened(LAYER, pb.ROW_UNIT_TOKEN).feed(pb.EmbedStreamResponse(results=results), memoryview(bytes(16)))
+
+
+def test_an_array_that_the_process_cannot_hold_is_a_named_error() -> None:
+    with pytest.raises(ResourceExhaustedError, match="embed_stream"):
+        wire.empty((HUGE, HUGE), pb.DTYPE_FLOAT32)
+
+
+def test_tokens_and_strings_are_as_many_as_the_texts() -> None:
+    (request,) = requests.tokenize("x")
+    for texts in ([], [pb.TokenizedText()] * 2, [pb.TokenizedText(input_ids=[0] * 100_000)]):
+        with pytest.raises(DataLossError, match="tokens"):
+            requests.check_tokens(request, pb.TokenizeResponse(texts=texts))
+    with pytest.raises(DataLossError, match="1 texts were asked for, 2 came"):
+        requests.read_texts(requests.decode([1], skip_special_tokens=True), pb.DecodeResponse(texts=["a", "b"]))
+
+
+class Failure(grpc.RpcError):
+    def __init__(self, details: str, **metadata: str) -> None:
+        self._details, self._metadata = details, metadata
+
+    def code(self) -> grpc.StatusCode:
+        return grpc.StatusCode.RESOURCE_EXHAUSTED
+
+    def details(self) -> str:
+        return self._details
+
+    def trailing_metadata(self) -> list[tuple[str, str]]:
+        return [(name.replace("_", "-"), value) for name, value in self._metadata.items()]
+
+
+@pytest.mark.parametrize("pushback", ["soon", "nan", "-1", "1e999", "٣"])
+def test_a_retry_hint_that_is_no_number_is_none(pushback: str) -> None:
+    error = translate(Failure("full", grpc_retry_pushback_ms=pushback), resolve("127.0.0.1:1"), None)
+    assert isinstance(error, LayertapError) and error.retry_after_s is None
+
+
+def test_a_servers_text_reaches_no_terminal_raw() -> None:
+    error = translate(Failure("a\x1b[2Jb" + "c" * 100_000), resolve("127.0.0.1:1"), None)
+    assert error.details.startswith("a\\x1b[2Jb") and len(error.details) < 5000
+
+
+def test_bounds_leave_room_for_every_real_tokenizer() -> None:
+    from layertap._protocol.responses import token_bound
+
+    (message,) = to_messages("ﷺ" * 100)  # One code point of three bytes that NFKC makes 18 of.
+    assert token_bound(message, LAYER) >= 18 * 100 and np.iinfo(np.int32).max > token_bound(message, LAYER)
