@@ -35,7 +35,7 @@ class SharedMemory:
     """
 
     def __init__(self, *, wanted: bool) -> None:
-        """Takes whether to ask for it."""
+        """Asks for it only if it is `wanted`."""
         self.wanted = wanted
         self.byte_count = 0
         self._lock = threading.Lock()

@@ -67,7 +67,7 @@ class Lease(_Lease):
     """The memory shared over one channel."""
 
     def __init__(self, channel: grpc.Channel, memory: SharedMemory, *, target: str, metadata: Metadata) -> None:
-        """Takes whom to ask; asks at the first `begin`."""
+        """Asks the server at the first `begin`, not here."""
         super().__init__(channel, memory, target=target, metadata=metadata)
         self._lock = threading.Lock()
 
@@ -105,7 +105,7 @@ class AsyncLease(_Lease):
     """The memory shared over one asyncio channel; `begin` may be awaited by many tasks."""
 
     def __init__(self, channel: grpc.aio.Channel, memory: SharedMemory, *, target: str, metadata: Metadata) -> None:
-        """Takes whom to ask; asks at the first `begin`."""
+        """Asks the server at the first `begin`, not here."""
         super().__init__(channel, memory, target=target, metadata=metadata)
         self._lock = asyncio.Lock()
 

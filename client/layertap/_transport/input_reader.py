@@ -1,7 +1,7 @@
 """The caller's own iterable, read beside the loop that sends what it gives.
 
 An async iterable is read on the loop. A plain one may block, so a daemon thread reads it: each item is handed over
-before the next is asked for, the thread waits while nobody takes them, and one that hangs in the caller's code keeps
+before the next is asked for, the thread waits while none are taken, and one that hangs in the caller's code keeps
 nothing else from ending.
 """
 
@@ -90,5 +90,5 @@ class _Pump:
             return
         try:
             self._loop.call_soon_threadsafe(self._arrived.set)
-        except RuntimeError:  # The loop has closed: nobody waits any more.
+        except RuntimeError:  # The loop has closed: the stream has ended.
             self._stopped = True

@@ -112,7 +112,7 @@ class Connection:
         tls: How it is encrypted; None: not at all.
         token: The bearer token that each call carries.
         retries: How often a call is repeated that the server could not take.
-        options: What gRPC is told besides, as (name, value).
+        options: Further channel arguments of gRPC, as (name, value).
         timeout_s: The deadline of calls for which the user names none, in seconds.
         shared_memory: Whether layers come through memory shared with the server.
         fingerprint: The only model that may answer; None: the first that does.

@@ -36,7 +36,7 @@ def translate(
 
     A layertap server says with each of its errors whether to retry; where nothing is said, it was not the server who
     spoke. A `resumable` call takes whatever breaks it on the way for a lost connection. Unless the client has been
-    `closed`, nobody here has cancelled the call: it came to a server that was about to end.
+    `closed`, the call was not cancelled here: it came to a server that was about to end.
     """
     if not isinstance(exc, grpc.RpcError):
         return CancelledError(CLOSED_DURING_CALL)
