@@ -1,6 +1,6 @@
 """What can go wrong, one exception per gRPC status code.
 
-Both ends use these: the server raises them, its service turns them into a status; the client turns
+Both ends use these: the server raises them and its service converts them to a status; the client converts
 a status back into the same exception. Errors are told apart by type or by `code`, never by their text.
 
 | exception | code | raised when |
@@ -18,7 +18,7 @@ a status back into the same exception. Errors are told apart by type or by `code
 | `OutOfRangeError` | OUT_OF_RANGE | a value does not fit the asked-for wire dtype |
 | `UnimplementedError` | UNIMPLEMENTED | the server does not know this RPC |
 | `InternalError` | INTERNAL | a fault of the server |
-| `UnavailableError` | UNAVAILABLE | nobody answers, or the server is starting or stopping |
+| `UnavailableError` | UNAVAILABLE | no server answers, or it is starting or stopping |
 | `DataLossError` | DATA_LOSS | an answer is incomplete or contradicts itself |
 | `UnauthenticatedError` | UNAUTHENTICATED | the credentials are missing or wrong |
 """
@@ -151,7 +151,7 @@ class InternalError(LayertapError):
 
 
 class UnavailableError(LayertapError):
-    """Nobody answers, or the server is starting or stopping."""
+    """No server answers, or it is starting or stopping."""
 
     code = StatusCode.UNAVAILABLE
 
@@ -174,7 +174,7 @@ _BY_CODE: dict[StatusCode, type[LayertapError]] = {kind.code: kind for kind in L
 def from_status(
     code: int, details: str, *, retry_after_s: float | None = None, request_id: str | None = None
 ) -> LayertapError:
-    """Returns the exception for a gRPC status code; a code nobody knows gives `UnknownError`."""
+    """Returns the exception for a gRPC status code; an unknown code gives `UnknownError`."""
     try:
         kind = _BY_CODE[StatusCode(code)]
     except ValueError:

@@ -1,7 +1,7 @@
 """A progress bar for what takes long: how much is done, how fast, and how long the rest will take.
 
 Drawn by tqdm (the extra `progress`) on stderr. Knows nothing of what is being done. Unless it is asked for by name it
-is silent where nobody looks: off a terminal, without tqdm, and in the first seconds, which most jobs do not outlast.
+is silent off a terminal, without tqdm, and in the first seconds, within which most jobs end.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from typing import Final, TypeAlias
 from layertap import optional_deps
 
 Advance: TypeAlias = Callable[[int], object]
-"""Takes how many more are done."""
+"""Advances the bar by so many."""
 
 _UNASKED_DELAY_S: Final = 2.0
-"""How long a job must last before a bar that nobody has asked for is drawn."""
+"""How long a job must last before a bar that was not requested is drawn."""
 
 
 @contextlib.contextmanager
@@ -27,7 +27,7 @@ def bar(
     """Shows a bar as long as the context lasts.
 
     Args:
-        total: How many there are in all; None if nobody knows, which leaves count and rate.
+        total: How many there are in all; None if unknown, which leaves count and rate.
         unit: What is counted, in the singular, such as "text".
         shown: Whether to show it. None: only on a terminal, for what takes longer than a moment, if tqdm is there.
         done: How many were done before, by a job that is taken up again; they do not count for the rate.

@@ -26,7 +26,7 @@ from layertap.v1 import embedding_pb2 as pb
 MessageT = TypeVar("MessageT", bound=Message)
 Buffer = bytes | memoryview
 ByteArray: TypeAlias = npt.NDArray[np.uint8]
-"""Bytes that may be kept for good: nobody else will write there."""
+"""Bytes that may be kept for good: no other code writes there."""
 
 View: TypeAlias = Callable[[int, int], ByteArray]
 """Returns rows of the message at hand that lie in shared memory, by offset and size in bytes."""

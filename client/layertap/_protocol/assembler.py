@@ -42,7 +42,7 @@ class EmbedAssembler:
         self._request_id = request_id
 
     def feed(self, part: pb.EmbedLayersResponse, data: wire.Buffer, view: wire.View | None = None) -> None:
-        """Takes one message of a stream, its payload, and where to find rows that lie in shared memory.
+        """Adds one message of a stream, with its payload and the shared rows it refers to.
 
         Raises:
             DataLossError: It does not fit what came before.
@@ -232,7 +232,7 @@ class LayerAssembler:
         self._ended = False
 
     def feed(self, part: pb.EmbedLayersResponse, data: wire.Buffer, view: wire.View | None = None) -> list[LayerRows]:
-        """Takes one message as `EmbedAssembler.feed` does; returns the texts it completed, in runs.
+        """Adds one message as `EmbedAssembler.feed` does; returns the texts that it completed, in runs.
 
         Raises:
             DataLossError: It does not fit what came before.

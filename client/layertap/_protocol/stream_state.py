@@ -129,7 +129,7 @@ class StreamState:
         return pb.EmbedStreamRequest(options=pb.StreamOptions(options=self._options, order=order))
 
     def offer(self, item: InputItem) -> None:
-        """Takes one more item; one that is no input is answered with its error."""
+        """Adds an item; an item that is no input gets its error as its result."""
         index = self._offered_count
         self._offered_count += 1
         try:
@@ -153,7 +153,7 @@ class StreamState:
         return request
 
     def lost(self, reason: LayertapError) -> None:
-        """Takes note that the connection is gone: what is unanswered is to be sent again."""
+        """Marks every unanswered item to be sent again, after the connection was lost."""
         blamed, self._header_due = not (self._header_due or self._got_on), True
         for index, item in list(self._unanswered.items()):
             item.rows = None
@@ -169,7 +169,7 @@ class StreamState:
         self._unsent = dict(self._unanswered)
 
     def feed(self, part: pb.EmbedStreamResponse, data: memoryview, view: wire.View | None = None) -> None:
-        """Takes one message of the answer, its payload, and where to find rows that lie in shared memory.
+        """Adds one message of the answer, with its payload and the shared rows it refers to.
 
         Raises:
             DataLossError: It does not fit what was sent.

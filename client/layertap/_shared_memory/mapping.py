@@ -112,7 +112,7 @@ class SharedCall:
         return pb.SharedMemoryUse(segment_id=self._mapping.segment_id, call_number=self._number)
 
     def take(self, shared: pb.SharedRows) -> _Message:
-        """Takes a message whose rows lie in the segment.
+        """Returns access to the rows of a message that lie in the segment.
 
         Raises:
             DataLossError: It names no slot.

@@ -69,7 +69,7 @@ class SyncBridge:
     def cancel(self) -> None:
         """Lets the iteration end with an error, now or at its next step. To be called from any thread."""
         self._cancelled = True
-        # Whoever iterates may close the loop at the same time.
+        # The iterating thread may close the loop at the same time.
         with contextlib.suppress(RuntimeError):
             if self._loop is not None:
                 self._loop.call_soon_threadsafe(self._cancel_step)

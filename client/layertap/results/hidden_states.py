@@ -32,7 +32,7 @@ class HiddenStates:
     __slots__ = ("_padded", "_ragged", "layer_count", "token_counts")
 
     def __init__(self, *, ragged: dict[int, FloatArray], token_counts: IntArray, layer_count: int) -> None:
-        """Takes one array for each held layer. Shape: [sum of token_counts, hidden_size]."""
+        """Holds one array for each layer. Shape: [sum of token_counts, hidden_size]."""
         self._ragged = ragged
         self._padded: dict[int, FloatArray] = {}
         self.token_counts = token_counts

@@ -32,7 +32,7 @@ def attend(
 
     Args:
         qkv: Query, key and value of each row. Shape: [row_count, 3 · hidden_size]. Rows may be fewer than the groups
-            have: texts that are done are a tail, and whole groups. Rows behind the groups are nobody's.
+            have: texts that are done are a tail, and whole groups. Rows behind the groups are padding.
         shapes: First row, text count and length of each group.
         masks: For each group what is added to its scores, or None. Shape: [text_count, 1, 1, length].
         head_count: Attention heads.

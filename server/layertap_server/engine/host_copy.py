@@ -86,7 +86,7 @@ class HostCopy:
         else:
             sent = (values if chosen is None else values.index_select(0, chosen)).to(dtype)
             self._stream.wait_stream(torch.cuda.current_stream(values.device))
-            # First what may fail: a copy under way must be among the pending ones, or nobody waits for its end.
+            # First what may fail: a copy under way must be among the pending ones, or its end is not waited for.
             host_peaks = torch.empty(peaks.shape, dtype=peaks.dtype, pin_memory=True)
             with torch.cuda.stream(self._stream):
                 host.copy_(sent, non_blocking=True)
@@ -134,7 +134,7 @@ def _rows(pending: _Pending) -> Iterator[Rows]:
         counts = group.output.row_counts(member.run.texts)
         end = row + sum(counts)
         row_bytes = member.run.plan.row_bytes(group.output)
-        # Of a buffer that several share each gets a copy: nobody holds what another has read long ago.
+        # Of a buffer that several share each gets a copy, so that a slow reader does not hold the rows of the others.
         data = memoryview(bytes(pending.data[row * row_bytes : end * row_bytes])) if shared else pending.data
         yield Rows(
             run_index=member.run_index,

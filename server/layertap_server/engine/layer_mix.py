@@ -30,7 +30,7 @@ class Mixes:
         self._held: dict[Mix, torch.Tensor] = {}
 
     def add(self, layer: int, rows: torch.Tensor) -> None:
-        """Takes the next layer, and lets go of what was whole before it.
+        """Adds the next layer, and frees the mixes that were complete before it.
 
         Args:
             layer: Its number.

@@ -45,7 +45,7 @@ class Phase:
     time_ns: int = 0
 
     def note(self, started_at_ns: int, ended_at_ns: int) -> None:
-        """Takes note of one stay."""
+        """Adds one interval."""
         if not self.started_at_ns or started_at_ns < self.started_at_ns:
             self.started_at_ns = started_at_ns
         self.ended_at_ns = max(self.ended_at_ns, ended_at_ns)
@@ -105,19 +105,19 @@ class Record:
         return (self.ended_at_ns or time.monotonic_ns()) - self.started_at_ns
 
     def take(self, texts: Sequence[Text]) -> None:
-        """Takes note of texts that were taken in."""
+        """Counts admitted texts."""
         self.text_count += len(texts)
         self.token_count += sum(text.token_count for text in texts)
 
     def run(self, done: RunDone) -> int:
-        """Takes note of a run; returns how many texts it had."""
+        """Adds a completed run; returns its number of texts."""
         if not self.queue.started_at_ns:
             self.queue.note(done.started_at_ns - done.queue_time_ns, done.started_at_ns)
         self.compute.note(done.started_at_ns, done.started_at_ns + done.compute_time_ns)
         return len(done.texts)
 
     def fail(self, error: LayertapError) -> None:
-        """Takes note of what the call ends with."""
+        """Sets the error that the call ends with."""
         self.code, self.error = error.code, error.details
 
 

@@ -103,7 +103,9 @@ class Metrics:
             "batch_fill_ratio", "Tokens of a batch, of the most that one holds.", _SHARES
         )
         self._batch_duration = self._histogram(
-            "batch_inference_duration_seconds", "A batch in its instance, delivery included.", _DURATIONS_S
+            "batch_inference_duration_seconds",
+            "The time of a batch in its instance, events included.",
+            _DURATIONS_S,
         )
         info = prometheus_client.Info("layertap_server", "What is served.", registry=self.registry)
         info.info({"version": server.version, "model_id": server.model_id, "fingerprint": server.fingerprint})
@@ -113,7 +115,7 @@ class Metrics:
         prometheus_client.ProcessCollector(registry=self.registry)
 
     def follow(self, state: Callable[[], State]) -> None:
-        """Takes what tells the state of the server; called in a thread of the HTTP server whenever somebody asks.
+        """Registers the state of the server, which is read in a thread of the HTTP server at each scrape.
 
         Batches that ran before are the warm-up's and do not count.
         """

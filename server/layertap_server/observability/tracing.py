@@ -39,7 +39,6 @@ class Tracing:
     """Reads the journal and makes spans of it."""
 
     def __init__(self, provider: TracerProvider) -> None:
-        """Takes what the spans go to."""
         self._provider = provider
         self._tracer = provider.get_tracer("layertap_server")
         self._propagator = TraceContextTextMapPropagator()

@@ -79,7 +79,7 @@ class Row:
     magnitude: float = 0.0
 
     def add(self, text: int, found: npt.NDArray[np.floating], wanted: npt.NDArray[np.float32]) -> None:
-        """Takes one text into account."""
+        """Adds one text."""
         difference = float("inf")
         if found.shape == wanted.shape:
             difference = float(np.abs(found - wanted).max(initial=0.0))
@@ -92,7 +92,6 @@ class Comparison:
     """What is known so far of how far a server is from transformers. Pure."""
 
     def __init__(self, *, bound: float, has_pooler_output: bool) -> None:
-        """Takes the largest difference that passes, and whether there is a pooler to compare."""
         self.bound = bound
         self.has_pooler_output = has_pooler_output
         self.text_count = 0
@@ -101,7 +100,7 @@ class Comparison:
         self._rows: dict[str, Row] = {}
 
     def add(self, embedding: Embedding, wanted: Sequence[Wanted]) -> None:
-        """Takes some more texts: what the server said, and what each should be."""
+        """Adds texts: the answer of the server, and the reference of each."""
         for n, one in enumerate(wanted):
             text = self.text_count + n
             if not _same_tokens(embedding, n, one):
@@ -153,7 +152,7 @@ def _run(args: argparse.Namespace) -> int:
         )
         _check_same(info, found)
         from layertap_server.parity import (
-            reference,  # Only now: whoever has no server is told so at once, without torch.
+            reference,  # Imported here, so that a missing server is reported at once, without torch.
         )
 
         judge = reference.Oracle(found)

@@ -53,14 +53,13 @@ class Caller:
     """
 
     def __init__(self, context: Context, record: Record, *, stall_timeout_s: float) -> None:
-        """Takes gRPC's side of the call, its record, and how long an answer may stay unread, in seconds."""
         self.record = record
         self._context = context
         self._stall_timeout_s = stall_timeout_s
 
     @property
     def client(self) -> str:
-        """Whose turn the call takes."""
+        """The client whose share the call uses."""
         return self.record.client
 
     @property
@@ -70,7 +69,7 @@ class Caller:
 
     @property
     def expires_at(self) -> float | None:
-        """When nobody waits for the call any more, by time.monotonic; None: it has no deadline."""
+        """The deadline of the call, by time.monotonic; None: it has none."""
         remaining = self._context.time_remaining()
         # grpc-stubs does not know that a call without a deadline has None.
         return None if remaining is None else time.monotonic() + remaining  # type: ignore[redundant-expr]
@@ -108,14 +107,14 @@ class Admission:
         call_log: CallLog,
         hooks: Hooks,
     ) -> None:
-        """Takes what bounds all calls together.
+        """Sets the bounds of all calls together.
 
         Args:
             max_call_count: How many may be under way at once.
             max_request_bytes: Bytes of their requests, streams aside.
             stall_timeout_s: How long an answer may stay unread, in seconds.
             call_log: Keeps their records.
-            hooks: Is told of refusals.
+            hooks: Called for refusals.
         """
         self._max_request_bytes = max_request_bytes
         self._request_bytes = 0
@@ -155,7 +154,7 @@ class Admission:
     def answered(
         self, name: str, method: Callable[[Any, Caller], Awaitable[T]]
     ) -> Callable[[Any, Context], Awaitable[T]]:
-        """Counts and records the calls of an RPC, and turns their errors into a status."""
+        """Counts and records the calls of an RPC, and converts their errors to a status."""
 
         async def call(request: Any, context: Context) -> T:
             metadata = dict(context.invocation_metadata() or ())
@@ -199,7 +198,7 @@ class Admission:
             except (_CallerLeftError, asyncio.CancelledError) as exc:
                 if not self._cutting or isinstance(exc, _CallerLeftError):
                     record.fail(_left(context))
-                    raise asyncio.CancelledError from exc  # There is nobody to tell.
+                    raise asyncio.CancelledError from exc  # The caller has left.
                 task.uncancel()
                 error = UnavailableError(
                     "the server could not finish in time; try another", retry_after_s=RETRY_STOPPING_S

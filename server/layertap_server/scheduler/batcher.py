@@ -275,7 +275,7 @@ class Batcher:
                 return None
 
     def _take(self, expired: list[Call]) -> list[BatchPart]:
-        """Takes the next batch off the queue; adds calls whose deadline has passed to `expired`."""
+        """Removes the next batch from the queue; adds calls whose deadline has passed to `expired`."""
         share = max(-(-self._tokens.used // self._idle.count), self._min_share_tokens)
         token_budget, byte_budget = min(share, self._max_batch_tokens), self._max_batch_bytes
         parts: dict[Call, BatchPart] = {}
