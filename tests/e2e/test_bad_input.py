@@ -346,7 +346,9 @@ def test_a_pair_that_has_no_room_for_its_special_tokens(client: Any) -> None:
 
 def test_too_many_texts(client: Any) -> None:
     inputs = [SECRET] * 1001
-    for call in (lambda: client.embed(inputs), lambda: client.embed(inputs, pooling="mean")):
+    # Without a timeout they go over a stream, which has none: see test_client_calls.
+    for options in ({}, {"pooling": "mean"}):
+        call = functools.partial(client.embed, inputs, timeout_s=60.0, **options)
         _refused(InvalidArgumentError, call, "1001", "1000", "embed_stream")
     _refused(InvalidArgumentError, lambda: list(client.embed_layers(inputs)), "1001", "1000", "embed_stream")
     _refused(InvalidArgumentError, lambda: client.decode([[101]] * 1001), "1001", "1000")
@@ -395,7 +397,7 @@ def test_an_answer_too_large_for_tokenize(flawed_server: Server) -> None:
 
 
 def test_a_message_over_the_limit(flawed: Any) -> None:
-    inputs = [f"{SECRET} {GOOD}"] * 4000
+    inputs = [f"{SECRET} {GOOD} " * 8] * 1000
     for call in (lambda: flawed.embed(inputs), lambda: list(flawed.embed_layers(inputs))):
         _refused(ResourceExhaustedError, call, "65536")
 

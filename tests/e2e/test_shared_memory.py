@@ -453,7 +453,7 @@ def test_a_path_that_is_taken_is_refused_in_one_line_and_stays_as_it_is(tiny_fol
 
     file = tmp_path / "file"
     file.write_text("precious")
-    assert "no socket" in refused(file) and file.read_text() == "precious"
+    assert "not a socket" in refused(file) and file.read_text() == "precious"
     assert re.search("cannot listen on unix:.*nowhere", refused(tmp_path / "nowhere" / "socket"))
     with running(*flags(tiny_folder), "--host", f"unix:{tmp_path}/taken") as server:
         assert "another server" in refused(tmp_path / "taken")
