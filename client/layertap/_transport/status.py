@@ -20,8 +20,13 @@ _DETAILS_LENGTH: Final = 4096
 
 def request_id(metadata: Iterable[Any] | None) -> str | None:
     """Returns the name of a call in the server's log, from the metadata that ended it."""
-    found = dict(metadata or ()).get(_REQUEST_ID)
+    found = _pairs(metadata).get(_REQUEST_ID)
     return found if isinstance(found, str) else None
+
+
+def _pairs(metadata: Iterable[Any] | None) -> dict[str, Any]:
+    """Returns metadata as a dict; `dict` itself fails on older gRPC, whose Metadata has `keys` but yields pairs."""
+    return {name: value for name, value in metadata or ()}
 
 
 def translate(
@@ -42,8 +47,7 @@ def translate(
         return CancelledError(CLOSED_DURING_CALL)
     code = StatusCode(exc.code().value[0])
     details = _printable(exc.details() or code.name)
-    # grpc-stubs describes metadata as objects; they are pairs.
-    trailing: dict[str, str | bytes] = dict(exc.trailing_metadata() or ())  # type: ignore[arg-type]
+    trailing: dict[str, str | bytes] = _pairs(exc.trailing_metadata())
     pushback = trailing.get("grpc-retry-pushback-ms")
     broken = pushback is None and code in (StatusCode.INTERNAL, StatusCode.UNKNOWN)
     # It has no deadline of its own: this one is a server's that would not wait for its answers to be read.
