@@ -12,6 +12,7 @@ INSTALL_STAMP := .venv/.installed
 MODEL_STAMP := .models/.fetched
 TOOLS_STAMP := .tools/.installed
 PEERS_STAMP := .bench/.installed
+COMPAT_STAMP := .compat/.installed
 EXAMPLES_STAMP := .venv/.examples
 DOCS_STAMP := .venv/.docs
 OLDEST_STAMP := .floors/oldest/.installed
@@ -34,7 +35,7 @@ generate = PATH="$(CURDIR)/$(BIN):$$PATH" PYTHONPATH=.tools $(BIN)/python -m grp
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: bench-compute bench-callers bench-fuzz bench-gpu bench-jobs bench-load bench-streams bench-wire help install model protos protos-fresh lint format check test test-unit test-model test-e2e test-heavy test-cpus test-floors test-newest demo docs notebook serve bench clean
+.PHONY: bench-compute bench-callers bench-fuzz bench-gpu bench-jobs bench-load bench-streams bench-wire help install model protos protos-fresh lint format check test test-unit test-model test-e2e test-heavy test-cpus test-floors test-newest test-compat demo docs notebook serve bench clean
 
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z][a-z-]*:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -102,6 +103,9 @@ test-floors: $(INSTALL_STAMP) $(MODEL_STAMP) $(OLDEST_STAMP)  ## Run the client 
 test-newest: $(INSTALL_STAMP) $(MODEL_STAMP) $(NEWEST_STAMP)  ## Run the client on the newest numpy, grpcio and protobuf
 	$(BIN)/python tests/floors.py $(dir $(NEWEST_STAMP))
 
+test-compat: $(INSTALL_STAMP) $(MODEL_STAMP) $(COMPAT_STAMP)  ## Run clients of other projects against a server (5 min at most)
+	PYTHONPATH=client:server .compat/bin/python -m pytest --confcutdir=tests/compat tests/compat $(ARGS)
+
 demo: $(INSTALL_STAMP) $(MODEL_STAMP)  ## Start a server, do the main job as a user would, stop it
 	$(BIN)/python examples/demo.py $(ARGS)
 
@@ -144,7 +148,7 @@ bench-gpu: $(INSTALL_STAMP)  ## Fidelity, ceilings and throughput on a GPU (need
 	$(BIN)/python bench/gpu.py $(ARGS)
 
 clean:  ## Remove all that make has made
-	rm -rf .venv .models .tools .bench .floors .docs build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis \
+	rm -rf .venv .models .tools .bench .floors .compat .docs build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis \
 		.import_linter_cache
 	find client server tests bench examples -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
 
@@ -176,6 +180,11 @@ $(MODEL_STAMP): model.txt $(VENV_STAMP)
 $(PEERS_STAMP): bench/peers.txt constraints.txt
 	$(PYTHON) -m venv .bench
 	.bench/bin/python -m pip --disable-pip-version-check install -q -c constraints.txt torch transformers -r bench/peers.txt
+	@touch $@
+
+$(COMPAT_STAMP): tests/compat/requirements.txt
+	$(PYTHON) -m venv .compat
+	.compat/bin/python -m pip --disable-pip-version-check install -q -r tests/compat/requirements.txt
 	@touch $@
 
 $(EXAMPLES_STAMP): $(INSTALL_STAMP)

@@ -21,6 +21,8 @@ from layertap_server.model.checkpoint import EMBEDDED_MODEL
 if TYPE_CHECKING:
     from support.oracle import Oracle
 
+collect_ignore = ["compat"]  # These tests run in an environment of their own: `make test-compat`.
+
 
 @pytest.fixture(scope="session", autouse=True)
 def forking_process_ends() -> Iterator[None]:
