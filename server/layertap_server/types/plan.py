@@ -1,87 +1,16 @@
-"""The server's own words for what is to be done: texts as tokens, the outputs asked of them, and what comes out.
-
-Pure data, with numpy as its only library. The tokenizer makes a `Text`, `protocol` a `Plan`, the batcher a `Run`, the
-encoder `Rows`, or one of the two errors that say more of its device than that a batch has failed. Nothing here knows
-protobuf, gRPC or torch.
-"""
+"""What a request asks of each text: its outputs, resolved for one model."""
 
 from __future__ import annotations
 
 import dataclasses
 import enum
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Final, TypeAlias
+from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
 
-from layertap.errors import LayertapError
 from layertap.types import ITEM_BYTES
-
-Ids = npt.NDArray[np.int32]
-Indices = npt.NDArray[np.int64]
-
-
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Words:
-    """Which tokens of a text make which words. The tokens of a word lie one after the other.
-
-    Attributes:
-        starts: Shape: [word_count]; the first token of each word.
-        piece_counts: Shape: [word_count]; how many tokens each word has, perhaps none.
-        offsets: Shape: [word_count, 2]; start and end in the text, in Unicode code points.
-        first_word_count: How many words belong to the first string of a pair; else all.
-    """
-
-    starts: Indices
-    piece_counts: Indices
-    offsets: Indices
-    first_word_count: int
-
-
-RETRY_FULL_S: Final = 0.5
-"""How long a caller should wait, in seconds, before it asks a full server again."""
-RETRY_STOPPING_S: Final = 1.0
-"""Likewise for a server that is stopping or has lost its engine."""
-RETRY_ELSEWHERE_S: Final = 0.0
-"""Likewise where another server can go on at once."""
-
-
-class OutOfMemoryError(Exception):
-    """The device has no memory for this batch. A smaller one may fit."""
-
-
-class DeviceLostError(Exception):
-    """The device computes nothing any more, whatever it is given."""
-
-
-@dataclasses.dataclass(frozen=True, slots=True, eq=False)
-class Text:
-    """One text as the model sees it.
-
-    Attributes:
-        input_ids: Shape: [token_count].
-        attention_mask: Shape: [token_count], with at least one 0. None: all 1.
-        token_type_ids: Shape: [token_count], with at least one not 0. None: all 0.
-        special_tokens_mask: Shape: [token_count]; 1 for special tokens. None: no output asks for it, or all 0.
-        words: Its words. None: no output asks for them, or it has none.
-    """
-
-    input_ids: Ids
-    attention_mask: Ids | None = None
-    token_type_ids: Ids | None = None
-    special_tokens_mask: Ids | None = None
-    words: Words | None = None
-
-    @property
-    def token_count(self) -> int:
-        """How many rows each layer has for this text."""
-        return len(self.input_ids)
-
-    @property
-    def word_count(self) -> int:
-        """How many words it has, as far as they are asked for."""
-        return 0 if self.words is None else len(self.words.piece_counts)
+from layertap_server.types.text import Text
 
 
 class OutputKind(enum.Enum):
@@ -285,56 +214,3 @@ class Plan:
     def row_bytes(self, output: Output) -> int:
         """Returns the bytes of one row of an output."""
         return output.row_size * ITEM_BYTES[self.dtype]
-
-
-Allocator: TypeAlias = Callable[[int, int, int, int], "memoryview | None"]
-"""Returns a writable host buffer for one tensor of some texts of a call; None: any buffer will do.
-
-Its arguments: the position of the first text, the output's index, the layer, the bytes. Called from any instance.
-"""
-
-
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Run:
-    """Consecutive texts of one call inside one batch.
-
-    Attributes:
-        plan: What is asked of them.
-        texts: The texts, in request order.
-        first_text: The position of the first in the call.
-        allocator: Where their rows are written. None: in any buffer.
-    """
-
-    plan: Plan
-    texts: Sequence[Text]
-    first_text: int = 0
-    allocator: Allocator | None = None
-
-    def allocate(self, output_index: int, layer: int, byte_count: int) -> memoryview | None:
-        """Returns what the run's allocator has for one layer of one output; None: any buffer will do."""
-        if self.allocator is None:
-            return None
-        return self.allocator(self.first_text, output_index, layer, byte_count)
-
-
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Rows:
-    """One layer of one output for one run, on the host.
-
-    Attributes:
-        run_index: Which run of the batch.
-        output_index: Which output of the run's plan.
-        layer: The absolute layer.
-        data: The rows in request order, in the plan's dtype: row-major, little-endian.
-        failures: Texts, by position in the run, whose numbers cannot be sent, and why.
-    """
-
-    run_index: int
-    output_index: int
-    layer: int
-    data: memoryview
-    failures: Mapping[int, LayertapError]
-
-
-Encode: TypeAlias = Callable[[Sequence[Run]], Iterator[Rows]]
-"""Runs a batch: yields every layer of every output of every run once."""

@@ -1,0 +1,53 @@
+"""The server's own words for what is to be done: texts as tokens, the outputs asked of them, and what comes out.
+
+Pure data, with numpy as its only library. The tokenizer makes a `Text`, `protocol` a `Plan`, the batcher a `Run`, the
+encoder `Rows`. Nothing here knows protobuf, gRPC or torch.
+"""
+
+from layertap_server.types.errors import (
+    RETRY_ELSEWHERE_S,
+    RETRY_FULL_S,
+    RETRY_STOPPING_S,
+    DeviceLostError,
+    OutOfMemoryError,
+)
+from layertap_server.types.plan import (
+    ByteCounts,
+    Mix,
+    Mixing,
+    Output,
+    OutputKind,
+    Plan,
+    Pool,
+    Strategy,
+    Unit,
+    WordPooling,
+)
+from layertap_server.types.run import Allocator, Encode, Rows, Run
+from layertap_server.types.text import Ids, Indices, Text, Words
+
+__all__ = [
+    "RETRY_ELSEWHERE_S",
+    "RETRY_FULL_S",
+    "RETRY_STOPPING_S",
+    "Allocator",
+    "ByteCounts",
+    "DeviceLostError",
+    "Encode",
+    "Ids",
+    "Indices",
+    "Mix",
+    "Mixing",
+    "OutOfMemoryError",
+    "Output",
+    "OutputKind",
+    "Plan",
+    "Pool",
+    "Rows",
+    "Run",
+    "Strategy",
+    "Text",
+    "Unit",
+    "WordPooling",
+    "Words",
+]
