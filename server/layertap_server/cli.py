@@ -181,7 +181,7 @@ def _announce(address: str, metrics_url: str) -> None:
 
 
 def _fail(message: str) -> int:
-    print(f"layertap-server: {message}", file=sys.stderr)
+    print(f"layertap-server: {log_format.escaped(message)}", file=sys.stderr)
     return 2
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import os
 import re
 import subprocess
 import time
@@ -17,10 +18,10 @@ import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
-from support import ROOT, Server, open_client, running
+from support import ROOT, Server, http2, open_client, poll, running
 from support.authority import Authority
 
-from layertap import TLS, Client, LayertapError, UnauthenticatedError, UnavailableError
+from layertap import TLS, Client, LayertapError, UnauthenticatedError, UnavailableError, wire
 from layertap.v1 import embedding_pb2 as pb
 from layertap.v1 import embedding_pb2_grpc
 from layertap_server.app import listen_settings
@@ -68,7 +69,7 @@ def house(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
     tokens = folder / "tokens"
     tokens.write_text(f"alice {ALICE}\nbob {BOB}\n")
     tokens.chmod(0o600)
-    yield from serve(folder, tiny_folder, "--token-file", str(tokens))
+    yield from serve(folder, tiny_folder, "--token-file", str(tokens), "--log-level", "debug")
 
 
 @pytest.fixture(scope="module")
@@ -225,6 +226,26 @@ def test_tokens_are_rotated_while_the_server_runs(house: House) -> None:
     log = house.server.log.decode()
     assert "the token file changed and cannot be used" in log and "line 1" in log
     assert not any(secret in log for secret in (ALICE, BOB, CAROL, "half"))
+
+
+@pytest.mark.parametrize("tail", [b"", b"\xff", b"\xc3", b"\x80\xfe"])
+@pytest.mark.parametrize("name", ["authorization", "x-api-key", "x-request-id"])
+def test_no_metadata_is_logged_also_when_grpc_cannot_decode_it(house: House, name: str, tail: bytes) -> None:
+    value = b"Bearer " + ALICE.encode() + b"-secret" + tail
+    for method in ("Embed", "NoSuchMethod"):
+        answer = http2.call(
+            house.server.address, f"/{wire.SERVICE_NAME}/{method}", {name: value}, ca=house.authority.pem
+        )
+        assert b"grpc-status" in answer
+    with channel_to(house) as channel:  # Its line in the log follows those of the calls above.
+        call = channel.unary_unary(f"/{wire.SERVICE_NAME}/Embed", None, None)
+        marker = os.urandom(8).hex()
+        with pytest.raises(grpc.RpcError):
+            call(b"", metadata=(("authorization", f"Bearer {ALICE}"), ("x-request-id", marker)), timeout=WAIT_S)
+    poll(lambda: marker.encode() in house.server.log)
+    log = house.server.log
+    assert b"DEBUG" in log and ALICE.encode() not in log and b"-secret" not in log
+    assert log.count(b"Traceback") == 0 and log.count(b"grpc._cython.cygrpc reports a fault") <= 3
 
 
 def test_a_certificate_is_rotated_while_the_server_runs(kind: str, house: House) -> None:
