@@ -85,7 +85,7 @@ class AsyncClient(BaseClient):
         call, answers, request_id = self._connection.call(timeout_s, metadata), [], None
         for request in requests:
             reply = await self._transport.unary(request, call)
-            calls.check_tokens(request, reply.message)
+            calls.check_tokens(request, reply.message, self._transport.pin)
             answers.append(reply.message)
             request_id = reply.request_id
         return calls.read_tokens(answers, request_id)
@@ -101,7 +101,8 @@ class AsyncClient(BaseClient):
         """See `Client.decode`."""
         request = calls.decode(ids, skip_special_tokens=skip_special_tokens)
         call = self._connection.call(timeout_s, metadata)
-        return calls.read_texts(request, (await self._transport.unary(request, call)).message)
+        reply = await self._transport.unary(request, call)
+        return calls.read_texts(request, reply.message, self._transport.pin)
 
     async def embed(
         self,

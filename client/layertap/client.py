@@ -104,7 +104,7 @@ class Client(BaseClient):
         call, answers, request_id = self._connection.call(timeout_s, metadata), [], None
         for request in requests:
             reply = self._transport.unary(request, call)
-            calls.check_tokens(request, reply.message)
+            calls.check_tokens(request, reply.message, self._transport.pin)
             answers.append(reply.message)
             request_id = reply.request_id
         return calls.read_tokens(answers, request_id)
@@ -130,7 +130,7 @@ class Client(BaseClient):
         """
         request = calls.decode(ids, skip_special_tokens=skip_special_tokens)
         call = self._connection.call(timeout_s, metadata)
-        return calls.read_texts(request, (self._transport.unary(request, call)).message)
+        return calls.read_texts(request, self._transport.unary(request, call).message, self._transport.pin)
 
     def embed(
         self,

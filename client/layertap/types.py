@@ -25,6 +25,9 @@ DtypeName: TypeAlias = Literal["float32", "float16", "bfloat16"]
 TruncationName: TypeAlias = Literal["error", "right", "left"]
 """What happens to a text of more than `max_length` tokens: an error, or the side that is cut."""
 
+SideName: TypeAlias = Literal["right", "left"]
+"""A side of a text."""
+
 PoolingName: TypeAlias = Literal["mean", "cls", "max", "last", "mean_sqrt_len", "mean_max"]
 """How the rows of a text become one vector."""
 
@@ -108,7 +111,7 @@ class ModelRef:
     fingerprint: str
 
 
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True, repr=False)
 class Timings:
     """Where the time went, in nanoseconds.
 
@@ -122,8 +125,13 @@ class Timings:
     tokenize_time_ns: int
     compute_time_ns: int
 
+    def __repr__(self) -> str:
+        """Milliseconds."""
+        times = dataclasses.asdict(self).items()
+        return _repr.line("Timings", ((name.removesuffix("_time_ns"), f"{ns / 1e6:.3g} ms") for name, ns in times))
 
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True, repr=False)
 class Limits:
     """The server's bounds; a request above them is refused. 0: the server does not say.
 
@@ -159,8 +167,13 @@ class Limits:
     grace_time_ns: int
     max_connection_age_ns: int
 
+    def __repr__(self) -> str:
+        """The bounds of one request; the table of `ModelInfo` and the fields have all."""
+        names = ("max_text_count", "max_character_count", "max_request_bytes", "max_response_bytes")
+        return _repr.line("Limits", ((name, str(getattr(self, name))) for name in names))
 
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True, repr=False)
 class SentenceConfig:
     """What the model's folder says about sentences: what `encode` does, as sentence-transformers does it.
 
@@ -188,6 +201,12 @@ class SentenceConfig:
     include_prompt: bool
     unsupported: str | None
 
+    def __repr__(self) -> str:
+        """How one vector is made, and the names of the prompts without their texts."""
+        names = ("poolings", "normalize", "truncate_dim", "max_length", "lower_case", "unsupported")
+        facts = ((name, repr(getattr(self, name))) for name in names)
+        return _repr.line("SentenceConfig", [*facts, ("prompts", ",".join(self.prompts))])
+
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True, repr=False)
 class ModelInfo:
@@ -214,6 +233,9 @@ class ModelInfo:
         server_version: The version of the server.
         sentence_config: What the model's folder says about sentences.
         batch_invariant: Whether a text has the same bits alone and in any batch, on the same machine.
+        padding_side: Where the tokenizer's own configuration pads; layertap always pads on the right.
+        special_tokens: The ids of the tokens that the tokenizer's configuration names, such as "cls_token".
+        has_token_type_ids: Whether the tokenizer tells the strings of a pair apart by token types.
     """
 
     model_id: str
@@ -235,6 +257,9 @@ class ModelInfo:
     server_version: str
     sentence_config: SentenceConfig
     batch_invariant: bool
+    padding_side: SideName
+    special_tokens: Mapping[str, int]
+    has_token_type_ids: bool
 
     def __repr__(self) -> str:
         """Its name and shapes; `_repr_html_` and the fields have all."""
@@ -245,5 +270,6 @@ class ModelInfo:
     def _repr_html_(self) -> str:
         facts = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         facts |= dataclasses.asdict(facts.pop("limits"))
+        facts |= facts.pop("special_tokens")
         facts |= {f"sentences.{k}": value for k, value in dataclasses.asdict(facts.pop("sentence_config")).items()}
         return _repr.table(f"ModelInfo: {self.model_id}", ((name, str(value)) for name, value in facts.items()))

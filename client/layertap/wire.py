@@ -74,6 +74,12 @@ TRUNCATIONS: dict[str, pb.Truncation.ValueType] = {
 }
 """Truncations by the names users give them."""
 
+PADDING_SIDES: dict[str, pb.PaddingSide.ValueType] = {
+    "right": pb.PADDING_SIDE_RIGHT,
+    "left": pb.PADDING_SIDE_LEFT,
+}
+"""Sides of padding by the names that transformers gives them."""
+
 _MAX_VARINT_BITS = 70
 
 _KEPT_BYTES = 31 << 20

@@ -16,7 +16,8 @@ from sentence_transformers import SentenceTransformer
 from support import BOUND, open_client, running, worst
 from tokenizers import models, normalizers, pre_tokenizers, processors
 
-from layertap import InvalidArgumentError, Pooling
+from layertap import FailedPreconditionError, InvalidArgumentError, Pooling
+from layertap.cli import main
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "b", "c", "word"]
 SETTINGS = {
@@ -60,7 +61,7 @@ def four(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def none(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tokenizer adds nothing."""
-    return save(tmp_path_factory.mktemp("models") / "none")
+    return save(tmp_path_factory.mktemp("models") / "none", padding_side="left")
 
 
 @pytest.fixture(scope="module")
@@ -130,6 +131,39 @@ def test_a_text_without_tokens_is_refused_alone(with_none: Any, empty: Any) -> N
         assert first.error is None and last.error is None
         assert type(bad.error) is InvalidArgumentError and "no tokens" in bad.error.details
     assert with_none.tokenize(texts).token_counts.tolist() == [2, 0, 1]
+
+
+@pytest.mark.parametrize("output", [("--pooling", "mean"), ("--layers", "0,-1")], ids=["pooled", "layers"])
+def test_a_text_without_tokens_is_one_bad_item_of_a_file(
+    addresses: dict[Path, str], none: Path, output: tuple[str, ...], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "in.txt").write_text("a b\n\nc\n")
+    flags = ["--target", addresses[none], "-o", str(tmp_path / "out.npz"), *output]
+    assert main(["embed", str(tmp_path / "in.txt"), *flags]) == 3
+    with np.load(tmp_path / "out.npz") as found:
+        assert found["ids"].tolist() == [1, 3] and found["token_counts"].tolist() == [2, 1]
+    assert "no tokens" in capsys.readouterr().err
+    (bad,) = (tmp_path / "out.npz.errors.jsonl").read_text().splitlines()
+    assert "no tokens" in json.loads(bad)["error"]
+
+
+def test_the_model_info_tells_what_the_tokenizer_does(with_four: Any, with_none: Any, tiny: Any) -> None:
+    found, other = with_four.model_info(), tiny.model_info()
+    assert with_none.model_info().padding_side == "left"
+    named = {"unk_token": 1, "pad_token": 0, "cls_token": 2, "sep_token": 3}
+    assert (found.special_tokens, found.padding_side, found.has_token_type_ids) == (named, "right", False)
+    assert (other.special_tokens["mask_token"], other.padding_side, other.has_token_type_ids) == (103, "right", True)
+    assert (found.pad_token_id, other.pad_token_id) == (0, 0)
+
+
+def test_a_client_takes_tokens_and_strings_of_its_one_model_alone(
+    kind: str, addresses: dict[Path, str], none: Path
+) -> None:
+    client = open_client(kind, addresses[none], fingerprint="f" * 64)
+    for ask in (lambda: client.tokenize("a"), lambda: client.decode([5])):
+        with pytest.raises(FailedPreconditionError, match="another model answers"):
+            ask()
+    client.close()
 
 
 def test_encode_names_a_text_without_tokens(with_none: Any) -> None:

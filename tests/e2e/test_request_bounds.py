@@ -51,6 +51,9 @@ def preprocessor() -> Preprocessor:
         has_pooler_output=False,
         pad_token_id=0,
         special_token_ids=(),
+        special_tokens={},
+        padding_side="right",
+        has_token_type_ids=True,
     )
     limits = Limits(**{field.name: 1 << 20 for field in pb.Limits.DESCRIPTOR.fields})
     return Preprocessor(model=model, limits=limits, sentences=SentenceConfig(max_length=512), tokenizer=tokenizer)

@@ -36,6 +36,7 @@ TEXTS = [*SHORT, "a long tale " * 300, "word " * 254, "word " * 255]
 MANY = [f"number {n} " * (n % 5) for n in range(300)]
 
 QUERY = "Represent the query, please: "
+QUERY_WORDS = ("Represent", "the", "query", ",", "please", ":")
 POOLINGS = ["cls", "max", "mean", "mean_sqrt_len_tokens", "lasttoken"]
 MODULE = "sentence_transformers.models."
 TRANSFORMER = {"path": "", "type": MODULE + "Transformer"}
@@ -320,6 +321,18 @@ def test_a_prompt_is_as_if_it_stood_before_each_text(tiny: Any, method: str) -> 
     same(found, vectors(tiny, method, ["query: " + text for text in SHORT]))
     assert np.abs(found - vectors(tiny, method, SHORT)).max() > 0.01
     same(vectors(tiny, method, SHORT, prompt_name="query"), vectors(tiny, method, SHORT))
+
+
+@pytest.mark.parametrize("method", ["embed", "embed_stream"])
+def test_words_of_a_named_prompt_are_strings_too(
+    kind: str, method: str, instructed: Path, served: dict[Path, Server]
+) -> None:
+    client = open_client(kind, served[instructed].address)
+    for options in ({"prompt_name": "query"}, {"prompt": QUERY}):
+        found = getattr(client, method)(["I love Paris"], words="mean", **options)
+        words = found.words if method == "embed" else next(iter(found)).embedding.words
+        assert words.strings == ((*QUERY_WORDS, "I", "love", "Paris"),)
+    client.close()
 
 
 def test_tokens_are_those_of_the_prompt_too(tiny: Any) -> None:

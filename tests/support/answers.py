@@ -46,6 +46,9 @@ IDENTITY = ModelFacts(
     has_pooler_output=True,
     pad_token_id=0,
     special_token_ids=(0,),
+    special_tokens={"pad_token": 0},
+    padding_side="right",
+    has_token_type_ids=True,
 )
 
 

@@ -17,6 +17,7 @@ from google.protobuf.message import Message
 from layertap import wire
 from layertap._protocol import responses
 from layertap._protocol.inputs import Inputs, to_messages
+from layertap._protocol.model_pin import ModelPin
 from layertap._protocol.options import EmbedOptions, LayerOptions, check_names, count, embed_options, named
 from layertap.errors import DataLossError, InvalidArgumentError
 from layertap.results.tokens import Tokens
@@ -59,11 +60,21 @@ def model_info() -> Unary[pb.GetModelInfoResponse]:
 def read_model_info(message: pb.GetModelInfoResponse) -> ModelInfo:
     """Reads what `model_info` asked for."""
     limits = {field.name: getattr(message.limits, field.name) for field in dataclasses.fields(Limits)}
-    special = ("limits", "devices", "special_token_ids", "compute_dtype", "sentence_config")
+    special = (
+        "limits",
+        "devices",
+        "special_token_ids",
+        "compute_dtype",
+        "sentence_config",
+        "padding_side",
+        "special_tokens",
+    )
     same = {f.name: getattr(message, f.name) for f in dataclasses.fields(ModelInfo) if f.name not in special}
     return ModelInfo(
         **same,
         limits=Limits(**limits),
+        padding_side="left" if message.padding_side == pb.PADDING_SIDE_LEFT else "right",
+        special_tokens=dict(message.special_tokens),
         devices=tuple(message.devices),
         special_token_ids=tuple(message.special_token_ids),
         compute_dtype=wire.DTYPE_NAMES.get(message.compute_dtype, "unknown"),
@@ -98,12 +109,14 @@ def tokenize(
     yield Unary("Tokenize", request(inputs=messages[first:], first_text=first), pb.TokenizeResponse)
 
 
-def check_tokens(request: Unary[pb.TokenizeResponse], answer: pb.TokenizeResponse) -> None:
+def check_tokens(request: Unary[pb.TokenizeResponse], answer: pb.TokenizeResponse, pin: ModelPin) -> None:
     """Checks that an answer to one request of `tokenize` is no larger than its texts can make it.
 
     Raises:
         DataLossError: if it is.
+        FailedPreconditionError: if another model answers than the client's.
     """
+    pin.check(answer.model_id, answer.fingerprint)
     asked = request.request
     assert isinstance(asked, pb.TokenizeRequest)
     bounds = [max(responses.token_bound(message, pb.EmbedOptions()), asked.pad_to) for message in asked.inputs]
@@ -118,12 +131,14 @@ def read_tokens(answers: Sequence[pb.TokenizeResponse], request_id: str | None) 
     return responses.build_tokens(texts, answers[0].pad_token_id, request_id=request_id)
 
 
-def read_texts(request: Unary[pb.DecodeResponse], answer: pb.DecodeResponse) -> list[str]:
+def read_texts(request: Unary[pb.DecodeResponse], answer: pb.DecodeResponse, pin: ModelPin) -> list[str]:
     """Reads what `decode` asked for.
 
     Raises:
         DataLossError: if there is not one string for each text.
+        FailedPreconditionError: if another model answers than the client's.
     """
+    pin.check(answer.model_id, answer.fingerprint)
     assert isinstance(request.request, pb.DecodeRequest)
     if len(answer.texts) != len(request.request.texts):
         raise DataLossError(f"{len(request.request.texts)} texts were asked for, {len(answer.texts)} came; ask again")

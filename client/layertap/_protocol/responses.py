@@ -142,7 +142,7 @@ def build_embedding(
         if len(words) != len(token_counts):
             raise DataLossError("the words of the answer are not those of its texts; ask again")
         word_counts = np.array([len(text.piece_counts) for text in words], np.int64)
-        strings = _strings(words, messages, options)
+        strings = _strings(words, messages, options.prompt or header.named_prompt)
         split = _build_words(words, strings, *rows(pb.ROW_UNIT_WORD, word_counts))
     return Embedding(
         hidden_states=hidden_states,
@@ -164,18 +164,14 @@ def build_embedding(
     )
 
 
-def _strings(
-    texts: Sequence[pb.SplitText], messages: list[pb.Input], options: pb.EmbedOptions
-) -> tuple[tuple[str, ...], ...] | None:
-    """Returns the words of each text as they stand in it; None where the server alone knows the prompt before them."""
-    if options.prompt_name:
-        return None
+def _strings(texts: Sequence[pb.SplitText], messages: list[pb.Input], prompt: str) -> tuple[tuple[str, ...], ...]:
+    """Returns the words of each text as they stand in it, after the prompt."""
     found: list[tuple[str, ...]] = []
     for text, message in zip(texts, messages, strict=True):
         if message.HasField("words"):
             found.append(tuple(message.words.words))
             continue
-        first = options.prompt + message.text if message.HasField("text") else message.pair.first
+        first = prompt + message.text if message.HasField("text") else message.pair.first
         spans = zip(text.offsets[::2], text.offsets[1::2], strict=False)
         found.append(
             tuple(
@@ -188,7 +184,7 @@ def _strings(
 
 def _build_words(
     texts: Sequence[pb.SplitText],
-    strings: tuple[tuple[str, ...], ...] | None,
+    strings: tuple[tuple[str, ...], ...],
     vectors: HiddenStates,
     mixed: MixedRows | None,
 ) -> Words:
@@ -207,7 +203,7 @@ def _build_words(
         ),
         _states=vectors,
         _mixed=mixed,
-        _strings=strings,
+        strings=strings,
     )
 
 

@@ -319,6 +319,11 @@ class LayerRows:
         """The number of texts."""
         return len(self.texts)
 
+    def __iter__(self) -> Iterator[LayerRows]:
+        """Yields the rows of each text by themselves, as views."""
+        for n, text in enumerate(self.texts):
+            yield LayerRows(layer=self.layer, texts=range(text, text + 1), rows=self.rows[n : n + 1])
+
     def __repr__(self) -> str:
         """Shapes, never a page of numbers."""
         return _repr.line("LayerRows", self._summary())

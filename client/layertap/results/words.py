@@ -78,31 +78,22 @@ class Words:
         offsets: One array a text: start and end of each word in its string (of a word that was given: in that word),
             in Unicode code points. Shape: [word_count, 2].
         sequence_ids: One array a text: 1 for words of the second string of a pair, else 0. Shape: [word_count].
+        strings: The words of each text as they stand in it, those of a prompt included; of a text that came as words,
+            those words.
     """
 
     word_counts: IntArray
     piece_counts: tuple[IntArray, ...]
     offsets: tuple[IntArray, ...]
     sequence_ids: tuple[IntArray, ...]
+    strings: tuple[tuple[str, ...], ...]
     _states: HiddenStates
     _mixed: MixedRows | None
-    _strings: tuple[tuple[str, ...], ...] | None = None
 
     @property
     def layers(self) -> tuple[int, ...]:
         """The held layers, absolute, ascending."""
         return self._states.layers
-
-    @property
-    def strings(self) -> tuple[tuple[str, ...], ...]:
-        """The words of each text as they stand in it; of a text that came as words, those words.
-
-        Raises:
-            LookupError: if the prompt was named by `prompt_name`, so that the client does not have its words.
-        """
-        if self._strings is None:
-            raise LookupError("the words of a prompt_name are on the server; pass the prompt itself with prompt=")
-        return self._strings
 
     @property
     def mixed(self) -> MixedRows:
@@ -149,7 +140,7 @@ class Words:
             sequence_ids=self.sequence_ids[one],
             _states=self._states._text(index),
             _mixed=None if self._mixed is None else self._mixed._text(index),
-            _strings=None if self._strings is None else self._strings[one],
+            strings=self.strings[one],
         )
 
     def __repr__(self) -> str:

@@ -72,6 +72,30 @@ TRUNCATION_LEFT: Truncation.ValueType  # 3
 """Tokens are cut from the start, special tokens kept; pairs longest-first."""
 Global___Truncation: _TypeAlias = Truncation  # noqa: Y015
 
+class _PaddingSide:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _PaddingSideEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_PaddingSide.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    PADDING_SIDE_UNSPECIFIED: _PaddingSide.ValueType  # 0
+    """Never sent."""
+    PADDING_SIDE_RIGHT: _PaddingSide.ValueType  # 1
+    """After the tokens."""
+    PADDING_SIDE_LEFT: _PaddingSide.ValueType  # 2
+    """Before the tokens."""
+
+class PaddingSide(_PaddingSide, metaclass=_PaddingSideEnumTypeWrapper):
+    """PaddingSide is where a tokenizer puts padding."""
+
+PADDING_SIDE_UNSPECIFIED: PaddingSide.ValueType  # 0
+"""Never sent."""
+PADDING_SIDE_RIGHT: PaddingSide.ValueType  # 1
+"""After the tokens."""
+PADDING_SIDE_LEFT: PaddingSide.ValueType  # 2
+"""Before the tokens."""
+Global___PaddingSide: _TypeAlias = PaddingSide  # noqa: Y015
+
 class _Dtype:
     ValueType = _typing.NewType("ValueType", _builtins.int)
     V: _TypeAlias = ValueType  # noqa: Y015
@@ -288,6 +312,26 @@ class GetModelInfoResponse(_message.Message):
 
     DESCRIPTOR: _descriptor.Descriptor
 
+    @_typing.final
+    class SpecialTokensEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.int
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.int = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
     MODEL_ID_FIELD_NUMBER: _builtins.int
     FINGERPRINT_FIELD_NUMBER: _builtins.int
     MODEL_TYPE_FIELD_NUMBER: _builtins.int
@@ -307,6 +351,9 @@ class GetModelInfoResponse(_message.Message):
     SENTENCE_CONFIG_FIELD_NUMBER: _builtins.int
     DEFAULT_MAX_LENGTH_FIELD_NUMBER: _builtins.int
     BATCH_INVARIANT_FIELD_NUMBER: _builtins.int
+    PADDING_SIDE_FIELD_NUMBER: _builtins.int
+    SPECIAL_TOKENS_FIELD_NUMBER: _builtins.int
+    HAS_TOKEN_TYPE_IDS_FIELD_NUMBER: _builtins.int
     model_id: _builtins.str
     """The name of the model; never a path."""
     fingerprint: _builtins.str
@@ -342,6 +389,14 @@ class GetModelInfoResponse(_message.Message):
     run, through every RPC, as long as the server runs on the same machine with the
     same libraries. False: the last bits may differ from batch to batch.
     """
+    padding_side: Global___PaddingSide.ValueType
+    """The side on which the tokenizer's own configuration pads; never unspecified. Here
+    padding always comes last, see TokenizeRequest.pad_to.
+    """
+    has_token_type_ids: _builtins.bool
+    """Whether the tokenizer's configuration has token_type_ids among its
+    model_input_names. False: the token types of strings, pairs and words are all 0.
+    """
     @_builtins.property
     def devices(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Where it computes, such as "cpu" or "cuda:0"."""
@@ -359,6 +414,13 @@ class GetModelInfoResponse(_message.Message):
     @_builtins.property
     def sentence_config(self) -> Global___SentenceConfig:
         """What the model's folder says about sentences."""
+
+    @_builtins.property
+    def special_tokens(self) -> _containers.ScalarMap[_builtins.str, _builtins.int]:
+        """The ids of the tokens that the tokenizer's configuration names, by the name they
+        have in transformers: "cls_token", "sep_token", "pad_token", "unk_token",
+        "mask_token", "bos_token", "eos_token", as far as it has them.
+        """
 
     def __init__(
         self,
@@ -382,10 +444,13 @@ class GetModelInfoResponse(_message.Message):
         sentence_config: Global___SentenceConfig | None = ...,
         default_max_length: _builtins.int = ...,
         batch_invariant: _builtins.bool = ...,
+        padding_side: Global___PaddingSide.ValueType = ...,
+        special_tokens: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
+        has_token_type_ids: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["limits", b"limits", "sentence_config", b"sentence_config"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attention_head_count", b"attention_head_count", "batch_invariant", b"batch_invariant", "compute_dtype", b"compute_dtype", "default_max_length", b"default_max_length", "devices", b"devices", "fingerprint", b"fingerprint", "has_pooler_output", b"has_pooler_output", "hidden_size", b"hidden_size", "layer_count", b"layer_count", "limits", b"limits", "max_length", b"max_length", "model_id", b"model_id", "model_type", b"model_type", "pad_token_id", b"pad_token_id", "sentence_config", b"sentence_config", "server_version", b"server_version", "special_token_ids", b"special_token_ids", "type_vocab_size", b"type_vocab_size", "vocab_size", b"vocab_size"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attention_head_count", b"attention_head_count", "batch_invariant", b"batch_invariant", "compute_dtype", b"compute_dtype", "default_max_length", b"default_max_length", "devices", b"devices", "fingerprint", b"fingerprint", "has_pooler_output", b"has_pooler_output", "has_token_type_ids", b"has_token_type_ids", "hidden_size", b"hidden_size", "layer_count", b"layer_count", "limits", b"limits", "max_length", b"max_length", "model_id", b"model_id", "model_type", b"model_type", "pad_token_id", b"pad_token_id", "padding_side", b"padding_side", "sentence_config", b"sentence_config", "server_version", b"server_version", "special_token_ids", b"special_token_ids", "special_tokens", b"special_tokens", "type_vocab_size", b"type_vocab_size", "vocab_size", b"vocab_size"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -413,7 +478,8 @@ class TokenizeRequest(_message.Message):
     """
     pad_to: _builtins.int
     """Appends padding until each text has this many tokens, whichever padding_side the
-    tokenizer's own configuration names; longer ones stay as they are. 0: none. At most the max_length in force.
+    tokenizer's own configuration names; longer ones stay as they are. 0: none. At
+    most the max_length in force.
     """
     first_text: _builtins.int
     """Where the first input stands in what the caller sends in several requests; errors
@@ -449,8 +515,14 @@ class TokenizeResponse(_message.Message):
 
     TEXTS_FIELD_NUMBER: _builtins.int
     PAD_TOKEN_ID_FIELD_NUMBER: _builtins.int
+    MODEL_ID_FIELD_NUMBER: _builtins.int
+    FINGERPRINT_FIELD_NUMBER: _builtins.int
     pad_token_id: _builtins.int
     """The id that padding uses."""
+    model_id: _builtins.str
+    """As in EmbedHeader."""
+    fingerprint: _builtins.str
+    """As in EmbedHeader."""
     @_builtins.property
     def texts(self) -> _containers.RepeatedCompositeFieldContainer[Global___TokenizedText]:
         """One for each text, in request order."""
@@ -460,10 +532,12 @@ class TokenizeResponse(_message.Message):
         *,
         texts: _abc.Iterable[Global___TokenizedText] | None = ...,
         pad_token_id: _builtins.int = ...,
+        model_id: _builtins.str = ...,
+        fingerprint: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["pad_token_id", b"pad_token_id", "texts", b"texts"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["fingerprint", b"fingerprint", "model_id", b"model_id", "pad_token_id", b"pad_token_id", "texts", b"texts"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -506,6 +580,12 @@ class DecodeResponse(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     TEXTS_FIELD_NUMBER: _builtins.int
+    MODEL_ID_FIELD_NUMBER: _builtins.int
+    FINGERPRINT_FIELD_NUMBER: _builtins.int
+    model_id: _builtins.str
+    """As in EmbedHeader."""
+    fingerprint: _builtins.str
+    """As in EmbedHeader."""
     @_builtins.property
     def texts(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """One for each text, in request order."""
@@ -514,10 +594,12 @@ class DecodeResponse(_message.Message):
         self,
         *,
         texts: _abc.Iterable[_builtins.str] | None = ...,
+        model_id: _builtins.str = ...,
+        fingerprint: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["texts", b"texts"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["fingerprint", b"fingerprint", "model_id", b"model_id", "texts", b"texts"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1431,6 +1513,7 @@ class EmbedHeader(_message.Message):
     LAYER_COUNT_FIELD_NUMBER: _builtins.int
     PAD_TOKEN_ID_FIELD_NUMBER: _builtins.int
     WORD_COUNTS_FIELD_NUMBER: _builtins.int
+    NAMED_PROMPT_FIELD_NUMBER: _builtins.int
     model_id: _builtins.str
     """The name of the model; never a path."""
     fingerprint: _builtins.str
@@ -1443,6 +1526,10 @@ class EmbedHeader(_message.Message):
     """L: the number of the model's last layer."""
     pad_token_id: _builtins.int
     """The id that padding uses."""
+    named_prompt: _builtins.str
+    """What stood before each text, if the request named it by prompt_name: offsets count
+    from its start. Else empty.
+    """
     @_builtins.property
     def outputs(self) -> _containers.RepeatedCompositeFieldContainer[Global___OutputHeader]:
         """One for each asked-for output, in request order."""
@@ -1475,10 +1562,11 @@ class EmbedHeader(_message.Message):
         layer_count: _builtins.int = ...,
         pad_token_id: _builtins.int = ...,
         word_counts: _abc.Iterable[_builtins.int] | None = ...,
+        named_prompt: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["dtype", b"dtype", "fingerprint", b"fingerprint", "layer_count", b"layer_count", "model_id", b"model_id", "outputs", b"outputs", "pad_token_id", b"pad_token_id", "token_counts", b"token_counts", "truncated", b"truncated", "word_counts", b"word_counts"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["dtype", b"dtype", "fingerprint", b"fingerprint", "layer_count", b"layer_count", "model_id", b"model_id", "named_prompt", b"named_prompt", "outputs", b"outputs", "pad_token_id", b"pad_token_id", "token_counts", b"token_counts", "truncated", b"truncated", "word_counts", b"word_counts"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

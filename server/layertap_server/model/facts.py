@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -22,6 +23,9 @@ class ModelFacts:
         has_pooler_output: Whether there are pooler weights.
         pad_token_id: The id that padding uses.
         special_token_ids: Among token ids, those that count as special tokens, ascending.
+        special_tokens: The ids of the tokens that the tokenizer's configuration names, by their names there.
+        padding_side: Where the tokenizer's configuration pads, "right" or "left".
+        has_token_type_ids: Whether the tokenizer tells the strings of a pair apart by token types.
         model_type: The architecture.
     """
 
@@ -37,4 +41,7 @@ class ModelFacts:
     has_pooler_output: bool
     pad_token_id: int
     special_token_ids: tuple[int, ...]
+    special_tokens: Mapping[str, int]
+    padding_side: str
+    has_token_type_ids: bool
     model_type: str = "bert"

@@ -274,7 +274,16 @@ class Tokenizer:
             has_pooler_output=has_pooler,
             pad_token_id=self.pad_token_id,
             special_token_ids=self.special_token_ids,
+            special_tokens=self._special_tokens(),
+            padding_side=self._decoder.padding_side,
+            has_token_type_ids=self._has_token_types,
         )
+
+    def _special_tokens(self) -> dict[str, int]:
+        """Returns the ids of the tokens that the configuration names, as far as they are in the vocabulary."""
+        named = {name: token for name, token in self._decoder.special_tokens_map.items() if isinstance(token, str)}
+        ids = {name: self._tokenizer.token_to_id(token) for name, token in named.items()}
+        return {name: token_id for name, token_id in ids.items() if token_id is not None}
 
     def mark_special_tokens(self, one: Tokenized) -> Tokenized:
         """Returns a text that says which of its tokens are special: those added, or of token ids those by their id."""
@@ -321,11 +330,11 @@ def _load(folder: Path) -> Any:
                 f"the tokenizer of the model is a {type(loaded).__name__}, which transformers runs in Python; layertap "
                 "needs a tokenizer that tokenizer.json can describe, take a model that has one"
             )
-        length, side = loaded.model_max_length, loaded.truncation_side
-        if not isinstance(length, int | float) or not length >= 1 or side not in ("left", "right"):
+        length, sides = loaded.model_max_length, (loaded.truncation_side, loaded.padding_side)
+        if not isinstance(length, int | float) or not length >= 1 or not {*sides} <= {"left", "right"}:
             raise CheckpointError(
-                f"tokenizer_config.json has model_max_length {length!r} and truncation_side {side!r}; the first must "
-                "be a number from 1, the second left or right"
+                f"tokenizer_config.json has model_max_length {length!r}, truncation_side {sides[0]!r} and padding_side "
+                f"{sides[1]!r}; the first must be a number from 1, the others left or right"
             )
         return loaded
     except CheckpointError:

@@ -48,6 +48,9 @@ def info_of(
         server_version=layertap.__version__,
         sentence_config=_sentence_config(sentence_config),
         batch_invariant=batch_invariant,
+        padding_side=wire.PADDING_SIDES[model.padding_side],
+        special_tokens=model.special_tokens,
+        has_token_type_ids=model.has_token_type_ids,
     ).SerializeToString()
     if len(answer) > limits.max_response_bytes:
         raise CheckpointError(

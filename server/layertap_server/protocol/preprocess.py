@@ -95,6 +95,10 @@ class Preprocessor:
         known.DiscardUnknownFields()
         return self._cached(known.SerializeToString(deterministic=True))
 
+    def named_prompt(self, options: pb.EmbedOptions) -> str:
+        """Returns the prompt that options name; empty if they name none."""
+        return self._sentences.prompts[options.prompt_name] if options.prompt_name else ""
+
     async def embed(
         self, inputs: Sequence[pb.Input], options: pb.EmbedOptions, record: Record
     ) -> tuple[Plan, list[Tokenized]]:

@@ -27,13 +27,16 @@ MessageT = TypeVar("MessageT", pb.TokenizedText, pb.SplitText)
 _UNITS = {Unit.TOKEN: pb.ROW_UNIT_TOKEN, Unit.WORD: pb.ROW_UNIT_WORD, Unit.TEXT: pb.ROW_UNIT_TEXT}
 
 
-def header(model: ModelFacts, plan: Plan, tokenized: Sequence[Tokenized] = ()) -> pb.EmbedHeader:
+def header(
+    model: ModelFacts, plan: Plan, tokenized: Sequence[Tokenized] = (), *, named_prompt: str = ""
+) -> pb.EmbedHeader:
     """Returns the header of an answer; without texts, that of an EmbedStream."""
     return pb.EmbedHeader(
         model_id=model.model_id,
         fingerprint=model.fingerprint,
         layer_count=model.layer_count,
         pad_token_id=model.pad_token_id,
+        named_prompt=named_prompt,
         dtype=wire.DTYPES[plan.dtype],
         outputs=[
             pb.OutputHeader(
@@ -156,10 +159,19 @@ def frames(ready: RowsReady, plan: Plan, max_frame_bytes: int, lending: Lending 
         yield wire.join(pb.EmbedLayersResponse(frame=frame), data)
 
 
-def tokenized(texts: Sequence[Tokenized], tokenizer: Tokenizer, *, pad_to: int) -> bytes:
+def tokenized(model: ModelFacts, texts: Sequence[Tokenized], tokenizer: Tokenizer, *, pad_to: int) -> bytes:
     """Returns the answer to Tokenize, serialized."""
-    answers = (tokens(one, tokenizer, pad_to=pad_to) for one in texts)
-    return pb.TokenizeResponse(texts=answers, pad_token_id=tokenizer.pad_token_id).SerializeToString()
+    return pb.TokenizeResponse(
+        texts=(tokens(one, tokenizer, pad_to=pad_to) for one in texts),
+        pad_token_id=tokenizer.pad_token_id,
+        model_id=model.model_id,
+        fingerprint=model.fingerprint,
+    ).SerializeToString()
+
+
+def decoded(model: ModelFacts, texts: Sequence[str]) -> bytes:
+    """Returns the answer to Decode, serialized."""
+    return pb.DecodeResponse(texts=texts, model_id=model.model_id, fingerprint=model.fingerprint).SerializeToString()
 
 
 def embedded(
@@ -169,9 +181,15 @@ def embedded(
     parts: Sequence[RowsReady],
     tokenizer: Tokenizer,
     record: Record,
+    *,
+    named_prompt: str,
 ) -> bytes:
     """Returns the whole answer of Embed, serialized."""
-    message = pb.EmbedResponse(header=header(model, plan, texts), tensors=tensors(parts, plan), timings=timings(record))
+    message = pb.EmbedResponse(
+        header=header(model, plan, texts, named_prompt=named_prompt),
+        tensors=tensors(parts, plan),
+        timings=timings(record),
+    )
     if plan.return_tokens:
         message.tokens.extend(tokens(one, tokenizer) for one in texts)
     if plan.has_words:

@@ -101,7 +101,7 @@ class EmbeddingService:
         request = await parse(pb.TokenizeRequest, raw)
         texts = await self._preprocessor.tokenize(request, caller.record)
         size = limits.TOKEN_BYTES * sum(max(one.text.token_count, request.pad_to) for one in texts)
-        answer = functools.partial(responses.tokenized, texts, self._tokenizer, pad_to=request.pad_to)
+        answer = functools.partial(responses.tokenized, self._model, texts, self._tokenizer, pad_to=request.pad_to)
         serialized = await offload(answer, in_thread=size > LARGE_BYTES)
         if len(serialized) > self._max_response_bytes:
             raise InvalidArgumentError(
@@ -113,7 +113,7 @@ class EmbeddingService:
     async def _decode(self, raw: bytes, caller: Caller) -> bytes:
         request = await parse(pb.DecodeRequest, raw)
         texts = await self._preprocessor.decode(request, caller.record)
-        return pb.DecodeResponse(texts=texts).SerializeToString()
+        return responses.decoded(self._model, texts)
 
     async def _embed(self, raw: bytes, caller: Caller) -> bytes:
         request = await parse(pb.EmbedRequest, raw)
@@ -139,7 +139,14 @@ class EmbeddingService:
                             call.release(done.reserved_bytes, run_done=True)
 
         answer = functools.partial(
-            responses.embedded, self._model, plan, tokenized, parts, self._tokenizer, caller.record
+            responses.embedded,
+            self._model,
+            plan,
+            tokenized,
+            parts,
+            self._tokenizer,
+            caller.record,
+            named_prompt=self._preprocessor.named_prompt(request.options),
         )
         started_at_ns = time.monotonic_ns()
         serialized = await offload(answer, in_thread=size > LARGE_BYTES)
@@ -150,20 +157,26 @@ class EmbeddingService:
         request = await parse(pb.EmbedLayersRequest, raw)
         plan, tokenized = await self._preprocessor.embed(request.inputs, request.options, caller.record)
         with self._sharing.lend(request.options) as lending:
-            frame_count = await self._send_layers(plan, tokenized, caller, lending)
+            named_prompt = self._preprocessor.named_prompt(request.options)
+            header = responses.header(self._model, plan, tokenized, named_prompt=named_prompt)
+            frame_count = await self._send_layers(header, plan, tokenized, caller, lending)
         summary = pb.EmbedSummary(frame_count=frame_count, timings=responses.timings(caller.record))
         await caller.write(pb.EmbedLayersResponse(summary=summary).SerializeToString())
 
     async def _send_layers(
-        self, plan: Plan, tokenized: Sequence[Tokenized], caller: Caller, lending: Lending | None
+        self,
+        header: pb.EmbedHeader,
+        plan: Plan,
+        tokenized: Sequence[Tokenized],
+        caller: Caller,
+        lending: Lending | None,
     ) -> int:
         """Sends all of an EmbedLayers answer but its summary; returns how many frames that were."""
         inbox: EventQueue[Event] = EventQueue(self._waker)
         frame_count = 0
         places = allocator(lending, plan, [one.text for one in tokenized])
         with self._call(plan, tokenized, inbox, caller, places) as call:
-            header = pb.EmbedLayersResponse(header=responses.header(self._model, plan, tokenized))
-            await caller.write(header.SerializeToString())
+            await caller.write(pb.EmbedLayersResponse(header=header).SerializeToString())
             if plan.return_tokens:
                 groups = responses.token_groups(tokenized, self._tokenizer, self._max_frame_bytes)
                 for group in await asyncio.to_thread(list, groups):
@@ -206,8 +219,9 @@ class EmbeddingService:
                 lending=lending,
             )
             with self._call(stream.plan, (), stream.inbox, caller, allocator(lending, stream.plan)) as call:
-                header = pb.EmbedStreamResponse(header=responses.header(self._model, stream.plan))
-                await caller.write(header.SerializeToString())
+                named_prompt = self._preprocessor.named_prompt(first.options.options)
+                header = responses.header(self._model, stream.plan, named_prompt=named_prompt)
+                await caller.write(pb.EmbedStreamResponse(header=header).SerializeToString())
                 await stream.run(requests, call)
 
     async def _share_memory(self, raw: bytes, caller: Caller) -> None:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from support.results import FULL, MODEL, NASTY, SIZE, embedding, numbers, tokens
 
-from layertap import Embedding, LayerRows, Limits, ModelInfo, SentenceConfig, StreamResult, TokenIds, Tokens
+from layertap import Embedding, LayerRows, Limits, ModelInfo, SentenceConfig, StreamResult, Timings, TokenIds, Tokens
 from layertap.errors import DataLossError
 
 # One array.
@@ -85,6 +85,9 @@ INFO = ModelInfo(
     limits=Limits(**{field.name: 1 for field in dataclasses.fields(Limits)}),
     server_version="1",
     batch_invariant=True,
+    padding_side="right",
+    special_tokens={"cls_token": 101},
+    has_token_type_ids=True,
     sentence_config=SentenceConfig(
         poolings=("mean",),
         normalize=True,
@@ -128,9 +131,24 @@ LOOKS: dict[str, tuple[Any, str]] = {
     ),
     "a model": (INFO, ""),
 }
+SMALL: dict[str, tuple[Any, str]] = {
+    "times": (
+        Timings(queue_time_ns=1_234_567, tokenize_time_ns=0, compute_time_ns=20_000_000),
+        "Timings(queue=1.23 ms, tokenize=0 ms, compute=20 ms)",
+    ),
+    "limits": (
+        INFO.limits,
+        "Limits(max_text_count=1, max_character_count=1, max_request_bytes=1, max_response_bytes=1)",
+    ),
+    "sentences": (
+        INFO.sentence_config,
+        "SentenceConfig(poolings=('mean',), normalize=True, truncate_dim=None, max_length=256, lower_case=False, "
+        "unsupported=None, prompts=query)",
+    ),
+}
 
 
-@pytest.mark.parametrize(("result", "wanted"), LOOKS.values(), ids=LOOKS.keys())
+@pytest.mark.parametrize(("result", "wanted"), [*LOOKS.values(), *SMALL.values()], ids=[*LOOKS, *SMALL])
 def test_a_result_shows_what_it_is_and_no_numbers(result: Any, wanted: str) -> None:
     shown = repr(result)
     assert shown == wanted or not wanted

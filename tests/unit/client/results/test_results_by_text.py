@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from support.results import COUNTS, FULL, SIZE, embedding, tokens
 
-from layertap import HiddenStates, MixedRows, Words
+from layertap import HiddenStates, LayerRows, MixedRows, Words
 from layertap._protocol.responses import _strings
 from layertap.v1 import embedding_pb2 as pb
 
@@ -52,7 +52,7 @@ def test_words_and_mixes_iterate_by_text() -> None:
         sequence_ids=tuple(np.zeros(count, np.int64) for count in COUNTS),
         _states=states,
         _mixed=mixed,
-        _strings=(tuple("abcde"), tuple("fgh")),
+        strings=(tuple("abcde"), tuple("fgh")),
     )
     assert [one.word_counts.tolist() for one in words] == [[5], [3]]
     for n, one in enumerate(words):
@@ -73,16 +73,12 @@ def test_words_are_strings_of_their_text() -> None:
         pb.SplitText(piece_counts=[1, 0], offsets=[0, 5, 0, 0], first_word_count=2),
         pb.SplitText(),
     ]
-    found = _strings(texts, messages, pb.EmbedOptions(prompt="q: "))
+    found = _strings(texts, messages, "q: ")
     assert found == (("q: ", "Zürich", ","), ("one", "two", "three"), ("given", "cut"), ())
-    assert _strings(texts, messages, pb.EmbedOptions(prompt_name="query")) is None
-    unknown = Words(
-        word_counts=COUNTS[:0],
-        piece_counts=(),
-        offsets=(),
-        sequence_ids=(),
-        _states=embedding().hidden_states,
-        _mixed=None,
-    )
-    with pytest.raises(LookupError, match="prompt="):
-        _ = unknown.strings
+
+
+def test_layer_rows_iterate_by_text() -> None:
+    rows = embedding(layers=(2,)).ragged(2)
+    one, other = LayerRows(layer=2, texts=range(7, 9), rows=rows)
+    assert (one.layer, one.texts, other.texts) == (2, range(7, 8), range(8, 9))
+    assert one.rows[0] is rows[0] and other.rows[0] is rows[1] and len(other) == 1
