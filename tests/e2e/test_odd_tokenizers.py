@@ -144,7 +144,7 @@ def test_a_text_without_tokens_is_one_bad_item_of_a_file(
         assert found["ids"].tolist() == [1, 3] and found["token_counts"].tolist() == [2, 1]
     assert "no tokens" in capsys.readouterr().err
     (bad,) = (tmp_path / "out.npz.errors.jsonl").read_text().splitlines()
-    assert "no tokens" in json.loads(bad)["error"]
+    assert "no tokens" in bad
 
 
 def test_the_model_info_tells_what_the_tokenizer_does(with_four: Any, with_none: Any, tiny: Any) -> None:
