@@ -1,8 +1,9 @@
 """Where calls come in and go out.
 
 How many at once, what an error becomes, how long an answer may stay unread, and how calls end when the server does.
-With `service` and `auth` the only file that knows a gRPC context. What happens to a call is noted in its record; see
-`call_log`.
+`Admission.call` knows no protocol, and `Admission.answered` is its use for gRPC: calls of all protocols share the same
+limits. With `service` and `auth` the only file that knows a gRPC context. What happens to a call is noted in its
+record; see `call_log`.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 from typing import Any, Final, TypeVar
 
 import grpc
@@ -41,7 +42,7 @@ _NEAR_S: Final = 0.05
 """A caller's clock ends a call a little before ours does: what is cancelled so near to its deadline has met it."""
 
 
-class _CallerLeftError(Exception):
+class CallerLeftError(Exception):
     """A message could not be sent, because its call is gone."""
 
 
@@ -86,9 +87,38 @@ class Caller:
                 f"the answer was not read for {self._stall_timeout_s} s; read faster, or ask for less"
             ) from exc
         except Exception as exc:  # gRPC's own; it has no public name.
-            raise _CallerLeftError from exc
+            raise CallerLeftError from exc
         self.record.send.note(started_at_ns, time.monotonic_ns())
         self.record.sent_bytes += len(message)
+
+
+class AdmittedCall:
+    """A call under way, whatever its protocol.
+
+    Attributes:
+        record: What is known of it.
+        byte_count: The bytes of its request that are held.
+    """
+
+    def __init__(self, record: Record, count_bytes: Callable[[int], None]) -> None:
+        self.record = record
+        self.byte_count = 0
+        self._count_bytes = count_bytes
+
+    def add_bytes(self, byte_count: int) -> None:
+        """Counts bytes of the request that have come; they are given back when the call ends.
+
+        Raises:
+            ResourceExhaustedError: All requests together have too many.
+        """
+        self.byte_count += byte_count
+        self._count_bytes(byte_count)
+
+    def fail(self, error: LayertapError) -> LayertapError:
+        """Records the error that the call ends with; returns it with the call's request_id."""
+        self.record.fail(error)
+        error.request_id = self.record.request_id
+        return error
 
 
 class Admission:
@@ -151,77 +181,109 @@ class Admission:
         for task in self._calls:
             task.cancel()
 
+    @contextlib.contextmanager
+    def call(
+        self,
+        name: str,
+        *,
+        client: str,
+        metadata: Mapping[str, str | bytes],
+        why_left: Callable[[], LayertapError] = lambda: CancelledError("the caller has left"),
+    ) -> Iterator[AdmittedCall]:
+        """Counts and records the call of the current task, and converts what is raised inside to an error of the call.
+
+        Args:
+            name: What the log and the metrics call it, such as "Embed".
+            client: The client that it belongs to.
+            metadata: What the caller has sent besides the request.
+            why_left: Returns the error to record when the caller no longer waits.
+
+        Raises:
+            LayertapError: The call was refused, or has failed. The error has the call's request_id.
+            asyncio.CancelledError: The caller has left.
+        """
+        admitted = AdmittedCall(self._call_log.open(name, client=client, metadata=metadata), self._count_bytes)
+        record = admitted.record
+        task = asyncio.current_task()
+        assert task is not None
+        self._calls[task] = client
+        task.add_done_callback(self._leave)
+        try:
+            self._check_places(client)
+            yield admitted
+        except LayertapError as exc:
+            admitted.fail(exc)
+            raise
+        except (CallerLeftError, asyncio.CancelledError) as exc:
+            if not self._cutting or isinstance(exc, CallerLeftError):
+                record.fail(why_left())
+                raise asyncio.CancelledError from exc
+            task.uncancel()
+            details = "the server could not finish in time; try another"
+            raise admitted.fail(UnavailableError(details, retry_after_s=RETRY_STOPPING_S)) from exc
+        except Exception as exc:
+            log.exception("%s failed", name, extra={"fields": {"request_id": record.request_id}})
+            raise admitted.fail(InternalError("the server failed; its log has the reason")) from exc
+        finally:
+            self._request_bytes -= admitted.byte_count
+            self._call_log.close(record)
+
     def answered(
         self, name: str, method: Callable[[Any, Caller], Awaitable[T]]
     ) -> Callable[[Any, Context], Awaitable[T]]:
-        """Counts and records the calls of an RPC, and converts their errors to a status."""
+        """Returns a method that counts and records the calls of an RPC, and converts their errors to a status."""
 
         async def call(request: Any, context: Context) -> T:
             metadata = dict(context.invocation_metadata() or ())
-            record = self._call_log.open(name, client=auth.client_of(context), metadata=metadata)
-            # Trailing: metadata sent ahead of an answer would cost small calls a quarter more.
-            request_id = (REQUEST_ID, record.request_id)
-            context.set_trailing_metadata((request_id,))
-            byte_count = len(request) if isinstance(request, bytes) else 0
-            self._request_bytes += byte_count
-            task = asyncio.current_task()
-            assert task is not None
-            self._calls[task] = record.client
-            task.add_done_callback(self._leave)
+            client = auth.client_of(context)
             try:
-                if self.closed.is_set():
-                    self._hooks.refused("stopping")
-                    raise UnavailableError(
-                        "the server is stopping; try another, or again later", retry_after_s=RETRY_STOPPING_S
+                with self.call(name, client=client, metadata=metadata, why_left=lambda: _left(context)) as admitted:
+                    # Trailing: metadata sent ahead of an answer would cost small calls a quarter more.
+                    context.set_trailing_metadata(((REQUEST_ID, admitted.record.request_id),))
+                    if isinstance(request, bytes):
+                        admitted.add_bytes(len(request))
+                    answer = await method(
+                        request, Caller(context, admitted.record, stall_timeout_s=self._stall_timeout_s)
                     )
-                if len(self._calls) > self._call_share(record.client):
-                    self._hooks.refused("calls")
-                    raise ResourceExhaustedError(
-                        f"the server is full: {self._max_call_count} calls are under way; try again later",
-                        retry_after_s=RETRY_FULL_S,
-                    )
-                if self._request_bytes > self._max_request_bytes:
-                    self._hooks.refused("request_bytes")
-                    raise ResourceExhaustedError(
-                        f"the server is full: the requests under way have more than {self._max_request_bytes} bytes; "
-                        "try again later",
-                        retry_after_s=RETRY_FULL_S,
-                    )
-                caller = Caller(context, record, stall_timeout_s=self._stall_timeout_s)
-                answer = await method(request, caller)
-                if isinstance(answer, bytes):
-                    record.sent_bytes += len(answer)
-                return answer
+                    if isinstance(answer, bytes):
+                        admitted.record.sent_bytes += len(answer)
+                    return answer
             except LayertapError as exc:
                 error = exc
-                record.fail(error)
-            except (_CallerLeftError, asyncio.CancelledError) as exc:
-                if not self._cutting or isinstance(exc, _CallerLeftError):
-                    record.fail(_left(context))
-                    raise asyncio.CancelledError from exc  # The caller has left.
-                task.uncancel()
-                error = UnavailableError(
-                    "the server could not finish in time; try another", retry_after_s=RETRY_STOPPING_S
-                )
-                record.fail(error)
-            except Exception:
-                log.exception("%s failed", name, extra={"fields": {"request_id": record.request_id}})
-                error = InternalError("the server failed; its log has the reason")
-                record.fail(error)
-            finally:
-                self._request_bytes -= byte_count
-                self._call_log.close(record)
             # gRPC's own word for "retry in so many milliseconds"; -1 means never.
             wait_ms = -1 if error.retry_after_s is None else int(error.retry_after_s * 1000)
-            pushback = ("grpc-retry-pushback-ms", str(wait_ms))
+            trailing = (("grpc-retry-pushback-ms", str(wait_ms)), (REQUEST_ID, error.request_id or ""))
             try:
-                await context.abort(_STATUS[int(error.code)], error.details, (pushback, request_id))
+                await context.abort(_STATUS[int(error.code)], error.details, trailing)
             except grpc.aio.AbortError:
                 raise
             except Exception as exc:  # The connection is gone, and gRPC would call that a fault of ours.
                 raise asyncio.CancelledError from exc
 
         return call
+
+    def _check_places(self, client: str) -> None:
+        if self.closed.is_set():
+            self._hooks.refused("stopping")
+            raise UnavailableError(
+                "the server is stopping; try another, or again later", retry_after_s=RETRY_STOPPING_S
+            )
+        if len(self._calls) > self._call_share(client):
+            self._hooks.refused("calls")
+            raise ResourceExhaustedError(
+                f"the server is full: {self._max_call_count} calls are under way; try again later",
+                retry_after_s=RETRY_FULL_S,
+            )
+
+    def _count_bytes(self, byte_count: int) -> None:
+        self._request_bytes += byte_count
+        if self._request_bytes > self._max_request_bytes:
+            self._hooks.refused("request_bytes")
+            raise ResourceExhaustedError(
+                f"the server is full: the requests under way have more than {self._max_request_bytes} bytes; "
+                "try again later",
+                retry_after_s=RETRY_FULL_S,
+            )
 
     def _call_share(self, client: str) -> int:
         """Returns how many calls there may be; the last eighth is kept for clients who have less than an eighth."""

@@ -24,6 +24,7 @@ from typing import Any, Final
 import grpc
 import grpc.aio
 
+from layertap.errors import UnauthenticatedError
 from layertap_server.rpc.file_reload import ReloadedFiles
 from layertap_server.scheduler.hooks import Hooks
 
@@ -95,6 +96,26 @@ def _digest(token: str) -> bytes:
     return hashlib.sha256(token.encode()).digest()
 
 
+def authenticate(tokens: Tokens, authorization: object) -> str:
+    """Returns the name of the client whose bearer token an authorization carries.
+
+    Args:
+        tokens: The valid tokens.
+        authorization: The value that the caller has sent as `authorization`; None: it has sent none.
+
+    Raises:
+        UnauthenticatedError: It has no valid token.
+    """
+    if authorization is None:
+        raise UnauthenticatedError("this server asks for a token and none was sent; send authorization: Bearer <token>")
+    if not isinstance(authorization, str) or not authorization.lower().startswith(_SCHEME):
+        raise UnauthenticatedError("the authorization is no bearer token; send authorization: Bearer <token>")
+    name = tokens.name_of(authorization[len(_SCHEME) :].strip())
+    if name is None:
+        raise UnauthenticatedError("the token is not valid here, or no longer; ask the operator of the server for one")
+    return name
+
+
 class AuthInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # generic in grpc-stubs alone
     """Refuses calls without a valid token."""
 
@@ -109,14 +130,10 @@ class AuthInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # 
         if handler_call_details.method.startswith(_HEALTH):
             return await continuation(handler_call_details)
         given = dict(handler_call_details.invocation_metadata).get("authorization")
-        if given is None:
-            return self._refusal("this server asks for a token and none was sent; send authorization: Bearer <token>")
-        if not isinstance(given, str) or not given.lower().startswith(_SCHEME):
-            return self._refusal("the authorization is no bearer token; send authorization: Bearer <token>")
-        name = self._tokens.get().name_of(given[len(_SCHEME) :].strip())
-        if name is None:
-            return self._refusal("the token is not valid here, or no longer; ask the operator of the server for one")
-        _token_name.set(name)
+        try:
+            _token_name.set(authenticate(self._tokens.get(), given))
+        except UnauthenticatedError as exc:
+            return self._refusal(exc.details)
         return await continuation(handler_call_details)
 
     def _refusal(self, details: str) -> Any:

@@ -8,12 +8,10 @@ each payload is written once (see `layertap.wire`, which has the figures).
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import functools
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Iterator, Sequence
-from typing import Any
+from collections.abc import AsyncIterator, Sequence
 
 import grpc
 import grpc.aio
@@ -23,17 +21,16 @@ from layertap.errors import InvalidArgumentError
 from layertap.v1 import embedding_pb2 as pb
 from layertap_server.model.facts import ModelFacts
 from layertap_server.model.tokenizer import Tokenized, Tokenizer
-from layertap_server.protocol import limits, responses
+from layertap_server.protocol import limits, responses, rows
 from layertap_server.protocol.preprocess import LARGE_BYTES, Preprocessor, offload, parse
 from layertap_server.rpc.admission import Admission, Caller
 from layertap_server.rpc.embed_stream import Stream
 from layertap_server.scheduler.batcher import Batcher
-from layertap_server.scheduler.call import Call
-from layertap_server.scheduler.events import CallFailed, Event, EventQueue, LoopWaker, RowsReady, RunDone
+from layertap_server.scheduler.events import Event, EventQueue, LoopWaker, RowsReady
 from layertap_server.shared_memory.allocator import allocator
 from layertap_server.shared_memory.lease import Sharing
 from layertap_server.shared_memory.segment import Lending
-from layertap_server.types import Allocator, Plan
+from layertap_server.types import Plan
 
 
 class EmbeddingService:
@@ -124,20 +121,7 @@ class EmbeddingService:
                 f"the answer would have about {size} bytes, the most of Embed is {self._max_response_bytes}; "
                 "send fewer texts at once, or use embed_stream (the RPC EmbedStream) or the RPC EmbedLayers"
             )
-        parts: list[RowsReady] = []
-        inbox: EventQueue[Event] = EventQueue(self._waker)
-        with self._call(plan, tokenized, inbox, caller) as call:
-            left = len(tokenized)
-            while left:
-                for event in await inbox.take():
-                    if isinstance(event, RowsReady):
-                        parts.append(_good(event))
-                    else:
-                        done = _done(event)
-                        left -= caller.record.run(done)
-                        if left:  # What is computed is kept until all is; max_response_bytes bounds it.
-                            call.release(done.reserved_bytes, run_done=True)
-
+        parts = await rows.collect(self._batcher, self._waker, plan, tokenized, caller)
         answer = functools.partial(
             responses.embedded,
             self._model,
@@ -175,7 +159,7 @@ class EmbeddingService:
         inbox: EventQueue[Event] = EventQueue(self._waker)
         frame_count = 0
         places = allocator(lending, plan, [one.text for one in tokenized])
-        with self._call(plan, tokenized, inbox, caller, places) as call:
+        with rows.queued(self._batcher, plan, tokenized, inbox, caller, places) as call:
             await caller.write(pb.EmbedLayersResponse(header=header).SerializeToString())
             if plan.return_tokens:
                 groups = responses.token_groups(tokenized, self._tokenizer, self._max_frame_bytes)
@@ -192,13 +176,13 @@ class EmbeddingService:
                     event = events.popleft()
                     if isinstance(event, RowsReady):
                         byte_count = len(event.rows.data)
-                        for frame in responses.frames(_good(event), plan, self._max_frame_bytes, lending):
+                        for frame in responses.frames(rows.good(event), plan, self._max_frame_bytes, lending):
                             await caller.write(frame)
                             frame_count += 1
                         del event  # Bytes are given back once nothing here holds them.
                         call.release(byte_count)
                     else:
-                        left -= caller.record.run(_done(event))
+                        left -= caller.record.run(rows.done(event))
                         call.release(0, run_done=True)
         return frame_count
 
@@ -218,7 +202,8 @@ class EmbeddingService:
                 lookahead_tokens=self._lookahead_tokens,
                 lending=lending,
             )
-            with self._call(stream.plan, (), stream.inbox, caller, allocator(lending, stream.plan)) as call:
+            places = allocator(lending, stream.plan)
+            with rows.queued(self._batcher, stream.plan, (), stream.inbox, caller, places) as call:
                 named_prompt = self._preprocessor.named_prompt(first.options.options)
                 header = responses.header(self._model, stream.plan, named_prompt=named_prompt)
                 await caller.write(pb.EmbedStreamResponse(header=header).SerializeToString())
@@ -227,44 +212,3 @@ class EmbeddingService:
     async def _share_memory(self, raw: bytes, caller: Caller) -> None:
         await parse(pb.ShareMemoryRequest, raw)
         await self._sharing.lease(caller.write)
-
-    @contextlib.contextmanager
-    def _call(
-        self,
-        plan: Plan,
-        tokenized: Sequence[Tokenized],
-        inbox: EventQueue[Any],
-        caller: Caller,
-        places: Allocator | None = None,
-    ) -> Iterator[Call]:
-        """Queues the texts of a call, and drops what is left of it at its end."""
-        call = self._batcher.open(
-            plan,
-            client=caller.client,
-            connection=caller.connection,
-            deliver=inbox.put,
-            expires_at=caller.expires_at,
-            allocator=places,
-        )
-        texts = [one.text for one in tokenized]
-        try:
-            call.add(texts)
-            caller.record.take(texts)
-            yield call
-        finally:
-            call.close()
-
-
-def _good(event: RowsReady) -> RowsReady:
-    """Returns rows if no text has failed, else raises the first failure under its place in the request."""
-    if event.rows.failures:
-        position = min(event.rows.failures)
-        error = event.rows.failures[position]
-        raise type(error)(f"inputs[{event.first_text + position}]: {error.details}", retry_after_s=error.retry_after_s)
-    return event
-
-
-def _done(event: RunDone | CallFailed) -> RunDone:
-    if isinstance(event, CallFailed):
-        raise event.error
-    return event

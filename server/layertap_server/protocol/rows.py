@@ -1,0 +1,106 @@
+"""The rows of a call: its texts through the queue, and what the instances make of them.
+
+Knows no protocol of callers: what is asked comes as a plan and tokenized texts, whether over gRPC or HTTP.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import Any, Protocol
+
+from layertap_server.model.tokenizer import Tokenized
+from layertap_server.observability.call_log import Record
+from layertap_server.scheduler.batcher import Batcher
+from layertap_server.scheduler.call import Call
+from layertap_server.scheduler.events import CallFailed, Event, EventQueue, LoopWaker, RowsReady, RunDone
+from layertap_server.types import Allocator, Plan
+
+
+class Caller(Protocol):
+    """The other end of a call, over whatever protocol.
+
+    Attributes:
+        record: What is known of the call.
+    """
+
+    record: Record
+
+    @property
+    def client(self) -> str:
+        """The client whose share the call uses."""
+
+    @property
+    def connection(self) -> str:
+        """What tells the client's connections apart."""
+
+    @property
+    def expires_at(self) -> float | None:
+        """The deadline of the call, by time.monotonic; None: it has none."""
+
+
+@contextlib.contextmanager
+def queued(
+    batcher: Batcher,
+    plan: Plan,
+    tokenized: Sequence[Tokenized],
+    inbox: EventQueue[Any],
+    caller: Caller,
+    places: Allocator | None = None,
+) -> Iterator[Call]:
+    """Queues the texts of a call, and drops what is left of it at its end."""
+    call = batcher.open(
+        plan,
+        client=caller.client,
+        connection=caller.connection,
+        deliver=inbox.put,
+        expires_at=caller.expires_at,
+        allocator=places,
+    )
+    texts = [one.text for one in tokenized]
+    try:
+        call.add(texts)
+        caller.record.take(texts)
+        yield call
+    finally:
+        call.close()
+
+
+async def collect(
+    batcher: Batcher, waker: LoopWaker, plan: Plan, tokenized: Sequence[Tokenized], caller: Caller
+) -> list[RowsReady]:
+    """Returns all rows of a call that is answered as a whole. The caller of this bounds their bytes.
+
+    Raises:
+        LayertapError: The call, or one of its texts, has failed.
+    """
+    parts: list[RowsReady] = []
+    inbox: EventQueue[Event] = EventQueue(waker)
+    with queued(batcher, plan, tokenized, inbox, caller) as call:
+        left = len(tokenized)
+        while left:
+            for event in await inbox.take():
+                if isinstance(event, RowsReady):
+                    parts.append(good(event))
+                else:
+                    run = done(event)
+                    left -= caller.record.run(run)
+                    if left:  # What is computed is kept until all is.
+                        call.release(run.reserved_bytes, run_done=True)
+    return parts
+
+
+def good(event: RowsReady) -> RowsReady:
+    """Returns rows if no text has failed, else raises the first failure under its place in the request."""
+    if event.rows.failures:
+        position = min(event.rows.failures)
+        error = event.rows.failures[position]
+        raise type(error)(f"inputs[{event.first_text + position}]: {error.details}", retry_after_s=error.retry_after_s)
+    return event
+
+
+def done(event: RunDone | CallFailed) -> RunDone:
+    """Returns the end of a run, or raises the error of a call that has failed."""
+    if isinstance(event, CallFailed):
+        raise event.error
+    return event
