@@ -100,9 +100,15 @@ class Preprocessor:
         return self._sentences.prompts[options.prompt_name] if options.prompt_name else ""
 
     async def embed(
-        self, inputs: Sequence[pb.Input], options: pb.EmbedOptions, record: Record
+        self, inputs: Sequence[pb.Input], options: pb.EmbedOptions, record: Record, *, label: str = "inputs"
     ) -> tuple[Plan, list[Tokenized]]:
         """Returns the plan and the texts of a request that fails as a whole.
+
+        Args:
+            inputs: The texts.
+            options: What is asked of each.
+            record: What is known of the call.
+            label: What an error calls the list of texts.
 
         Raises:
             LayertapError: if an option or a text is at fault.
@@ -110,7 +116,7 @@ class Preprocessor:
         resolved = self.options(options)
         validation.check_text_count(len(inputs), self.limits)
         texts: list[Tokenized] = []
-        labels = [f"inputs[{n}]" for n in range(len(inputs))]
+        labels = [f"{label}[{n}]" for n in range(len(inputs))]
         started_at_ns = time.monotonic_ns()
         for part, size in _slices(inputs):
             texts += _all_good(await self._slice(inputs[part], resolved, labels[part], size))

@@ -67,9 +67,23 @@ def queued(
 
 
 async def collect(
-    batcher: Batcher, waker: LoopWaker, plan: Plan, tokenized: Sequence[Tokenized], caller: Caller
+    batcher: Batcher,
+    waker: LoopWaker,
+    plan: Plan,
+    tokenized: Sequence[Tokenized],
+    caller: Caller,
+    *,
+    label: str = "inputs",
 ) -> list[RowsReady]:
     """Returns all rows of a call that is answered as a whole. The caller of this bounds their bytes.
+
+    Args:
+        batcher: The queue and its instances.
+        waker: Wakes the loop of the call.
+        plan: What is asked of each text.
+        tokenized: The texts.
+        caller: The other end of the call.
+        label: What an error calls the list of texts.
 
     Raises:
         LayertapError: The call, or one of its texts, has failed.
@@ -81,7 +95,7 @@ async def collect(
         while left:
             for event in await inbox.take():
                 if isinstance(event, RowsReady):
-                    parts.append(good(event))
+                    parts.append(good(event, label=label))
                 else:
                     run = done(event)
                     left -= caller.record.run(run)
@@ -90,12 +104,13 @@ async def collect(
     return parts
 
 
-def good(event: RowsReady) -> RowsReady:
+def good(event: RowsReady, *, label: str = "inputs") -> RowsReady:
     """Returns rows if no text has failed, else raises the first failure under its place in the request."""
     if event.rows.failures:
         position = min(event.rows.failures)
         error = event.rows.failures[position]
-        raise type(error)(f"inputs[{event.first_text + position}]: {error.details}", retry_after_s=error.retry_after_s)
+        place = f"{label}[{event.first_text + position}]"
+        raise type(error)(f"{place}: {error.details}", retry_after_s=error.retry_after_s)
     return event
 
 
