@@ -1,6 +1,6 @@
 """layertap: tokens, pooled vectors and every layer of a BERT over gRPC, as numpy arrays."""
 
-from layertap._transport.settings import TLS
+from layertap._transport.tls import TLS
 from layertap._version import __version__
 from layertap.async_client import AsyncClient
 from layertap.client import Client

@@ -16,8 +16,8 @@ import numpy.typing as npt
 from layertap import quantization
 from layertap._protocol import requests
 from layertap._protocol.inputs import check_items, to_message, to_messages
-from layertap._protocol.model_pin import ModelPin
 from layertap._protocol.options import check_names, count, embed_options
+from layertap._protocol.responses import ModelPin
 from layertap._protocol.stream_state import MAX_MESSAGE_COUNT, StreamState
 from layertap.errors import FailedPreconditionError, InvalidArgumentError
 from layertap.quantization import Precision

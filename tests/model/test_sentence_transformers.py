@@ -24,7 +24,7 @@ from support import Server, open_client, running
 from tokenizers import normalizers
 
 from layertap import Client, FailedPreconditionError, InvalidArgumentError, TokenIds
-from layertap._protocol.model_pin import ModelPin
+from layertap._protocol.responses import ModelPin
 from layertap.sentence_transformers import Encoding
 from layertap_server.model import checkpoint
 from layertap_server.model import sentence_config as sentences

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from layertap import TLS, AsyncClient, Client, FailedPreconditionError, InvalidArgumentError
-from layertap._protocol.model_pin import ModelPin
+from layertap._protocol.responses import ModelPin
 from layertap._transport import targets
 from layertap._transport.settings import resolve
 

@@ -13,8 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from layertap import wire
-from layertap._protocol.model_pin import ModelPin
-from layertap._protocol.responses import build_embedding, check_header, row_counts
+from layertap._protocol.responses import ModelPin, build_whole, check_header, row_counts, tensor_shapes
 from layertap.errors import DataLossError
 from layertap.results.embedding import Embedding, LayerRows
 from layertap.types import FloatArray
@@ -22,7 +21,11 @@ from layertap.v1 import embedding_pb2 as pb
 
 
 class EmbedAssembler:
-    """Puts one Embed or EmbedLayers answer together."""
+    """Puts one EmbedLayers answer together.
+
+    Attributes:
+        request_id: The name of the call in the server's log; None: unknown.
+    """
 
     def __init__(self, messages: list[pb.Input], options: pb.EmbedOptions, pin: ModelPin | None = None) -> None:
         self._pin = pin or ModelPin()
@@ -35,11 +38,7 @@ class EmbedAssembler:
         self._words: list[pb.SplitText] = []
         self._frame_count = 0
         self._summary: pb.EmbedSummary | None = None
-        self._request_id: str | None = None
-
-    def note_request_id(self, request_id: str | None) -> None:
-        """Keeps the name of the call in the server's log."""
-        self._request_id = request_id
+        self.request_id: str | None = None
 
     def feed(self, part: pb.EmbedLayersResponse, data: wire.Buffer, view: wire.View | None = None) -> None:
         """Adds one message of a stream, with its payload and the shared rows it refers to.
@@ -84,40 +83,26 @@ class EmbedAssembler:
         for (output_index, layer), rows in self._tensors.items():
             if not rows.complete:
                 raise DataLossError(f"output {output_index}, layer {layer} is incomplete; ask again")
-        arrays = {key: rows.array for key, rows in self._tensors.items()}
-        return self._build(self._header, arrays, self._summary.timings)
-
-    def whole(self, answer: pb.EmbedResponse) -> Embedding:
-        """Returns the embedding of a unary answer.
-
-        Raises:
-            DataLossError: Something is missing.
-        """
-        self._open(answer.header)
-        self._tokens.extend(answer.tokens)
-        self._words.extend(answer.words)
-        arrays: dict[tuple[int, int], FloatArray] = {}
-        shapes = {(tensor.output_index, tensor.layer): tuple(tensor.tensor.shape) for tensor in answer.tensors}
-        if shapes != {key: rows.shape for key, rows in self._tensors.items()}:
-            raise DataLossError("the tensors of the answer are not those of its header; ask again")
-        for tensor in answer.tensors:
-            arrays[tensor.output_index, tensor.layer] = wire.tensor_to_array(tensor.tensor)
-        wanted = {key: rows.shape for key, rows in self._tensors.items()}
-        if len(arrays) != len(answer.tensors) or wanted != {key: array.shape for key, array in arrays.items()}:
-            raise DataLossError("the tensors of the answer are not those of its header; ask again")
-        return self._build(answer.header, arrays, answer.timings)
+        return build_whole(
+            self._header,
+            self._options,
+            {key: rows.array for key, rows in self._tensors.items()},
+            self._messages,
+            timings=self._summary.timings,
+            tokens=self._tokens,
+            words=self._words,
+            request_id=self.request_id,
+        )
 
     def _open(self, header: pb.EmbedHeader) -> None:
         check_header(header, self._options, self._messages)
         self._pin.check(header.model_id, header.fingerprint)
         self._header = header
-        for output_index, output in enumerate(header.outputs):
-            if output.unit not in self._starts:
-                counts = row_counts(output.unit, header.token_counts, header.word_counts)
-                self._starts[output.unit] = [0, *itertools.accumulate(counts)]
-            row_total = self._starts[output.unit][-1]
-            for layer in output.layers:
-                self._tensors[output_index, layer] = _Rows(row_total, output.row_size, header.dtype)
+        for unit in {output.unit for output in header.outputs}:
+            counts = row_counts(unit, header.token_counts, header.word_counts)
+            self._starts[unit] = [0, *itertools.accumulate(counts)]
+        for key, (row_count, row_size) in tensor_shapes(header).items():
+            self._tensors[key] = _Rows(row_count, row_size, header.dtype)
 
     def _locate(self, frame: pb.Frame) -> tuple[_Rows, int]:
         assert self._header is not None
@@ -127,25 +112,6 @@ class EmbedAssembler:
         unit = self._header.outputs[frame.output_index].unit
         first_row = 0 if unit == pb.ROW_UNIT_TEXT else frame.first_row
         return rows, self._starts[unit][frame.first_text] + first_row
-
-    def _build(
-        self, header: pb.EmbedHeader, arrays: dict[tuple[int, int], FloatArray], timings: pb.Timings
-    ) -> Embedding:
-        token_counts = np.array(header.token_counts, np.int64)
-        if [len(text.piece_counts) for text in self._words] != list(header.word_counts):
-            raise DataLossError("the words of the answer are not those of its header; ask again")
-        return build_embedding(
-            header=header,
-            options=self._options,
-            arrays=arrays,
-            messages=self._messages,
-            token_counts=token_counts,
-            truncated=np.array(header.truncated, np.bool_),
-            timings=timings,
-            tokens=self._tokens,
-            words=self._words,
-            request_id=self._request_id,
-        )
 
 
 class _Rows:

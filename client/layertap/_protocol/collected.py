@@ -6,9 +6,10 @@ from typing import Final
 
 import numpy as np
 
-from layertap._protocol.model_pin import ModelPin
-from layertap._protocol.responses import build_embedding
-from layertap._protocol.stream_state import StreamState, TextAnswer
+from layertap._protocol.responses import ModelPin
+from layertap._protocol.result_builder import build_embedding
+from layertap._protocol.stream_results import TextAnswer
+from layertap._protocol.stream_state import StreamState
 from layertap.errors import DataLossError, ResourceExhaustedError
 from layertap.results.embedding import Embedding, StreamResult
 from layertap.v1 import embedding_pb2 as pb

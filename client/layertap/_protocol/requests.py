@@ -7,28 +7,22 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Iterable, Iterator, Sequence
-from typing import Final, Generic, TypeAlias, TypeVar, cast
+from collections.abc import Iterable, Iterator
+from typing import Final, Generic, TypeAlias, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 from google.protobuf.message import Message
 
 from layertap import wire
-from layertap._protocol import responses
 from layertap._protocol.inputs import Inputs, to_messages
-from layertap._protocol.model_pin import ModelPin
 from layertap._protocol.options import EmbedOptions, LayerOptions, check_names, count, embed_options, named
-from layertap.errors import DataLossError, InvalidArgumentError
+from layertap.errors import InvalidArgumentError
 from layertap.results.tokens import Tokens
-from layertap.types import Limits, ModelInfo, PoolingName, SentenceConfig, TokenIds, TruncationName
+from layertap.types import Limits, TokenIds, TruncationName
 from layertap.v1 import embedding_pb2 as pb
 
 SERVICE: Final = f"/{wire.SERVICE_NAME}/"
-
-_STRATEGY_NAMES: Final[dict[int, PoolingName]] = {
-    number: cast("PoolingName", name) for name, number in wire.POOLING_STRATEGIES.items()
-}
 
 TokenRows: TypeAlias = Tokens | TokenIds | npt.ArrayLike | Iterable[npt.ArrayLike]
 """The token ids of one text, or of several."""
@@ -57,31 +51,6 @@ def model_info() -> Unary[pb.GetModelInfoResponse]:
     return Unary("GetModelInfo", pb.GetModelInfoRequest(), pb.GetModelInfoResponse)
 
 
-def read_model_info(message: pb.GetModelInfoResponse) -> ModelInfo:
-    """Reads what `model_info` asked for."""
-    limits = {field.name: getattr(message.limits, field.name) for field in dataclasses.fields(Limits)}
-    special = (
-        "limits",
-        "devices",
-        "special_token_ids",
-        "compute_dtype",
-        "sentence_config",
-        "padding_side",
-        "special_tokens",
-    )
-    same = {f.name: getattr(message, f.name) for f in dataclasses.fields(ModelInfo) if f.name not in special}
-    return ModelInfo(
-        **same,
-        limits=Limits(**limits),
-        padding_side="left" if message.padding_side == pb.PADDING_SIDE_LEFT else "right",
-        special_tokens=dict(message.special_tokens),
-        devices=tuple(message.devices),
-        special_token_ids=tuple(message.special_token_ids),
-        compute_dtype=wire.DTYPE_NAMES.get(message.compute_dtype, "unknown"),
-        sentence_config=_sentence_config(message),
-    )
-
-
 def tokenize(
     inputs: Inputs,
     *,
@@ -107,42 +76,6 @@ def tokenize(
             first, characters = end, 0
         characters += size
     yield Unary("Tokenize", request(inputs=messages[first:], first_text=first), pb.TokenizeResponse)
-
-
-def check_tokens(request: Unary[pb.TokenizeResponse], answer: pb.TokenizeResponse, pin: ModelPin) -> None:
-    """Checks that an answer to one request of `tokenize` is no larger than its texts can make it.
-
-    Raises:
-        DataLossError: if it is.
-        FailedPreconditionError: if another model answers than the client's.
-    """
-    pin.check(answer.model_id, answer.fingerprint)
-    asked = request.request
-    assert isinstance(asked, pb.TokenizeRequest)
-    bounds = [max(responses.token_bound(message, pb.EmbedOptions()), asked.pad_to) for message in asked.inputs]
-    counts = [len(text.input_ids) for text in answer.texts]
-    if len(counts) != len(bounds) or any(count > bound for count, bound in zip(counts, bounds, strict=True)):
-        raise DataLossError("the tokens of the answer are not those of the texts; ask again")
-
-
-def read_tokens(answers: Sequence[pb.TokenizeResponse], request_id: str | None) -> Tokens:
-    """Reads what `tokenize` asked for."""
-    texts = [text for one in answers for text in one.texts]
-    return responses.build_tokens(texts, answers[0].pad_token_id, request_id=request_id)
-
-
-def read_texts(request: Unary[pb.DecodeResponse], answer: pb.DecodeResponse, pin: ModelPin) -> list[str]:
-    """Reads what `decode` asked for.
-
-    Raises:
-        DataLossError: if there is not one string for each text.
-        FailedPreconditionError: if another model answers than the client's.
-    """
-    pin.check(answer.model_id, answer.fingerprint)
-    assert isinstance(request.request, pb.DecodeRequest)
-    if len(answer.texts) != len(request.request.texts):
-        raise DataLossError(f"{len(request.request.texts)} texts were asked for, {len(answer.texts)} came; ask again")
-    return list(answer.texts)
 
 
 def decode(ids: TokenRows, *, skip_special_tokens: bool) -> Unary[pb.DecodeResponse]:
@@ -223,31 +156,3 @@ def embed_stream(options: EmbedOptions) -> pb.EmbedOptions:
     """Returns what `Client.embed_stream` asks of each item."""
     check_names(options, EmbedOptions)
     return embed_options(**options)
-
-
-def read_whole(raw: bytes, kind: type[ResponseT]) -> ResponseT:
-    """Parses a unary response."""
-    try:
-        return kind.FromString(raw)
-    except Exception as exc:
-        raise DataLossError(f"the answer is no {kind.DESCRIPTOR.name}; is this a layertap server?") from exc
-
-
-def _sentence_config(message: pb.GetModelInfoResponse) -> SentenceConfig:
-    config = message.sentence_config
-    poolings = [_STRATEGY_NAMES.get(strategy) for strategy in config.strategies]
-    unsupported: str | None = config.unsupported
-    if not poolings or None in poolings:
-        unsupported = unsupported or "the server does not tell, or not in words that this client knows"
-    return SentenceConfig(
-        poolings=tuple(pooling for pooling in poolings if pooling),
-        normalize=config.normalize,
-        truncate_dim=config.dimensions or None,
-        max_length=config.max_length,
-        truncation="left" if config.truncation == pb.TRUNCATION_LEFT else "right",
-        lower_case=config.lower_case,
-        prompts=dict(config.prompts),
-        default_prompt_name=config.default_prompt_name or None,
-        include_prompt=config.include_prompt,
-        unsupported=unsupported or None,
-    )

@@ -1,32 +1,30 @@
-"""Parts of answers, checked and given the names that users know.
+"""Answers of the server, checked against their requests and handed on as results.
 
-Pure. What a header promises is checked here once for all three embed RPCs, so that whatever follows can rely on it.
+Pure. An answer is held against its request here, before memory is taken for its arrays; `result_builder` gives the
+arrays the names that users know.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
+from typing import Final, cast
 
 import numpy as np
+from google.protobuf.message import Message
 
 from layertap import wire
-from layertap._protocol import inputs
-from layertap.errors import DataLossError
+from layertap._protocol.requests import ResponseT
+from layertap._protocol.result_builder import build_embedding, build_tokens
+from layertap.errors import DataLossError, FailedPreconditionError
 from layertap.results.embedding import Embedding
-from layertap.results.hidden_states import HiddenStates
 from layertap.results.tokens import Tokens
-from layertap.results.words import MixedRows, Words
-from layertap.types import BoolArray, FloatArray, IntArray, ModelRef, Timings
+from layertap.types import FloatArray, IntArray, Limits, ModelInfo, ModelRef, PoolingName, SentenceConfig
 from layertap.v1 import embedding_pb2 as pb
 
-_PER_TOKEN_FIELDS = (
-    "tokens",
-    "attention_mask",
-    "token_type_ids",
-    "special_tokens_mask",
-    "word_ids",
-)
-
+_STRATEGY_NAMES: Final[dict[int, PoolingName]] = {
+    number: cast("PoolingName", name) for name, number in wire.POOLING_STRATEGIES.items()
+}
 
 _MOST_TOKENS_A_BYTE = 16
 _MOST_MORE_TOKENS = 1024
@@ -38,6 +36,29 @@ _UNITS = {
     "pooler_output": pb.ROW_UNIT_TEXT,
     "pooled_vectors": pb.ROW_UNIT_TEXT,
 }
+
+
+class ModelPin:
+    """The fingerprint of the one model of a client: of the first that answers, or given. Threads may share it."""
+
+    def __init__(self, fingerprint: str | None = None) -> None:
+        self._model = None if fingerprint is None else ModelRef(model_id="fingerprint=", fingerprint=fingerprint)
+
+    def check(self, model_id: str, fingerprint: str) -> None:
+        """Keeps the first model, and checks that each later one is the same.
+
+        Raises:
+            FailedPreconditionError: if it is another one; the message names both.
+        """
+        first = self._model
+        if first is None:
+            self._model = ModelRef(model_id=model_id, fingerprint=fingerprint)
+        elif first.fingerprint != fingerprint:
+            raise FailedPreconditionError(
+                f"another model answers: {model_id!r} with fingerprint {fingerprint[:12]!r}, before it was "
+                f"{first.model_id!r} with {first.fingerprint[:12]!r}; a client serves one model, so that vectors are "
+                "never mixed: make a new client for the other one, or let target name servers of one model"
+            )
 
 
 def has_words(options: pb.EmbedOptions) -> bool:
@@ -91,152 +112,163 @@ def check_header(header: pb.EmbedHeader, options: pb.EmbedOptions, messages: Seq
         raise DataLossError("the header is not that of this request; ask again")
 
 
-def build_embedding(
-    *,
+def tensor_shapes(header: pb.EmbedHeader) -> dict[tuple[int, int], tuple[int, int]]:
+    """Returns the shape of each tensor that a header promises, by output index and layer: [row_count, row_size]."""
+    shapes: dict[tuple[int, int], tuple[int, int]] = {}
+    for output_index, output in enumerate(header.outputs):
+        row_count = sum(row_counts(output.unit, header.token_counts, header.word_counts))
+        shapes.update(((output_index, layer), (row_count, output.row_size)) for layer in output.layers)
+    return shapes
+
+
+def read_embedding(
+    answer: pb.EmbedResponse,
+    messages: list[pb.Input],
+    options: pb.EmbedOptions,
+    pin: ModelPin,
+    request_id: str | None = None,
+) -> Embedding:
+    """Returns a unary answer to a request, whose texts and options are given.
+
+    Raises:
+        DataLossError: if the answer is not that of the request.
+        FailedPreconditionError: if another model answers than before.
+    """
+    header = answer.header
+    check_header(header, options, messages)
+    pin.check(header.model_id, header.fingerprint)
+    found = [((one.output_index, one.layer), tuple(one.tensor.shape)) for one in answer.tensors]
+    shapes = tensor_shapes(header)
+    if len(found) != len(shapes) or dict(found) != shapes:
+        raise DataLossError("the tensors of the answer are not those of its header; ask again")
+    arrays = {(one.output_index, one.layer): wire.tensor_to_array(one.tensor) for one in answer.tensors}
+    return build_whole(
+        header,
+        options,
+        arrays,
+        messages,
+        timings=answer.timings,
+        tokens=answer.tokens,
+        words=answer.words,
+        request_id=request_id,
+    )
+
+
+def build_whole(
     header: pb.EmbedHeader,
     options: pb.EmbedOptions,
     arrays: dict[tuple[int, int], FloatArray],
     messages: list[pb.Input],
-    token_counts: IntArray,
-    truncated: BoolArray,
+    *,
     timings: pb.Timings,
     tokens: Sequence[pb.TokenizedText],
     words: Sequence[pb.SplitText],
-    request_id: str | None = None,
+    request_id: str | None,
 ) -> Embedding:
-    """Returns whole arrays, by output index and layer, under the names that users know.
+    """Returns the embedding of all texts of one request.
 
     Raises:
-        DataLossError: The tokens or words that were asked for are not those of the texts.
+        DataLossError: if the tokens or the words are not those of the header.
     """
-    if options.return_tokens and [len(text.input_ids) for text in tokens] != token_counts.tolist():
-        raise DataLossError("the tokens of the answer are not those of its texts; ask again")
-    ragged: dict[pb.RowUnit.ValueType, dict[int, FloatArray]] = {pb.ROW_UNIT_TOKEN: {}}
-    mixes: dict[pb.RowUnit.ValueType, tuple[tuple[int, ...], dict[int, FloatArray]]] = {}
-    pools: list[FloatArray] = []
-    pooler_output: FloatArray | None = None
-    for output_index, (asked, output) in enumerate(zip(options.outputs, header.outputs, strict=True)):
-        found = {layer: arrays[output_index, layer] for layer in output.layers}
-        if output.unit == pb.ROW_UNIT_TEXT:
-            if asked.HasField("pooler_output"):
-                (pooler_output,) = found.values()
-            else:
-                pools.extend(found.values())
-        elif output.mixed_layers:
-            ragged.setdefault(output.unit, {})
-            mixes[output.unit] = tuple(output.mixed_layers), found
-        else:
-            ragged.setdefault(output.unit, {}).update(found)
-
-    def rows(unit: pb.RowUnit.ValueType, counts: IntArray) -> tuple[HiddenStates, MixedRows | None]:
-        states = HiddenStates(ragged=ragged[unit], token_counts=counts, layer_count=header.layer_count)
-        if unit not in mixes:
-            return states, None
-        layers, own = mixes[unit]
-        mixed = HiddenStates(ragged=own, token_counts=counts, layer_count=header.layer_count)
-        return states, MixedRows(layers=layers, _states=mixed)
-
-    hidden_states, mixed = rows(pb.ROW_UNIT_TOKEN, token_counts)
-    split = None
-    if pb.ROW_UNIT_WORD in ragged:
-        if len(words) != len(token_counts):
-            raise DataLossError("the words of the answer are not those of its texts; ask again")
-        word_counts = np.array([len(text.piece_counts) for text in words], np.int64)
-        strings = _strings(words, messages, options.prompt or header.named_prompt)
-        split = _build_words(words, strings, *rows(pb.ROW_UNIT_WORD, word_counts))
-    return Embedding(
-        hidden_states=hidden_states,
-        pools=tuple(pools),
-        token_counts=token_counts,
-        truncated=truncated,
-        attention_mask=inputs.attention_mask(messages, token_counts),
-        model=ModelRef(model_id=header.model_id, fingerprint=header.fingerprint),
-        timings=Timings(
-            queue_time_ns=timings.queue_time_ns,
-            tokenize_time_ns=timings.tokenize_time_ns,
-            compute_time_ns=timings.compute_time_ns,
-        ),
+    if [len(text.piece_counts) for text in words] != list(header.word_counts):
+        raise DataLossError("the words of the answer are not those of its header; ask again")
+    return build_embedding(
+        header=header,
+        options=options,
+        arrays=arrays,
+        messages=messages,
+        token_counts=np.array(header.token_counts, np.int64),
+        truncated=np.array(header.truncated, np.bool_),
+        timings=timings,
+        tokens=tokens,
+        words=words,
         request_id=request_id,
-        _pooler_output=pooler_output,
-        _mixed=mixed,
-        _words=split,
-        _tokens=build_tokens(tokens, header.pad_token_id) if options.return_tokens else None,
     )
 
 
-def _strings(texts: Sequence[pb.SplitText], messages: list[pb.Input], prompt: str) -> tuple[tuple[str, ...], ...]:
-    """Returns the words of each text as they stand in it, after the prompt."""
-    found: list[tuple[str, ...]] = []
-    for text, message in zip(texts, messages, strict=True):
-        if message.HasField("words"):
-            found.append(tuple(message.words.words))
-            continue
-        first = prompt + message.text if message.HasField("text") else message.pair.first
-        spans = zip(text.offsets[::2], text.offsets[1::2], strict=False)
-        found.append(
-            tuple(
-                (first if place < text.first_word_count else message.pair.second)[start:end]
-                for place, (start, end) in enumerate(spans)
-            )
-        )
-    return tuple(found)
+def read_whole(raw: bytes, kind: type[ResponseT]) -> ResponseT:
+    """Parses a unary response."""
+    try:
+        return kind.FromString(raw)
+    except Exception as exc:
+        raise DataLossError(f"the answer is no {kind.DESCRIPTOR.name}; is this a layertap server?") from exc
 
 
-def _build_words(
-    texts: Sequence[pb.SplitText],
-    strings: tuple[tuple[str, ...], ...],
-    vectors: HiddenStates,
-    mixed: MixedRows | None,
-) -> Words:
-    counts = vectors.token_counts.tolist()
-    fits = all(len(text.offsets) == 2 * count for text, count in zip(texts, counts, strict=True))
-    fits &= all(0 <= text.first_word_count <= count for text, count in zip(texts, counts, strict=True))
-    if not fits:
-        raise DataLossError("the words of the answer are not those of its texts; ask again")
-    return Words(
-        word_counts=vectors.token_counts,
-        piece_counts=tuple(np.array(text.piece_counts, np.int64) for text in texts),
-        offsets=tuple(np.array(text.offsets, np.int64).reshape(-1, 2) for text in texts),
-        sequence_ids=tuple(
-            (np.arange(count) >= text.first_word_count).astype(np.int64)
-            for text, count in zip(texts, counts, strict=True)
-        ),
-        _states=vectors,
-        _mixed=mixed,
-        strings=strings,
+def read_model_info(message: pb.GetModelInfoResponse) -> ModelInfo:
+    """Reads what `model_info` asked for."""
+    limits = {field.name: getattr(message.limits, field.name) for field in dataclasses.fields(Limits)}
+    special = (
+        "limits",
+        "devices",
+        "special_token_ids",
+        "compute_dtype",
+        "sentence_config",
+        "padding_side",
+        "special_tokens",
+    )
+    same = {f.name: getattr(message, f.name) for f in dataclasses.fields(ModelInfo) if f.name not in special}
+    return ModelInfo(
+        **same,
+        limits=Limits(**limits),
+        padding_side="left" if message.padding_side == pb.PADDING_SIDE_LEFT else "right",
+        special_tokens=dict(message.special_tokens),
+        devices=tuple(message.devices),
+        special_token_ids=tuple(message.special_token_ids),
+        compute_dtype=wire.DTYPE_NAMES.get(message.compute_dtype, "unknown"),
+        sentence_config=_sentence_config(message),
     )
 
 
-def build_tokens(texts: Sequence[pb.TokenizedText], pad_token_id: int, *, request_id: str | None = None) -> Tokens:
-    """Returns tokenized texts as rectangular arrays; what lies past a text's tokens is padding.
+def check_tokens(request: Message, answer: pb.TokenizeResponse, pin: ModelPin) -> None:
+    """Checks that an answer to one request of `tokenize` is no larger than its texts can make it.
 
     Raises:
-        DataLossError: A text's lists differ in length.
+        DataLossError: if it is.
+        FailedPreconditionError: if another model answers than the client's.
     """
-    counts = np.array([len(text.input_ids) for text in texts], np.int64)
-    for text, count in zip(texts, counts, strict=True):
-        lengths = {len(getattr(text, name)) for name in _PER_TOKEN_FIELDS}
-        if lengths != {count} or len(text.offset_mapping) != 2 * count:
-            raise DataLossError("the lists of a tokenized text differ in length; ask again")
-    shape = len(texts), int(counts.max(initial=0))
-    inside = np.arange(shape[1]) < counts[:, None]
+    pin.check(answer.model_id, answer.fingerprint)
+    assert isinstance(request, pb.TokenizeRequest)
+    bounds = [max(token_bound(message, pb.EmbedOptions()), request.pad_to) for message in request.inputs]
+    counts = [len(text.input_ids) for text in answer.texts]
+    if len(counts) != len(bounds) or any(count > bound for count, bound in zip(counts, bounds, strict=True)):
+        raise DataLossError("the tokens of the answer are not those of the texts; ask again")
 
-    def fill(name: str, rest: int) -> IntArray:
-        array = np.full(shape, rest, np.int64)
-        array[inside] = np.concatenate([np.array(getattr(text, name), np.int64) for text in texts])
-        return array
 
-    offsets = np.zeros((*shape, 2), np.int64)
-    offsets[inside] = np.concatenate([np.array(text.offset_mapping, np.int64).reshape(-1, 2) for text in texts])
-    return Tokens(
-        tokens=[list(text.tokens) for text in texts],
-        input_ids=fill("input_ids", pad_token_id),
-        attention_mask=fill("attention_mask", 0),
-        token_type_ids=fill("token_type_ids", 0),
-        special_tokens_mask=fill("special_tokens_mask", 1),
-        word_ids=fill("word_ids", -1),
-        offset_mapping=offsets,
-        token_counts=counts,
-        truncated=np.array([text.truncated for text in texts], np.bool_),
-        request_id=request_id,
+def read_tokens(answers: Sequence[pb.TokenizeResponse], request_id: str | None) -> Tokens:
+    """Reads what `tokenize` asked for."""
+    texts = [text for one in answers for text in one.texts]
+    return build_tokens(texts, answers[0].pad_token_id, request_id=request_id)
+
+
+def read_texts(request: Message, answer: pb.DecodeResponse, pin: ModelPin) -> list[str]:
+    """Reads what `decode` asked for.
+
+    Raises:
+        DataLossError: if there is not one string for each text.
+        FailedPreconditionError: if another model answers than the client's.
+    """
+    pin.check(answer.model_id, answer.fingerprint)
+    assert isinstance(request, pb.DecodeRequest)
+    if len(answer.texts) != len(request.texts):
+        raise DataLossError(f"{len(request.texts)} texts were asked for, {len(answer.texts)} came; ask again")
+    return list(answer.texts)
+
+
+def _sentence_config(message: pb.GetModelInfoResponse) -> SentenceConfig:
+    config = message.sentence_config
+    poolings = [_STRATEGY_NAMES.get(strategy) for strategy in config.strategies]
+    unsupported: str | None = config.unsupported
+    if not poolings or None in poolings:
+        unsupported = unsupported or "the server does not tell, or not in words that this client knows"
+    return SentenceConfig(
+        poolings=tuple(pooling for pooling in poolings if pooling),
+        normalize=config.normalize,
+        truncate_dim=config.dimensions or None,
+        max_length=config.max_length,
+        truncation="left" if config.truncation == pb.TRUNCATION_LEFT else "right",
+        lower_case=config.lower_case,
+        prompts=dict(config.prompts),
+        default_prompt_name=config.default_prompt_name or None,
+        include_prompt=config.include_prompt,
+        unsupported=unsupported or None,
     )

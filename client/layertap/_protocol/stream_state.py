@@ -15,8 +15,9 @@ import numpy as np
 
 from layertap import wire
 from layertap._protocol.inputs import InputItem, to_message
-from layertap._protocol.model_pin import ModelPin
-from layertap._protocol.responses import build_embedding, check_header, has_words, row_counts, token_bound
+from layertap._protocol.responses import ModelPin, check_header, token_bound
+from layertap._protocol.result_builder import build_embedding
+from layertap._protocol.stream_results import Frames, TextAnswer, text_answers
 from layertap.errors import (
     DataLossError,
     InvalidArgumentError,
@@ -25,7 +26,6 @@ from layertap.errors import (
     from_status,
 )
 from layertap.results.embedding import StreamResult
-from layertap.types import FloatArray
 from layertap.v1 import embedding_pb2 as pb
 
 MAX_UNANSWERED_COUNT: Final = 4096
@@ -45,22 +45,7 @@ class _Item:
     message: pb.Input
     size: int
     lost_count: int = 0
-    rows: dict[tuple[int, int], FloatArray] | None = None
-    row_count: int = 0
-    token_count: int = 0
-    word_count: int = 0
-
-
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class TextAnswer:
-    """All that came for one item: its rows by output index and layer, and what describes them."""
-
-    arrays: dict[tuple[int, int], FloatArray]
-    token_count: int
-    truncated: bool
-    timings: pb.Timings
-    tokens: list[pb.TokenizedText]
-    words: list[pb.SplitText]
+    frames: Frames | None = None
 
 
 class StreamState:
@@ -156,7 +141,7 @@ class StreamState:
         """Marks every unanswered item to be sent again, after the connection was lost."""
         blamed, self._header_due = not (self._header_due or self._got_on), True
         for index, item in list(self._unanswered.items()):
-            item.rows = None
+            item.frames = None
             if index in self._unsent or not blamed:
                 continue  # What no server has seen is not what brought it down.
             item.lost_count += 1
@@ -181,7 +166,14 @@ class StreamState:
         if kind == "header":
             self._open(part.header)
         elif kind == "results":
-            self._results(part.results, data, list(part.shared_rows.offsets), view)
+            assert self._header is not None
+            offsets = list(part.shared_rows.offsets)
+            answers = text_answers(part.results, self._header, self._options, data=data, offsets=offsets, view=view)
+            for index, answer in answers:
+                self._embed(index, answer)
+            for failure in part.results.failures:
+                error = from_status(failure.code, failure.message)
+                self._answer(failure.id, StreamResult(index=failure.id, error=error, _embedding=None))
         elif kind == "frame":
             self._frame(part.frame, data)
         else:
@@ -205,101 +197,23 @@ class StreamState:
         self._header = header
         self._header_due = self._got_on = False
 
-    def _results(self, results: pb.StreamResults, data: memoryview, offsets: list[int], view: wire.View | None) -> None:
-        assert self._header is not None
-        header = self._header
-        counts = np.array(results.token_counts, np.int64)
-        lengths = {len(counts), len(results.truncated), len(results.timings)}
-        if self._options.return_tokens:
-            lengths.add(len(results.tokens))
-        if has_words(self._options):
-            lengths.add(len(results.words))
-        if lengths != {len(results.ids)} or (counts < 1).any():
-            raise DataLossError("the lists of the answer differ in length; ask again")
-        word_counts = [len(words.piece_counts) for words in results.words]
-        starts = [
-            np.cumsum([0, *row_counts(output.unit, results.token_counts, word_counts)]).tolist()
-            for output in header.outputs
-        ]
-        arrays: dict[tuple[int, int], FloatArray] = {}
-        for output_index, output in enumerate(header.outputs):
-            row_count = starts[output_index][-1]
-            for layer in output.layers:
-                shape = row_count, output.row_size
-                size = row_count * output.row_size * wire.item_bytes(header.dtype)
-                if len(offsets) > len(arrays) and (offset := offsets[len(arrays)]) >= 0:
-                    if view is None:
-                        raise DataLossError("results lie in shared memory that was not asked for; ask again")
-                    payload: memoryview | wire.ByteArray = view(offset, size)
-                else:
-                    payload, data = data[:size], data[size:]
-                if len(payload) != size:
-                    raise DataLossError("the answer has less data than results; ask again")
-                arrays[output_index, layer] = wire.to_array(payload, shape, header.dtype)
-        if data or len(offsets) not in (0, len(arrays)):
-            raise DataLossError("the answer has more data than results; ask again")
-        for position, index in enumerate(results.ids):
-            own = {key: array[starts[key[0]][position] : starts[key[0]][position + 1]] for key, array in arrays.items()}
-            answer = TextAnswer(
-                arrays=own,
-                token_count=int(counts[position]),
-                truncated=results.truncated[position],
-                timings=results.timings[position],
-                tokens=[results.tokens[position]] if results.tokens else [],
-                words=[results.words[position]] if results.words else [],
-            )
-            self._embed(index, answer)
-        for failure in results.failures:
-            error = from_status(failure.code, failure.message)
-            self._answer(failure.id, StreamResult(index=failure.id, error=error, _embedding=None))
-
     def _frame(self, frame: pb.StreamFrame, data: memoryview) -> None:
         assert self._header is not None
-        item = self._unanswered.get(frame.id)
-        if item is None:
-            raise DataLossError(f"the answer has item {frame.id}, which is not waiting; ask again")
-        if item.rows is None:
-            bound = token_bound(item.message, self._options)
-            if not (1 <= frame.token_count <= bound and 0 <= frame.word_count <= bound):
-                raise DataLossError(f"item {frame.id} has {frame.token_count} tokens; ask again")
-            item.rows, item.row_count = {}, 0
-            item.token_count, item.word_count = frame.token_count, frame.word_count
-            for output_index, output in enumerate(self._header.outputs):
-                (row_count,) = row_counts(output.unit, [frame.token_count], [frame.word_count])
-                for layer in output.layers:
-                    shape = row_count, output.row_size
-                    item.rows[output_index, layer] = wire.empty(shape, self._header.dtype)
-        rows = item.rows.get((frame.output_index, frame.layer))
-        expected = item.token_count, item.word_count, item.row_count
-        if rows is None or expected != (frame.token_count, frame.word_count, self._rows_before(item.rows, frame)):
-            raise DataLossError(f"the frames of item {frame.id} are out of order; ask again")
-        wire.read_into(rows[frame.first_row : frame.first_row + frame.row_count], data, self._header.dtype)
-        item.row_count += frame.row_count
+        item = self._waiting(frame.id)
+        if item.frames is None:
+            item.frames = Frames(frame, self._header, token_bound(item.message, self._options))
+        item.frames.add(frame, data)
         if frame.done:
-            if item.row_count != sum(map(len, item.rows.values())):
-                raise DataLossError(f"the frames of item {frame.id} are incomplete; ask again")
-            if len(frame.words.piece_counts) != frame.word_count:
-                raise DataLossError(f"the words of item {frame.id} are not those of its frames; ask again")
-            answer = TextAnswer(
-                arrays=item.rows,
-                token_count=frame.token_count,
-                truncated=frame.truncated,
-                timings=frame.timings,
-                tokens=[frame.tokens] if frame.HasField("tokens") else [],
-                words=[frame.words] if frame.HasField("words") else [],
-            )
-            self._embed(frame.id, answer)
+            self._embed(frame.id, item.frames.answer(frame))
 
-    @staticmethod
-    def _rows_before(rows: dict[tuple[int, int], FloatArray], frame: pb.StreamFrame) -> int:
-        """Returns how many rows come before a frame, its frames being in order."""
-        place = frame.output_index, frame.layer
-        return sum(len(array) for key, array in rows.items() if key < place) + frame.first_row
-
-    def _embed(self, index: int, answer: TextAnswer) -> None:
+    def _waiting(self, index: int) -> _Item:
         item = self._unanswered.get(index)
         if item is None:
             raise DataLossError(f"the answer has item {index}, which is not waiting; ask again")
+        return item
+
+    def _embed(self, index: int, answer: TextAnswer) -> None:
+        item = self._waiting(index)
         if answer.token_count > token_bound(item.message, self._options):
             raise DataLossError(f"item {index} has {answer.token_count} tokens; ask again")
         self._answer(index, self._result(index, item.message, answer))
@@ -320,9 +234,8 @@ class StreamState:
         return StreamResult(index=index, error=None, _embedding=embedding)
 
     def _answer(self, index: int, result: StreamResult) -> None:
-        item = self._unanswered.pop(index, None)
-        if item is None:
-            raise DataLossError(f"the answer has item {index}, which is not waiting; ask again")
+        item = self._waiting(index)
+        del self._unanswered[index]
         self._got_on = True
         self._unanswered_bytes -= item.size
         self._ready[index] = result

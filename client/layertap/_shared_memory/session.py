@@ -14,7 +14,8 @@ from typing import Any, Final, TypeAlias
 import grpc
 import grpc.aio
 
-from layertap._protocol.requests import SERVICE, read_whole
+from layertap._protocol.requests import SERVICE
+from layertap._protocol.responses import read_whole
 from layertap._shared_memory.mapping import Mapping, SharedCall, SharedMemory
 from layertap.errors import LayertapError
 from layertap.v1 import embedding_pb2 as pb

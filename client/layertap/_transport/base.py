@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Self
 
 from layertap._shared_memory.mapping import SharedMemory
-from layertap._transport.settings import DEFAULT_RETRIES, DEFAULT_TIMEOUT_S, TLS, Connection, Option, resolve
+from layertap._transport.settings import DEFAULT_RETRIES, DEFAULT_TIMEOUT_S, Connection, Option, resolve
+from layertap._transport.tls import TLS
 
 if TYPE_CHECKING:
     import grpc
@@ -78,12 +79,9 @@ class BaseClient:
     @property
     def shared_memory(self) -> SharedMemory:
         """What has come through memory that the server shares."""
-        return self._lazy("_memory", lambda: SharedMemory(wanted=self._connection.shared_memory))  # type: ignore[no-any-return]
-
-    def _lazy(self, name: str, make: Any) -> Any:
-        """Returns what is made once at its first use; of two threads the first one's stays."""
-        found = self.__dict__.get(name)
-        return self.__dict__.setdefault(name, make()) if found is None else found
+        # Of two threads the first one's stays.
+        memory: SharedMemory = self.__dict__.setdefault("_memory", SharedMemory(wanted=self._connection.shared_memory))
+        return memory
 
     def __getstate__(self) -> Connection:
         if self._given is not None:

@@ -23,7 +23,7 @@ from layertap._protocol.stream_state import StreamState
 from layertap._shared_memory.mapping import SharedCall, take
 from layertap._transport import input_reader
 from layertap._transport.duplex import DuplexChannel
-from layertap._transport.settings import Connection
+from layertap._transport.settings import Connection, StreamSettings
 from layertap._transport.status import CLOSED_DURING_CALL, translate
 from layertap.errors import CancelledError, DeadlineExceededError, LayertapError, UnavailableError
 from layertap.results.embedding import StreamResult
@@ -46,21 +46,17 @@ class EmbedStream:
         *,
         channel: grpc.aio.Channel | DuplexChannel,
         connection: Connection,
-        metadata: Any,
         begin: Begin,
         state: StreamState,
         items: Items,
-        item_timeout_s: float,
-        reconnect_timeout_s: float,
+        settings: StreamSettings,
     ) -> None:
         self._channel = channel
-        self._settings = connection
-        self._metadata = metadata
+        self._server = connection
+        self._settings = settings
         self._begin = begin
         self._state = state
         self._items = items
-        self._item_timeout_s = item_timeout_s
-        self._reconnect_timeout_s = reconnect_timeout_s
         self._source_ended = False
         self._source_error: BaseException | None = None
         self._change_count = 0
@@ -89,12 +85,12 @@ class EmbedStream:
                 except UnavailableError as exc:
                     now = time.monotonic()
                     lost_at = now if lost_at is None else lost_at
-                    if now - lost_at >= self._reconnect_timeout_s or not self._state.started:
+                    if now - lost_at >= self._settings.reconnect_timeout_s or not self._state.started:
                         raise
                     self._state.lost(exc)
                     pause = min(_MAX_BACKOFF_S, _BACKOFF_S * 2**attempt) * random.uniform(0.5, 1.0)
                     attempt += 1
-                    await asyncio.sleep(min(pause, lost_at + self._reconnect_timeout_s - now))
+                    await asyncio.sleep(min(pause, lost_at + self._settings.reconnect_timeout_s - now))
             if group := self._state.ready():
                 yield group
             if self._source_error is not None:
@@ -109,7 +105,7 @@ class EmbedStream:
 
     async def _connection(self) -> Groups:
         """Sends and receives over one call until all is answered or the call breaks."""
-        shared = await self._begin(self._item_timeout_s)
+        shared = await self._begin(self._settings.item_timeout_s)
         try:
             async with contextlib.aclosing(self._call(shared)) as groups:
                 async for group in groups:
@@ -120,7 +116,8 @@ class EmbedStream:
 
     async def _call(self, shared: SharedCall | None) -> Groups:
         try:
-            call = self._channel.stream_stream(SERVICE + "EmbedStream", None, None)(None, metadata=self._metadata)
+            method = self._channel.stream_stream(SERVICE + "EmbedStream", None, None)
+            call = method(None, metadata=self._settings.metadata)
         except grpc.aio.UsageError as exc:
             raise CancelledError(CLOSED_DURING_CALL) from exc
         writer = asyncio.create_task(self._write(call, shared))
@@ -149,10 +146,10 @@ class EmbedStream:
                     self._moved_at = time.monotonic()
             # Nothing is owed any more: a server that is slow to end the call takes nothing from the answers.
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(writer, self._item_timeout_s)
-                await asyncio.wait_for(read or call.read(), self._item_timeout_s)
+                await asyncio.wait_for(writer, self._settings.item_timeout_s)
+                await asyncio.wait_for(read or call.read(), self._settings.item_timeout_s)
         except grpc.RpcError as exc:
-            error = translate(exc, self._settings, None, resumable=True)
+            error = translate(exc, self._server, None, resumable=True)
             if not self._state.accepted and int(error.code) != exc.code().value[0]:
                 error = await self._refusal(error)
             raise error from exc
@@ -169,9 +166,9 @@ class EmbedStream:
         """
         method = self._channel.unary_unary(SERVICE + "GetModelInfo", None, None)
         try:
-            await method(b"", metadata=self._metadata, timeout=self._item_timeout_s)
+            await method(b"", metadata=self._settings.metadata, timeout=self._settings.item_timeout_s)
         except grpc.RpcError as exc:
-            return translate(exc, self._settings, self._item_timeout_s)
+            return translate(exc, self._server, self._settings.item_timeout_s)
         return error
 
     async def _wait(self, read: asyncio.Task[Any]) -> None:
@@ -179,13 +176,13 @@ class EmbedStream:
         if not self._state.unanswered_count:
             self._moved_at = time.monotonic()
         changed = asyncio.create_task(self._change(self._change_count))
-        left = self._moved_at + self._item_timeout_s - time.monotonic()
+        left = self._moved_at + self._settings.item_timeout_s - time.monotonic()
         try:
             await asyncio.wait({read, changed}, timeout=max(left, 0.0), return_when=asyncio.FIRST_COMPLETED)
             if not read.done() and not changed.done() and self._state.unanswered_count:
                 raise DeadlineExceededError(
-                    f"no answer came for {self._item_timeout_s} s while {self._state.unanswered_count} items wait; "
-                    "raise item_timeout_s if the server needs longer"
+                    f"no answer came for {self._settings.item_timeout_s} s while {self._state.unanswered_count} items "
+                    "wait; raise item_timeout_s if the server needs longer"
                 )
         finally:
             changed.cancel()

@@ -10,12 +10,12 @@ import dataclasses
 import json
 import os
 import re
-import ssl
 from collections.abc import Mapping, Sequence
 from typing import Any, Final, TypeAlias
 
 from layertap import wire
 from layertap._transport import targets
+from layertap._transport.tls import TLS, tls_of
 from layertap.errors import InvalidArgumentError
 
 DEFAULT_TARGET: Final = f"127.0.0.1:{targets.DEFAULT_PORT}"
@@ -32,7 +32,6 @@ _RETRY: Final = {
     "retryableStatusCodes": ["UNAVAILABLE", "RESOURCE_EXHAUSTED"],
 }
 
-Pem = bytes | str | os.PathLike[str]
 Option = tuple[str, str | int]
 
 Metadata: TypeAlias = Mapping[str, str | bytes] | Sequence[tuple[str, str | bytes]]
@@ -58,49 +57,28 @@ class CallSettings:
     metadata: tuple[tuple[str, str | bytes], ...] = dataclasses.field(default=(), repr=False)
     named_timeout: bool = False
 
+    def for_stream(self, *, raising: bool = True) -> StreamSettings:
+        """Returns the settings of a stream that waits as long for each answer, and for a lost server."""
+        return StreamSettings(
+            item_timeout_s=self.timeout_s, reconnect_timeout_s=self.timeout_s, metadata=self.metadata, raising=raising
+        )
+
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class TLS:
-    """How a connection is encrypted, and who is trusted.
+class StreamSettings:
+    """What one stream is sent with.
 
     Attributes:
-        ca: Who signs the server's certificate: PEM as bytes, or the path of a file. None: whom this system trusts.
-        cert: The client's own certificate, for servers that ask for one; bytes or a path.
-        key: Its key; bytes or a path.
-        server_name: The name that the server's certificate must have. None: that of the target.
+        item_timeout_s: How long it waits for an answer, in seconds.
+        reconnect_timeout_s: How long it looks for a lost server, in seconds.
+        metadata: As in `CallSettings`.
+        raising: Whether the error of an item ends the stream; else it is the result of the item.
     """
-
-    ca: Pem | None = None
-    cert: Pem | None = None
-    key: Pem | None = dataclasses.field(default=None, repr=False)
-    server_name: str | None = None
-
-    def __post_init__(self) -> None:
-        """Checks what belongs together.
-
-        Raises:
-            InvalidArgumentError: A certificate is there without its key, or a key without its certificate.
-        """
-        if (self.cert is None) != (self.key is None):
-            given, missing = ("cert", "key") if self.key is None else ("key", "cert")
-            raise InvalidArgumentError(f"tls has a {given} without its {missing}; pass both, or neither")
-
-    def read(self) -> tuple[bytes | None, bytes | None, bytes | None]:
-        """Returns ca, key and cert in PEM, reading files.
-
-        Raises:
-            InvalidArgumentError: A file cannot be read.
-        """
-        ca = _system_roots() if self.ca is None else _pem("tls.ca", self.ca)
-        return ca, _pem("tls.key", self.key), _pem("tls.cert", self.cert)
-
-
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class StreamSeconds:
-    """How long a stream waits for an answer, and for a lost server, in seconds."""
 
     item_timeout_s: float
     reconnect_timeout_s: float
+    metadata: tuple[tuple[str, str | bytes], ...] = dataclasses.field(default=(), repr=False)
+    raising: bool = False
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -162,19 +140,24 @@ class Connection:
             named_timeout=named,
         )
 
-    def stream_seconds(self, item_timeout_s: float | None, reconnect_timeout_s: float | None) -> StreamSeconds:
-        """Returns how long a stream waits, from the arguments of those names.
+    def stream(
+        self,
+        item_timeout_s: float | None,
+        reconnect_timeout_s: float | None,
+        metadata: Metadata = (),
+        *,
+        raising: bool = False,
+    ) -> StreamSettings:
+        """Returns what one stream is sent with, from the arguments of those names.
 
         Raises:
-            InvalidArgumentError: if one is no number of seconds.
+            InvalidArgumentError: if one is no number of seconds, or gRPC cannot carry the metadata.
         """
         given = {"item_timeout_s": item_timeout_s, "reconnect_timeout_s": reconnect_timeout_s}
-        return StreamSeconds(
-            **{
-                name: self.timeout_s if value is None else seconds(name, value, zero=True)
-                for name, value in given.items()
-            }
-        )
+        limits = {
+            name: self.timeout_s if value is None else seconds(name, value, zero=True) for name, value in given.items()
+        }
+        return StreamSettings(**limits, metadata=self.call(None, metadata).metadata, raising=raising)
 
     def proxy_variable(self, environment: Mapping[str, str]) -> str | None:
         """Returns the variable that names the proxy which gRPC takes to the target; None: it takes none."""
@@ -245,7 +228,7 @@ def resolve(
         raise InvalidArgumentError("token has characters that no token has; pass it without spaces and line ends")
     found = Connection(
         target=target or environment.get("LAYERTAP_TARGET") or DEFAULT_TARGET,
-        tls=_tls_of(tls, environment),
+        tls=tls_of(tls, environment),
         token=token or None,
         retries=retries,
         options=tuple((name, value) for name, value in options),
@@ -257,15 +240,6 @@ def resolve(
     found.uri  # noqa: B018  # Refuses what is no target.
     found.check_token()
     return found
-
-
-def _tls_of(tls: TLS | bool | None, environment: Mapping[str, str]) -> TLS | None:
-    if isinstance(tls, TLS):
-        return tls
-    if tls is False:
-        return None
-    paths = {name: environment.get(f"LAYERTAP_TLS_{name.upper()}") or None for name in ("ca", "cert", "key")}
-    return TLS(**paths) if tls or any(paths.values()) else None
 
 
 def seconds(field: str, value: object, *, zero: bool = False) -> float:
@@ -308,19 +282,3 @@ def _seconds(value: str | float) -> float:
         return float(value)
     except ValueError as exc:
         raise InvalidArgumentError("LAYERTAP_TIMEOUT_S is no number of seconds; correct or unset it") from exc
-
-
-def _pem(field: str, value: Pem | None) -> bytes | None:
-    if value is None or isinstance(value, bytes):
-        return value
-    try:
-        with open(value, "rb") as file:
-            return file.read()
-    except OSError as exc:
-        raise InvalidArgumentError(f"{field} cannot be read: {exc.strerror}; pass a path, or PEM as bytes") from exc
-
-
-def _system_roots() -> bytes | None:
-    """Returns whom this system trusts; None: it does not say, and gRPC's own list is used."""
-    found = ssl.create_default_context().get_ca_certs(binary_form=True)
-    return "".join(map(ssl.DER_cert_to_PEM_cert, found)).encode() or None

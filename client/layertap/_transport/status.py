@@ -13,20 +13,11 @@ from layertap.errors import CancelledError, LayertapError, StatusCode, from_stat
 
 CLOSED_DURING_CALL: Final = "this client was closed during the call; make a new one"
 
-_REQUEST_ID: Final = "x-request-id"
+REQUEST_ID: Final = "x-request-id"
+"""The metadata in which the server names a call as its log does."""
+
 _DETAILS_LENGTH: Final = 4096
 """A longer text than any of the server's own is cut."""
-
-
-def request_id(metadata: Iterable[Any] | None) -> str | None:
-    """Returns the name of a call in the server's log, from the metadata that ended it."""
-    found = _pairs(metadata).get(_REQUEST_ID)
-    return found if isinstance(found, str) else None
-
-
-def _pairs(metadata: Iterable[Any] | None) -> dict[str, Any]:
-    """Returns metadata as a dict; `dict` itself fails on older gRPC, whose Metadata has `keys` but yields pairs."""
-    return {name: value for name, value in metadata or ()}
 
 
 def translate(
@@ -47,7 +38,9 @@ def translate(
         return CancelledError(CLOSED_DURING_CALL)
     code = StatusCode(exc.code().value[0])
     details = _printable(exc.details() or code.name)
-    trailing: dict[str, str | bytes] = _pairs(exc.trailing_metadata())
+    # Not by `dict`, which fails on older gRPC: its Metadata has `keys` but yields pairs.
+    ended: Iterable[Any] = exc.trailing_metadata() or ()
+    trailing: dict[str, Any] = {name: value for name, value in ended}
     pushback = trailing.get("grpc-retry-pushback-ms")
     broken = pushback is None and code in (StatusCode.INTERNAL, StatusCode.UNKNOWN)
     # It has no deadline of its own: this one is a server's that would not wait for its answers to be read.
@@ -68,7 +61,7 @@ def translate(
         code,
         details,
         retry_after_s=None if milliseconds is None else milliseconds / 1000,
-        request_id=request_id(trailing.items()),
+        request_id=trailing.get(REQUEST_ID),
     )
 
 

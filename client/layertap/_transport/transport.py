@@ -1,7 +1,7 @@
-"""What the clients send over: one channel, made at the first call, and anew in a forked child.
+"""The calls of a synchronous client over its one channel, which is opened at the first call and anew in a forked child.
 
-Both kinds here send what `requests` has made and hand back what came; they differ only in how they wait. Imported at
-the first call of a client, because importing gRPC reads the environment.
+Sends what `requests` makes, hands what comes to `responses` and `assembler`, and raises failures as layertap's errors;
+`async_transport` is its twin. Imported at the first call of a client, because importing gRPC reads the environment.
 """
 
 from __future__ import annotations
@@ -11,35 +11,35 @@ import contextlib
 import dataclasses
 import os
 import threading
-from collections.abc import AsyncGenerator, Callable, Generator, Iterable, Iterator
-from typing import Generic
+from collections.abc import Generator, Iterable, Iterator
+from typing import Any, Generic
 
 import grpc
-import grpc.aio
 
 from layertap import wire
-from layertap._protocol import requests
+from layertap._protocol import requests, responses
+from layertap._protocol.assembler import EmbedAssembler, LayerAssembler
+from layertap._protocol.collected import CollectedStream
 from layertap._protocol.inputs import InputItem
-from layertap._protocol.model_pin import ModelPin
 from layertap._protocol.requests import ResponseT
+from layertap._protocol.responses import ModelPin
 from layertap._protocol.stream_state import StreamState
 from layertap._shared_memory.mapping import SharedCall, SharedMemory, take
-from layertap._shared_memory.session import AsyncLease, Lease
+from layertap._shared_memory.session import Lease
 from layertap._transport import fork
-from layertap._transport.channel import open_async_channel, open_channel
+from layertap._transport.channel import open_channel
 from layertap._transport.duplex import DuplexChannel
-from layertap._transport.embed_stream import EmbedStream, Groups, Items
-from layertap._transport.settings import CallSettings, Connection
-from layertap._transport.status import CLOSED_DURING_CALL, request_id, translate
+from layertap._transport.embed_stream import EmbedStream, Groups
+from layertap._transport.settings import CallSettings, Connection, StreamSettings
+from layertap._transport.status import REQUEST_ID, translate
 from layertap._transport.sync_bridge import SyncBridge
-from layertap.errors import CancelledError, FailedPreconditionError
-from layertap.results.embedding import StreamResult
+from layertap._transport.threads import check_threads
+from layertap.errors import FailedPreconditionError
+from layertap.results.embedding import Embedding, LayerRows, StreamResult
+from layertap.types import ModelInfo
 from layertap.v1 import embedding_pb2 as pb
 
-_CLOSED = "this client is closed; make a new one"
-
-NoteRequestId = Callable[[str | None], None]
-"""Receives the name of a call in the server's log, once the call has ended."""
+CLOSED = "this client is closed; make a new one"
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,7 +49,7 @@ class Part:
     Attributes:
         message: The message without its payload.
         data: The payload.
-        view: Where to find rows that lie in shared memory.
+        view: Access to the rows of the message that lie in shared memory.
     """
 
     message: pb.EmbedLayersResponse
@@ -66,7 +66,7 @@ class Reply(Generic[ResponseT]):
 
 
 class Transport:
-    """What `Client` sends over. Threads may share it."""
+    """The calls of `Client`. Threads may share it."""
 
     def __init__(self, connection: Connection, memory: SharedMemory, channel: grpc.Channel | None) -> None:
         self.connection = connection
@@ -74,8 +74,8 @@ class Transport:
         self._memory = memory
         self._lock = threading.Lock()
         self._given = channel
-        self._channel: grpc.Channel | None = None
-        self._lease: Lease | None = None
+        self._opened: tuple[grpc.Channel, Lease] | None = None
+        self._model: ModelInfo | None = None
         self._bridges: set[SyncBridge] = set()
         self._pid = 0
         self._closed = False
@@ -86,19 +86,22 @@ class Transport:
         Raises:
             FailedPreconditionError: if the client is closed.
         """
+        opened = self._opened
+        return self._open() if opened is None or self._pid != os.getpid() else opened
+
+    def _open(self) -> tuple[grpc.Channel, Lease]:
         with self._lock:
             if self._closed:
-                raise FailedPreconditionError(_CLOSED)
+                raise FailedPreconditionError(CLOSED)
             fork.check()  # First: where gRPC would hang, it does so already when a parent's channel is released.
-            if self._channel is None or self._lease is None or self._pid != os.getpid():
-                self._channel = self._lease = None  # What a parent has left goes first.
+            if self._opened is None or self._pid != os.getpid():
+                self._opened = None  # The channel of a parent is released first.
                 self._bridges = set()
-                self._channel = self._given or open_channel(self.connection)
-                self._lease = Lease(
-                    self._channel, self._memory, target=self.connection.target, metadata=self.connection.metadata
-                )
+                channel = self._given or open_channel(self.connection)
+                lease = Lease(channel, self._memory, target=self.connection.target, metadata=self.connection.metadata)
                 self._pid = os.getpid()
-            return self._channel, self._lease
+                self._opened = channel, lease
+            return self._opened
 
     def unary(self, request: requests.Unary[ResponseT], call: CallSettings) -> Reply[ResponseT]:
         """Sends one request and waits for its answer."""
@@ -108,184 +111,126 @@ class Transport:
                 request.request.SerializeToString(), timeout=call.timeout_s, metadata=call.metadata
             )
         except (grpc.RpcError, ValueError) as exc:
-            raise translate(exc, self.connection, call.timeout_s, closed=self._closed) from exc
-        message = requests.read_whole(raw, request.response)
-        return Reply(message=message, request_id=request_id(ended.trailing_metadata()))
+            raise self._error(exc, call) from exc
+        trailing = ended.trailing_metadata()
+        return Reply(message=responses.read_whole(raw, request.response), request_id=request_id(trailing))
 
-    def layers(self, request: pb.EmbedLayersRequest, call: CallSettings, note: NoteRequestId) -> Iterator[Part]:
-        """Sends one EmbedLayers and yields its messages."""
+    def model_info(self, call: CallSettings) -> ModelInfo:
+        """Asks which model is served."""
+        info = responses.read_model_info(self.unary(requests.model_info(), call).message)
+        self.pin.check(info.model_id, info.fingerprint)
+        return info
+
+    def known_model(self, call: CallSettings) -> ModelInfo:
+        """Returns the served model; only the first call asks the server."""
+        if self._model is None:
+            self._model = self.model_info(call)
+        return self._model
+
+    def embed(self, request: requests.Embed, call: CallSettings) -> Embedding:
+        """Sends one request by the RPC that suits its answer, and returns the whole answer."""
+        if request.may_exceed_limits and request.exceeds(self.known_model(call).limits, call.named_timeout):
+            state = CollectedStream(request.messages, request.options, self.pin)
+            for _ in self.stream(state, request.messages, call.for_stream()):
+                pass
+            return state.whole()
+        if request.is_small:
+            reply = self.unary(request.unary(), call)
+            return responses.read_embedding(
+                reply.message, request.messages, request.options, self.pin, reply.request_id
+            )
+        assembler = EmbedAssembler(request.messages, request.options, self.pin)
+        with contextlib.closing(self._parts(request, call, assembler)) as parts:
+            for part in parts:
+                assembler.feed(part.message, part.data, part.view)
+        return assembler.finish()
+
+    def embed_layers(self, request: requests.Embed, call: CallSettings) -> Iterator[LayerRows]:
+        """Sends one request and yields the rows of its layers as they come."""
+        assembler = LayerAssembler(request.messages, request.options, self.pin)
+        for part in self._parts(request, call):
+            yield from assembler.feed(part.message, part.data, part.view)
+        assembler.finish()
+
+    def _parts(
+        self, request: requests.Embed, call: CallSettings, assembler: EmbedAssembler | None = None
+    ) -> Generator[Part, None, None]:
+        """Sends one EmbedLayers and yields its messages; the assembler gets the name of the call at its end."""
         channel, lease = self.open()
         method = channel.unary_stream(requests.SERVICE + "EmbedLayers", None, None)
+        message = request.layers()
         with contextlib.ExitStack() as stack:
             shared = lease.begin(call.timeout_s)
             if shared is not None:
                 stack.callback(shared.end)
-                request.options.shared_memory.CopyFrom(shared.use)
+                message.options.shared_memory.CopyFrom(shared.use)
             try:
-                answer = method(request.SerializeToString(), timeout=call.timeout_s, metadata=call.metadata)
-            except ValueError as exc:
-                raise translate(exc, self.connection, call.timeout_s, closed=self._closed) from exc
-            stack.callback(answer.cancel)
-            try:
+                answer = method(message.SerializeToString(), timeout=call.timeout_s, metadata=call.metadata)
+                stack.callback(answer.cancel)
                 for raw in answer:
-                    message, data = wire.split(pb.EmbedLayersResponse, raw)
-                    yield Part(message=message, data=data, view=take(shared, message))
-                note(request_id(answer.trailing_metadata()))
-            except grpc.RpcError as exc:
-                raise translate(exc, self.connection, call.timeout_s, closed=self._closed) from exc
+                    part, data = wire.split(pb.EmbedLayersResponse, raw)
+                    yield Part(message=part, data=data, view=take(shared, part))
+                if assembler is not None:
+                    assembler.request_id = request_id(answer.trailing_metadata())
+            except (grpc.RpcError, ValueError) as exc:
+                raise self._error(exc, call) from exc
 
     def stream(
-        self,
-        state: StreamState,
-        items: Iterable[InputItem] | list[pb.Input],
-        call: CallSettings,
-        *,
-        item_timeout_s: float,
-        reconnect_timeout_s: float,
-    ) -> Generator[list[StreamResult], None, None]:
-        """Runs one EmbedStream over the channel and yields its results in groups, as they come."""
+        self, state: StreamState, items: Iterable[InputItem] | list[pb.Input], settings: StreamSettings
+    ) -> Generator[StreamResult, None, None]:
+        """Returns the results of one EmbedStream, as they come.
 
+        Raises:
+            FailedPreconditionError: if a library has replaced the threads of the system.
+        """
+        check_threads()
+        return self._results(state, items, settings)
+
+    def _results(
+        self, state: StreamState, items: Iterable[InputItem] | list[pb.Input], settings: StreamSettings
+    ) -> Generator[StreamResult, None, None]:
         async def begin(timeout_s: float) -> SharedCall | None:
             return await asyncio.to_thread(self.open()[1].begin, timeout_s) if self._memory.wanted else None
 
         channel, _ = self.open()
 
         def start() -> Groups:
+            duplex = DuplexChannel(channel)
             return EmbedStream(
-                channel=DuplexChannel(channel),
-                connection=self.connection,
-                metadata=call.metadata,
-                begin=begin,
-                state=state,
-                items=items,
-                item_timeout_s=item_timeout_s,
-                reconnect_timeout_s=reconnect_timeout_s,
+                channel=duplex, connection=self.connection, begin=begin, state=state, items=items, settings=settings
             ).results()
 
         bridge = SyncBridge(start)
         with self._lock:
             self._bridges.add(bridge)
         try:
-            yield from bridge
+            for group in bridge:
+                for result in group:
+                    if settings.raising and result.error is not None:
+                        raise result.error
+                    yield result
         finally:
             with self._lock:
                 self._bridges.discard(bridge)
             bridge.close()
 
     def close(self) -> None:
-        """Ends what is under way, and the channel if it is the client's own."""
+        """Ends the calls under way, and the channel if the client has opened it."""
         with self._lock:
             self._closed = True
-            channel, self._channel, self._lease = self._channel, None, None
+            opened, self._opened = self._opened, None
             bridges, self._bridges = self._bridges, set()
         if self._pid != os.getpid():
             return
         for bridge in bridges:
             bridge.cancel()
-        if channel is not None and channel is not self._given:
-            channel.close()
+        if opened is not None and self._given is None:
+            opened[0].close()
+
+    def _error(self, exc: Exception, call: CallSettings) -> Exception:
+        return translate(exc, self.connection, call.timeout_s, closed=self._closed)
 
 
-class AsyncTransport:
-    """What `AsyncClient` sends over. The tasks of one event loop may share it; a new loop gets a new channel."""
-
-    def __init__(self, connection: Connection, memory: SharedMemory, channel: grpc.aio.Channel | None) -> None:
-        self.connection = connection
-        self.pin = ModelPin(connection.fingerprint)
-        self._memory = memory
-        self._given = channel
-        self._channel: grpc.aio.Channel | None = None
-        self._lease: AsyncLease | None = None
-        self._owner: tuple[int, asyncio.AbstractEventLoop] | None = None
-        self._closed = False
-
-    def open(self) -> tuple[grpc.aio.Channel, AsyncLease]:
-        """See `Transport.open`."""
-        if self._closed:
-            raise FailedPreconditionError(_CLOSED)
-        fork.check()
-        owner = os.getpid(), asyncio.get_running_loop()
-        if self._channel is None or self._lease is None or self._owner != owner:
-            self._channel = self._lease = None  # In a child gRPC starts anew only when what the parent had is gone.
-            self._channel = self._given or open_async_channel(self.connection)
-            self._lease = AsyncLease(
-                self._channel, self._memory, target=self.connection.target, metadata=self.connection.metadata
-            )
-            self._owner = owner
-        return self._channel, self._lease
-
-    async def unary(self, request: requests.Unary[ResponseT], call: CallSettings) -> Reply[ResponseT]:
-        """See `Transport.unary`."""
-        method = self.open()[0].unary_unary(requests.SERVICE + request.rpc, None, None)
-        try:
-            answer = method(request.request.SerializeToString(), timeout=call.timeout_s, metadata=call.metadata)
-            raw = await answer
-            trailing = await answer.trailing_metadata()
-        except (grpc.RpcError, grpc.aio.UsageError) as exc:
-            raise translate(exc, self.connection, call.timeout_s, closed=self._closed) from exc
-        except asyncio.CancelledError as exc:
-            self._tell_closing(exc)
-            raise
-        return Reply(message=requests.read_whole(raw, request.response), request_id=request_id(trailing))
-
-    async def layers(
-        self, request: pb.EmbedLayersRequest, call: CallSettings, note: NoteRequestId
-    ) -> AsyncGenerator[Part, None]:
-        """See `Transport.layers`."""
-        channel, lease = self.open()
-        method = channel.unary_stream(requests.SERVICE + "EmbedLayers", None, None)
-        with contextlib.ExitStack() as stack:
-            try:
-                shared = await lease.begin(call.timeout_s)
-                if shared is not None:
-                    stack.callback(shared.end)
-                    request.options.shared_memory.CopyFrom(shared.use)
-                answer = method(request.SerializeToString(), timeout=call.timeout_s, metadata=call.metadata)
-                stack.callback(answer.cancel)
-                async for raw in answer:
-                    message, data = wire.split(pb.EmbedLayersResponse, raw)
-                    yield Part(message=message, data=data, view=take(shared, message))
-                note(request_id(await answer.trailing_metadata()))
-            except (grpc.RpcError, grpc.aio.UsageError) as exc:
-                raise translate(exc, self.connection, call.timeout_s, closed=self._closed) from exc
-            except asyncio.CancelledError as exc:
-                self._tell_closing(exc)
-                raise
-
-    async def stream(
-        self,
-        state: StreamState,
-        items: Items,
-        call: CallSettings,
-        *,
-        item_timeout_s: float,
-        reconnect_timeout_s: float,
-    ) -> Groups:
-        """See `Transport.stream`."""
-        channel, lease = self.open()
-        running = EmbedStream(
-            channel=channel,
-            connection=self.connection,
-            metadata=call.metadata,
-            begin=lease.begin,
-            state=state,
-            items=items,
-            item_timeout_s=item_timeout_s,
-            reconnect_timeout_s=reconnect_timeout_s,
-        ).results()
-        async with contextlib.aclosing(running) as groups:
-            async for group in groups:
-                yield group
-
-    async def close(self) -> None:
-        """See `Transport.close`."""
-        self._closed = True
-        channel, self._channel, self._lease = self._channel, None, None
-        own = channel is not None and channel is not self._given
-        if channel is not None and own and self._owner == (os.getpid(), asyncio.get_running_loop()):
-            await channel.close(grace=None)
-
-    def _tell_closing(self, exc: asyncio.CancelledError) -> None:
-        """Raises layertap's own error if `close` ended the call; a cancelled task stays one."""
-        if self._closed:
-            raise CancelledError(CLOSED_DURING_CALL) from exc
+def request_id(metadata: Iterable[Any] | None) -> str | None:
+    """Returns the name of a call in the server's log, from the metadata that ended it."""
+    return next((value for name, value in metadata or () if name == REQUEST_ID and isinstance(value, str)), None)

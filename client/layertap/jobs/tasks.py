@@ -8,8 +8,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from layertap._encode import stream_sentences
 from layertap._protocol.inputs import InputItem
-from layertap._protocol.stream_state import StreamState
 from layertap.client import Client
 from layertap.jobs.items import Item
 from layertap.quantization import Precision
@@ -114,8 +114,7 @@ class EncodeTask:
     def stream(self, client: Client, contents: Iterable[InputItem], timeout_s: float) -> Iterator[StreamResult]:
         """Embeds contents in their order."""
         assert self._encoding is not None
-        state = StreamState(self._encoding.options, ordered=True)
-        return client._stream(state, contents, timeout_s)
+        return stream_sentences(client, self._encoding, contents, timeout_s)
 
     def columns(self, embedding: Embedding) -> list[Column]:
         """Returns the sentence vector, or the rows of the last layer."""

@@ -17,7 +17,8 @@ from support.answers import Answer, Message
 import layertap
 from layertap import DataLossError, Embedding, LayerRows, LayertapError, StreamResult, wire
 from layertap._protocol.assembler import EmbedAssembler, LayerAssembler
-from layertap._protocol.responses import build_tokens
+from layertap._protocol.responses import ModelPin, read_embedding
+from layertap._protocol.result_builder import build_tokens
 from layertap._protocol.stream_state import StreamState
 from layertap.v1 import embedding_pb2 as pb
 from layertap_server.model.tokenizer import Tokenized
@@ -520,7 +521,7 @@ def test_a_unary_answer_becomes_the_right_arrays(data: st.DataObject, answer: An
     if answer.plan.has_words:
         message.words.extend(map(responses.words, answer.tokenized))
     raw = message.SerializeToString()
-    found = EmbedAssembler(answer.messages, answer.options).whole(pb.EmbedResponse.FromString(raw))
+    found = read_embedding(pb.EmbedResponse.FromString(raw), answer.messages, answer.options, ModelPin())
     answer.check(found)
     assert found.timings.tokenize_time_ns == 5
     for spoil in (
@@ -534,7 +535,7 @@ def test_a_unary_answer_becomes_the_right_arrays(data: st.DataObject, answer: An
         wrong = pb.EmbedResponse.FromString(raw)
         spoil(wrong)
         with pytest.raises(DataLossError):
-            EmbedAssembler(answer.messages, answer.options).whole(wrong)
+            read_embedding(wrong, answer.messages, answer.options, ModelPin())
 
 
 def stream_results(answer: Answer) -> list[Result]:

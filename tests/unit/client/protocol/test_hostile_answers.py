@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 
 from layertap import DataLossError, FailedPreconditionError, LayertapError, ResourceExhaustedError, wire
-from layertap._protocol import requests
+from layertap._protocol import requests, responses
 from layertap._protocol.assembler import EmbedAssembler, LayerAssembler
 from layertap._protocol.inputs import to_messages
-from layertap._protocol.model_pin import ModelPin
 from layertap._protocol.options import embed_options
+from layertap._protocol.responses import ModelPin, read_embedding
 from layertap._protocol.stream_state import StreamState
 from layertap._transport.settings import resolve
 from layertap._transport.status import translate
@@ -50,7 +50,7 @@ def test_the_tensors_of_a_unary_answer_have_the_shapes_of_its_header() -> None:
         header=header(pb.ROW_UNIT_TEXT), tensors=[pb.LayerTensor(output_index=0, layer=3, tensor=tensor)]
     )
     with pytest.raises(DataLossError, match="tensors"):
-        EmbedAssembler(to_messages("x"), POOLED).whole(answer)
+        read_embedding(answer, to_messages("x"), POOLED, ModelPin())
 
 
 def opened(options: pb.EmbedOptions, unit: Any) -> StreamState:
@@ -78,25 +78,26 @@ def test_an_array_that_the_process_cannot_hold_is_a_named_error() -> None:
         wire.empty((HUGE, HUGE), pb.DTYPE_FLOAT32)
 
 
-DECODE = requests.decode([1], skip_special_tokens=True)
+DECODE = requests.decode([1], skip_special_tokens=True).request
 
 
 def test_tokens_and_strings_are_as_many_as_the_texts() -> None:
     (request,) = requests.tokenize("x")
     for texts in ([], [pb.TokenizedText()] * 2, [pb.TokenizedText(input_ids=[0] * 100_000)]):
         with pytest.raises(DataLossError, match="tokens"):
-            requests.check_tokens(request, pb.TokenizeResponse(texts=texts), ModelPin())
+            responses.check_tokens(request.request, pb.TokenizeResponse(texts=texts), ModelPin())
     with pytest.raises(DataLossError, match="1 texts were asked for, 2 came"):
-        requests.read_texts(DECODE, pb.DecodeResponse(texts=["a", "b"]), ModelPin())
+        responses.read_texts(DECODE, pb.DecodeResponse(texts=["a", "b"]), ModelPin())
 
 
 def test_tokens_and_strings_of_another_model_are_refused() -> None:
     (request,) = requests.tokenize("x")
     pin = ModelPin()
     pin.check("one", "1" * 64)
+    tokens = pb.TokenizeResponse(model_id="other", fingerprint="2" * 64)
     for check in (
-        lambda: requests.check_tokens(request, pb.TokenizeResponse(model_id="other", fingerprint="2" * 64), pin),
-        lambda: requests.read_texts(DECODE, pb.DecodeResponse(model_id="other", fingerprint="2" * 64), pin),
+        lambda: responses.check_tokens(request.request, tokens, pin),
+        lambda: responses.read_texts(DECODE, pb.DecodeResponse(model_id="other", fingerprint="2" * 64), pin),
     ):
         with pytest.raises(FailedPreconditionError, match="'other' with fingerprint '222222222222', before it was"):
             check()

@@ -9,7 +9,7 @@ import pytest
 from support.results import COUNTS, FULL, SIZE, embedding, tokens
 
 from layertap import HiddenStates, LayerRows, MixedRows, Words
-from layertap._protocol.responses import _strings
+from layertap._protocol.result_builder import _strings
 from layertap.v1 import embedding_pb2 as pb
 
 

@@ -1,0 +1,298 @@
+"""`encode` and its two forms, for both clients: what users of sentence-transformers call.
+
+Only I/O: `sentence_transformers` says what to ask of the model and makes the vectors of the answers.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING, Any, Literal, Unpack, overload
+
+import numpy.typing as npt
+
+from layertap import progress
+from layertap._protocol.inputs import InputItem
+from layertap._protocol.stream_state import StreamState
+from layertap._transport import fork
+from layertap._transport.base import BaseClient
+from layertap._transport.settings import Metadata
+from layertap.quantization import Precision
+from layertap.results.embedding import StreamResult
+from layertap.sentence_transformers import (
+    EncodeOptions,
+    Encoding,
+    OutputValue,
+    Sentences,
+    TaskOptions,
+    check_options,
+)
+
+if TYPE_CHECKING:
+    from layertap._transport.async_transport import AsyncTransport
+    from layertap._transport.transport import Transport
+
+
+class SentenceClient(BaseClient):
+    """The methods of `Client` that return sentence vectors."""
+
+    _opened: Transport | None = None
+
+    @property
+    def _transport(self) -> Transport:
+        if self._opened is not None:
+            return self._opened
+        fork.prepare()
+        # Not before the first call: importing gRPC reads the environment.
+        from layertap._transport.transport import Transport
+
+        # Of two threads the first one's stays.
+        opened: Transport = self.__dict__.setdefault(
+            "_opened", Transport(self._connection, self.shared_memory, self._given)
+        )
+        return opened
+
+    @overload
+    def encode(
+        self,
+        sentences: Sentences,
+        prompt_name: str | None = ...,
+        prompt: str | None = ...,
+        batch_size: int | None = ...,
+        show_progress_bar: bool | None = ...,
+        output_value: Literal["sentence_embedding"] = ...,
+        precision: Precision = ...,
+        *,
+        timeout_s: float | None = ...,
+        metadata: Metadata = ...,
+        **options: Unpack[EncodeOptions],
+    ) -> npt.NDArray[Any]: ...
+    @overload
+    def encode(
+        self,
+        sentences: Sentences,
+        prompt_name: str | None = ...,
+        prompt: str | None = ...,
+        *,
+        metadata: Metadata = ...,
+        **options: Unpack[TaskOptions],
+    ) -> npt.NDArray[Any] | list[npt.NDArray[Any]]: ...
+    def encode(
+        self,
+        sentences: Sentences = (),
+        prompt_name: str | None = None,
+        prompt: str | None = None,
+        batch_size: int | None = None,
+        show_progress_bar: bool | None = None,
+        output_value: OutputValue = "sentence_embedding",
+        precision: Precision = "float32",
+        *,
+        timeout_s: float | None = None,
+        metadata: Metadata = (),
+        **options: Unpack[EncodeOptions],
+    ) -> npt.NDArray[Any] | list[npt.NDArray[Any]]:
+        """Makes one vector of each text, as `SentenceTransformer.encode` does with the same model.
+
+        What the model's folder says is done: its poolings, Normalize, max_seq_length (longer texts are cut), lower
+        case, prompts. Many texts go over one stream, so that neither side holds more of them than it works on.
+
+        Args:
+            sentences: One str, or an iterable of str and pairs, which are tuples of two str.
+            prompt_name: The prompt to put before each text, by its name in the model's folder. None: the folder's
+                default, if it has one.
+            prompt: The prompt itself, which wins over prompt_name; "" for none in spite of a default.
+            batch_size: How many texts are sent at once at most. It bounds messages, not memory or speed: the server
+                makes batches of its own, by tokens. None: as many as suit the connection.
+            show_progress_bar: Whether to show one, with tqdm (the extra `progress`). None: on a terminal, for what
+                takes longer than a moment.
+            output_value: "sentence_embedding", or "token_embeddings": the last layer's rows of each text.
+            precision: "float32", or fewer bits: "int8", "uint8", "binary", "ubinary"; see `quantize_embeddings`.
+            normalize_embeddings: Divides each vector by its length. Off, what the model's own Normalize does remains.
+            truncate_dim: Keeps the first values of each vector. None: what the folder says, or all.
+            timeout_s: How long an answer may take in seconds; of many texts, how long nothing may come.
+            metadata: What each call carries besides, as pairs or a mapping.
+
+        Returns:
+            Vectors. Shape: [text_count, dim], or [dim] for one str. With "token_embeddings" a list with one array for
+            each text, or one for one str. Shape: [token_count, hidden_size].
+
+        Raises:
+            TypeError: if an option asks for what layertap cannot do, such as tensors (convert_to_tensor) or a device.
+            InvalidArgumentError: An argument or a text is at fault; the message names it.
+            FailedPreconditionError: The model's folder asks for something that layertap cannot do, or the server now
+                serves another model than at the last call.
+            ModuleNotFoundError: A progress bar is wanted and tqdm is not installed.
+        """
+        check_options(options)
+        call = self._connection.call(timeout_s, metadata)
+        encoding = Encoding(
+            sentences,
+            self._transport.known_model(call),
+            prompt_name=prompt_name,
+            prompt=prompt,
+            batch_size=batch_size,
+            output_value=output_value,
+            precision=precision,
+            **options,
+        )
+        with progress.bar(total=len(encoding.texts), unit="text", shown=show_progress_bar) as advance:
+            if (request := encoding.request()) is not None:
+                advance(encoding.note(0, self._transport.embed(request, call)))
+            elif encoding.texts:
+                state = encoding.state(self._transport.pin)
+                for result in self._transport.stream(state, encoding.texts, call.for_stream()):
+                    advance(encoding.note(result.index, result.embedding))
+        return encoding.answer()
+
+    def encode_query(
+        self,
+        sentences: Sentences,
+        prompt_name: str | None = None,
+        prompt: str | None = None,
+        *,
+        metadata: Metadata = (),
+        **options: Unpack[TaskOptions],
+    ) -> npt.NDArray[Any] | list[npt.NDArray[Any]]:
+        """Makes one vector of each query: `encode` with the prompt that the model's folder has for it."""
+        options["task"] = "query"
+        return self.encode(sentences, prompt_name, prompt, metadata=metadata, **options)
+
+    def encode_document(
+        self,
+        sentences: Sentences,
+        prompt_name: str | None = None,
+        prompt: str | None = None,
+        *,
+        metadata: Metadata = (),
+        **options: Unpack[TaskOptions],
+    ) -> npt.NDArray[Any] | list[npt.NDArray[Any]]:
+        """Makes one vector of each document: `encode` with the prompt that the model's folder has for it."""
+        options["task"] = "document"
+        return self.encode(sentences, prompt_name, prompt, metadata=metadata, **options)
+
+
+class AsyncSentenceClient(BaseClient):
+    """The methods of `AsyncClient` that return sentence vectors."""
+
+    _opened: AsyncTransport | None = None
+
+    @property
+    def _transport(self) -> AsyncTransport:
+        if self._opened is not None:
+            return self._opened
+        fork.prepare()
+        # Not before the first call: importing gRPC reads the environment.
+        from layertap._transport.async_transport import AsyncTransport
+
+        # Of two threads the first one's stays.
+        opened: AsyncTransport = self.__dict__.setdefault(
+            "_opened", AsyncTransport(self._connection, self.shared_memory, self._given)
+        )
+        return opened
+
+    @overload
+    async def encode(
+        self,
+        sentences: Sentences,
+        prompt_name: str | None = ...,
+        prompt: str | None = ...,
+        batch_size: int | None = ...,
+        show_progress_bar: bool | None = ...,
+        output_value: Literal["sentence_embedding"] = ...,
+        precision: Precision = ...,
+        *,
+        timeout_s: float | None = ...,
+        metadata: Metadata = ...,
+        **options: Unpack[EncodeOptions],
+    ) -> npt.NDArray[Any]: ...
+    @overload
+    async def encode(
+        self,
+        sentences: Sentences,
+        prompt_name: str | None = ...,
+        prompt: str | None = ...,
+        *,
+        metadata: Metadata = ...,
+        **options: Unpack[TaskOptions],
+    ) -> npt.NDArray[Any] | list[npt.NDArray[Any]]: ...
+    async def encode(
+        self,
+        sentences: Sentences = (),
+        prompt_name: str | None = None,
+        prompt: str | None = None,
+        batch_size: int | None = None,
+        show_progress_bar: bool | None = None,
+        output_value: OutputValue = "sentence_embedding",
+        precision: Precision = "float32",
+        *,
+        timeout_s: float | None = None,
+        metadata: Metadata = (),
+        **options: Unpack[EncodeOptions],
+    ) -> npt.NDArray[Any] | list[npt.NDArray[Any]]:
+        """See `Client.encode`."""
+        check_options(options)
+        call = self._connection.call(timeout_s, metadata)
+        encoding = Encoding(
+            sentences,
+            await self._transport.known_model(call),
+            prompt_name=prompt_name,
+            prompt=prompt,
+            batch_size=batch_size,
+            output_value=output_value,
+            precision=precision,
+            **options,
+        )
+        with progress.bar(total=len(encoding.texts), unit="text", shown=show_progress_bar) as advance:
+            if (request := encoding.request()) is not None:
+                advance(encoding.note(0, await self._transport.embed(request, call)))
+            elif encoding.texts:
+                state = encoding.state(self._transport.pin)
+                running = self._transport.stream(state, encoding.texts, call.for_stream())
+                async with contextlib.aclosing(running) as results:
+                    async for result in results:
+                        advance(encoding.note(result.index, result.embedding))
+        return await asyncio.to_thread(encoding.answer)
+
+    async def encode_query(
+        self,
+        sentences: Sentences,
+        prompt_name: str | None = None,
+        prompt: str | None = None,
+        *,
+        metadata: Metadata = (),
+        **options: Unpack[TaskOptions],
+    ) -> npt.NDArray[Any] | list[npt.NDArray[Any]]:
+        """See `Client.encode_query`."""
+        options["task"] = "query"
+        return await self.encode(sentences, prompt_name, prompt, metadata=metadata, **options)
+
+    async def encode_document(
+        self,
+        sentences: Sentences,
+        prompt_name: str | None = None,
+        prompt: str | None = None,
+        *,
+        metadata: Metadata = (),
+        **options: Unpack[TaskOptions],
+    ) -> npt.NDArray[Any] | list[npt.NDArray[Any]]:
+        """See `Client.encode_document`."""
+        options["task"] = "document"
+        return await self.encode(sentences, prompt_name, prompt, metadata=metadata, **options)
+
+
+def stream_sentences(
+    client: SentenceClient, encoding: Encoding, sentences: Iterable[InputItem], timeout_s: float
+) -> Iterator[StreamResult]:
+    """Returns the results of any number of sentences, in their order; the error of one is its result.
+
+    Args:
+        client: The connection.
+        encoding: What to ask of each; the results are for its `note`.
+        sentences: The sentences.
+        timeout_s: How long to wait for an answer, or for a lost server, in seconds.
+    """
+    transport = client._transport
+    state = StreamState(encoding.options, ordered=True, pin=transport.pin)
+    settings = client._connection.stream(timeout_s, timeout_s)
+    return transport.stream(state, sentences, settings)

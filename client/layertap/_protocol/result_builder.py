@@ -1,0 +1,169 @@
+"""The results that users hold, built from checked parts of answers: arrays under the names of transformers. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from layertap._protocol import inputs
+from layertap.errors import DataLossError
+from layertap.results.embedding import Embedding
+from layertap.results.hidden_states import HiddenStates
+from layertap.results.tokens import Tokens
+from layertap.results.words import MixedRows, Words
+from layertap.types import BoolArray, FloatArray, IntArray, ModelRef, Timings
+from layertap.v1 import embedding_pb2 as pb
+
+_PER_TOKEN_FIELDS = ("tokens", "attention_mask", "token_type_ids", "special_tokens_mask", "word_ids")
+
+
+def build_embedding(
+    *,
+    header: pb.EmbedHeader,
+    options: pb.EmbedOptions,
+    arrays: dict[tuple[int, int], FloatArray],
+    messages: list[pb.Input],
+    token_counts: IntArray,
+    truncated: BoolArray,
+    timings: pb.Timings,
+    tokens: Sequence[pb.TokenizedText],
+    words: Sequence[pb.SplitText],
+    request_id: str | None = None,
+) -> Embedding:
+    """Returns whole arrays, by output index and layer, under the names that users know.
+
+    Raises:
+        DataLossError: The tokens or words that were asked for are not those of the texts.
+    """
+    if options.return_tokens and [len(text.input_ids) for text in tokens] != token_counts.tolist():
+        raise DataLossError("the tokens of the answer are not those of its texts; ask again")
+    ragged: dict[pb.RowUnit.ValueType, dict[int, FloatArray]] = {pb.ROW_UNIT_TOKEN: {}}
+    mixes: dict[pb.RowUnit.ValueType, tuple[tuple[int, ...], dict[int, FloatArray]]] = {}
+    pools: list[FloatArray] = []
+    pooler_output: FloatArray | None = None
+    for output_index, (asked, output) in enumerate(zip(options.outputs, header.outputs, strict=True)):
+        found = {layer: arrays[output_index, layer] for layer in output.layers}
+        if output.unit == pb.ROW_UNIT_TEXT:
+            if asked.HasField("pooler_output"):
+                (pooler_output,) = found.values()
+            else:
+                pools.extend(found.values())
+        elif output.mixed_layers:
+            ragged.setdefault(output.unit, {})
+            mixes[output.unit] = tuple(output.mixed_layers), found
+        else:
+            ragged.setdefault(output.unit, {}).update(found)
+
+    def rows(unit: pb.RowUnit.ValueType, counts: IntArray) -> tuple[HiddenStates, MixedRows | None]:
+        states = HiddenStates(ragged=ragged[unit], token_counts=counts, layer_count=header.layer_count)
+        if unit not in mixes:
+            return states, None
+        layers, own = mixes[unit]
+        mixed = HiddenStates(ragged=own, token_counts=counts, layer_count=header.layer_count)
+        return states, MixedRows(layers=layers, _states=mixed)
+
+    hidden_states, mixed = rows(pb.ROW_UNIT_TOKEN, token_counts)
+    split = None
+    if pb.ROW_UNIT_WORD in ragged:
+        if len(words) != len(token_counts):
+            raise DataLossError("the words of the answer are not those of its texts; ask again")
+        word_counts = np.array([len(text.piece_counts) for text in words], np.int64)
+        strings = _strings(words, messages, options.prompt or header.named_prompt)
+        split = _build_words(words, strings, *rows(pb.ROW_UNIT_WORD, word_counts))
+    return Embedding(
+        hidden_states=hidden_states,
+        pools=tuple(pools),
+        token_counts=token_counts,
+        truncated=truncated,
+        attention_mask=inputs.attention_mask(messages, token_counts),
+        model=ModelRef(model_id=header.model_id, fingerprint=header.fingerprint),
+        timings=Timings(
+            queue_time_ns=timings.queue_time_ns,
+            tokenize_time_ns=timings.tokenize_time_ns,
+            compute_time_ns=timings.compute_time_ns,
+        ),
+        request_id=request_id,
+        _pooler_output=pooler_output,
+        _mixed=mixed,
+        _words=split,
+        _tokens=build_tokens(tokens, header.pad_token_id) if options.return_tokens else None,
+    )
+
+
+def _strings(texts: Sequence[pb.SplitText], messages: list[pb.Input], prompt: str) -> tuple[tuple[str, ...], ...]:
+    """Returns the words of each text as they stand in it, after the prompt."""
+    found: list[tuple[str, ...]] = []
+    for text, message in zip(texts, messages, strict=True):
+        if message.HasField("words"):
+            found.append(tuple(message.words.words))
+            continue
+        first = prompt + message.text if message.HasField("text") else message.pair.first
+        spans = zip(text.offsets[::2], text.offsets[1::2], strict=False)
+        found.append(
+            tuple(
+                (first if place < text.first_word_count else message.pair.second)[start:end]
+                for place, (start, end) in enumerate(spans)
+            )
+        )
+    return tuple(found)
+
+
+def _build_words(
+    texts: Sequence[pb.SplitText],
+    strings: tuple[tuple[str, ...], ...],
+    vectors: HiddenStates,
+    mixed: MixedRows | None,
+) -> Words:
+    counts = vectors.token_counts.tolist()
+    fits = all(len(text.offsets) == 2 * count for text, count in zip(texts, counts, strict=True))
+    fits &= all(0 <= text.first_word_count <= count for text, count in zip(texts, counts, strict=True))
+    if not fits:
+        raise DataLossError("the words of the answer are not those of its texts; ask again")
+    return Words(
+        word_counts=vectors.token_counts,
+        piece_counts=tuple(np.array(text.piece_counts, np.int64) for text in texts),
+        offsets=tuple(np.array(text.offsets, np.int64).reshape(-1, 2) for text in texts),
+        sequence_ids=tuple(
+            (np.arange(count) >= text.first_word_count).astype(np.int64)
+            for text, count in zip(texts, counts, strict=True)
+        ),
+        _states=vectors,
+        _mixed=mixed,
+        strings=strings,
+    )
+
+
+def build_tokens(texts: Sequence[pb.TokenizedText], pad_token_id: int, *, request_id: str | None = None) -> Tokens:
+    """Returns tokenized texts as rectangular arrays; what lies past a text's tokens is padding.
+
+    Raises:
+        DataLossError: A text's lists differ in length.
+    """
+    counts = np.array([len(text.input_ids) for text in texts], np.int64)
+    for text, count in zip(texts, counts, strict=True):
+        lengths = {len(getattr(text, name)) for name in _PER_TOKEN_FIELDS}
+        if lengths != {count} or len(text.offset_mapping) != 2 * count:
+            raise DataLossError("the lists of a tokenized text differ in length; ask again")
+    shape = len(texts), int(counts.max(initial=0))
+    inside = np.arange(shape[1]) < counts[:, None]
+
+    def fill(name: str, rest: int) -> IntArray:
+        array = np.full(shape, rest, np.int64)
+        array[inside] = np.concatenate([np.array(getattr(text, name), np.int64) for text in texts])
+        return array
+
+    offsets = np.zeros((*shape, 2), np.int64)
+    offsets[inside] = np.concatenate([np.array(text.offset_mapping, np.int64).reshape(-1, 2) for text in texts])
+    return Tokens(
+        tokens=[list(text.tokens) for text in texts],
+        input_ids=fill("input_ids", pad_token_id),
+        attention_mask=fill("attention_mask", 0),
+        token_type_ids=fill("token_type_ids", 0),
+        special_tokens_mask=fill("special_tokens_mask", 1),
+        word_ids=fill("word_ids", -1),
+        offset_mapping=offsets,
+        token_counts=counts,
+        truncated=np.array([text.truncated for text in texts], np.bool_),
+        request_id=request_id,
+    )

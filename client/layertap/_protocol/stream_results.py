@@ -1,0 +1,153 @@
+"""What came for single items of a stream: many small results in one message, or one large result in frames. Pure."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+
+import numpy as np
+
+from layertap import wire
+from layertap._protocol.responses import has_words, row_counts
+from layertap.errors import DataLossError
+from layertap.types import FloatArray
+from layertap.v1 import embedding_pb2 as pb
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class TextAnswer:
+    """All that came for one item: its rows by output index and layer, and what describes them."""
+
+    arrays: dict[tuple[int, int], FloatArray]
+    token_count: int
+    truncated: bool
+    timings: pb.Timings
+    tokens: list[pb.TokenizedText]
+    words: list[pb.SplitText]
+
+
+def text_answers(
+    results: pb.StreamResults,
+    header: pb.EmbedHeader,
+    options: pb.EmbedOptions,
+    *,
+    data: memoryview,
+    offsets: list[int],
+    view: wire.View | None,
+) -> Iterator[tuple[int, TextAnswer]]:
+    """Yields the id and the answer of each item in one message.
+
+    Args:
+        results: The message.
+        header: What the stream promises.
+        options: What each item asked for.
+        data: The payload of the message.
+        offsets: Where each tensor lies in shared memory; negative: in `data`. Empty: all lie in `data`.
+        view: Access to shared memory.
+
+    Raises:
+        DataLossError: if the message does not fit the header, or contradicts itself.
+    """
+    counts = np.array(results.token_counts, np.int64)
+    lengths = {len(counts), len(results.truncated), len(results.timings)}
+    if options.return_tokens:
+        lengths.add(len(results.tokens))
+    if has_words(options):
+        lengths.add(len(results.words))
+    if lengths != {len(results.ids)} or (counts < 1).any():
+        raise DataLossError("the lists of the answer differ in length; ask again")
+    word_counts = [len(words.piece_counts) for words in results.words]
+    starts = [
+        np.cumsum([0, *row_counts(output.unit, results.token_counts, word_counts)]).tolist()
+        for output in header.outputs
+    ]
+    arrays: dict[tuple[int, int], FloatArray] = {}
+    for output_index, output in enumerate(header.outputs):
+        row_count = starts[output_index][-1]
+        size = row_count * output.row_size * wire.item_bytes(header.dtype)
+        for layer in output.layers:
+            if len(offsets) > len(arrays) and (offset := offsets[len(arrays)]) >= 0:
+                if view is None:
+                    raise DataLossError("results lie in shared memory that was not asked for; ask again")
+                payload: memoryview | wire.ByteArray = view(offset, size)
+            else:
+                payload, data = data[:size], data[size:]
+            if len(payload) != size:
+                raise DataLossError("the answer has less data than results; ask again")
+            arrays[output_index, layer] = wire.to_array(payload, (row_count, output.row_size), header.dtype)
+    if data or len(offsets) not in (0, len(arrays)):
+        raise DataLossError("the answer has more data than results; ask again")
+    for position, index in enumerate(results.ids):
+        yield (
+            index,
+            TextAnswer(
+                arrays={
+                    key: array[starts[key[0]][position] : starts[key[0]][position + 1]] for key, array in arrays.items()
+                },
+                token_count=results.token_counts[position],
+                truncated=results.truncated[position],
+                timings=results.timings[position],
+                tokens=[results.tokens[position]] if results.tokens else [],
+                words=[results.words[position]] if results.words else [],
+            ),
+        )
+
+
+class Frames:
+    """The rows of one large item, which come in order in several frames."""
+
+    def __init__(self, first: pb.StreamFrame, header: pb.EmbedHeader, bound: int) -> None:
+        """Allocates all rows of the item.
+
+        Args:
+            first: The first frame.
+            header: What the stream promises.
+            bound: The most tokens or words that the item can have.
+
+        Raises:
+            DataLossError: if the frame promises more.
+        """
+        if not (1 <= first.token_count <= bound and 0 <= first.word_count <= bound):
+            raise DataLossError(f"item {first.id} has {first.token_count} tokens; ask again")
+        self._dtype = header.dtype
+        self._counts = first.token_count, first.word_count
+        self._row_count = 0
+        self._rows: dict[tuple[int, int], FloatArray] = {}
+        for output_index, output in enumerate(header.outputs):
+            (row_count,) = row_counts(output.unit, [first.token_count], [first.word_count])
+            for layer in output.layers:
+                self._rows[output_index, layer] = wire.empty((row_count, output.row_size), header.dtype)
+
+    def add(self, frame: pb.StreamFrame, data: memoryview) -> None:
+        """Adds the rows of the next frame.
+
+        Raises:
+            DataLossError: if it is not the next one.
+        """
+        place = frame.output_index, frame.layer
+        before = sum(len(array) for key, array in self._rows.items() if key < place) + frame.first_row
+        came = frame.token_count, frame.word_count, before
+        if place not in self._rows or came != (*self._counts, self._row_count):
+            raise DataLossError(f"the frames of item {frame.id} are out of order; ask again")
+        rows = self._rows[place][frame.first_row : frame.first_row + frame.row_count]
+        wire.read_into(rows, data, self._dtype)
+        self._row_count += frame.row_count
+
+    def answer(self, last: pb.StreamFrame) -> TextAnswer:
+        """Returns the answer of the item, after its last frame.
+
+        Raises:
+            DataLossError: if rows or words are missing.
+        """
+        if self._row_count != sum(map(len, self._rows.values())):
+            raise DataLossError(f"the frames of item {last.id} are incomplete; ask again")
+        if len(last.words.piece_counts) != last.word_count:
+            raise DataLossError(f"the words of item {last.id} are not those of its frames; ask again")
+        return TextAnswer(
+            arrays=self._rows,
+            token_count=last.token_count,
+            truncated=last.truncated,
+            timings=last.timings,
+            tokens=[last.tokens] if last.HasField("tokens") else [],
+            words=[last.words] if last.HasField("words") else [],
+        )
