@@ -13,7 +13,7 @@ from typing import Any, Final, Literal, TypeAlias, TypedDict, Unpack
 import numpy as np
 import numpy.typing as npt
 
-from layertap import quantization
+from layertap import quantization, sentence_vectors
 from layertap._protocol import requests
 from layertap._protocol.inputs import check_items, to_message, to_messages
 from layertap._protocol.options import check_names, count, embed_options
@@ -35,10 +35,6 @@ TOKENS: Final = "token_embeddings"
 _FEW_TEXTS: Final = 32
 _FEW_CHARACTERS: Final = 32 << 10
 """What is asked for in one request: more would be a stream's, which no deadline can cut off."""
-
-_LEAST_LENGTH: Final = 1e-12
-"""A shorter vector is divided by this instead of its length, as torch does."""
-
 
 _TASK_PROMPTS: Final = {"query": ("query",), "document": ("document", "passage", "corpus")}
 """The prompts that a task takes where none is named: the first that the model's folder has."""
@@ -175,7 +171,7 @@ class Encoding:
             prompt_name=prompt_name,
             lower_case=config.lower_case,
         )
-        self._vectors: FloatArray | None = None
+        self._vectors: sentence_vectors.Vectors | None = None
         self._tokens: list[FloatArray | None] | None = [None] * len(self.texts) if of_tokens else None
 
     def state(self, pin: ModelPin) -> StreamState:
@@ -215,13 +211,12 @@ class Encoding:
             return matrices[0] if self._single else matrices
         if self._vectors is None:
             return np.array([])
-        vectors: Array = self._vectors
-        if self._info.sentence_config.normalize and not self._normalize:
-            _normalize(vectors)
-        if self._width is not None:
-            vectors = np.ascontiguousarray(vectors[:, : self._width])
-        if self._normalize:
-            _normalize(vectors)
+        vectors: Array = sentence_vectors.finish(
+            self._vectors,
+            model_normalizes=self._info.sentence_config.normalize,
+            dimensions=self._width or 0,
+            normalize=self._normalize,
+        )
         if self._precision != "float32":
             vectors = quantization.quantize_embeddings(vectors, precision=self._precision)
         return vectors[0] if self._single else vectors
@@ -246,8 +241,3 @@ def _texts(sentences: Iterable[Sentence]) -> list[Sentence]:
 
 def _length(sentence: Sentence) -> int:
     return len(sentence) if isinstance(sentence, str) else sum(map(len, sentence))
-
-
-def _normalize(vectors: Array) -> None:
-    lengths = np.sqrt(np.einsum("ij,ij->i", vectors, vectors))
-    vectors /= np.maximum(lengths, _LEAST_LENGTH, dtype=np.float32)[:, None]
