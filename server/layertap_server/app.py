@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 import logging
 import os
 import queue
@@ -19,6 +18,7 @@ from layertap.errors import LayertapError
 from layertap_server import lifecycle
 from layertap_server.config import Config, ConfigError
 from layertap_server.engine import cpu_threads, device, encoder
+from layertap_server.listening import open_listener
 from layertap_server.model import checkpoint
 from layertap_server.model.tokenizer import Tokenizer
 from layertap_server.observability.call_log import CallLog
@@ -28,7 +28,7 @@ from layertap_server.protocol.model_info import info_of
 from layertap_server.protocol.preprocess import Preprocessor
 from layertap_server.rpc.admission import Admission
 from layertap_server.rpc.health import HealthService
-from layertap_server.rpc.server import Listener, ListenError, ListenSettings, add_standard_services, check_port
+from layertap_server.rpc.server import Listener, ListenError, add_standard_services
 from layertap_server.rpc.service import EmbeddingService
 from layertap_server.scheduler.batcher import Batcher
 from layertap_server.scheduler.events import CallFailed, Event, RunDone
@@ -63,11 +63,18 @@ class App:
         metrics_url: Where the metrics are, once it serves; empty: nowhere.
     """
 
-    def __init__(self, config: Config, *, make_encoder: Callable[..., encoder.Encoder] = encoder.Encoder) -> None:
+    def __init__(
+        self,
+        config: Config,
+        *,
+        listener: Listener | None = None,
+        make_encoder: Callable[..., encoder.Encoder] = encoder.Encoder,
+    ) -> None:
         """Loads and warms the model.
 
         Args:
             config: Every knob.
+            listener: Where to listen; None: as the config says.
             make_encoder: What makes an encoder of a checkpoint, a device and a dtype.
 
         Raises:
@@ -76,12 +83,7 @@ class App:
         """
         self._config = config
         self.metrics_url = ""
-        try:
-            self._listener = Listener(listen_settings(config))
-            if config.metrics_port >= 0:
-                check_port(config.metrics_host, config.metrics_port, flag="--metrics-port")
-        except ListenError as exc:
-            raise ConfigError(str(exc)) from exc
+        self._listener = listener or open_listener(config)
         found = _timed(
             "found the model",
             lambda: checkpoint.find(
@@ -323,12 +325,6 @@ def _limits(config: Config) -> Limits:
         grace_time_ns=int(config.grace_s * 1e9),
         max_connection_age_ns=int(config.max_connection_age_s * 1e9),
     )
-
-
-def listen_settings(config: Config) -> ListenSettings:
-    """Returns how a server with these knobs listens."""
-    names = {field.name for field in dataclasses.fields(ListenSettings)}
-    return ListenSettings(**{name: getattr(config, name) for name in names})
 
 
 def _tracing() -> Tracing:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import dataclasses
+import functools
 import gc
 import os
 import re
@@ -42,10 +43,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     # gRPC's C core would add lines of its own to ours; what it has to say comes back as errors.
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     try:
+        from layertap_server.listening import open_listener
+
+        listener = open_listener(config)
+        # Only now, since it imports torch, which takes seconds: a wrong address is refused at once.
         from layertap_server.app import App
+    except ConfigError as exc:
+        return _fail(str(exc))
     except ModuleNotFoundError as exc:
         return _fail(_EXTRA_MISSING.format(name=exc.name))
-    return run(config, App)
+    return run(config, functools.partial(App, listener=listener))
 
 
 def run(config: Config, make_app: Callable[[Config], App]) -> int:

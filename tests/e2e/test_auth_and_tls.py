@@ -24,8 +24,8 @@ from support.authority import Authority
 from layertap import TLS, Client, LayertapError, UnauthenticatedError, UnavailableError, wire
 from layertap.v1 import embedding_pb2 as pb
 from layertap.v1 import embedding_pb2_grpc
-from layertap_server.app import listen_settings
 from layertap_server.cli import parse
+from layertap_server.listening import listen_settings
 from layertap_server.rpc import auth
 from layertap_server.rpc.server import Listener, ListenError
 from layertap_server.scheduler.hooks import NoHooks

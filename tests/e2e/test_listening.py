@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import socket
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +17,6 @@ from support import running
 
 from layertap import Client
 from layertap_server import lifecycle
-from layertap_server.app import App
-from layertap_server.config import Config, ConfigError
 from layertap_server.rpc.health import HealthService
 from layertap_server.rpc.server import ListenError, check_port, join_host_port
 
@@ -32,14 +33,23 @@ def has_ipv6() -> bool:
     return True
 
 
-@pytest.mark.parametrize("metrics", [False, True])
-def test_a_taken_port_is_found_before_the_model_is_looked_for(metrics: bool, tmp_path: Path) -> None:
+REFUSED = """
+import sys
+from layertap_server.cli import main
+code = main(sys.argv[1:])
+assert "torch" not in sys.modules
+sys.exit(code)
+"""
+
+
+@pytest.mark.parametrize("flag", ["--port", "--metrics-port"])
+def test_a_taken_port_is_refused_in_one_line_before_torch_is_imported(flag: str) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
-        port = taken.getsockname()[1]
-        knobs: Any = {"metrics_port": port} if metrics else {"port": port, "metrics_port": -1}
-        flag = "--metrics-port 0" if metrics else "--port 0"
-        with pytest.raises(ConfigError, match=rf"127.0.0.1:{port}: the port is taken.*{flag}"):
-            App(Config(model_id=str(tmp_path / "no such folder"), **{"port": 0, **knobs}))
+        port = str(taken.getsockname()[1])
+        command = [sys.executable, "-c", REFUSED, "--port", "0", flag, port]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=WAIT_S)
+    assert done.returncode == 2 and not done.stdout
+    assert re.search(rf"^.*127.0.0.1:{port}: the port is taken.*{flag} 0.*\n$", done.stderr), done.stderr
 
 
 def test_each_reason_is_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,7 +6,6 @@ import contextlib
 import re
 import shutil
 import subprocess
-import sys
 import threading
 import urllib.error
 import urllib.request
@@ -295,18 +294,3 @@ def test_a_closed_endpoint_listens_no_more_and_leaves_no_thread() -> None:
     endpoint.close()
     with pytest.raises(urllib.error.URLError):
         Exposed(endpoint.url)
-
-
-def test_a_taken_metrics_port_ends_the_start_with_one_line(url: str, tiny_folder: Path) -> None:
-    port = url.split(":")[2].split("/")[0]
-    done = subprocess.run(
-        [
-            *(sys.executable, "-m", "layertap_server.cli", "--device", "cpu", "--model-id", str(tiny_folder)),
-            *("--log-level", "error", "--port", "0", "--metrics-port", port),
-        ],
-        capture_output=True,
-        text=True,
-        timeout=WAIT_S,
-    )
-    assert done.returncode == 2 and not done.stdout
-    assert done.stderr.count("\n") == 1 and port in done.stderr and "--metrics-port 0" in done.stderr, done.stderr

@@ -10,7 +10,6 @@ import json
 import os
 import pickle
 import shutil
-import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -579,17 +578,6 @@ def test_a_hub_name_without_network(tmp_path: Path) -> None:
     done = _run("--model-id", "bert-base-uncased", "--log-level", "error", HF_HOME=str(tmp_path))
     assert done.returncode == 2 and not done.stdout
     _line(done.stderr, "bert-base-uncased", "--model-id", "network")
-
-
-def test_a_port_that_is_taken(small: Path) -> None:
-    with socket.socket() as held:
-        held.bind(("127.0.0.1", 0))
-        held.listen()
-        port = str(held.getsockname()[1])
-        done = _run("--model-id", str(small), "--device", "cpu", "--port", port, "--log-level", "error")
-    assert done.returncode == 2 and not done.stdout
-    _line(done.stderr.splitlines()[-1], f"127.0.0.1:{port}", "taken", "--port 0")
-    assert "Traceback" not in done.stderr
 
 
 def test_no_embedded_model(tmp_path: Path) -> None:
