@@ -176,6 +176,7 @@ class App:
             max_call_count=config.max_concurrent_call_count,
             max_request_bytes=config.max_queue_bytes,
             stall_timeout_s=config.stall_timeout_s,
+            idle_timeout_s=config.idle_timeout_s,
             call_log=CallLog([reader for reader in (self._metrics, self._tracing) if reader is not None]),
             hooks=hooks,
         )

@@ -110,8 +110,9 @@ class Config:
         most=1 << 40,
     )
     max_request_bytes: int = _knob(
-        64 << 20,
-        "One request message; above it gRPC itself refuses.",
+        8 << 20,
+        "One request message, also once it is decompressed; above it gRPC itself refuses. Each call under way may hold "
+        "as much of a message that is not yet whole.",
         unit="bytes",
         least=1 << 16,
         group="one request",
@@ -165,8 +166,8 @@ class Config:
     )
     max_queue_bytes: int = _knob(
         256 << 20,
-        "Request messages of calls under way, streams aside, whose messages are read only as they are needed; above it "
-        "callers are refused at once.",
+        "What the requests of calls under way take, with all that is made of them; above it callers are refused at "
+        "once, and streams wait.",
         unit="bytes",
         least=1 << 16,
         group="batches and the queue",
@@ -208,6 +209,14 @@ class Config:
     max_concurrent_call_count: int = _knob(
         256, "Calls under way at once.", unit="calls", least=1, group="batches and the queue", most=1_000_000
     )
+    max_connection_count: int = _knob(
+        256,
+        "Connections at once; more are closed as they come.",
+        unit="connections",
+        least=1,
+        group="listening",
+        most=1_000_000,
+    )
     grace_s: float = _knob(
         30.0,
         "How long running calls may take to finish after SIGTERM.",
@@ -218,7 +227,16 @@ class Config:
     )
     stall_timeout_s: float = _knob(
         60.0,
-        "How long a caller may leave its answer unread before it is dropped.",
+        "How long a request may take to come whole, and an answer may stay unread, before the call ends.",
+        unit="seconds",
+        least=0.1,
+        group="one request",
+        most=86_400,
+    )
+    idle_timeout_s: float = _knob(
+        300.0,
+        "How long an EmbedStream may send nothing while nothing is owed to it, before it ends. In a full server it "
+        "ends sooner, for a call that needs its place.",
         unit="seconds",
         least=0.1,
         group="one request",

@@ -67,20 +67,22 @@ MANY = [0] * 5_000_000
 REQUESTS = {
     "padding": ("Tokenize", pb.TokenizeRequest(inputs=[pb.Input(text="")] * 1000, pad_to=100_000, max_length=100_000)),
     "ids to decode": ("Decode", pb.DecodeRequest(texts=[pb.TokenIds(input_ids=MANY)])),
-    "ids of many texts": ("Decode", pb.DecodeRequest(texts=[pb.TokenIds(input_ids=MANY[:20_000])] * 1000)),
+    "ids of many texts": ("Decode", pb.DecodeRequest(texts=[pb.TokenIds(input_ids=MANY[:5_000])] * 1000)),
     "layers": ("Embed", options(hidden_states=pb.HiddenStates(layers=MANY))),
     "mixed layers": ("Embed", options(hidden_states=pb.HiddenStates(mix=pb.LayerMix(layers=MANY)))),
     "weights": (
         "Embed",
         options(
-            hidden_states=pb.HiddenStates(mix=pb.LayerMix(strategy=pb.MIX_STRATEGY_WEIGHTED, layers=[0], weights=MANY))
+            hidden_states=pb.HiddenStates(
+                mix=pb.LayerMix(strategy=pb.MIX_STRATEGY_WEIGHTED, layers=[0], weights=MANY[:1_500_000])
+            )
         ),
     ),
     "outputs": ("Embed", pb.EmbedRequest(inputs=[pb.Input(text="a")], options={"outputs": [pb.Output()] * 500_000})),
     "inputs": ("Embed", pb.EmbedRequest(inputs=[pb.Input(text="a")] * 500_000, options=LAST)),
     "words": (
         "Embed",
-        pb.EmbedRequest(inputs=[pb.Input(words=pb.Words(words=[""] * 5_000_000))], options=LAST),
+        pb.EmbedRequest(inputs=[pb.Input(words=pb.Words(words=[""] * 4_000_000))], options=LAST),
     ),
 }
 

@@ -1,6 +1,7 @@
 """Where calls come in and go out.
 
-How many at once, what an error becomes, how long an answer may stay unread, and how calls end when the server does.
+How many at once, what an error becomes, how long a request may take to come and an answer may stay unread, and how
+calls end when the server does. A call is admitted by its headers: nothing of its request is read before.
 `Admission.call` knows no protocol, and `Admission.answered` is its use for gRPC: calls of all protocols share the same
 limits. With `service` and `auth` the only file that knows a gRPC context. What happens to a call is noted in its
 record; see `call_log`.
@@ -12,6 +13,7 @@ import asyncio
 import contextlib
 import logging
 import time
+from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator, Mapping
 from typing import Any, Final, TypeVar
 
@@ -22,14 +24,16 @@ from layertap.errors import (
     CancelledError,
     DeadlineExceededError,
     InternalError,
+    InvalidArgumentError,
     LayertapError,
     ResourceExhaustedError,
     UnavailableError,
 )
 from layertap_server.observability.call_log import REQUEST_ID, CallLog, Record
 from layertap_server.rpc import auth
+from layertap_server.rpc.admitted_call import AdmittedCall, RequestMemory
 from layertap_server.scheduler.hooks import Hooks
-from layertap_server.types import RETRY_FULL_S, RETRY_STOPPING_S
+from layertap_server.types import RETRY_ELSEWHERE_S, RETRY_FULL_S, RETRY_STOPPING_S
 
 log = logging.getLogger(__name__)
 
@@ -41,6 +45,9 @@ _STATUS: Final = {code.value[0]: code for code in grpc.StatusCode}
 _NEAR_S: Final = 0.05
 """A caller's clock ends a call a little before ours does: what is cancelled so near to its deadline has met it."""
 
+_LEAST_IDLE_S: Final = 0.2
+"""How long a call must have been idle before another may get its place: a message that is on its way takes less."""
+
 
 class CallerLeftError(Exception):
     """A message could not be sent, because its call is gone."""
@@ -50,13 +57,16 @@ class Caller:
     """Who is at the other end of a call.
 
     Attributes:
-        record: What is known of the call.
+        call: The call.
+        record: What is known of it.
     """
 
-    def __init__(self, context: Context, record: Record, *, stall_timeout_s: float) -> None:
-        self.record = record
+    def __init__(self, context: Context, call: AdmittedCall, *, stall_timeout_s: float, idle_timeout_s: float) -> None:
+        self.call = call
+        self.record: Record = call.record
         self._context = context
         self._stall_timeout_s = stall_timeout_s
+        self._idle_timeout_s = idle_timeout_s
 
     @property
     def client(self) -> str:
@@ -75,6 +85,41 @@ class Caller:
         # grpc-stubs does not know that a call without a deadline has None.
         return None if remaining is None else time.monotonic() + remaining  # type: ignore[redundant-expr]
 
+    async def read_first(self) -> bytes:
+        """Returns the first message, and counts its bytes until the call ends.
+
+        Raises:
+            InvalidArgumentError: if there is none.
+            ResourceExhaustedError: if the requests of all calls would have too many bytes.
+        """
+        late = DeadlineExceededError(
+            f"the request did not come whole within {self._stall_timeout_s:g} s; send it faster, or in parts"
+        )
+        self.call.set_idle(self._stall_timeout_s, late)
+        message = await self.read()
+        self.call.set_busy()
+        if message is None:
+            raise InvalidArgumentError("the first message is missing; send the request, or of EmbedStream the options")
+        self.call.hold(len(message))
+        return message
+
+    async def read(self) -> bytes | None:
+        """Returns the next message; None: there is none."""
+        message = await self._context.read()
+        # grpc-stubs does not know that it may be EOF.
+        return message if isinstance(message, bytes) else None  # type: ignore[redundant-expr]
+
+    def set_idle(self, idle: bool) -> None:
+        """Notes whether a stream waits for its caller and owes no answer."""
+        if not idle:
+            self.call.set_busy()
+        elif not self.call.is_idle:
+            error = UnavailableError(
+                f"the stream was idle for {self._idle_timeout_s:g} s; open it again when there is more to send",
+                retry_after_s=RETRY_ELSEWHERE_S,
+            )
+            self.call.set_idle(self._idle_timeout_s, error)
+
     async def write(self, message: bytes) -> None:
         """Sends one message; waits while the caller does not read, but not for ever."""
         started_at_ns = time.monotonic_ns()
@@ -92,35 +137,6 @@ class Caller:
         self.record.sent_bytes += len(message)
 
 
-class AdmittedCall:
-    """A call under way, whatever its protocol.
-
-    Attributes:
-        record: What is known of it.
-        byte_count: The bytes of its request that are held.
-    """
-
-    def __init__(self, record: Record, count_bytes: Callable[[int], None]) -> None:
-        self.record = record
-        self.byte_count = 0
-        self._count_bytes = count_bytes
-
-    def add_bytes(self, byte_count: int) -> None:
-        """Counts bytes of the request that have come; they are given back when the call ends.
-
-        Raises:
-            ResourceExhaustedError: All requests together have too many.
-        """
-        self.byte_count += byte_count
-        self._count_bytes(byte_count)
-
-    def fail(self, error: LayertapError) -> LayertapError:
-        """Records the error that the call ends with; returns it with the call's request_id."""
-        self.record.fail(error)
-        error.request_id = self.record.request_id
-        return error
-
-
 class Admission:
     """What all calls of a server pass through.
 
@@ -134,6 +150,7 @@ class Admission:
         max_call_count: int,
         max_request_bytes: int,
         stall_timeout_s: float,
+        idle_timeout_s: float,
         call_log: CallLog,
         hooks: Hooks,
     ) -> None:
@@ -141,21 +158,21 @@ class Admission:
 
         Args:
             max_call_count: How many may be under way at once.
-            max_request_bytes: Bytes of their requests, streams aside.
-            stall_timeout_s: How long an answer may stay unread, in seconds.
+            max_request_bytes: Bytes that their requests may take.
+            stall_timeout_s: How long a request may take to come, and an answer may stay unread, in seconds.
+            idle_timeout_s: How long a stream may be idle, in seconds.
             call_log: Keeps their records.
             hooks: Called for refusals.
         """
-        self._max_request_bytes = max_request_bytes
-        self._request_bytes = 0
+        self._memory = RequestMemory(max_request_bytes, hooks)
         self._max_call_count = max_call_count
         self._stall_timeout_s = stall_timeout_s
+        self._idle_timeout_s = idle_timeout_s
         self._call_log = call_log
         self._hooks = hooks
-        self._calls: dict[asyncio.Task[Any], str] = {}
+        self._calls: dict[asyncio.Task[Any], AdmittedCall] = {}
         self.closed = asyncio.Event()
         self._left = asyncio.Event()
-        self._cutting = False
 
     @property
     def call_count(self) -> int:
@@ -177,9 +194,10 @@ class Admission:
 
     def cut(self) -> None:
         """Ends the calls that are under way with UNAVAILABLE."""
-        self._cutting = True
-        for task in self._calls:
-            task.cancel()
+        for call in self._calls.values():
+            call.end(
+                UnavailableError("the server could not finish in time; try another", retry_after_s=RETRY_STOPPING_S)
+            )
 
     @contextlib.contextmanager
     def call(
@@ -202,52 +220,54 @@ class Admission:
             LayertapError: The call was refused, or has failed. The error has the call's request_id.
             asyncio.CancelledError: The caller has left.
         """
-        admitted = AdmittedCall(self._call_log.open(name, client=client, metadata=metadata), self._count_bytes)
-        record = admitted.record
         task = asyncio.current_task()
         assert task is not None
-        self._calls[task] = client
+        record = self._call_log.open(name, client=client, metadata=metadata)
+        call = AdmittedCall(record, task, self._memory)
+        self._calls[task] = call
         task.add_done_callback(self._leave)
         try:
             self._check_places(client)
-            yield admitted
+            yield call
         except LayertapError as exc:
-            admitted.fail(exc)
+            call.fail(exc)
             raise
         except (CallerLeftError, asyncio.CancelledError) as exc:
-            if not self._cutting or isinstance(exc, CallerLeftError):
+            if call.ending is None or isinstance(exc, CallerLeftError):
                 record.fail(why_left())
                 raise asyncio.CancelledError from exc
             task.uncancel()
-            details = "the server could not finish in time; try another"
-            raise admitted.fail(UnavailableError(details, retry_after_s=RETRY_STOPPING_S)) from exc
+            raise call.fail(call.ending) from exc
         except Exception as exc:
             log.exception("%s failed", name, extra={"fields": {"request_id": record.request_id}})
-            raise admitted.fail(InternalError("the server failed; its log has the reason")) from exc
+            raise call.fail(InternalError("the server failed; its log has the reason")) from exc
         finally:
-            self._request_bytes -= admitted.byte_count
+            call.close()
             self._call_log.close(record)
 
     def answered(
-        self, name: str, method: Callable[[Any, Caller], Awaitable[T]]
+        self, name: str, method: Callable[[bytes, Caller], Awaitable[T]]
     ) -> Callable[[Any, Context], Awaitable[T]]:
-        """Returns a method that counts and records the calls of an RPC, and converts their errors to a status."""
+        """Returns a method that counts and records the calls of an RPC, and converts their errors to a status.
 
-        async def call(request: Any, context: Context) -> T:
+        For gRPC it is the method of an RPC whose request is a stream: of others gRPC would read the request before it
+        asks. It gets the first message and the caller.
+        """
+
+        async def answer(_: Any, context: Context) -> T:
             metadata = dict(context.invocation_metadata() or ())
             client = auth.client_of(context)
             try:
-                with self.call(name, client=client, metadata=metadata, why_left=lambda: _left(context)) as admitted:
+                with self.call(name, client=client, metadata=metadata, why_left=lambda: _left(context)) as call:
                     # Trailing: metadata sent ahead of an answer would cost small calls a quarter more.
-                    context.set_trailing_metadata(((REQUEST_ID, admitted.record.request_id),))
-                    if isinstance(request, bytes):
-                        admitted.add_bytes(len(request))
-                    answer = await method(
-                        request, Caller(context, admitted.record, stall_timeout_s=self._stall_timeout_s)
+                    context.set_trailing_metadata(((REQUEST_ID, call.record.request_id),))
+                    caller = Caller(
+                        context, call, stall_timeout_s=self._stall_timeout_s, idle_timeout_s=self._idle_timeout_s
                     )
-                    if isinstance(answer, bytes):
-                        admitted.record.sent_bytes += len(answer)
-                    return answer
+                    answered = await method(await caller.read_first(), caller)
+                    if isinstance(answered, bytes):
+                        call.record.sent_bytes += len(answered)
+                    return answered
             except LayertapError as exc:
                 error = exc
             # gRPC's own word for "retry in so many milliseconds"; -1 means never.
@@ -260,7 +280,7 @@ class Admission:
             except Exception as exc:  # The connection is gone, and gRPC would call that a fault of ours.
                 raise asyncio.CancelledError from exc
 
-        return call
+        return answer
 
     def _check_places(self, client: str) -> None:
         if self.closed.is_set():
@@ -268,33 +288,39 @@ class Admission:
             raise UnavailableError(
                 "the server is stopping; try another, or again later", retry_after_s=RETRY_STOPPING_S
             )
-        if len(self._calls) > self._call_share(client):
+        if len(self._calls) > self._call_share(client) and not self._end_idle():
             self._hooks.refused("calls")
             raise ResourceExhaustedError(
                 f"the server is full: {self._max_call_count} calls are under way; try again later",
                 retry_after_s=RETRY_FULL_S,
             )
 
-    def _count_bytes(self, byte_count: int) -> None:
-        self._request_bytes += byte_count
-        if self._request_bytes > self._max_request_bytes:
-            self._hooks.refused("request_bytes")
-            raise ResourceExhaustedError(
-                f"the server is full: the requests under way have more than {self._max_request_bytes} bytes; "
-                "try again later",
+    def _end_idle(self) -> bool:
+        """Ends the call that is idle longest, of the client with most idle ones; returns whether there was one."""
+        idle = {task: call for task, call in self._calls.items() if call.idle_s >= _LEAST_IDLE_S}
+        if not idle:
+            return False
+        counts = Counter(call.client for call in idle.values())
+        task, call = max(idle.items(), key=lambda one: (counts[one[1].client], one[1].idle_s))
+        call.end(
+            UnavailableError(
+                "the call was idle while the server was full; try again, with the whole request at once",
                 retry_after_s=RETRY_FULL_S,
             )
+        )
+        del self._calls[task]
+        return True
 
     def _call_share(self, client: str) -> int:
         """Returns how many calls there may be; the last eighth is kept for clients who have less than an eighth."""
         eighth = self._max_call_count // 8
         if len(self._calls) <= self._max_call_count - eighth:
             return self._max_call_count
-        own = sum(one == client for one in self._calls.values())
+        own = sum(call.client == client for call in self._calls.values())
         return self._max_call_count if own <= max(eighth, 1) else self._max_call_count - eighth
 
     def _leave(self, task: asyncio.Task[Any]) -> None:
-        self._calls.pop(task)
+        self._calls.pop(task, None)
         self._left.set()
 
 

@@ -15,25 +15,22 @@ import dataclasses
 import logging
 import time
 from collections import defaultdict
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import Sequence
 from typing import Final, TypeAlias
 
 from layertap.errors import InternalError, InvalidArgumentError, LayertapError, UnavailableError
 from layertap.v1 import embedding_pb2 as pb
 from layertap_server.model.tokenizer import Tokenized, Tokenizer
-from layertap_server.observability.call_log import Record
 from layertap_server.protocol.preprocess import Preprocessor, parse
 from layertap_server.protocol.stream_responses import Result, failures_of, split_run
 from layertap_server.protocol.stream_responses import messages as messages_of
+from layertap_server.rpc.admission import Caller
 from layertap_server.scheduler.call import Call
 from layertap_server.scheduler.events import CallFailed, Event, EventQueue, RowsReady, RunDone
 from layertap_server.shared_memory.segment import Lending
 from layertap_server.types import RETRY_ELSEWHERE_S
 
 log = logging.getLogger(__name__)
-
-Write = Callable[[bytes], Awaitable[None]]
-
 
 _MAX_ENTRY_COUNT: Final = 16384
 """Texts that are not yet answered, bad ones too, above which reading stops."""
@@ -86,8 +83,7 @@ class Stream:
         *,
         preprocessor: Preprocessor,
         tokenizer: Tokenizer,
-        write: Write,
-        record: Record,
+        caller: Caller,
         inbox: EventQueue[StreamEvent],
         stopping: asyncio.Event,
         lookahead_tokens: int,
@@ -108,7 +104,7 @@ class Stream:
         self.inbox = inbox
         self._in_order = options.order != pb.RESULT_ORDER_AS_FINISHED
         self._preprocessor, self._tokenizer = preprocessor, tokenizer
-        self._write, self._record, self._stopping = write, record, stopping
+        self._caller, self._record, self._stopping = caller, caller.record, stopping
         self._max_frame_bytes, self._lookahead_tokens = preprocessor.limits.max_frame_bytes, lookahead_tokens
         self._entries: dict[int, _Entry] = {}
         self._queued: dict[int, int] = {}
@@ -116,23 +112,24 @@ class Stream:
         self._parts: defaultdict[int, list[RowsReady]] = defaultdict(list)
         self._finished: list[int] = []
         self._all_read: _AllRead | None = None
-        self._ended = False
+        self._reading = self._ended = False
         self._taken = asyncio.Event()
 
-    async def run(self, requests: AsyncIterator[bytes], call: Call) -> None:
+    async def run(self, call: Call) -> None:
         """Answers every text of the call.
 
         Raises:
             LayertapError: if the call as a whole is at fault, or its answers are not read.
             UnavailableError: if the server is stopping, once it has answered what it had read.
         """
-        reader = asyncio.create_task(self._read(requests, call))
+        reader = asyncio.create_task(self._read(call))
         try:
             while not self._all_read or self._entries:
                 for event in await self.inbox.take():
                     self._note(event)
                 self._taken.set()
                 await self._send(call)
+                self._note_idle()
                 self._taken.set()
         finally:
             reader.cancel()
@@ -142,9 +139,9 @@ class Stream:
                 "the server is stopping; send what is unanswered to another", retry_after_s=RETRY_ELSEWHERE_S
             )
 
-    async def _read(self, requests: AsyncIterator[bytes], call: Call) -> None:
+    async def _read(self, call: Call) -> None:
         try:
-            while (raw := await self._next(requests)) is not None:
+            while (raw := await self._next()) is not None:
                 request = await parse(pb.EmbedStreamRequest, raw)
                 if request.WhichOneof("kind") != "inputs":
                     raise InvalidArgumentError("only the first message carries options; send inputs in each later one")
@@ -163,21 +160,24 @@ class Stream:
             log.exception("reading a stream failed")
             self.inbox.put(CallFailed(InternalError("the server failed to read the stream; its log has the reason")))
 
-    async def _next(self, requests: AsyncIterator[bytes]) -> bytes | None:
+    async def _next(self) -> bytes | None:
         """Waits for the next message; None: there is none, or the server is stopping."""
-
-        async def read() -> bytes | None:
-            return await anext(requests, None)
-
-        reading, stopping = asyncio.create_task(read()), asyncio.create_task(self._stopping.wait())
+        reading, stopping = asyncio.create_task(self._caller.read()), asyncio.create_task(self._stopping.wait())
+        self._reading = True
+        self._note_idle()
         try:
             await asyncio.wait({reading, stopping}, return_when=asyncio.FIRST_COMPLETED)
             raw = reading.result() if reading.done() else None
             self._ended = reading.done() and raw is None
             return raw
         finally:
+            self._reading = False
+            self._note_idle()
             reading.cancel()
             stopping.cancel()
+
+    def _note_idle(self) -> None:
+        self._caller.set_idle(self._reading and not self._entries)
 
     async def _admit(self, inputs: Sequence[pb.StreamInput], call: Call) -> None:
         """Tokenizes and queues texts; a text at fault gets its own error."""
@@ -258,7 +258,7 @@ class Stream:
         for message, sent in messages_of(results, self.plan, self._tokenizer, self._max_frame_bytes, self._lending):
             # A caller that has an answer may use its id again, so the id is free before the answer leaves.
             entries = [self._entries.pop(result.id) for result in sent]
-            await self._write(message)
+            await self._caller.write(message)
             for entry in entries:
                 if entry.run is not None and entry.tokenized is not None:
                     entry.run.left -= 1

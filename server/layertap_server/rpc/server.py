@@ -11,6 +11,7 @@ import logging
 import os
 import socket
 import stat
+from typing import Final
 
 import grpc
 import grpc.aio
@@ -22,6 +23,12 @@ from layertap_server.rpc.health import HealthService
 from layertap_server.scheduler.hooks import Hooks
 
 log = logging.getLogger(__name__)
+
+WINDOW_BYTES: Final = (1 << 16) - 1
+"""What a caller may send of a message before the server reads it; HTTP/2 begins with this."""
+
+MAX_STREAM_COUNT: Final = 128
+"""Calls of one connection at once; more of them wait at the client."""
 
 
 class ListenError(Exception):
@@ -42,6 +49,7 @@ class ListenSettings:
         token_file: The path of the file of tokens; empty: clients need none.
         max_request_bytes: The most bytes of one request message.
         max_concurrent_call_count: The most calls under way at once.
+        max_connection_count: The most connections at once.
         max_connection_age_s: How old a connection may get, in seconds; 0: any age.
         grace_s: How long its calls may then take, in seconds.
         keepalive_time_s: How long a connection may be silent before a ping, in seconds.
@@ -57,6 +65,7 @@ class ListenSettings:
     token_file: str
     max_request_bytes: int
     max_concurrent_call_count: int
+    max_connection_count: int
     max_connection_age_s: float
     grace_s: float
     keepalive_time_s: float
@@ -213,7 +222,11 @@ def _options(settings: ListenSettings) -> list[tuple[str, int]]:
         ("grpc.max_send_message_length", -1),
         # More of one connection wait at the client, where what they send takes none of our memory. What is above the
         # calls that are admitted is for health, and for refusing at once.
-        ("grpc.max_concurrent_streams", settings.max_concurrent_call_count + 64),
+        ("grpc.max_concurrent_streams", min(settings.max_concurrent_call_count + 64, MAX_STREAM_COUNT)),
+        ("grpc.max_allowed_incoming_connections", settings.max_connection_count),
+        # By its own measure of a fast connection gRPC would let a caller send 512 MiB to each call that reads nothing.
+        ("grpc.http2.bdp_probe", 0),
+        ("grpc.http2.lookahead_bytes", WINDOW_BYTES),
         # Two servers on one port would share its callers in silence.
         ("grpc.so_reuseport", 0),
         ("grpc.keepalive_time_ms", int(settings.keepalive_time_s * 1000)),

@@ -11,7 +11,7 @@ import asyncio
 import functools
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import Sequence
 
 import grpc
 import grpc.aio
@@ -73,14 +73,15 @@ class EmbeddingService:
     def handler(self) -> grpc.GenericRpcHandler[bytes, bytes]:
         """Returns what a gRPC server is given."""
         answered = self._admission.answered
-        unary, answer_stream = grpc.unary_unary_rpc_method_handler, grpc.unary_stream_rpc_method_handler
+        # As streams of requests, whatever the contract says: so a call is admitted before its request is read.
+        unary, answer_stream = grpc.stream_unary_rpc_method_handler, grpc.stream_stream_rpc_method_handler
         handlers = {
             "GetModelInfo": unary(answered("GetModelInfo", self._get_model_info)),
             "Tokenize": unary(answered("Tokenize", self._tokenize)),
             "Decode": unary(answered("Decode", self._decode)),
             "Embed": unary(answered("Embed", self._embed)),
             "EmbedLayers": answer_stream(answered("EmbedLayers", self._embed_layers)),
-            "EmbedStream": grpc.stream_stream_rpc_method_handler(answered("EmbedStream", self._embed_stream)),
+            "EmbedStream": answer_stream(answered("EmbedStream", self._embed_stream)),
             "ShareMemory": answer_stream(answered("ShareMemory", self._share_memory)),
         }
         return grpc.method_handlers_generic_handler(wire.SERVICE_NAME, handlers)
@@ -186,8 +187,8 @@ class EmbeddingService:
                         call.release(0, run_done=True)
         return frame_count
 
-    async def _embed_stream(self, requests: AsyncIterator[bytes], caller: Caller) -> None:
-        first = await parse(pb.EmbedStreamRequest, await anext(requests, b""))
+    async def _embed_stream(self, raw: bytes, caller: Caller) -> None:
+        first = await parse(pb.EmbedStreamRequest, raw)
         if first.WhichOneof("kind") != "options":
             raise InvalidArgumentError("the first message must carry options; send them once, before all inputs")
         with self._sharing.lend(first.options.options) as lending:
@@ -195,8 +196,7 @@ class EmbeddingService:
                 first.options,
                 preprocessor=self._preprocessor,
                 tokenizer=self._tokenizer,
-                write=caller.write,
-                record=caller.record,
+                caller=caller,
                 inbox=EventQueue(self._waker),
                 stopping=self._admission.closed,
                 lookahead_tokens=self._lookahead_tokens,
@@ -207,7 +207,7 @@ class EmbeddingService:
                 named_prompt = self._preprocessor.named_prompt(first.options.options)
                 header = responses.header(self._model, stream.plan, named_prompt=named_prompt)
                 await caller.write(pb.EmbedStreamResponse(header=header).SerializeToString())
-                await stream.run(requests, call)
+                await stream.run(call)
 
     async def _share_memory(self, raw: bytes, caller: Caller) -> None:
         await parse(pb.ShareMemoryRequest, raw)
