@@ -100,7 +100,7 @@ class Caller:
         self.call.set_busy()
         if message is None:
             raise InvalidArgumentError("the first message is missing; send the request, or of EmbedStream the options")
-        self.call.hold(len(message))
+        self.call.add_bytes(len(message))
         return message
 
     async def read(self) -> bytes | None:

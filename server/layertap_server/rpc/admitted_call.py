@@ -89,7 +89,7 @@ class AdmittedCall:
         """How long it has been idle, in seconds; 0: it is not."""
         return 0.0 if self._idle_since is None else time.monotonic() - self._idle_since
 
-    def hold(self, byte_count: int) -> None:
+    def add_bytes(self, byte_count: int) -> None:
         """Counts memory that the request takes, which is given back when the call ends.
 
         Raises:
@@ -104,7 +104,7 @@ class AdmittedCall:
         self._memory.add(self.client, byte_count)
 
     async def room(self, byte_count: int = 1) -> None:
-        """Waits until `hold` would succeed."""
+        """Waits until `add_bytes` would succeed."""
         await self._memory.room(self.client, byte_count)
 
     def set_idle(self, timeout_s: float, error: LayertapError) -> None:

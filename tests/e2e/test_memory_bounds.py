@@ -1,0 +1,143 @@
+"""What callers send counts before it is whole, silence keeps no places, and others are served meanwhile."""
+
+from __future__ import annotations
+
+import gzip
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import grpc
+import psutil
+import pytest
+from support import Server, poll, running
+from support.http2 import Connection
+
+from layertap import Client
+from layertap.v1 import embedding_pb2 as pb
+from layertap.v1 import embedding_pb2_grpc
+
+EMBED = "/layertap.v1.EmbeddingService/Embed"
+LAYERS = "/layertap.v1.EmbeddingService/EmbedLayers"
+STREAM = "/layertap.v1.EmbeddingService/EmbedStream"
+CALLS, REQUEST_BYTES = 32, 1 << 20
+STALL_S, IDLE_S = 3.0, 4.0
+MARGIN = 64 << 20
+"""What a server may grow by besides: its allocator's own."""
+
+
+@pytest.fixture(scope="module")
+def server(tiny_folder: Path) -> Iterator[Server]:
+    with running(
+        *("--device", "cpu", "--model-id", str(tiny_folder), "--log-level", "error"),
+        *("--max-concurrent-call-count", str(CALLS), "--max-request-bytes", str(REQUEST_BYTES)),
+        *("--max-queue-bytes", str(REQUEST_BYTES), "--stall-timeout-s", str(STALL_S)),
+        *("--idle-timeout-s", str(IDLE_S), "--max-connection-count", "20"),
+    ) as started:
+        with Client(started.address) as client:
+            client.embed("warm")
+        yield started
+
+
+def memory(server: Server) -> int:
+    return int(psutil.Process(server.process.pid).memory_info().rss)
+
+
+def options() -> pb.EmbedOptions:
+    return pb.EmbedOptions(outputs=[pb.Output(pooled_vectors=pb.PooledVectors())])
+
+
+def opening() -> bytes:
+    return pb.EmbedStreamRequest(options=pb.StreamOptions(options=options())).SerializeToString()
+
+
+def test_requests_that_are_not_whole_are_bounded_make_place_and_end_in_time(server: Server) -> None:
+    before = memory(server)
+    with Connection(server.address) as hostile, Client(server.address) as client:
+        for _ in range(4 * CALLS - 8):
+            hostile.open(EMBED, bytes(REQUEST_BYTES - 1), byte_count=REQUEST_BYTES)
+        hostile.pump(2.0)
+        for n in range(5):
+            started = time.monotonic()
+            assert len(client.embed(f"short {n}", timeout_s=10)) > 0
+            assert time.monotonic() - started < 2.0
+        hostile.pump(1.0)
+        assert memory(server) - before < CALLS * REQUEST_BYTES + MARGIN
+        assert hostile.initial_window <= 65_535
+        hostile.wait(4 * STALL_S, count=4 * CALLS - 8)
+        assert len(hostile.ended) == 4 * CALLS - 8, "what never becomes whole ends by itself"
+
+
+def test_what_a_call_does_not_read_stays_with_its_caller(server: Server) -> None:
+    layers = pb.EmbedOptions(outputs=[pb.Output(hidden_states=pb.HiddenStates(all_layers=True))])
+    request = pb.EmbedLayersRequest(inputs=[pb.Input(text="paris " * 500)], options=layers).SerializeToString()
+    before = memory(server)
+    with Connection(server.address) as hostile:
+        for _ in range(20):  # Their answers are not read, and they have sent all that the server reads.
+            hostile.open(LAYERS, request, bytes(8 << 20))
+        hostile.pump(2.0)
+        assert hostile.initial_window <= 65_535 and not hostile.sent_all
+        assert memory(server) - before < MARGIN
+
+
+def test_a_message_counts_by_what_it_is_decompressed_to(server: Server) -> None:
+    before = memory(server)
+    bomb = gzip.compress(bytes(256 << 20))
+    with Connection(server.address) as hostile:
+        for _ in range(8):
+            hostile.open(EMBED, bomb, compressed=True)
+        hostile.pump(5.0)
+        hostile.wait(10.0, count=8)
+        assert len(hostile.ended) == 8
+        assert all(b"grpc-status\x018" in head for head in hostile.ended.values()), "RESOURCE_EXHAUSTED"
+    assert memory(server) - before < 8 * REQUEST_BYTES + MARGIN
+
+
+def test_idle_streams_of_many_addresses_make_place_for_others(server: Server) -> None:
+    with ExitStack() as stack:
+        hostile = [stack.enter_context(Connection(server.address, host=f"127.0.0.{n}")) for n in range(2, 11)]
+        for connection in hostile:
+            for _ in range(CALLS // 8):
+                connection.open(STREAM, opening())
+            connection.pump(1.0)
+        with Client(server.address) as client:
+            poll(lambda: sum(len(one.ended) for one in hostile) or len(client.embed("a")) > 0)
+            for n in range(10):
+                started = time.monotonic()
+                assert len(client.embed(f"short {n}", timeout_s=10)) > 0
+                assert time.monotonic() - started < 2.0
+
+
+def test_a_stream_ends_after_it_was_idle_for_its_time_and_no_sooner(server: Server) -> None:
+    with grpc.insecure_channel(server.address) as channel:
+        stub = embedding_pb2_grpc.EmbeddingServiceStub(channel)
+        asked = pb.EmbedStreamRequest.FromString(opening())
+        last = pb.EmbedStreamRequest()
+        last.inputs.inputs.append(pb.StreamInput(id=1, input=pb.Input(text="paris")))
+        ended = []
+
+        def requests() -> Iterator[pb.EmbedStreamRequest]:
+            yield asked
+            yield last
+            poll(lambda: bool(ended))
+
+        started = time.monotonic()
+        with pytest.raises(grpc.RpcError) as caught:
+            try:
+                answers = list(stub.EmbedStream(requests(), timeout=60))
+                assert answers
+            finally:
+                ended.append(True)
+        assert caught.value.code() is grpc.StatusCode.UNAVAILABLE and "idle" in caught.value.details()
+        assert time.monotonic() - started >= IDLE_S
+
+
+def test_connections_above_their_number_are_closed(server: Server) -> None:
+    with ExitStack() as stack, Client(server.address) as client:
+        client.embed("a")
+        for _ in range(19):  # The client has the twentieth.
+            stack.enter_context(Connection(server.address))
+        with Connection(server.address) as another:
+            poll(lambda: another.pump(0.1) or another.closed)
+        assert len(client.embed("still served")) > 0
