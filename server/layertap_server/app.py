@@ -17,7 +17,7 @@ from layertap import wire
 from layertap.errors import LayertapError
 from layertap_server import lifecycle
 from layertap_server.config import Config, ConfigError
-from layertap_server.engine import cpu_threads, device, encoder
+from layertap_server.engine import cpu_threads, device, encoder, runtime
 from layertap_server.listening import open_listener
 from layertap_server.model import checkpoint
 from layertap_server.model.tokenizer import Tokenizer
@@ -169,7 +169,7 @@ class App:
             Segments(
                 byte_count=config.shared_memory_bytes,
                 max_count=config.max_shared_memory_call_count,
-                pin=device.pin if encoders[0].device.type == "cuda" else None,
+                pin=runtime.pin if encoders[0].device.type == "cuda" else None,
             )
         )
         self._admission = Admission(

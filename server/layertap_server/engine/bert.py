@@ -7,6 +7,7 @@ error of doing all in bfloat16. Parameter names are those of transformers' BertM
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import math
 import time
@@ -19,20 +20,50 @@ import torch
 from torch.nn import functional as F
 from transformers.activations import ACT2FN
 
-from layertap_server.engine.attention import Attention, Prepared
-from layertap_server.engine.block import Blocks, Norm, attention_output, compiled, ffn_down, ffn_up, qkv
+from layertap_server.engine.attention import CpuAttention, CpuPrepared
+from layertap_server.engine.block import Blocks, Norm, compiled
 from layertap_server.engine.block import Weights as BlockWeights
+from layertap_server.engine.device_attention import DeviceAttention
+from layertap_server.engine.device_steps import Steps, device_steps, plain_steps
+from layertap_server.engine.graphs import GraphInput, Graphs, Pass
 from layertap_server.engine.invariance import NO_PADDING, Invariance, Probe
 from layertap_server.engine.linear import Dense, Linears, dense
 from layertap_server.engine.packing import PackedBatch
+from layertap_server.engine.runtime import Runtime
+from layertap_server.engine.upload import Sent, Upload
 from layertap_server.model.checkpoint import CheckpointError
 
 log = logging.getLogger(__name__)
 
+Prepared: TypeAlias = "StepInput | GraphInput"
 Activation: TypeAlias = Callable[[torch.Tensor], torch.Tensor]
+Attention: TypeAlias = Callable[[torch.Tensor], torch.Tensor]
+"""Attends within each text. Shape: [row_count, 3 · hidden_size] to [row_count, hidden_size]."""
 Weights = dict[str, torch.Tensor]
 
 _OLD_NAMES: Final = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class StepInput:
+    """A batch that runs layer by layer, once its upload is sent.
+
+    Attributes:
+        packed_batch: The batch.
+        input_ids: Shape: [padded row count].
+        token_type_ids: Shape: [padded row count]. None: all 0.
+        position_ids: Shape: [padded row count].
+        attention: Attends within each text.
+    """
+
+    packed_batch: PackedBatch
+    input_ids: Sent
+    token_type_ids: Sent | None
+    position_ids: Sent
+    attention: Attention
+
+    def close(self) -> None:
+        """Does nothing: its layers are its own."""
 
 
 _TAIL: Final = 64
@@ -58,6 +89,7 @@ class Bert:
         *,
         device: torch.device,
         dtype: torch.dtype,
+        runtime: Runtime | None = None,
         packing: bool | None = None,
         thread_count: int = 1,
         max_thread_count: int = 1,
@@ -69,6 +101,7 @@ class Bert:
             weights: By name; emptied.
             device: Where to compute.
             dtype: What matrices are multiplied in.
+            runtime: The accelerator; None: the CPU.
             packing: Whether weights are laid out for oneDNN; None: if it pays.
             thread_count: CPU threads of each instance.
             max_thread_count: CPU threads that a lone caller should get.
@@ -82,9 +115,8 @@ class Bert:
         self._device = device
         self._dtype = dtype
         self._epsilon: float = settings.get("layer_norm_eps", 1e-12)
-        self._attention = Attention(
-            device=device, dtype=dtype, head_count=settings["num_attention_heads"], hidden_size=self.hidden_size
-        )
+        self._head_count: int = settings["num_attention_heads"]
+        self._runtime = runtime
         intermediate_size: int = settings["intermediate_size"]
         self._intermediate_size = intermediate_size
         self._activation = _activation(settings.get("hidden_act", "gelu"))
@@ -93,7 +125,7 @@ class Bert:
             dtype=dtype,
             hidden_size=self.hidden_size,
             intermediate_size=intermediate_size,
-            packing=packing,
+            packing=packing if runtime is None else False,
         )
         self._packed = linears.packed
         self._program_rows = linears.padded
@@ -140,14 +172,26 @@ class Bert:
                     output_norm=norm(f"{prefix}.output"),
                 )
             )
+        self._pooler = linear("pooler.dense", hidden, hidden) if "pooler.dense.weight" in weights else None
+        self._steps = self._find_steps()
         self._program: torch.jit.ScriptModule | None = None
-        # On cuda it is the device that steps are queued for; there compiling has nothing to save.
-        if device.type == "cpu" and self._activation is F.gelu:
-            heads = settings["num_attention_heads"]
-            self._program = compiled(Blocks(self._blocks, head_count=heads, packed=self._packed, epsilon=self._epsilon))
+        self._attention: CpuAttention | DeviceAttention
+        self._graphs: Graphs | None = None
+        if runtime is None:
+            self._attention = CpuAttention(dtype=dtype, head_count=self._head_count)
+            if self._activation is F.gelu:
+                self._program = compiled(
+                    Blocks(self._blocks, head_count=self._head_count, packed=self._packed, epsilon=self._epsilon)
+                )
             if self._program is not None:
                 self._blocks = []
-        self._pooler = linear("pooler.dense", hidden, hidden) if "pooler.dense.weight" in weights else None
+        else:
+            # Compiling saves nothing here: the host only queues the steps.
+            attention = DeviceAttention(runtime, dtype=dtype, head_count=self._head_count, hidden_size=self.hidden_size)
+            self._attention = attention
+            if attention.varlen is not None:
+                longest: int = settings["max_position_embeddings"]
+                self._graphs = Graphs(self._whole_pass(attention, longest), max_length=longest, runtime=runtime)
         self.invariance = self._probe(thread_count, max_thread_count)
 
     @property
@@ -155,22 +199,52 @@ class Bert:
         """Whether the checkpoint brought pooler weights."""
         return self._pooler is not None
 
-    def layers(self, packed_batch: PackedBatch, wanted: Sequence[int]) -> Iterator[tuple[int, torch.Tensor]]:
+    def prepare(self, packed_batch: PackedBatch, upload: Upload) -> Prepared:
+        """Adds what a batch needs to its upload; `close` must follow once its layers are not read any more."""
+        row_count = packed_batch.row_count(0)
+        pad = np.zeros(self._padded(row_count) - row_count, np.int32)
+
+        def add(array: npt.NDArray[Any]) -> Sent:
+            return upload.add(np.concatenate([array, pad], dtype=np.int32) if len(pad) else array.astype(np.int32))
+
+        ids, positions = add(packed_batch.input_ids), add(packed_batch.position_ids)
+        types = packed_batch.token_type_ids
+        graph = None if self._graphs is None else self._graphs.take(packed_batch, self.layer_count)
+        if graph is not None:
+            sent_types = add(np.zeros(row_count, np.int32) if types is None else types)
+            return GraphInput(graph, packed_batch, (ids, sent_types, positions), upload)
+        return StepInput(
+            packed_batch=packed_batch,
+            input_ids=ids,
+            token_type_ids=None if types is None else add(types),
+            position_ids=positions,
+            attention=self._attention.prepare(packed_batch.groups, upload),
+        )
+
+    def layers(self, prepared: Prepared, wanted: Sequence[int]) -> Iterator[tuple[int, torch.Tensor]]:
         """Yields layers by number, while the next is not yet computed.
 
         Args:
-            packed_batch: The batch.
+            prepared: The batch, once its upload is sent.
             wanted: Which layers, ascending; the deepest of each text is among them.
 
         Yields:
             The layer and its rows. Shape: [packed_batch.row_count(layer), hidden_size], float32.
         """
-        rows = self._embed(packed_batch)
-        attention = self._attention.prepare(packed_batch.groups)
+        packed_batch = prepared.packed_batch
+        if isinstance(prepared, GraphInput):
+            layers = prepared.run()
+            for layer in wanted:
+                yield layer, layers[layer][: packed_batch.row_count(layer)]
+            return
+        types = prepared.token_type_ids
+        rows = self._embed(
+            prepared.input_ids.tensor, None if types is None else types.tensor, prepared.position_ids.tensor
+        )
         done = 0
         for layer in wanted:
             row_count = packed_batch.row_count(layer)
-            rows = self._run(done, layer, rows[: self._padded(row_count)], attention)
+            rows = self._run(done, layer, rows[: self._padded(row_count)], prepared.attention)
             done = layer
             yield layer, rows[:row_count]
 
@@ -187,12 +261,12 @@ class Bert:
         return self._program_rows(self.invariance.padding.padded(row_count))
 
     def _probe(self, thread_count: int, max_thread_count: int) -> Invariance:
-        if self._device.type != "cpu":  # Not measured yet.
+        if self._runtime is not None:  # Not measured yet.
             return Invariance(padding=NO_PADDING, holds=False, max_thread_count=1)
         started = time.perf_counter()
         fused = self._activation is F.gelu
         probe = Probe(
-            lambda rows, groups: self._run(0, 1, rows, self._attention.prepare(groups)),
+            lambda rows, groups: self._run(0, 1, rows, self._attention.prepare(groups, Upload(None))),
             self._pool if self.has_pooler else None,
             hidden_size=self.hidden_size,
             extra=self._program_rows,
@@ -215,33 +289,71 @@ class Bert:
         assert self._pooler is not None
         return torch.tanh(dense(first_rows.to(self._dtype), self._pooler, self._packed, False)).float()
 
-    def _run(self, first: int, last: int, rows: torch.Tensor, attention: Prepared) -> torch.Tensor:
+    def _find_steps(self) -> Steps:
+        """Returns how blocks run that are not compiled."""
+        packed, fused = self._packed, self._activation is F.gelu
+        plain = plain_steps(
+            lambda rows, layer: dense(rows, layer, packed, False), self._activation, epsilon=self._epsilon
+        )
+        if self._runtime is None:
+            ffn_up = (lambda rows, layer: dense(rows, layer, packed, True)) if fused else plain.ffn_up
+            return dataclasses.replace(plain, ffn_up=ffn_up)
+        if self._dtype is torch.float32 or not self._blocks:
+            return plain
+        return device_steps(
+            plain,
+            gelu=fused,
+            epsilon=self._epsilon,
+            norm=self._norm,
+            up=self._blocks[0].intermediate,
+            runtime=self._runtime,
+        )
+
+    def _run(self, first: int, last: int, rows: torch.Tensor, attention: Attention) -> torch.Tensor:
         """Runs the blocks from `first` to before `last`. Shape: [row_count, hidden_size], float32, in and out."""
         if self._program is not None:
+            assert isinstance(attention, CpuPrepared)
             found: torch.Tensor = self._program(rows, first, last, attention.shapes, attention.masks)
             return found
-        packed, epsilon, fused = self._packed, self._epsilon, self._activation is F.gelu
-        for weights in self._blocks[first:last]:
-            rows = attention_output(attention(qkv(rows, weights, packed)), rows, weights, packed, epsilon)
-            wide = ffn_up(rows, weights, packed, fused)
-            rows = ffn_down(wide if fused else self._activation(wide), rows, weights, packed, epsilon)
+        steps, cast = self._steps, rows.to(self._dtype)
+        for block in self._blocks[first:last]:
+            context = attention(steps.linear(cast, block.qkv))
+            rows, cast = steps.add_norm(steps.linear(context, block.attended), rows, block.attended_norm)
+            output = steps.linear(steps.ffn_up(cast, block.intermediate), block.output)
+            rows, cast = steps.add_norm(output, rows, block.output_norm)
         return rows
 
-    def _embed(self, packed_batch: PackedBatch) -> torch.Tensor:
-        """Returns layer 0, and behind it the rows of the padding. Shape: [padded row count, hidden_size]."""
-        row_count = packed_batch.row_count(0)
-        pad = np.zeros(self._padded(row_count) - row_count, np.int64)
+    def _whole_pass(self, attention: DeviceAttention, longest: int) -> Pass:
+        """Returns the pass through all layers that graphs record."""
 
-        def on_device(array: npt.NDArray[Any]) -> torch.Tensor:
-            padded = np.concatenate([array, pad], dtype=array.dtype) if len(pad) else array
-            return torch.from_numpy(padded).to(self._device, non_blocking=True)
+        def run(
+            input_ids: torch.Tensor, token_type_ids: torch.Tensor, position_ids: torch.Tensor, bounds: torch.Tensor
+        ) -> list[torch.Tensor]:
+            layers = [self._embed(input_ids, token_type_ids, position_ids)]
+            for block in range(self.layer_count):
+                layers.append(
+                    self._run(block, block + 1, layers[-1], lambda qkv: attention.run_varlen(qkv, bounds, longest))
+                )
+            return layers
 
-        rows = F.embedding(on_device(packed_batch.input_ids), self._words)
-        if packed_batch.token_type_ids is None:
-            rows += self._types[0]
-        else:
-            rows += F.embedding(on_device(packed_batch.token_type_ids), self._types)
-        rows += F.embedding(on_device(packed_batch.position_ids), self._positions)
+        return run
+
+    def _embed(
+        self, input_ids: torch.Tensor, token_type_ids: torch.Tensor | None, position_ids: torch.Tensor
+    ) -> torch.Tensor:
+        """Returns layer 0.
+
+        Args:
+            input_ids: Shape: [row_count].
+            token_type_ids: Shape: [row_count]. None: all 0.
+            position_ids: Shape: [row_count].
+
+        Returns:
+            Shape: [row_count, hidden_size], float32.
+        """
+        rows = F.embedding(input_ids, self._words)
+        rows += self._types[0] if token_type_ids is None else F.embedding(token_type_ids, self._types)
+        rows += F.embedding(position_ids, self._positions)
         return F.layer_norm(rows, rows.shape[-1:], *self._norm, self._epsilon)
 
 

@@ -1,4 +1,4 @@
-"""Devices: which there are, their memory, host memory pinned for them, and what torch's errors say of them.
+"""Devices: which there are, their memory, and what torch's errors say of them.
 
 Out of memory is told by type, but for the allocator of the CPU, which has none of its own. Whether a device is lost is
 asked of the device itself: after an error that is there to stay, every further call to it fails.
@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Final
 
-import numpy as np
 import torch
 
 from layertap_server.model.checkpoint import CheckpointError
@@ -22,24 +21,6 @@ log = logging.getLogger(__name__)
 _CPU_ALLOCATOR: Final = "DefaultCPUAllocator"
 _CUDA_NO_MEMORY: Final = 2
 """cudaErrorMemoryAllocation, which pinning host memory gives as an error like any other."""
-
-
-def pin(memory: memoryview) -> Callable[[], None]:
-    """Registers host memory with cuda, so that every device copies straight into it; returns what undoes that.
-
-    Memory that cuda will not take stays what it is: copies into it are right, but slower.
-    """
-    runtime = torch.cuda.cudart()  # type: ignore[no-untyped-call]
-    address = np.frombuffer(memory, np.uint8).ctypes.data
-    portable = 1
-    if int(runtime.cudaHostRegister(address, memory.nbytes, portable)):
-        log.warning("cuda does not register shared memory of %d bytes; copies into it will be slower", memory.nbytes)
-        return lambda: None
-
-    def unpin() -> None:
-        runtime.cudaHostUnregister(address)
-
-    return unpin
 
 
 def devices(wanted: str) -> list[str]:

@@ -1,8 +1,10 @@
 """The model on one device: a batch in, its outputs layer by layer.
 
-`bert` is the model, over rows that `packing` sorts and packs; `attention` and `linear` are its fast parts;
-`layer_mix` makes one layer of several, `pooling` makes vectors of rows; `output_groups` finds what several runs ask
-for alike; `host_copy` brings numbers to the host; `device` names torch's errors.
+`bert` is the model, over rows that `packing` sorts and packs; `layer_mix` makes one layer of several, `pooling` makes
+vectors of rows; `output_groups` finds what several runs ask for alike; `upload` brings what they need to the device and
+`host_copy` brings numbers to the host; `device` names torch's errors.
+
+On an accelerator the host only queues work: from `Upload.send` to the last layer nothing waits for the device.
 """
 
 from __future__ import annotations
@@ -16,11 +18,13 @@ import torch
 from layertap_server.engine.bert import Bert, Weights, dummy_weights
 from layertap_server.engine.device import memory as device_memory
 from layertap_server.engine.device import named_errors
-from layertap_server.engine.host_copy import DTYPES, HostCopy
+from layertap_server.engine.host_copy import DTYPES, ChosenRows, HostCopy
 from layertap_server.engine.layer_mix import Mixes
 from layertap_server.engine.output_groups import OutputGroup, output_groups, wanted_layers
 from layertap_server.engine.packing import PackedBatch
-from layertap_server.engine.pooling import pool_rows, pool_words
+from layertap_server.engine.pooling import TextPooling, WordsPooling
+from layertap_server.engine.runtime import CudaRuntime, Runtime
+from layertap_server.engine.upload import Upload
 from layertap_server.model.checkpoint import Checkpoint, CheckpointError
 from layertap_server.types import OutputKind, Rows, Run
 
@@ -39,6 +43,7 @@ class Encoder:
         *,
         device: str,
         dtype: str,
+        runtime: Runtime | None = None,
         allocate: Allocate | None = None,
         packing: bool | None = None,
         thread_count: int = 1,
@@ -50,6 +55,7 @@ class Encoder:
             checkpoint: What to load.
             device: "cpu" or "cuda:N".
             dtype: What matrices are multiplied in: "float32", "bfloat16", or on cuda "float16".
+            runtime: What stands for the accelerator. None: the device's own; a CPU has none.
             allocate: Where the host buffers of answers come from; None: this module's own.
             packing: Whether weights are laid out for oneDNN on the CPU; None: if it pays.
             thread_count: CPU threads of each instance; see `use_threads`.
@@ -59,6 +65,9 @@ class Encoder:
             CheckpointError: The weights do not fit the configuration.
         """
         self.device = torch.device(device)
+        if runtime is None and self.device.type == "cuda":
+            runtime = CudaRuntime(self.device)
+        self._runtime = runtime
         if self.device.type == "cpu":
             self.use_threads(1)  # The loading thread may have no team; see `instances`.
         self._allocate = allocate
@@ -71,10 +80,13 @@ class Encoder:
                 weights,
                 device=self.device,
                 dtype=DTYPES[dtype],
+                runtime=runtime,
                 packing=packing,
                 thread_count=thread_count,
                 max_thread_count=max_thread_count,
             )
+        if runtime is not None:
+            runtime.reached().synchronize()  # Other streams do not wait for this thread's.
 
     @property
     def hidden_size(self) -> int:
@@ -117,35 +129,26 @@ class Encoder:
 
     def _encode(self, batch: Sequence[Run]) -> Iterator[Rows]:
         packed_batch = PackedBatch(batch)
-        host_copy = HostCopy(self.device, self._allocate)
+        upload = Upload(self._runtime)
+        host_copy = HostCopy(self._runtime, self._allocate)
         mixes = Mixes(batch, packed_batch)
-        groups = output_groups(batch)
+        prepared = self._bert.prepare(packed_batch, upload)
         try:
-            for layer, rows in self._bert.layers(packed_batch, wanted_layers(batch)):
+            made = [_MadeOutput(group, packed_batch, self._bert, upload) for group in output_groups(batch)]
+            upload.send()
+            for layer, rows in self._bert.layers(prepared, wanted_layers(batch)):
                 mixes.add(layer, rows)
-                for group in groups:
-                    if layer not in group.output.layers:
-                        continue
-                    values = rows if group.output.mix is None else mixes.whole(group.output.mix)
-                    if group.output.kind is OutputKind.HIDDEN_STATES:
-                        host_copy.take(values, group, layer, index=packed_batch.rows(group.run_indices))
-                    else:
-                        host_copy.take(self._vectors(values, packed_batch, group), group, layer)
+                for one in made:
+                    output = one.group.output
+                    if layer in output.layers:
+                        values = rows if output.mix is None else mixes.whole(output.mix)
+                        host_copy.take(one.of(values), one.group, layer, chosen=one.chosen)
                 yield from host_copy.done()
             yield from host_copy.rest()
         finally:
             host_copy.wait()
-
-    def _vectors(self, values: torch.Tensor, packed_batch: PackedBatch, group: OutputGroup) -> torch.Tensor:
-        """Makes of token rows what an output has a row for. Shape: [word_count or text_count of the runs, row_size]."""
-        output, runs = group.output, group.run_indices
-        if output.kind is OutputKind.POOLER_OUTPUT:
-            first = torch.from_numpy(packed_batch.first_rows(runs)).to(self.device)
-            return self._bert.pooler(values.index_select(0, first))
-        if output.word_pooling is not None:
-            return pool_words(values, packed_batch.words(runs), output.word_pooling)
-        assert output.pool is not None
-        return pool_rows(values, packed_batch.bags(runs, output.pool), output.pool, output.row_size)
+            upload.wait()
+            prepared.close()
 
     def memory(self) -> dict[str, int]:
         """Returns the bytes of the device's memory; see `device.memory`."""
@@ -155,6 +158,37 @@ class Encoder:
     def use_threads(count: int) -> None:
         """Sets how many threads the calling thread computes with on the CPU."""
         torch.set_num_threads(count)
+
+
+class _MadeOutput:
+    """How one output is made of a layer.
+
+    Attributes:
+        group: The output, and the runs that get it.
+        chosen: The rows to bring of what is made. None: all.
+    """
+
+    def __init__(self, group: OutputGroup, packed_batch: PackedBatch, bert: Bert, upload: Upload) -> None:
+        """Adds what it needs to the batch's upload."""
+        self.group = group
+        self.chosen: ChosenRows | None = None
+        self._make: Callable[[torch.Tensor], torch.Tensor] | None = None
+        output, runs = group.output, group.run_indices
+        if output.kind is OutputKind.HIDDEN_STATES:
+            self.chosen = ChosenRows(packed_batch.rows(runs), upload)
+        elif output.kind is OutputKind.POOLER_OUTPUT:
+            first_rows = upload.add(packed_batch.first_rows(runs))
+            self._make = lambda values: bert.pooler(values.index_select(0, first_rows.tensor))
+        elif output.word_pooling is not None:
+            self._make = WordsPooling(packed_batch.words(runs), output.word_pooling, upload)
+        else:
+            assert output.pool is not None
+            bags = packed_batch.bags(runs, output.pool)
+            self._make = TextPooling(bags, output.pool, output.row_size, upload)
+
+    def of(self, values: torch.Tensor) -> torch.Tensor:
+        """Makes of token rows what the output has a row for. Shape: [row_count of the output, row_size]."""
+        return values if self._make is None else self._make(values)
 
 
 def _load(checkpoint: Checkpoint) -> Weights:

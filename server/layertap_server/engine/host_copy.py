@@ -1,8 +1,8 @@
 """Numbers of the device into host buffers, in the answer's dtype, while later layers compute.
 
-On the CPU a layer is copied once, straight into its buffer. On cuda it is copied into pinned memory on a stream of
-its own; events tell when it has arrived, and nothing ever waits for the whole device. Rows that hold NaN, infinity,
-or a value too large for the answer's dtype are found here, by the largest magnitude of each.
+On the CPU a layer is copied once, straight into its buffer. On an accelerator it is copied into pinned memory beside
+the computation; events tell when it has arrived, and nothing ever waits for the whole device. Rows that hold NaN,
+infinity, or a value too large for the answer's dtype are found here, by the largest magnitude of each.
 """
 
 from __future__ import annotations
@@ -10,15 +10,17 @@ from __future__ import annotations
 import dataclasses
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Final
+from typing import Final
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from layertap.errors import InternalError, LayertapError, OutOfRangeError
 from layertap.types import ITEM_BYTES
 from layertap_server.engine.output_groups import OutputGroup
+from layertap_server.engine.packing import Indices
+from layertap_server.engine.runtime import Arrival, Runtime
+from layertap_server.engine.upload import Upload
 from layertap_server.types import Rows
 
 DTYPES: Final = {name: getattr(torch, name) for name in ITEM_BYTES}
@@ -27,39 +29,82 @@ _LIMITS: Final = {"float32": float("inf"), "float16": 65520.0, "bfloat16": 3.395
 """From here on a float32 becomes infinite when it is narrowed."""
 
 
-@dataclasses.dataclass(slots=True)
+@dataclasses.dataclass(frozen=True, slots=True, eq=False)
 class _Pending:
+    """Rows on their way.
+
+    Attributes:
+        group: The outputs that they are.
+        layer: The layer they come from.
+        data: The buffer that gets them.
+        peaks: What gets the largest magnitude of each. Shape: [row_count].
+        arrival: When they are there. None: they are.
+        read: What the copy reads; its memory must not be lent to other tensors before.
+    """
+
     group: OutputGroup
     layer: int
     data: memoryview
     peaks: torch.Tensor
-    arrived: Any
+    arrival: Arrival | None
+    read: tuple[torch.Tensor, ...] = ()
+
+
+class ChosenRows:
+    """Some rows of a batch: a part of it where they lie together, else gathered."""
+
+    def __init__(self, rows: Indices, upload: Upload) -> None:
+        """Adds what it needs to the upload.
+
+        Args:
+            rows: Which rows, in order. Shape: [row_count], not empty.
+            upload: The batch's upload.
+        """
+        self.row_count = len(rows)
+        self._first = int(rows[0])
+        together = bool((rows == np.arange(self._first, self._first + len(rows))).all())
+        self._sent = None if together else upload.add(rows)
+
+    def of(self, values: torch.Tensor) -> torch.Tensor:
+        """Returns the rows, perhaps as a view."""
+        if self._sent is None:
+            return values[self._first : self._first + self.row_count]
+        return values.index_select(0, self._sent.tensor)
+
+    def write(self, values: torch.Tensor, out: torch.Tensor) -> None:
+        """Writes the rows into a tensor of the CPU, of any dtype."""
+        if self._sent is not None and out.dtype is values.dtype:
+            torch.index_select(values, 0, self._sent.tensor, out=out)
+        else:
+            out.copy_(self.of(values))
 
 
 class HostCopy:
     """What one batch has computed and not yet handed over."""
 
-    def __init__(self, device: torch.device, allocate: Callable[[int], memoryview] | None) -> None:
-        self._pinned = device.type == "cuda"
-        self._allocate = allocate or (_pinned if self._pinned else _plain)
-        # Torch gives neither streams nor events the types of their arguments.
-        self._stream = torch.cuda.Stream(device) if self._pinned else None  # type: ignore[no-untyped-call]
+    def __init__(self, runtime: Runtime | None, allocate: Callable[[int], memoryview] | None) -> None:
+        """Starts with nothing.
+
+        Args:
+            runtime: The accelerator. None: the CPU, whose numbers are on the host already.
+            allocate: Where buffers come from. None: the runtime's host memory, or new memory.
+        """
+        self._runtime = runtime
+        self._allocate = allocate or (_plain if runtime is None else runtime.host_memory)
         self._pending: deque[_Pending] = deque()
         self._peaks: tuple[torch.Tensor, torch.Tensor] | None = None
 
-    def take(
-        self, values: torch.Tensor, group: OutputGroup, layer: int, *, index: npt.NDArray[np.int64] | None = None
-    ) -> None:
+    def take(self, values: torch.Tensor, group: OutputGroup, layer: int, *, chosen: ChosenRows | None = None) -> None:
         """Starts to bring values to the host.
 
         Args:
             values: Shape: [row_count, row_size], float32.
             group: The outputs that they are.
             layer: The layer they come from.
-            index: The rows to bring, in order; None: all.
+            chosen: The rows to bring, in order; None: all.
         """
         dtype = DTYPES[group.dtype]
-        row_count = len(values) if index is None else len(index)
+        row_count = len(values) if chosen is None else chosen.row_count
         if not row_count:  # Texts without words; there is nothing that a buffer could hold.
             self._pending.append(_Pending(group, layer, memoryview(b""), torch.empty(0), None))
             return
@@ -72,48 +117,37 @@ class HostCopy:
         if data is None:
             data = self._allocate(byte_count)
         host = torch.frombuffer(data, dtype=dtype).view(row_count, values.shape[1])
-        if index is not None and row_count == len(values) and bool((index == np.arange(row_count)).all()):
-            index = None
-        chosen = None if index is None else torch.from_numpy(index).to(values.device, non_blocking=True)
         if chosen is not None:
-            peaks = peaks.index_select(0, chosen)
-        arrived = None
-        if self._stream is None:
-            if chosen is not None and dtype is torch.float32:
-                torch.index_select(values, 0, chosen, out=host)
+            peaks = chosen.of(peaks)
+        if self._runtime is None:
+            if chosen is None:
+                host.copy_(values)
             else:
-                host.copy_(values if chosen is None else values.index_select(0, chosen))
-        else:
-            sent = (values if chosen is None else values.index_select(0, chosen)).to(dtype)
-            self._stream.wait_stream(torch.cuda.current_stream(values.device))
-            # First what may fail: a copy under way must be among the pending ones, or its end is not waited for.
-            host_peaks = torch.empty(peaks.shape, dtype=peaks.dtype, pin_memory=True)
-            with torch.cuda.stream(self._stream):
-                host.copy_(sent, non_blocking=True)
-                host_peaks.copy_(peaks, non_blocking=True)
-                sent.record_stream(self._stream)
-                peaks.record_stream(self._stream)
-                arrived, peaks = torch.cuda.Event(), host_peaks  # type: ignore[no-untyped-call]
-                arrived.record(self._stream)
-        self._pending.append(_Pending(group, layer, data, peaks, arrived))
+                chosen.write(values, host)
+            self._pending.append(_Pending(group, layer, data, peaks, None))
+            return
+        sent = (values if chosen is None else chosen.of(values)).to(dtype)
+        host_peaks = torch.frombuffer(self._runtime.host_memory(peaks.nbytes), dtype=peaks.dtype)
+        arrival = self._runtime.to_host([(host, sent), (host_peaks, peaks)])
+        self._pending.append(_Pending(group, layer, data, host_peaks, arrival, read=(sent, peaks)))
 
     def done(self) -> Iterator[Rows]:
         """Yields what has arrived, without waiting."""
-        while self._pending and (self._pending[0].arrived is None or self._pending[0].arrived.query()):
+        while self._pending and (self._pending[0].arrival is None or self._pending[0].arrival.query()):
             yield from _rows(self._pending.popleft())
 
     def rest(self) -> Iterator[Rows]:
         """Yields all that is left, waiting for each."""
         while self._pending:
-            if self._pending[0].arrived is not None:
-                self._pending[0].arrived.synchronize()
+            if self._pending[0].arrival is not None:
+                self._pending[0].arrival.synchronize()
             yield from _rows(self._pending.popleft())
 
     def wait(self) -> None:
         """Waits until nothing is being written any more; buffers that are let go of may be lent anew at once."""
         for pending in self._pending:
-            if pending.arrived is not None:
-                pending.arrived.synchronize()
+            if pending.arrival is not None:
+                pending.arrival.synchronize()
         self._pending.clear()
 
     def _row_peaks(self, values: torch.Tensor) -> torch.Tensor:
@@ -165,8 +199,3 @@ def _failure(finite: bool, layer: int, dtype: str) -> LayertapError:
 
 def _plain(byte_count: int) -> memoryview:
     return np.empty(byte_count, np.uint8).data.cast("B")
-
-
-def _pinned(byte_count: int) -> memoryview:
-    # Torch keeps freed pinned blocks and lends them again once their copies are over.
-    return torch.empty(byte_count, dtype=torch.uint8, pin_memory=True).numpy().data.cast("B")

@@ -1,0 +1,64 @@
+"""Which of several ways to compute the same thing is used: what a trial on this very device finds right and fast.
+
+A way that was written for other hardware, or that comes from a young part of torch, can be missing, wrong or slow here.
+It is compared with the plain way at start, once; the log says what was found. So a fast path can be left out, but a
+wrong one cannot be used.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from typing import Final, TypeVar
+
+import torch
+
+from layertap_server.engine.runtime import Runtime
+
+log = logging.getLogger(__name__)
+
+Way = TypeVar("Way")
+
+_CLEARLY_FASTER: Final = 1.03
+"""Ratios near 1 would fall differently at each start of a server, and two ways give different bits."""
+
+
+def better(
+    what: str,
+    plain: Way,
+    fast: Callable[[], Way],
+    trial: Callable[[Way], Sequence[torch.Tensor]],
+    *,
+    runtime: Runtime,
+    tolerance: float,
+) -> Way:
+    """Returns the fast way if it agrees with the plain one and is clearly faster, else the plain one.
+
+    Args:
+        what: Its name in the log.
+        plain: The way that is known to be right.
+        fast: Makes the other one.
+        trial: Runs a way; both get the same input, and what they return is compared.
+        runtime: The device, and its clock.
+        tolerance: The largest difference between two values that agree.
+    """
+    try:
+        way = fast()
+        pairs = zip(trial(plain), trial(way), strict=True)
+        differences = [runtime.difference(found, wanted) for wanted, found in pairs]
+        if not all(difference <= tolerance for difference in differences):  # NaN is not agreement either.
+            log.warning("%s: not used, its numbers differ by %s (at most %.1e)", what, differences, tolerance)
+            return plain
+        ratio = runtime.seconds(lambda: trial(plain)) / runtime.seconds(lambda: trial(way))
+    except Exception as exc:  # It may be missing, or refuse this device, shape or dtype in any way.
+        log.info("%s: not available here (%s: %s)", what, type(exc).__name__, exc)
+        return plain
+    used = ratio >= _CLEARLY_FASTER
+    log.info(
+        "%s: %s (%.2f times as fast, largest difference %.1e)",
+        what,
+        "used" if used else "not used",
+        ratio,
+        max(differences),
+    )
+    return way if used else plain

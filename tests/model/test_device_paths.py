@@ -1,0 +1,304 @@
+"""The engine's paths for an accelerator, on a stand-in for one: nothing waits and nothing is wrong."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from support.oracle import Oracle
+from support.simulated_gpu import SimulatedGpu, TransferCount
+
+from layertap_server.engine.encoder import Encoder
+from layertap_server.engine.fast_path import better
+from layertap_server.engine.upload import Upload
+from layertap_server.model import checkpoint
+from layertap_server.model.checkpoint import Checkpoint
+from layertap_server.parity.compare import BOUNDS
+from layertap_server.types import (
+    Mix,
+    Mixing,
+    Output,
+    OutputKind,
+    Plan,
+    Pool,
+    Rows,
+    Run,
+    Strategy,
+    Text,
+    WordPooling,
+    Words,
+)
+
+LAYER_COUNT, HIDDEN_SIZE = 3, 32
+
+
+@pytest.fixture(scope="module")
+def tiny(tiny_folder: Path) -> Checkpoint:
+    return checkpoint.find(model_id=str(tiny_folder), revision="", name="", load_format="safetensors", seed=0)
+
+
+@pytest.fixture(scope="module")
+def gpu() -> SimulatedGpu:
+    return SimulatedGpu()
+
+
+@pytest.fixture(scope="module")
+def encoder(tiny: Checkpoint, gpu: SimulatedGpu) -> Encoder:
+    return Encoder(tiny, device="cpu", dtype="bfloat16", runtime=gpu)
+
+
+def _text(length: int, *, mask: Sequence[int] | None = None, words: bool = False, types: bool = False) -> Text:
+    ids = np.random.default_rng(length).integers(5, 30_000, length).astype(np.int32)
+    halves = Words(
+        starts=np.array([0, 0]),
+        piece_counts=np.array([length // 2, 0]),
+        offsets=np.zeros((2, 2), np.int64),
+        first_word_count=2,
+    )
+    return Text(
+        ids,
+        attention_mask=None if mask is None else np.array(mask, np.int32),
+        token_type_ids=np.arange(length, dtype=np.int32) % 2 if types else None,
+        words=halves if words else None,
+    )
+
+
+def _output(kind: OutputKind, *layers: int, size: int = HIDDEN_SIZE, **more: object) -> Output:
+    return Output(kind=kind, layers=layers, row_size=size, **more)  # type: ignore[arg-type]
+
+
+ALL_LAYERS = _output(OutputKind.HIDDEN_STATES, *range(LAYER_COUNT + 1))
+EVERY_OUTPUT = [
+    ALL_LAYERS,
+    _output(OutputKind.HIDDEN_STATES, 2, mix=Mix(mixing=Mixing.MEAN, layers=(0, 2))),
+    _output(OutputKind.POOLER_OUTPUT, LAYER_COUNT),
+    *(
+        _output(
+            OutputKind.POOLED_VECTORS,
+            LAYER_COUNT,
+            size=HIDDEN_SIZE * (1 + (strategy is Strategy.MEAN_MAX)),
+            pool=Pool(strategy=strategy, normalize=strategy is Strategy.MEAN),
+        )
+        for strategy in Strategy
+    ),
+    *(
+        _output(
+            OutputKind.WORD_VECTORS,
+            1,
+            LAYER_COUNT,
+            size=HIDDEN_SIZE * (1 + (pooling is WordPooling.FIRST_LAST)),
+            word_pooling=pooling,
+        )
+        for pooling in WordPooling
+    ),
+]
+
+
+def _run(texts: Sequence[Text], *outputs: Output, dtype: str = "float32") -> Run:
+    return Run(plan=Plan(outputs=outputs, dtype=dtype), texts=texts)
+
+
+def _layers(encoder: Encoder, texts: Sequence[Text]) -> dict[int, np.ndarray]:
+    found = encoder.encode([_run(texts, ALL_LAYERS)])
+    return {rows.layer: np.frombuffer(rows.data, np.float32).reshape(-1, HIDDEN_SIZE) for rows in found}
+
+
+def _agrees(encoder: Encoder, texts: Sequence[Text], oracle: Oracle, bound: float) -> None:
+    found, start = _layers(encoder, texts), 0
+    for text in texts:
+        wanted, _ = oracle.run(text.input_ids, text.attention_mask, text.token_type_ids)
+        for layer, states in enumerate(wanted):
+            own = found[layer][start : start + text.token_count]
+            assert np.abs(own - states).max() <= bound, (layer, text.token_count)
+        start += text.token_count
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("prefers_fast", [False, True], ids=["plain ways", "fast ways"])
+def test_a_batch_is_one_upload_and_nothing_waits_for_the_device(
+    tiny: Checkpoint, dtype: str, prefers_fast: bool
+) -> None:
+    gpu = SimulatedGpu("meta", prefers_fast=prefers_fast)
+    encoder = Encoder(tiny, device="meta", dtype=dtype, runtime=gpu)
+    masked = [_text(9, mask=[1, 0] * 4 + [1]), _text(5, mask=[0] * 5)]
+    for texts in ([_text(4, words=True)], [_text(n, words=True, types=n % 2 == 0) for n in (3, 3, 40, 200)] + masked):
+        texts = [text if text.words else _text(7, words=True) for text in texts]
+        batch = [
+            _run(texts, *EVERY_OUTPUT),
+            _run(masked, _output(OutputKind.HIDDEN_STATES, 1)),
+            _run(texts[:1], ALL_LAYERS, dtype="float16"),
+        ]
+        uploads = gpu.uploads
+        with TransferCount("meta") as count:
+            found = list(encoder.encode(batch))
+        assert gpu.uploads == uploads + 1
+        assert count.operators > 50
+        assert len(found) == sum(len(output.layers) for run in batch for output in run.plan.outputs)
+
+
+def test_the_count_sees_what_it_is_for() -> None:
+    numbers = torch.zeros(3, device="meta")
+    with TransferCount("meta"):
+        with pytest.raises(AssertionError, match="mixes"):
+            torch.zeros(3).to("meta")
+        with pytest.raises(AssertionError, match="waits"):
+            float(numbers.sum())
+
+
+@pytest.mark.parametrize("varlen", [False, True], ids=["padded", "variable-length"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_every_way_of_attention_gives_what_transformers_gives(
+    tiny: Checkpoint, tiny_oracle: Oracle, dtype: str, varlen: bool
+) -> None:
+    encoder = Encoder(tiny, device="cpu", dtype=dtype, runtime=SimulatedGpu(varlen=varlen))
+    lengths = [1, 2, 7, 8, 9, 16, 17, 33, 64, 65, 127, 128, 129, 200, 256]
+    texts = [_text(length, types=length % 2 == 0) for length in lengths]
+    masks = [[1, 0, 1, 1, 0], [0] * 6, [0, 1], [1] * 30 + [0] * 3]
+    texts += [_text(len(mask), mask=mask) for mask in masks]
+    _agrees(encoder, texts, tiny_oracle, BOUNDS[dtype])
+
+
+@pytest.mark.parametrize("lengths", [[1], [64], [13, 2, 30], [60, 5], [200, 100], [3] * 64, [700]], ids=str)
+def test_graphs_run_other_batches_than_the_recorded_one(
+    gpu: SimulatedGpu, encoder: Encoder, tiny_oracle: Oracle, lengths: list[int]
+) -> None:
+    if max(lengths) > 512:
+        lengths = [length // 2 for length in lengths] * 2
+    replays = gpu.replays
+    _agrees(encoder, [_text(length) for length in lengths], tiny_oracle, BOUNDS["bfloat16"])
+    assert gpu.replays == replays + 1
+
+
+def test_what_a_graph_can_not_run_runs_layer_by_layer(gpu: SimulatedGpu, encoder: Encoder, tiny_oracle: Oracle) -> None:
+    replays = gpu.replays
+    for texts in ([_text(6, mask=[1, 1, 0, 0, 1, 1])], [_text(2)] * 65, [_text(400)] * 3):
+        _agrees(encoder, texts, tiny_oracle, BOUNDS["bfloat16"])
+    (rows,) = encoder.encode([_run([_text(4)], _output(OutputKind.HIDDEN_STATES, 1))])
+    assert rows.layer == 1 and gpu.replays == replays
+
+
+def test_two_batches_at_once_do_not_share_a_graph(gpu: SimulatedGpu, encoder: Encoder) -> None:
+    alone = _layers(encoder, [_text(20)])
+    replays = gpu.replays
+    first = encoder.encode([_run([_text(20)], ALL_LAYERS)])
+    started = [next(first)]  # Holds the graph of its size; its copies are still to be made.
+    _layers(encoder, [_text(30)])
+    assert gpu.replays == replays + 1
+    for rows in [*started, *first]:
+        np.testing.assert_array_equal(np.frombuffer(rows.data, np.float32), alone[rows.layer].reshape(-1))
+    _layers(encoder, [_text(30)])
+    assert gpu.replays == replays + 2
+
+
+def test_host_memory_is_lent_again_only_when_nothing_reads_it(tiny: Checkpoint, tiny_oracle: Oracle) -> None:
+    gpu = SimulatedGpu()
+    encoder = Encoder(tiny, device="cpu", dtype="float32", runtime=gpu)
+    kept: list[Rows] = []
+    for length in (30, 30, 31):
+        kept += encoder.encode([_run([_text(length)], ALL_LAYERS)])
+    for rows, length in zip(kept, [30] * 4 + [30] * 4 + [31] * 4, strict=True):
+        wanted, _ = tiny_oracle.run(_text(length).input_ids, None, None)
+        found = np.frombuffer(rows.data, np.float32).reshape(-1, HIDDEN_SIZE)
+        np.testing.assert_allclose(found, wanted[rows.layer], atol=BOUNDS["float32"])
+
+
+def _slower(numbers: torch.Tensor) -> torch.Tensor:
+    return numbers + 1
+
+
+def _wrong(numbers: torch.Tensor) -> torch.Tensor:
+    return numbers + 1.1
+
+
+def _raises(numbers: torch.Tensor) -> torch.Tensor:
+    raise RuntimeError("no such kernel")
+
+
+def _not_a_number(numbers: torch.Tensor) -> torch.Tensor:
+    return numbers + torch.nan
+
+
+def _missing() -> Callable[[torch.Tensor], torch.Tensor]:
+    raise ImportError("no such module")
+
+
+@pytest.mark.parametrize(
+    ("fast", "prefers_fast", "why"),
+    [
+        (lambda: _slower, False, "not used (0.50 times as fast"),
+        (lambda: _wrong, True, "its numbers differ"),
+        (lambda: _not_a_number, True, "its numbers differ"),
+        (lambda: _raises, True, "no such kernel"),
+        (_missing, True, "no such module"),
+    ],
+    ids=["slower", "wrong", "NaN", "raises", "missing"],
+)
+def test_a_fast_path_that_is_no_good_is_not_used(
+    fast: Callable[[], Callable[[torch.Tensor], torch.Tensor]],
+    prefers_fast: bool,
+    why: str,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    def plain(numbers: torch.Tensor) -> torch.Tensor:
+        return numbers + 1
+
+    with caplog.at_level("INFO"):
+        found = better(
+            "adding",
+            plain,
+            fast,
+            lambda way: [way(torch.zeros(3))],
+            runtime=SimulatedGpu(prefers_fast=prefers_fast),
+            tolerance=0.01,
+        )
+    assert found is plain
+    assert "adding" in caplog.text and why in caplog.text
+
+
+def test_a_fast_path_that_is_good_is_used() -> None:
+    found = better(
+        "adding",
+        lambda numbers: numbers + 1,
+        lambda: _slower,
+        lambda way: [way(torch.zeros(3))],
+        runtime=SimulatedGpu(),
+        tolerance=0.01,
+    )
+    assert found is _slower
+
+
+def test_an_upload_keeps_shapes_and_dtypes() -> None:
+    arrays = [
+        np.arange(5, dtype=np.int32),
+        np.zeros((0, 3), np.int64),
+        np.array([[True, False]]),
+        np.arange(6, dtype=np.float32).reshape(2, 3)[:, ::2],
+        np.array([2**40]),
+    ]
+    gpu = SimulatedGpu()
+    upload = Upload(gpu)
+    sent = [upload.add(array) for array in arrays]
+    upload.send()
+    for array, one in zip(arrays, sent, strict=True):
+        np.testing.assert_array_equal(one.tensor.numpy(), array)
+        assert one.tensor.numpy().dtype == array.dtype
+    assert gpu.uploads == 1
+    upload.wait()
+
+
+def test_a_graph_is_free_again_after_a_batch_that_failed(gpu: SimulatedGpu, encoder: Encoder) -> None:
+
+    def no_room(first_text: int, output_index: int, layer: int, byte_count: int) -> memoryview:
+        raise MemoryError
+
+    batch = [Run(plan=Plan(outputs=(ALL_LAYERS,), dtype="float32"), texts=[_text(4)], allocator=no_room)]
+    with pytest.raises(Exception, match="no memory"):
+        list(encoder.encode(batch))
+    replays = gpu.replays
+    done = threading.Event()
+    threading.Thread(target=lambda: (_layers(encoder, [_text(4)]), done.set())).start()
+    assert done.wait(60) and gpu.replays == replays + 1
