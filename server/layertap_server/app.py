@@ -96,6 +96,7 @@ class App:
         )
         self.tokenizer = _timed("loaded the tokenizer", lambda: Tokenizer(found.tokenizer_folder))
         devices = device.devices(config.device)
+        dtype = device.compute_dtype(config.dtype, devices)
         log.info(
             "layertap-server starts",
             extra={
@@ -103,13 +104,11 @@ class App:
                     "version": layertap.__version__,
                     "model_id": found.name,
                     "devices": ",".join(devices),
-                    "dtype": config.dtype,
+                    "dtype": dtype,
                     "address": self._listener.address,
                 }
             },
         )
-        if config.dtype == "float16" and devices == ["cpu"]:
-            raise ConfigError("--dtype is float16, which needs cuda; use float32 or bfloat16 on the CPU")
         threads = cpu_threads.share(instance_count=config.instances, thread_count=config.instance_threads)
         encoders = _timed(
             f"loaded the weights on {', '.join(devices)}",
@@ -117,7 +116,7 @@ class App:
                 make_encoder(
                     found,
                     device=device,
-                    dtype=config.dtype,
+                    dtype=dtype,
                     thread_count=threads.thread_count,
                     max_thread_count=threads.lone_thread_count,
                 )
@@ -130,7 +129,7 @@ class App:
         fingerprint = _timed(
             "took the fingerprint",
             lambda: found.fingerprint(
-                tokenizer=self.tokenizer.description, sentences=sentence_config.description, dtype=config.dtype
+                tokenizer=self.tokenizer.description, sentences=sentence_config.description, dtype=dtype
             ),
         )
         self.model = self.tokenizer.model_facts(found, fingerprint=fingerprint, has_pooler=encoders[0].has_pooler)
@@ -193,7 +192,7 @@ class App:
                 self.model,
                 limits=limits,
                 devices=devices,
-                dtype=config.dtype,
+                dtype=dtype,
                 sentence_config=sentence_config,
                 batch_invariant=all(one.batch_invariant for one in encoders),
             ),

@@ -53,13 +53,15 @@ class Config:
     )
     dtype: str = _knob(
         "float32",
-        "What matrices are multiplied in; the residual stream stays float32. float16 needs cuda.",
-        choices=("float32", "bfloat16", "float16"),
+        "What matrices are multiplied in; the residual stream stays float32. float32 is within 2e-5 of transformers "
+        "in every value, bfloat16 and float16 within 0.1. auto: bfloat16 on a GPU that has it, else float32. float16 "
+        "needs cuda.",
+        choices=("float32", "auto", "bfloat16", "float16"),
         group="device",
     )
     instances: int = _knob(
         0,
-        "Engine threads on the CPU. 0: one for each core; cuda has one for each device.",
+        "Engine threads on the CPU. 0: one for each core; cuda has two for each device.",
         least=0,
         group="device",
         most=1024,

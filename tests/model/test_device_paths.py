@@ -11,6 +11,7 @@ import pytest
 import torch
 from support.oracle import Oracle
 from support.simulated_gpu import SimulatedGpu, TransferCount
+from torch.nn import functional as F
 
 from layertap_server.engine.encoder import Encoder
 from layertap_server.engine.fast_path import better
@@ -204,6 +205,22 @@ def test_host_memory_is_lent_again_only_when_nothing_reads_it(tiny: Checkpoint, 
         wanted, _ = tiny_oracle.run(_text(length).input_ids, None, None)
         found = np.frombuffer(rows.data, np.float32).reshape(-1, HIDDEN_SIZE)
         np.testing.assert_allclose(found, wanted[rows.layer], atol=BOUNDS["float32"])
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no cuda")
+@pytest.mark.parametrize("size", [32, 100, 768])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_kernel_of_residual_and_norm(size: int, dtype: torch.dtype) -> None:
+    from layertap_server.engine.norm_kernel import add_norm
+
+    generator = torch.Generator().manual_seed(0)
+    added, rows = (torch.randn(5, size, generator=generator).cuda() for _ in range(2))
+    weight, bias = (torch.randn(size, generator=generator).cuda() for _ in range(2))
+    found, cast = add_norm(added.to(dtype), rows, weight, bias, 1e-12)
+    wanted = F.layer_norm(added.to(dtype).float() + rows, [size], weight, bias, 1e-12)
+    torch.testing.assert_close(found, wanted, atol=1e-5, rtol=0)
+    assert cast.dtype is dtype and torch.equal(cast, found.to(dtype))
 
 
 def _slower(numbers: torch.Tensor) -> torch.Tensor:

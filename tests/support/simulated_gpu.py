@@ -6,6 +6,7 @@ host starts as garbage. On torch's `meta` device, which has shapes and no number
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -16,7 +17,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from layertap_server.engine.pinned_memory import PinnedMemory
-from layertap_server.engine.runtime import Arrival, Copies
+from layertap_server.engine.runtime import Arrival, Copies, relative_difference
 
 GARBAGE = 0xA5
 
@@ -81,6 +82,9 @@ class SimulatedGpu:
             copies = ()
         return _Copy(copies)
 
+    def queue(self) -> contextlib.AbstractContextManager[object]:
+        return contextlib.nullcontext()
+
     def reached(self) -> Arrival:
         return _Copy(())
 
@@ -91,9 +95,9 @@ class SimulatedGpu:
 
         return replay
 
-    def difference(self, one: torch.Tensor, other: torch.Tensor) -> float:
-        assert one.shape == other.shape and one.dtype == other.dtype
-        return 0.0 if self.device.type == "meta" else float((one.float() - other.float()).abs().max())
+    def difference(self, found: torch.Tensor, wanted: torch.Tensor) -> float:
+        assert found.shape == wanted.shape and found.dtype == wanted.dtype
+        return 0.0 if self.device.type == "meta" else relative_difference(found, wanted)
 
     def seconds(self, work: Callable[[], object]) -> float:
         work()

@@ -1,6 +1,7 @@
-"""How many instances compute on the CPU, and with how many threads each.
+"""How many instances compute, and on the CPU with how many threads each.
 
-On cuda there is one instance for each device. On the CPU several instances with one thread each share the weights:
+On cuda there are two instances for each device: while the numbers of one batch are brought to the host and handed over,
+the device computes the other's. On the CPU several instances with one thread each share the weights:
 that is faster than one instance with several threads. A small batch of one caller that comes while all instances are
 idle gets all cores, if it falls to the first instance, which the batcher wakes first. Only one instance may have a team
 of threads: the threads of OpenMP wait for each other awake, which pays only while the process has no more of them than
@@ -22,6 +23,7 @@ from layertap_server.types import Encode, Rows, Run
 log = logging.getLogger(__name__)
 
 _MAX_CPU_INSTANCES: Final = 4
+_INSTANCES_PER_DEVICE: Final = 2
 _LONE_TOKENS: Final = 256
 """Up to so many tokens a lone caller gets all cores; of more, other instances take their share."""
 
@@ -66,7 +68,7 @@ def make(encoders: Sequence[Encoder], threads: CpuThreads) -> list[Encode]:
         threads: How the cores are shared, if the device is the CPU.
     """
     if encoders[0].device.type != "cpu":
-        return [encoder.encode for encoder in encoders]
+        return [encoder.encode_beside() for encoder in encoders for _ in range(_INSTANCES_PER_DEVICE)]
     (encoder,) = encoders
     log.info("%d instances with %d threads each", threads.instance_count, threads.thread_count)
     instances = _CpuInstances(encoder, threads.thread_count)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Final
 
 import torch
@@ -19,6 +19,8 @@ from layertap_server.types import DeviceLostError, OutOfMemoryError
 log = logging.getLogger(__name__)
 
 _CPU_ALLOCATOR: Final = "DefaultCPUAllocator"
+_BFLOAT16_CAPABILITY: Final = (8, 0)
+"""From this compute capability on, cuda devices multiply bfloat16 in tensor cores."""
 _CUDA_NO_MEMORY: Final = 2
 """cudaErrorMemoryAllocation, which pinning host memory gives as an error like any other."""
 
@@ -45,6 +47,25 @@ def devices(wanted: str) -> list[str]:
             "use --device cpu"
         )
     return chosen
+
+
+def compute_dtype(wanted: str, devices: Sequence[str]) -> str:
+    """Returns the dtype to compute in.
+
+    Args:
+        wanted: A dtype's name, or "auto": bfloat16 where every device is a GPU that has it, else float32. CPUs with
+            instructions for bfloat16 compute in it when it is named.
+        devices: The devices to use.
+
+    Raises:
+        CheckpointError: float16 is wanted on the CPU.
+    """
+    if wanted == "float16" and "cpu" in devices:
+        raise CheckpointError("--dtype is float16, which needs cuda; use float32 or bfloat16 on the CPU")
+    if wanted != "auto":
+        return wanted
+    capable = all(name != "cpu" and torch.cuda.get_device_capability(name) >= _BFLOAT16_CAPABILITY for name in devices)
+    return "bfloat16" if capable else "float32"
 
 
 def memory(device: torch.device) -> dict[str, int]:

@@ -26,7 +26,7 @@ from layertap_server.engine.pooling import TextPooling, WordsPooling
 from layertap_server.engine.runtime import CudaRuntime, Runtime
 from layertap_server.engine.upload import Upload
 from layertap_server.model.checkpoint import Checkpoint, CheckpointError
-from layertap_server.types import OutputKind, Rows, Run
+from layertap_server.types import Encode, OutputKind, Rows, Run
 
 log = logging.getLogger(__name__)
 
@@ -149,6 +149,18 @@ class Encoder:
             host_copy.wait()
             upload.wait()
             prepared.close()
+
+    def encode_beside(self) -> Encode:
+        """Returns `encode` for one more thread, whose batches an accelerator runs beside those of others."""
+        if self._runtime is None:
+            return self.encode
+        queue = self._runtime.queue()
+
+        def encode(batch: Sequence[Run]) -> Iterator[Rows]:
+            with queue:
+                yield from self.encode(batch)
+
+        return encode
 
     def memory(self) -> dict[str, int]:
         """Returns the bytes of the device's memory; see `device.memory`."""

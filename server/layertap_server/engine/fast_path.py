@@ -40,7 +40,7 @@ def better(
         fast: Makes the other one.
         trial: Runs a way; both get the same input, and what they return is compared.
         runtime: The device, and its clock.
-        tolerance: The largest difference between two values that agree.
+        tolerance: The largest difference between results that agree, as a part of the largest value.
     """
     try:
         way = fast()

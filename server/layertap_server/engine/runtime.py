@@ -6,6 +6,7 @@ A CPU has no runtime: its tensors are the host's own. Everything that behaves ot
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Callable, Sequence
 from typing import Any, Final, Protocol
@@ -56,14 +57,17 @@ class Runtime(Protocol):
     def to_host(self, copies: Copies) -> Arrival:
         """Starts to copy what is computed so far; later work does not wait. Both sides must live until it is done."""
 
+    def queue(self) -> contextlib.AbstractContextManager[object]:
+        """Returns a queue of the device's work for one thread: what is queued inside runs beside other queues' work."""
+
     def reached(self) -> Arrival:
-        """Returns the point in the device's work up to which everything is queued now."""
+        """Returns the point in this thread's queue up to which everything is queued now."""
 
     def capture(self, work: Callable[[], None]) -> Callable[[], None]:
         """Records the device's part of some work, which must be the same each time; returns what repeats it."""
 
-    def difference(self, one: torch.Tensor, other: torch.Tensor) -> float:
-        """Returns the largest difference between two tensors, NaN where one has it; waits for the device."""
+    def difference(self, found: torch.Tensor, wanted: torch.Tensor) -> float:
+        """Returns the largest difference from what is wanted, as a part of the largest value; waits for the device."""
 
     def seconds(self, work: Callable[[], object]) -> float:
         """Returns how long the device takes for some work: the median of several runs, after one that is not timed."""
@@ -92,6 +96,10 @@ class CudaRuntime:
                 host.copy_(sent, non_blocking=True)
             return _event(self._copies)
 
+    def queue(self) -> contextlib.AbstractContextManager[object]:
+        """See `Runtime`."""
+        return torch.cuda.stream(torch.cuda.Stream(self.device))  # type: ignore[no-untyped-call]
+
     def reached(self) -> Arrival:
         """See `Runtime`."""
         return _event(torch.cuda.current_stream(self.device))
@@ -103,9 +111,9 @@ class CudaRuntime:
             work()
         return graph.replay
 
-    def difference(self, one: torch.Tensor, other: torch.Tensor) -> float:
+    def difference(self, found: torch.Tensor, wanted: torch.Tensor) -> float:
         """See `Runtime`."""
-        return float((one.float() - other.float()).abs().max())
+        return relative_difference(found, wanted)
 
     def seconds(self, work: Callable[[], object]) -> float:
         """See `Runtime`."""
@@ -119,6 +127,12 @@ class CudaRuntime:
             ended.synchronize()
             times.append(started.elapsed_time(ended) / 1e3)
         return float(np.median(times))
+
+
+def relative_difference(found: torch.Tensor, wanted: torch.Tensor) -> float:
+    """Returns the largest difference as a part of the largest wanted value; NaN if either has one. Any shape."""
+    wanted = wanted.float()
+    return float((found.float() - wanted).abs().max() / wanted.abs().max())
 
 
 def _event(stream: torch.cuda.Stream, *, timed: bool = False) -> torch.cuda.Event:
