@@ -170,7 +170,7 @@ class Tokenizer:
 
     def encode(
         self,
-        items: Sequence[Item],
+        items: Sequence[Item | LayertapError],
         *,
         labels: Sequence[str],
         max_length: int,
@@ -181,7 +181,7 @@ class Tokenizer:
         """Tokenizes texts.
 
         Args:
-            items: The texts.
+            items: The texts; an error in the place of one is returned as it is.
             labels: What to call each in an error, such as "inputs[3]".
             max_length: The most tokens of one text, special tokens counted.
             truncation: "error", "right" or "left".
@@ -192,31 +192,33 @@ class Tokenizer:
             For each text its tokens, or why it is refused.
         """
         engine = self._lowering if lower_case else self._engine
-        results: list[Tokenized | LayertapError | None] = [None] * len(items)
+        results: list[Tokenized | LayertapError | None] = [
+            Tokenized(text=item) if isinstance(item, Text) else item if isinstance(item, LayertapError) else None
+            for item in items
+        ]
         for pretokenized in (False, True):
             chosen = [
-                n
+                (n, item)
                 for n, item in enumerate(items)
-                if not isinstance(item, Text) and isinstance(item, list) == pretokenized
+                if not isinstance(item, (Text, LayertapError)) and isinstance(item, list) == pretokenized
             ]
+            if not chosen:
+                continue
             encodings = engine.encode_each(
-                [items[n] for n in chosen], [labels[n] for n in chosen], pretokenized, add_special_tokens
+                [item for _, item in chosen], [labels[n] for n, _ in chosen], pretokenized, add_special_tokens
             )
-            for n, encoding in zip(chosen, encodings, strict=True):
+            for (n, item), encoding in zip(chosen, encodings, strict=True):
                 if isinstance(encoding, LayertapError):
                     results[n] = encoding
                 elif (count := len(encoding)) <= max_length:
-                    results[n] = engine.tokenized(encoding, items[n], False)
+                    results[n] = engine.tokenized(encoding, item, False)
                 elif truncation == "error":
                     results[n] = InvalidArgumentError(
                         f"{labels[n]} has {count} tokens, max_length is {max_length}; shorten it, or cut it with "
                         "truncation right or left"
                     )
                 else:
-                    results[n] = engine.cut(items[n], labels[n], max_length, truncation, add_special_tokens)
-        for n, item in enumerate(items):
-            if isinstance(item, Text):
-                results[n] = Tokenized(text=item)
+                    results[n] = engine.cut(item, labels[n], max_length, truncation, add_special_tokens)
         return [result for result in results if result is not None]
 
     def sentence_config(self, checkpoint: Checkpoint) -> SentenceConfig:

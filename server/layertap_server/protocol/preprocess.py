@@ -2,24 +2,17 @@
 
 Embed, EmbedLayers, EmbedStream and Tokenize all enter here, and each check is made once, in this order: options, count,
 each text, its tokens. Rules:
-- Inputs are read and tokenized in slices, each at most one piece of work of a thread. Slices of several callers
-  alternate, and a caller that has left costs at most the slice under way.
-- Short work stays on the event loop: a thread would cost more than the work.
+- Inputs are read and tokenized in slices, long ones in threads; see `offload`.
 - Plans are cached by their known fields, up to a size: a request cannot make the cache hold more than it states here.
 """
 
 from __future__ import annotations
 
-import asyncio
 import dataclasses
 import functools
-import os
 import time
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Sequence
 from typing import Final, TypeVar
-
-from google.protobuf.message import DecodeError, Message
 
 from layertap.errors import InvalidArgumentError, LayertapError
 from layertap.v1 import embedding_pb2 as pb
@@ -29,21 +22,20 @@ from layertap_server.model.tokenizer import Item, Tokenized, Tokenizer
 from layertap_server.observability.call_log import Record
 from layertap_server.protocol import output_spec, validation
 from layertap_server.protocol.limits import Limits
+from layertap_server.protocol.offload import Slices
 from layertap_server.types import Plan, Text
 
-MessageT = TypeVar("MessageT", bound=Message)
 T = TypeVar("T")
 Result = Tokenized | LayertapError
 
-LARGE_BYTES: Final = 64 << 10
-"""Parsing and packing of more leave the event loop."""
-_LARGE_INPUT_BYTES: Final = 4 << 10
-"""Likewise for tokenizing."""
 _SLICE_BYTES: Final = 64 << 10
-"""Inputs that are tokenized at once; a longer text is a slice of its own."""
-_SLICE_TEXTS: Final = 256
+"""Inputs that are tokenized at once."""
+_LARGE_SLICE_BYTES: Final = 4 << 10
+"""Tokenizing of more leaves the event loop."""
 _SLICE_IDS: Final = 16 << 10
-"""What is decoded at once, in token ids."""
+"""Token ids that are decoded at once."""
+_LARGE_SLICE_IDS: Final = 256
+"""Decoding of more leaves the event loop."""
 
 _CACHED_OPTIONS: Final = 256
 _MAX_KEY_BYTES: Final = 4 << 10
@@ -77,7 +69,7 @@ class Preprocessor:
         self.limits = limits
         self._sentences = sentences
         self._tokenizer = tokenizer
-        self._executor = ThreadPoolExecutor(max(2, os.cpu_count() or 1), thread_name_prefix="tokenize")
+        self._slices = Slices()
         self._cached = functools.lru_cache(_CACHED_OPTIONS)(self._parse_options)
 
     def options(self, options: pb.EmbedOptions) -> Options:
@@ -89,11 +81,12 @@ class Preprocessor:
         """
         if options.ByteSize() > _MAX_KEY_BYTES:
             return self._resolve(options)
-        known = pb.EmbedOptions()
-        known.CopyFrom(options)
-        known.ClearField("shared_memory")  # It is another in each call, and changes nothing here.
-        known.DiscardUnknownFields()
-        return self._cached(known.SerializeToString(deterministic=True))
+        if options.HasField("shared_memory"):  # It is another in each call, and changes nothing here.
+            shared, options = options, pb.EmbedOptions()
+            options.CopyFrom(shared)
+            options.ClearField("shared_memory")
+        options.DiscardUnknownFields()
+        return self._cached(options.SerializeToString(deterministic=True))
 
     def named_prompt(self, options: pb.EmbedOptions) -> str:
         """Returns the prompt that options name; empty if they name none."""
@@ -115,24 +108,22 @@ class Preprocessor:
         """
         resolved = self.options(options)
         validation.check_text_count(len(inputs), self.limits)
-        texts: list[Tokenized] = []
         labels = [f"{label}[{n}]" for n in range(len(inputs))]
-        started_at_ns = time.monotonic_ns()
-        for part, size in _slices(inputs):
-            texts += _all_good(await self._slice(inputs[part], resolved, labels[part], size))
-        record.tokenize.note(started_at_ns, time.monotonic_ns())
-        return resolved.plan, texts
+
+        def work(part: slice) -> list[Tokenized]:
+            return _all_good(self._results(inputs[part], labels[part], resolved))
+
+        return resolved.plan, await self._run(work, inputs, record)
 
     async def embed_each(
         self, inputs: Sequence[pb.Input], options: Options, labels: Sequence[str], record: Record
     ) -> list[Result]:
         """Returns for each text of a stream its tokens, or why it alone is refused."""
-        results: list[Result] = []
-        started_at_ns = time.monotonic_ns()
-        for part, size in _slices(inputs):
-            results += await self._slice(inputs[part], options, labels[part], size)
-        record.tokenize.note(started_at_ns, time.monotonic_ns())
-        return results
+
+        def work(part: slice) -> list[Result]:
+            return self._results(inputs[part], labels[part], options)
+
+        return await self._run(work, inputs, record)
 
     async def tokenize(self, request: pb.TokenizeRequest, record: Record) -> list[Tokenized]:
         """Returns the texts of a Tokenize request.
@@ -147,30 +138,28 @@ class Preprocessor:
         truncation = validation.truncation(request.truncation)
         labels = [f"inputs[{request.first_text + n}]" for n in range(len(inputs))]
 
-        def work(part: slice) -> list[Result]:
+        token_count = 0
+
+        def work(part: slice) -> list[Tokenized]:
+            nonlocal token_count
             items = [self._item(one, label) for one, label in zip(inputs[part], labels[part], strict=True)]
             for label, item in zip(labels[part], items, strict=True):
-                if isinstance(item, LayertapError):
-                    raise item
                 if isinstance(item, Text):
                     raise InvalidArgumentError(f"{label} is token ids already; send text, or ask Decode for its string")
-            return self._tokenizer.encode(
-                [item for item in items if not isinstance(item, LayertapError)],
-                labels=labels[part],
-                max_length=max_length,
-                truncation=truncation,
-                add_special_tokens=not request.omit_special_tokens,
+            texts = _all_good(
+                self._tokenizer.encode(
+                    items,
+                    labels=labels[part],
+                    max_length=max_length,
+                    truncation=truncation,
+                    add_special_tokens=not request.omit_special_tokens,
+                )
             )
-
-        texts: list[Tokenized] = []
-        token_count = 0
-        started_at_ns = time.monotonic_ns()
-        for part, size in _slices(inputs):
-            found = _all_good(await self._offload(functools.partial(work, part), in_thread=size > _LARGE_INPUT_BYTES))
-            token_count += sum(max(one.text.token_count, request.pad_to) for one in found)
+            token_count += sum(max(one.text.token_count, request.pad_to) for one in texts)
             validation.check_answered_tokens(token_count, limits)
-            texts += found
-        record.tokenize.note(started_at_ns, time.monotonic_ns())
+            return texts
+
+        texts = await self._run(work, inputs, record)
         record.take([one.text for one in texts])
         return texts
 
@@ -184,25 +173,23 @@ class Preprocessor:
         record.text_count += len(counts)
         record.token_count += sum(counts)
 
+        byte_count, most = 0, self.limits.max_response_bytes
+
         def work(part: slice) -> list[str]:
+            nonlocal byte_count
             ids = [
                 validation.ids(text, f"texts[{part.start + n}]", self.model).tolist()
                 for n, text in enumerate(request.texts[part])
             ]
-            return self._tokenizer.decode(ids, skip_special_tokens=request.skip_special_tokens)
-
-        texts: list[str] = []
-        left = self.limits.max_response_bytes
-        for part, size in _cut(counts, _SLICE_IDS):
-            found = await self._offload(functools.partial(work, part), in_thread=size > 256)
-            left -= sum(len(text.encode()) + 6 for text in found)
-            if left < 0:
+            texts = self._tokenizer.decode(ids, skip_special_tokens=request.skip_special_tokens)
+            byte_count += sum(len(text.encode()) + 6 for text in texts)
+            if byte_count > most:
                 raise InvalidArgumentError(
-                    f"the answer has more than {self.limits.max_response_bytes} bytes, the most of one answer; "
-                    "send fewer texts at once"
+                    f"the answer has more than {most} bytes, the most of one answer; send fewer texts at once"
                 )
-            texts += found
-        return texts
+            return texts
+
+        return await self._slices.run(work, counts, most=_SLICE_IDS, large=_LARGE_SLICE_IDS)
 
     def _parse_options(self, options: bytes) -> Options:
         return self._resolve(pb.EmbedOptions.FromString(options))
@@ -222,34 +209,24 @@ class Preprocessor:
             lower_case=options.lower_case,
         )
 
-    async def _slice(
-        self, inputs: Sequence[pb.Input], options: Options, labels: Sequence[str], size: int
-    ) -> list[Result]:
-        """Returns the results of texts that are one piece of work."""
+    async def _run(self, work: Callable[[slice], list[T]], inputs: Sequence[pb.Input], record: Record) -> list[T]:
+        """Returns what tokenizing gives for all inputs, and notes the time that it took."""
+        sizes = [one.ByteSize() for one in inputs]
+        started_at_ns = time.monotonic_ns()
+        results = await self._slices.run(work, sizes, most=_SLICE_BYTES, large=_LARGE_SLICE_BYTES)
+        record.tokenize.note(started_at_ns, time.monotonic_ns())
+        return results
 
-        def work() -> list[Result]:
-            results: list[Result | None] = []
-            items: list[Item] = []
-            for message, label in zip(inputs, labels, strict=True):
-                item = self._item(message, label, options.prompt)
-                results.append(item if isinstance(item, LayertapError) else None)
-                if not isinstance(item, LayertapError):
-                    items.append(item)
-            encoded = iter(
-                self._tokenizer.encode(
-                    items,
-                    labels=[label for label, result in zip(labels, results, strict=True) if result is None],
-                    max_length=options.max_length,
-                    truncation=options.truncation,
-                    lower_case=options.lower_case,
-                )
-            )
-            return [
-                self._checked(options.plan, next(encoded), label) if result is None else result
-                for result, label in zip(results, labels, strict=True)
-            ]
-
-        return await self._offload(work, in_thread=size > _LARGE_INPUT_BYTES)
+    def _results(self, inputs: Sequence[pb.Input], labels: Sequence[str], options: Options) -> list[Result]:
+        items = [self._item(one, label, options.prompt) for one, label in zip(inputs, labels, strict=True)]
+        results = self._tokenizer.encode(
+            items,
+            labels=labels,
+            max_length=options.max_length,
+            truncation=options.truncation,
+            lower_case=options.lower_case,
+        )
+        return [self._checked(options.plan, one, label) for one, label in zip(results, labels, strict=True)]
 
     def _item(self, message: pb.Input, label: str, prompt: str = "") -> Item | LayertapError:
         try:
@@ -268,45 +245,7 @@ class Preprocessor:
         except LayertapError as exc:
             return exc
         # The tokenizer's own result is many times the size of the ids: it is kept only for an answer that needs it.
-        return checked if plan.return_tokens else dataclasses.replace(checked, encoding=None)
-
-    async def _offload(self, work: Callable[[], T], *, in_thread: bool) -> T:
-        return await asyncio.get_running_loop().run_in_executor(self._executor, work) if in_thread else work()
-
-
-async def parse(kind: type[MessageT], raw: bytes) -> MessageT:
-    """Returns a message.
-
-    Raises:
-        InvalidArgumentError: if the bytes are no such message.
-    """
-    try:
-        return await offload(lambda: kind.FromString(raw), in_thread=len(raw) > LARGE_BYTES)
-    except DecodeError as exc:
-        raise InvalidArgumentError(
-            f"the request is no {kind.DESCRIPTOR.name}; send what the contract describes"
-        ) from exc
-
-
-async def offload(work: Callable[[], T], *, in_thread: bool) -> T:
-    """Returns what some work gives, done in a thread if it takes long."""
-    return await asyncio.to_thread(work) if in_thread else work()
-
-
-def _slices(inputs: Sequence[pb.Input]) -> Iterator[tuple[slice, int]]:
-    return _cut([one.ByteSize() for one in inputs], _SLICE_BYTES)
-
-
-def _cut(sizes: Sequence[int], most: int) -> Iterator[tuple[slice, int]]:
-    """Yields consecutive parts of a list, each of at most so much in all or one entry, and what each is in all."""
-    start = total = 0
-    for end, size in enumerate(sizes):
-        if end > start and (total + size > most or end - start == _SLICE_TEXTS):
-            yield slice(start, end), total
-            start, total = end, 0
-        total += size
-    if sizes:
-        yield slice(start, len(sizes)), total
+        return checked if plan.return_tokens else Tokenized(text=checked.text, truncated=checked.truncated)
 
 
 def _all_good(results: Sequence[Result]) -> list[Tokenized]:

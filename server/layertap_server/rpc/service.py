@@ -22,7 +22,8 @@ from layertap.v1 import embedding_pb2 as pb
 from layertap_server.model.facts import ModelFacts
 from layertap_server.model.tokenizer import Tokenized, Tokenizer
 from layertap_server.protocol import limits, responses, rows
-from layertap_server.protocol.preprocess import LARGE_BYTES, Preprocessor, offload, parse
+from layertap_server.protocol.offload import LARGE_BYTES, offload, parse
+from layertap_server.protocol.preprocess import Preprocessor
 from layertap_server.rpc.admission import Admission, Caller
 from layertap_server.rpc.embed_stream import Stream
 from layertap_server.scheduler.batcher import Batcher
