@@ -22,7 +22,7 @@ class OverGrpc:
         from layertap import Client
 
         self._server = subprocess.Popen(
-            [sys.executable, "-m", "layertap_server.cli", "--port", "0", "--model-id", str(folder), *flags],
+            [sys.executable, "-m", "layertap_server", "--port", "0", "--model-id", str(folder), *flags],
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             text=True,

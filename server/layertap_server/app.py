@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 import queue
@@ -21,6 +22,7 @@ from layertap_server.engine import cpu_threads, device, encoder, runtime
 from layertap_server.listening import open_listener
 from layertap_server.model import checkpoint
 from layertap_server.model.tokenizer import Tokenizer
+from layertap_server.observability.bounded_streams import dropped_line_count
 from layertap_server.observability.call_log import CallLog
 from layertap_server.observability.metrics import Endpoint, Metrics, Server, State
 from layertap_server.protocol.limits import Limits
@@ -47,6 +49,8 @@ T = TypeVar("T")
 _CPU_BATCH_TOKENS: Final = 1024
 _CUDA_BATCH_TOKENS: Final = 32_768
 _WARM_TIMEOUT_S: Final = 300.0
+_LAST_SPANS_S: Final = 1.0
+"""How long sending the last spans may take: the collector may be gone."""
 
 
 class EngineLostError(Exception):
@@ -201,15 +205,14 @@ class App:
         )
         _timed("warmed the engine", self._warm)
 
-    async def serve(self, *, standard_services: bool = True, ready: Callable[[str], None] = print) -> bool:
-        """Serves until SIGTERM or SIGINT, or until no instance is left, then finishes the running calls.
+    async def serve(self, *, standard_services: bool = True, ready: Callable[[str], None] = print) -> None:
+        """Serves until a signal stops the server or no instance is left, then finishes the running calls.
+
+        Threads may still run when it returns: the process must not wait for them.
 
         Args:
             standard_services: Whether health and reflection are served too.
             ready: Called with the address once the server answers.
-
-        Returns:
-            Whether all threads have ended; the process must not wait for one that has not.
 
         Raises:
             ConfigError: The address cannot be listened on.
@@ -224,6 +227,7 @@ class App:
             address = self._listener.bind(server)
         except ListenError as exc:
             raise ConfigError(str(exc)) from exc
+        stopped = lifecycle.stop_signal()
         await server.start()
         self._serving = True
         await health.set_serving(True)
@@ -231,16 +235,14 @@ class App:
             "layertap-server listens", extra={"fields": {"address": address, "instances": self.batcher.instance_count}}
         )
         ready(address)
-        signalled = asyncio.create_task(lifecycle.until_signalled())
         lost = asyncio.create_task(lifecycle.until_lost(self.batcher, timeout_s=config.instance_timeout_s))
-        await asyncio.wait({signalled, lost}, return_when=asyncio.FIRST_COMPLETED)
-        for task in (signalled, lost):
-            task.cancel()
+        await asyncio.wait({stopped, lost}, return_when=asyncio.FIRST_COMPLETED)
+        lost.cancel()
         log.info("stopping: running calls have %.0f s to finish", config.grace_s)
         self._serving = False
         await health.set_serving(False)
         self._sharing.stop()
-        ended = await lifecycle.drain(
+        await lifecycle.drain(
             self._admission,
             self.batcher,
             stop=server.stop,
@@ -250,11 +252,11 @@ class App:
         if endpoint:
             endpoint.close()
         if self._tracing:
-            await asyncio.to_thread(self._tracing.close)
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(asyncio.to_thread(self._tracing.close), _LAST_SPANS_S)
         if not self.batcher.live_instance_count:
             raise EngineLostError("the engine has failed, the log says how; start the server again")
         log.info("stopped")
-        return ended
 
     def _show_metrics(self) -> Endpoint | None:
         if self._metrics is None:
@@ -281,6 +283,7 @@ class App:
             instances=batcher.instance_count,
             live_instances=batcher.live_instance_count,
             busy_instances=batcher.live_instance_count - batcher.idle_instance_count,
+            dropped_log_lines=dropped_line_count(),
             device_memory={
                 (str(one.device), kind): value for one in self._encoders for kind, value in one.memory().items()
             },

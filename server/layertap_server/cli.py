@@ -17,6 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final, NoReturn
 
 import layertap
+from layertap_server import signals
 from layertap_server.config import Config, ConfigError, flag, variable
 from layertap_server.observability import log_format
 
@@ -56,7 +57,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run(config: Config, make_app: Callable[[Config], App]) -> int:
-    """Serves until told to end; returns the exit code: 0, 1 if the engine has failed, 2 if it cannot start.
+    """Serves until a signal stops the server, then ends the process: with 0, or with 1 if the engine has failed.
+
+    Returns:
+        The exit code 2, if the server cannot start.
 
     Args:
         config: Every knob.
@@ -72,20 +76,18 @@ def run(config: Config, make_app: Callable[[Config], App]) -> int:
         server = make_app(config)
         gc.collect()
         gc.freeze()  # What is there now stays; looking through it for garbage would hold up every thread.
-        ended = asyncio.run(server.serve(ready=lambda address: _announce(address, server.metrics_url)))
+        # Not asyncio.run, which would wait for threads after the server has stopped.
+        asyncio.Runner().run(server.serve(ready=lambda address: _announce(address, server.metrics_url)))
     except (ConfigError, CheckpointError) as exc:
         return _fail(str(exc))
     except EngineLostError as exc:
         _fail(str(exc))
-        _leave(1)
-    except KeyboardInterrupt:
-        return 130
-    if not ended:
-        _leave(0)
-    return 0
+        signals.leave(1)
+    signals.leave(0)
 
 
 def _parity(argv: Sequence[str]) -> int:
+    signals.restore()
     try:
         from layertap_server.parity import compare
 
@@ -182,22 +184,12 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _announce(address: str, metrics_url: str) -> None:
-    print(f"layertap-server listens on {address}", flush=True)
+    print(f"layertap-server listens on {address}")
     if metrics_url:
-        print(f"its metrics are at {metrics_url}", flush=True)
+        print(f"its metrics are at {metrics_url}")
+    sys.stdout.flush()
 
 
 def _fail(message: str) -> int:
     print(f"layertap-server: {log_format.escaped(message)}", file=sys.stderr)
     return 2
-
-
-def _leave(code: int) -> NoReturn:
-    """Ends the process at once, for a thread hangs: what Python and the device's libraries do last may wait for it."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

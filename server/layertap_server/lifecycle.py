@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import signal
 from collections.abc import Awaitable, Callable
 from typing import Final
 
+from layertap_server import signals
 from layertap_server.rpc.admission import Admission
 from layertap_server.scheduler.batcher import Batcher
 
@@ -24,20 +24,24 @@ _WATCH_S: Final = 1.0
 """How often the instances are checked."""
 
 
-async def until_signalled() -> None:
-    """Waits for SIGTERM or SIGINT; the next one ends the process at once."""
-    signals = (signal.SIGTERM, signal.SIGINT)
-    stopped = asyncio.Event()
+def stop_signal() -> asyncio.Future[None]:
+    """Returns a future that is done at the first signal that stops the server; the next one ends the process at once.
+
+    Signals are caught from the call on.
+    """
     loop = asyncio.get_running_loop()
-    for number in signals:
-        loop.add_signal_handler(number, stopped.set)
-    try:
-        await stopped.wait()
-    finally:
-        for number in signals:
+    received = loop.create_future()
+
+    def stop() -> None:
+        for number in numbers:
             loop.remove_signal_handler(number)
-            # Python's own handler of SIGINT would wait for threads.
-            signal.signal(number, signal.SIG_DFL)
+        signals.install()
+        received.set_result(None)
+
+    numbers = signals.stopping()
+    for number in numbers:
+        loop.add_signal_handler(number, stop)
+    return received
 
 
 async def until_lost(batcher: Batcher, *, timeout_s: float) -> None:
@@ -59,7 +63,7 @@ async def drain(
     stop: Callable[[float | None], Awaitable[None]],
     end_watches: Callable[[float], Awaitable[None]],
     grace_s: float,
-) -> bool:
+) -> None:
     """Ends a server whose health is already NOT_SERVING.
 
     Args:
@@ -68,9 +72,6 @@ async def drain(
         stop: Refuses new calls at once and closes the connections after so many seconds; None: at once.
         end_watches: Ends the watches of health after their last status, within so many seconds.
         grace_s: How long calls under way may take, in seconds.
-
-    Returns:
-        Whether all threads of the engine have ended.
     """
     admission.close()
     stopping = asyncio.ensure_future(stop(grace_s + 2 * _LAST_STATUS_S))
@@ -82,4 +83,4 @@ async def drain(
     await end_watches(_LAST_STATUS_S)
     await stop(None)
     await stopping
-    return await asyncio.to_thread(batcher.stop, _LAST_STATUS_S)
+    await asyncio.to_thread(batcher.stop, _LAST_STATUS_S)

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
+import os
 import queue
 import signal
+import socket
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,7 +17,7 @@ import grpc
 import numpy as np
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
-from support import Server, poll, running
+from support import ROOT, Server, forks, poll, running
 
 from layertap import Client, FailedPreconditionError, ResourceExhaustedError, StreamResult, UnavailableError
 from layertap._protocol.assembler import EmbedAssembler
@@ -86,6 +89,55 @@ def test_an_idle_server_stops_at_once_on_either_signal(tiny_folder: Path) -> Non
         server.signal(signal.SIGINT)
         assert server.process.wait(10) == 0
     assert server.stop() == 0
+
+
+class Unread(Server):
+    """A server whose log is not read."""
+
+    def _read_log(self) -> None:
+        pass
+
+
+def test_neither_an_unread_log_nor_a_silent_collector_delays_calls_or_the_end_after_a_hangup(tiny_folder: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        environment = {"OTEL_EXPORTER_OTLP_ENDPOINT": f"http://127.0.0.1:{silent.getsockname()[1]}"}
+        flags = ("--device", "cpu", "--model-id", str(tiny_folder), "--log-level", "debug", "--traces", "otlp")
+        server = Unread(*flags, environment=environment)
+        try:
+            fcntl.fcntl(server.process.stderr, fcntl.F_SETPIPE_SZ, 4096)
+            with Client(server.address) as client, stub_of(server) as (stub, _):
+                for n in range(100):
+                    assert client.tokenize(f"text {n}", timeout_s=WAIT_S)
+                stream = stub.EmbedLayers(request_for([LONG] * 60), timeout=WAIT_S)
+                messages = [next(stream)]
+                server.signal(signal.SIGHUP)
+                messages.extend(stream)
+                assert assemble(request_for([LONG] * 60), messages).last_hidden_state.shape == (60, 512, 32)
+            assert server.process.wait(10) == 0
+            server.stop()
+        finally:
+            ended(server)
+
+
+def test_threads_that_hang_do_not_keep_the_process(tmp_path: Path) -> None:
+    server = Server(script=ROOT / "tests/support/hanging.py")
+    try:
+        assert server.process.wait(WAIT_S) == 0
+        server.stop()
+    finally:
+        ended(server)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_while_the_model_loads_ends_the_server(number: signal.Signals, tiny_folder: Path) -> None:
+    arguments = ["-m", "layertap_server", "--port", "0", "--device", "cpu", "--model-id", str(tiny_folder)]
+    process = forks.start(arguments, dict(os.environ))
+    assert process is not None
+    with process.stdout, process.stderr:
+        assert any(b"found the model" in line for line in process.stderr)
+        process.send_signal(number)
+        assert process.wait(WAIT_S) == (0 if number == signal.SIGTERM else 130)
+        assert b"Traceback" not in process.stderr.read() and not process.stdout.read()
 
 
 @pytest.fixture(scope="module")

@@ -444,7 +444,7 @@ def test_a_unix_socket_carries_everything_and_a_killed_server_leaves_the_path_us
 
 def test_a_path_that_is_taken_is_refused_in_one_line_and_stays_as_it_is(tiny_folder: Path, tmp_path: Path) -> None:
     def refused(path: Path) -> str:
-        command = [sys.executable, "-m", "layertap_server.cli", *flags(tiny_folder), "--log-level", "error"]
+        command = [sys.executable, "-m", "layertap_server", *flags(tiny_folder), "--log-level", "error"]
         done = subprocess.run(
             [*command, "--host", f"unix:{path}"], capture_output=True, text=True, timeout=60, check=False
         )

@@ -566,7 +566,7 @@ def test_less_memory_than_one_longest_text_takes(small: Path, capsys: pytest.Cap
 
 def _run(*argv: str, **environment: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", "layertap_server.cli", *argv],
+        [sys.executable, "-m", "layertap_server", *argv],
         capture_output=True,
         text=True,
         timeout=90,

@@ -23,7 +23,7 @@ from typing import Any, Final
 _PLAIN: Final = re.compile(r"[!#-<>-~]+", re.ASCII)
 """What needs no quotes: visible, and neither a quote nor an equals sign."""
 
-_PEER_LOGGERS: Final = ("grpc", "asyncio")
+_PEER_LOGGERS: Final = ("grpc", "asyncio", "opentelemetry")
 """The loggers whose errors a peer can cause with each call."""
 _PEER_INTERVAL_S: Final = 60.0
 """How often an error of one of these loggers is logged."""

@@ -60,6 +60,7 @@ class State:
         instances: Instances there were at the start.
         live_instances: Instances that are not lost.
         busy_instances: Instances with a batch.
+        dropped_log_lines: Lines of the log that were dropped, because they were not read or could not be written.
         device_memory: Bytes by device and kind; empty where the device is the CPU.
     """
 
@@ -70,6 +71,7 @@ class State:
     instances: int
     live_instances: int
     busy_instances: int
+    dropped_log_lines: int
     device_memory: Mapping[tuple[str, str], int]
 
 
@@ -261,6 +263,11 @@ class _States(Collector):
             ("instances_busy", "Instances with a batch.", state.busy_instances),
         ):
             yield GaugeMetricFamily(f"layertap_{name}", about, value=float(value))
+        yield CounterMetricFamily(
+            "layertap_log_dropped_lines",
+            "Lines of the log that were dropped, because they were not read or could not be written.",
+            value=state.dropped_log_lines,
+        )
         memory = GaugeMetricFamily(
             "layertap_device_memory_bytes",
             "Memory of a device: allocated for tensors, reserved by the allocator, free and total.",

@@ -1,0 +1,30 @@
+"""A stand-in for the server that stops while threads of it hang, as a tokenizer may with a long text."""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import sys
+import threading
+from collections.abc import Callable
+
+from layertap_server import cli
+from layertap_server.config import Config
+
+
+class HangingApp:
+    """Serves nothing, and leaves two threads behind that never end."""
+
+    metrics_url = ""
+
+    def __init__(self, config: Config) -> None:
+        self._executor = concurrent.futures.ThreadPoolExecutor(1)
+
+    async def serve(self, *, ready: Callable[[str], None]) -> None:
+        asyncio.get_running_loop().run_in_executor(None, threading.Event().wait)
+        self._executor.submit(threading.Event().wait)
+        ready("127.0.0.1:0")
+
+
+if __name__ == "__main__":
+    sys.exit(cli.run(Config(), HangingApp))  # type: ignore[arg-type]

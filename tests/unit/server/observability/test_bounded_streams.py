@@ -1,0 +1,72 @@
+"""Streams that never wait: what a pipe takes, what is dropped and counted, and what a signal handler may do."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator
+
+import pytest
+
+from layertap_server.observability.bounded_streams import BoundedStream
+
+WAIT_S = 30.0
+
+
+@pytest.fixture
+def pipe() -> Iterator[tuple[int, int]]:
+    ends = os.pipe()
+    yield ends
+    for end in ends:
+        os.close(end)
+
+
+def read(descriptor: int, size: int) -> bytes:
+    found = b""
+    while len(found) < size:
+        found += os.read(descriptor, size - len(found))
+    return found
+
+
+def test_what_is_written_arrives_in_order(pipe: tuple[int, int]) -> None:
+    stream = BoundedStream(pipe[1])
+    wanted = "".join(f"line {n} é \udc80\n" for n in range(1000))
+    for line in wanted.splitlines(keepends=True):
+        assert stream.write(line) == len(line)
+    stream.drain()
+    stream.flush()
+    data = wanted.encode("utf-8", "backslashreplace")
+    assert read(pipe[0], len(data)) == data and stream.dropped_line_count == 0
+    assert stream.writable() and stream.fileno() == pipe[1] and not stream.isatty() and stream.encoding == "utf-8"
+
+
+def test_a_pipe_that_is_not_read_delays_nothing_and_what_it_does_not_take_is_counted(pipe: tuple[int, int]) -> None:
+    stream = BoundedStream(pipe[1], max_pending=100)
+    line = "x" * 9_999 + "\n"
+    started = time.monotonic()
+    for _ in range(1000):
+        stream.write(line)
+    stream.drain()
+    assert time.monotonic() - started < 5
+    assert 800 < stream.dropped_line_count < 900  # The pipe has taken a few, and 100 wait.
+    dropped, taken = stream.dropped_line_count, 1000 - stream.dropped_line_count
+    assert read(pipe[0], taken * len(line)) == taken * line.encode()
+    stream.write("again\n")
+    assert read(pipe[0], 6) == b"again\n" and stream.dropped_line_count == dropped
+
+
+def test_what_cannot_be_written_is_counted_and_raises_nothing(pipe: tuple[int, int]) -> None:
+    full = os.open("/dev/full", os.O_WRONLY)
+    stream = BoundedStream(full)
+    print("two\nlines", file=stream, flush=True)
+    stream.drain()
+    assert stream.dropped_line_count == 2
+    os.close(full)
+
+
+def test_a_descriptor_that_does_not_block_is_waited_for(pipe: tuple[int, int]) -> None:
+    os.set_blocking(pipe[1], False)
+    stream = BoundedStream(pipe[1])
+    for _ in range(200):
+        stream.write("x" * 9_999 + "\n")
+    assert read(pipe[0], 2_000_000).count(b"\n") == 200 and stream.dropped_line_count == 0
