@@ -18,7 +18,8 @@ from layertap.errors import InvalidArgumentError, LayertapError
 from layertap.v1 import embedding_pb2 as pb
 from layertap_server.model.facts import ModelFacts
 from layertap_server.model.sentence_config import SentenceConfig
-from layertap_server.model.tokenizer import Item, Tokenized, Tokenizer
+from layertap_server.model.tokenized import Tokenized
+from layertap_server.model.tokenizer import Item, Tokenizer
 from layertap_server.observability.call_log import Record
 from layertap_server.protocol import output_spec, validation
 from layertap_server.protocol.limits import Limits

@@ -15,7 +15,8 @@ from typing import TypeVar
 from layertap import wire
 from layertap.v1 import embedding_pb2 as pb
 from layertap_server.model.facts import ModelFacts
-from layertap_server.model.tokenizer import Tokenized, Tokenizer
+from layertap_server.model.tokenized import Tokenized
+from layertap_server.model.tokenizer import Tokenizer
 from layertap_server.observability.call_log import Record
 from layertap_server.protocol.limits import HEAD_BYTES
 from layertap_server.scheduler.events import RowsReady

@@ -9,7 +9,7 @@ import contextlib
 from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
-from layertap_server.model.tokenizer import Tokenized
+from layertap_server.model.tokenized import Tokenized
 from layertap_server.observability.call_log import Record
 from layertap_server.scheduler.batcher import Batcher
 from layertap_server.scheduler.call import Call

@@ -12,7 +12,8 @@ from functools import partial
 from layertap import wire
 from layertap.errors import LayertapError
 from layertap.v1 import embedding_pb2 as pb
-from layertap_server.model.tokenizer import Tokenized, Tokenizer
+from layertap_server.model.tokenized import Tokenized
+from layertap_server.model.tokenizer import Tokenizer
 from layertap_server.protocol import responses
 from layertap_server.protocol.limits import HEAD_BYTES, TEXT_BYTES, list_bytes
 from layertap_server.scheduler.events import RowsReady

@@ -20,7 +20,8 @@ from typing import Final, TypeAlias
 
 from layertap.errors import InternalError, InvalidArgumentError, LayertapError, UnavailableError
 from layertap.v1 import embedding_pb2 as pb
-from layertap_server.model.tokenizer import Tokenized, Tokenizer
+from layertap_server.model.tokenized import Tokenized
+from layertap_server.model.tokenizer import Tokenizer
 from layertap_server.protocol.offload import parse
 from layertap_server.protocol.preprocess import Preprocessor
 from layertap_server.protocol.stream_responses import Result, failures_of, split_run

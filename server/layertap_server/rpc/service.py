@@ -20,7 +20,8 @@ from layertap import wire
 from layertap.errors import InvalidArgumentError
 from layertap.v1 import embedding_pb2 as pb
 from layertap_server.model.facts import ModelFacts
-from layertap_server.model.tokenizer import Tokenized, Tokenizer
+from layertap_server.model.tokenized import Tokenized
+from layertap_server.model.tokenizer import Tokenizer
 from layertap_server.protocol import limits, responses, rows
 from layertap_server.protocol.offload import LARGE_BYTES, offload, parse
 from layertap_server.protocol.preprocess import Preprocessor

@@ -21,7 +21,7 @@ from layertap._protocol.responses import ModelPin, read_embedding
 from layertap._protocol.result_builder import build_tokens
 from layertap._protocol.stream_state import StreamState
 from layertap.v1 import embedding_pb2 as pb
-from layertap_server.model.tokenizer import Tokenized
+from layertap_server.model.tokenized import Tokenized
 from layertap_server.observability.call_log import Phase, Record
 from layertap_server.protocol import responses
 from layertap_server.protocol.stream_responses import Result, split_run
