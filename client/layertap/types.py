@@ -215,13 +215,13 @@ class ModelInfo:
     Attributes:
         model_id: Its name.
         fingerprint: sha256 over weights, tokenizer, configuration and compute dtype, in hex.
-        model_type: The architecture; "bert".
+        model_type: The architecture, such as "bert" or "xlm-roberta".
         layer_count: L; there are L + 1 layers, 0 to L.
         hidden_size: Values a token row has.
         attention_head_count: Heads of each attention.
         vocab_size: Ids are below this.
-        type_vocab_size: Token types are below this.
-        max_length: The most tokens of one text, special tokens counted: the model's positions.
+        type_vocab_size: Token types are below this. 0: the model has none, and those of token ids must be 0.
+        max_length: The most tokens of one text, special tokens counted.
         default_max_length: The most tokens of one text where a call names no max_length.
         has_pooler_output: Whether the model has pooler weights.
         compute_dtype: What the server computes in: "float32", "float16" or "bfloat16".

@@ -205,7 +205,13 @@ class App:
         )
         _timed("warmed the engine", self._warm)
 
-    async def serve(self, *, standard_services: bool = True, ready: Callable[[str], None] = print) -> None:
+    async def serve(
+        self,
+        *,
+        standard_services: bool = True,
+        ready: Callable[[str], None] = print,
+        stop_signal: Callable[[], asyncio.Future[None]] = lifecycle.stop_signal,
+    ) -> None:
         """Serves until a signal stops the server or no instance is left, then finishes the running calls.
 
         Threads may still run when it returns: the process must not wait for them.
@@ -213,6 +219,7 @@ class App:
         Args:
             standard_services: Whether health and reflection are served too.
             ready: Called with the address once the server answers.
+            stop_signal: Returns what is done when the server is to stop.
 
         Raises:
             ConfigError: The address cannot be listened on.
@@ -227,7 +234,7 @@ class App:
             address = self._listener.bind(server)
         except ListenError as exc:
             raise ConfigError(str(exc)) from exc
-        stopped = lifecycle.stop_signal()
+        stopped = stop_signal()
         await server.start()
         self._serving = True
         await health.set_serving(True)

@@ -54,6 +54,7 @@ def preprocessor() -> Preprocessor:
         special_tokens={},
         padding_side="right",
         has_token_type_ids=True,
+        model_type="bert",
     )
     limits = Limits(**{field.name: 1 << 20 for field in pb.Limits.DESCRIPTOR.fields})
     return Preprocessor(model=model, limits=limits, sentences=SentenceConfig(max_length=512), tokenizer=tokenizer)

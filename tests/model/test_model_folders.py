@@ -179,7 +179,7 @@ def test_shapes_and_activations(tmp_path: Path, change: dict[str, Any]) -> None:
 def test_settings_that_are_left_out_have_transformers_defaults(tmp_path: Path) -> None:
     left_out = ("hidden_act", "type_vocab_size", "layer_norm_eps", "pad_token_id")
     settings = {name: value for name, value in SMALL.items() if name not in left_out}
-    _save(tmp_path, settings)
+    _save(tmp_path, settings, dummy_weights(SMALL | {"initializer_range": 0.3}, 1))
     oracle = _oracle(settings, safetensors.torch.load_file(tmp_path / "model.safetensors"))
     _check(tmp_path, SMALL, oracle)
 
@@ -478,7 +478,11 @@ REFUSED: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
     "a broken config": (_text("config.json", '{"model_type": "bert",'), ("config.json", "JSON")),
     "a config that is no text": (_text("config.json", b"\xff\xfe\x00"), ("config.json", "JSON")),
     "a config that is a list": (_text("config.json", "[]"), ("config.json", "model_type")),
-    "another model_type": (_settings(model_type="roberta"), ("roberta", "bert")),
+    "a model_type that is a list": (_settings(model_type=["bert"]), ("config.json", "model_type", "serves bert")),
+    **{
+        kind: (_settings(model_type=kind), (kind, "serves bert, camembert, distilbert, electra, roberta, xlm-roberta"))
+        for kind in ("deberta-v2", "mpnet", "modernbert", "albert", "xlm-roberta-xl")
+    },
     "no model_type": (_settings(model_type=None), ("model_type", "bert")),
     "relative positions": (_settings(position_embedding_type="relative_key"), ("relative_key", "absolute")),
     "relative query positions": (_settings(position_embedding_type="relative_key_query"), ("relative_key_query",)),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import pickle
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ import grpc
 import numpy as np
 import pytest
 from support import BOUND, Server, open_client, running, worst
-from support.oracle import Oracle
+from support.oracle import Oracle, WordsReference
 
 from layertap import Embedding, LayerMix, Pooling, wire
 from layertap.v1 import embedding_pb2 as pb
@@ -40,41 +40,6 @@ LONG: list[Any] = [
 """To be cut."""
 
 
-class Reference:
-    """The words of one item by hand: which tokens each has, and where it is."""
-
-    def __init__(self, oracle: Oracle, item: Any, **cut: Any) -> None:
-        side = cut.pop("truncation", "right")
-        oracle.tokenizer.truncation_side = side
-        parts = [[part] for part in item] if isinstance(item, tuple) else [[item]]
-        options = {"is_split_into_words": isinstance(item, list), "return_offsets_mapping": True}
-        encoded = oracle.tokenizer(*parts, **options, **({"truncation": "longest_first", **cut} if cut else {}))
-        oracle.tokenizer.truncation_side = "right"
-        self.layers, _ = oracle.run(encoded["input_ids"][0], None, encoded["token_type_ids"][0])
-        spans, strings, numbers = encoded["offset_mapping"][0], encoded.sequence_ids(0), encoded.word_ids(0)
-        pieces: dict[tuple[int, int], list[int]] = {}
-        if isinstance(item, list):
-            pieces = {(0, number): [] for number in range(len(item))}
-        for position, (string, number) in enumerate(zip(strings, numbers, strict=True)):
-            if number is not None:
-                pieces.setdefault((string, number), []).append(position)
-        self.pieces = list(pieces.values())
-        self.sequence_ids = [string for string, _ in pieces]
-        self.offsets = [[spans[own[0]][0], spans[own[-1]][1]] if own else [0, 0] for own in self.pieces]
-
-    def pooled(self, way: str, rows: np.ndarray) -> np.ndarray:
-        """Pools token rows to one row a word."""
-        ways: dict[str, Callable[[np.ndarray], np.ndarray]] = {
-            "first": lambda own: own[0],
-            "last": lambda own: own[-1],
-            "mean": lambda own: own.mean(0),
-            "first_last": lambda own: np.concatenate([own[0], own[-1]]),
-        }
-        size = rows.shape[1] * (2 if way == "first_last" else 1)
-        vectors = [ways[way](rows[own]) if own else np.zeros(size, np.float32) for own in self.pieces]
-        return np.stack(vectors).astype(np.float32) if vectors else np.zeros((0, size), np.float32)
-
-
 def mixed(mix: LayerMix, layers: list[np.ndarray]) -> np.ndarray:
     """Mixes layers by hand."""
     chosen = layers if mix.layers == "all" else [layers[layer] for layer in mix.layers]
@@ -96,7 +61,7 @@ mixes = pytest.mark.parametrize("mix", MIXES, ids=lambda mix: f"{mix.strategy} o
 ways = pytest.mark.parametrize("way", wire.WORD_POOLINGS)
 
 
-def check_words(found: Embedding, index: int, wanted: Reference, way: str, layers: list[int]) -> None:
+def check_words(found: Embedding, index: int, wanted: WordsReference, way: str, layers: list[int]) -> None:
     """Checks the words of one text of an embedding against those made by hand."""
     words = found.words
     assert words.word_counts[index] == len(wanted.pieces)
@@ -122,7 +87,7 @@ def by_every_way(client: Any, inputs: list[Any], **options: Any) -> Iterator[tup
 
 @ways
 def test_words_of_every_layer_equal_their_definition(real: Any, real_oracle: Oracle, way: str) -> None:
-    wanted = [Reference(real_oracle, item) for item in TEXTS]
+    wanted = [WordsReference(real_oracle, item) for item in TEXTS]
     for found, items in by_every_way(real, TEXTS, words=way, layers="all"):
         for position, item in enumerate(items):
             check_words(found, position, wanted[item], way, list(range(7)))
@@ -131,7 +96,7 @@ def test_words_of_every_layer_equal_their_definition(real: Any, real_oracle: Ora
 @pytest.mark.parametrize("side", ["right", "left"])
 @pytest.mark.parametrize("max_length", [3, 5, 6, 8])
 def test_words_that_were_cut(tiny: Any, tiny_oracle: Oracle, side: str, max_length: int) -> None:
-    wanted = [Reference(tiny_oracle, item, truncation=side, max_length=max_length) for item in LONG]
+    wanted = [WordsReference(tiny_oracle, item, truncation=side, max_length=max_length) for item in LONG]
     for found, items in by_every_way(tiny, LONG, words="mean", layers=[1, -1], truncation=side, max_length=max_length):
         for position, item in enumerate(items):
             check_words(found, position, wanted[item], "mean", [1, 3])
@@ -146,14 +111,14 @@ def test_offsets_lead_back_to_the_text(tiny: Any) -> None:
 
 
 def test_a_prompt_has_words_too(tiny: Any, tiny_oracle: Oracle) -> None:
-    wanted = Reference(tiny_oracle, "query: I love tokenization")
+    wanted = WordsReference(tiny_oracle, "query: I love tokenization")
     found = tiny.embed("I love tokenization", prompt="query: ", words="mean", layers=[2])
     check_words(found, 0, wanted, "mean", [2])
 
 
 @mixes
 def test_mixes_of_tokens_words_and_texts_equal_their_definition(tiny: Any, tiny_oracle: Oracle, mix: LayerMix) -> None:
-    wanted = [Reference(tiny_oracle, item) for item in TEXTS]
+    wanted = [WordsReference(tiny_oracle, item) for item in TEXTS]
     rows = [mixed(mix, one.layers) for one in wanted]
     for found, items in by_every_way(tiny, TEXTS, mix=mix, layers=[2]):
         assert found.layers == (2,) and found.mixed.layers == tuple(
@@ -189,7 +154,7 @@ def test_mixes_of_tokens_words_and_texts_equal_their_definition(tiny: Any, tiny_
 def test_words_and_mixes_beside_each_other_on_the_real_model(real: Any, real_oracle: Oracle) -> None:
     mix = LayerMix("concat", layers=[-4, -3, -2, -1])
     options = {"words": "mean", "layers": [-1], "mix": mix, "pooling": ["mean", Pooling("mean", layer=mix)]}
-    wanted = [Reference(real_oracle, item) for item in TEXTS]
+    wanted = [WordsReference(real_oracle, item) for item in TEXTS]
     for found, items in by_every_way(real, TEXTS, **options, pooler_output=True, return_tokens=True):
         assert found.words.mixed.layers == (3, 4, 5, 6)
         for position, item in enumerate(items):
@@ -202,7 +167,7 @@ def test_words_and_mixes_beside_each_other_on_the_real_model(real: Any, real_ora
 
 def test_the_model_runs_no_further_than_the_mix(tiny: Any, tiny_oracle: Oracle) -> None:
     # Deeper texts share the batch; each still gets its own.
-    wanted = Reference(tiny_oracle, "I love Paris")
+    wanted = WordsReference(tiny_oracle, "I love Paris")
     shallow = tiny.embed(["I love Paris"] * 3, mix=LayerMix("sum", layers=[1, 0]))
     assert worst(shallow.mixed.ragged()[2], wanted.layers[0] + wanted.layers[1]) <= BOUND
 
@@ -269,7 +234,7 @@ def test_a_stock_client_reads_words_and_mixes_from_unary_embed(tiny_server: Serv
     assert [list(output.layers) for output in header.outputs] == [[0, 3], [3], [3], [3]]
     assert [list(output.mixed_layers) for output in header.outputs] == [[], [3, 1], [3, 1], [3, 1]]
     assert list(header.word_counts) == [4, 2]
-    wanted = [Reference(tiny_oracle, "don't tokenization"), Reference(tiny_oracle, ["", "tokenization"])]
+    wanted = [WordsReference(tiny_oracle, "don't tokenization"), WordsReference(tiny_oracle, ["", "tokenization"])]
     assert [list(words.piece_counts) for words in answer.words] == [list(map(len, one.pieces)) for one in wanted]
     for words, one in zip(answer.words, wanted, strict=True):
         assert list(words.offsets) == list(itertools.chain.from_iterable(one.offsets))

@@ -49,6 +49,7 @@ IDENTITY = ModelFacts(
     special_tokens={"pad_token": 0},
     padding_side="right",
     has_token_type_ids=True,
+    model_type="bert",
 )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,13 +26,14 @@ POOLINGS = {
 class Oracle:
     """What transformers computes."""
 
-    def __init__(self, model: transformers.BertModel, tokenizer_folder: Path) -> None:
+    def __init__(self, model: transformers.PreTrainedModel, tokenizer_folder: Path) -> None:
         self.model = model.float().eval()
+        self.has_token_types = bool(getattr(model.config, "type_vocab_size", 0))
         self.tokenizer = transformers.AutoTokenizer.from_pretrained(str(tokenizer_folder))
 
     @classmethod
     def load(cls, folder: Path, tokenizer_folder: Path | None = None) -> Oracle:
-        model = transformers.BertModel.from_pretrained(str(folder), attn_implementation="eager")
+        model = transformers.AutoModel.from_pretrained(str(folder), attn_implementation="eager")
         return cls(model, tokenizer_folder or folder)
 
     def ids(self, item: Any) -> dict[str, list[int]]:
@@ -44,21 +45,60 @@ class Oracle:
     @torch.inference_mode()
     def run(
         self, ids: Sequence[int], mask: Sequence[int] | None = None, types: Sequence[int] | None = None
-    ) -> tuple[list[np.ndarray], np.ndarray]:
-        """Returns all hidden states of one text, each [token_count, hidden_size], and its pooler output."""
-        count = len(ids)
+    ) -> tuple[list[np.ndarray], Any]:
+        """Returns all hidden states of one text, each [token_count, hidden_size], and its pooler output, if any."""
+        given = {"input_ids": ids, "attention_mask": [1] * len(ids) if mask is None else mask}
+        if self.has_token_types:
+            given["token_type_ids"] = [0] * len(ids) if types is None else types
         out = self.model(
-            input_ids=torch.tensor([list(ids)]),
-            attention_mask=torch.tensor([list(mask) if mask is not None else [1] * count]),
-            token_type_ids=torch.tensor([list(types) if types is not None else [0] * count]),
-            output_hidden_states=True,
+            **{name: torch.tensor([list(values)]) for name, values in given.items()}, output_hidden_states=True
         )
-        return [layer[0].numpy() for layer in out.hidden_states], out.pooler_output[0].numpy()
+        pooler_output = out.get("pooler_output")
+        return [layer[0].numpy() for layer in out.hidden_states], (
+            None if pooler_output is None else pooler_output[0].numpy()
+        )
 
-    def text(self, item: Any) -> tuple[list[np.ndarray], np.ndarray]:
+    def text(self, item: Any) -> tuple[list[np.ndarray], Any]:
         """Tokenizes and runs one text."""
         encoded = self.ids(item)
-        return self.run(encoded["input_ids"], encoded["attention_mask"], encoded["token_type_ids"])
+        return self.run(encoded["input_ids"], encoded["attention_mask"], encoded.get("token_type_ids"))
+
+
+class WordsReference:
+    """The words of one item by hand: which tokens each has, and where it is."""
+
+    def __init__(self, oracle: Oracle, item: Any, **cut: Any) -> None:
+        side = cut.pop("truncation", "right")
+        oracle.tokenizer.truncation_side = side
+        parts = [[part] for part in item] if isinstance(item, tuple) else [[item]]
+        options = {"is_split_into_words": isinstance(item, list), "return_offsets_mapping": True}
+        encoded = oracle.tokenizer(*parts, **options, **({"truncation": "longest_first", **cut} if cut else {}))
+        oracle.tokenizer.truncation_side = "right"
+        self.layers, _ = oracle.run(
+            encoded["input_ids"][0], None, encoded["token_type_ids"][0] if "token_type_ids" in encoded else None
+        )
+        spans, strings, numbers = encoded["offset_mapping"][0], encoded.sequence_ids(0), encoded.word_ids(0)
+        pieces: dict[tuple[int, int], list[int]] = {}
+        if isinstance(item, list):
+            pieces = {(0, number): [] for number in range(len(item))}
+        for position, (string, number) in enumerate(zip(strings, numbers, strict=True)):
+            if number is not None:
+                pieces.setdefault((string, number), []).append(position)
+        self.pieces = list(pieces.values())
+        self.sequence_ids = [string for string, _ in pieces]
+        self.offsets = [[spans[own[0]][0], spans[own[-1]][1]] if own else [0, 0] for own in self.pieces]
+
+    def pooled(self, way: str, rows: np.ndarray) -> np.ndarray:
+        """Pools token rows to one row a word."""
+        ways: dict[str, Callable[[np.ndarray], np.ndarray]] = {
+            "first": lambda own: own[0],
+            "last": lambda own: own[-1],
+            "mean": lambda own: own.mean(0),
+            "first_last": lambda own: np.concatenate([own[0], own[-1]]),
+        }
+        size = rows.shape[1] * (2 if way == "first_last" else 1)
+        vectors = [ways[way](rows[own]) if own else np.zeros(size, np.float32) for own in self.pieces]
+        return np.stack(vectors).astype(np.float32) if vectors else np.zeros((0, size), np.float32)
 
 
 def dummy_oracle(settings: dict[str, Any], seed: int, tokenizer_folder: Path) -> Oracle:

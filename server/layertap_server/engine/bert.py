@@ -1,8 +1,8 @@
 """BERT's forward pass over packed rows, from one wanted layer to the next.
 
 The residual stream and LayerNorm are float32 whatever the compute dtype: that costs little and keeps a third of the
-error of doing all in bfloat16. Parameter names are those of transformers' BertModel, with or without the prefix
-`bert.` and the old names gamma and beta.
+error of doing all in bfloat16. The other model types are the same blocks behind other embeddings: what differs is in
+the table of `model.architectures`, and weights are known here by their names in BertModel.
 """
 
 from __future__ import annotations
@@ -26,12 +26,13 @@ from layertap_server.engine.block import Weights as BlockWeights
 from layertap_server.engine.device_attention import DeviceAttention
 from layertap_server.engine.device_steps import Steps, device_steps, plain_steps
 from layertap_server.engine.graphs import GraphInput, Graphs, Pass
-from layertap_server.engine.invariance import NO_PADDING, Invariance, Probe
+from layertap_server.engine.invariance import NO_PADDING, Invariance, Probe, Rowwise
 from layertap_server.engine.linear import Dense, Linears, dense
 from layertap_server.engine.packing import PackedBatch
 from layertap_server.engine.runtime import Runtime
 from layertap_server.engine.upload import Sent, Upload
-from layertap_server.model.checkpoint import CheckpointError
+from layertap_server.model.architectures import architecture_of, expected_shapes
+from layertap_server.model.files import CheckpointError
 
 log = logging.getLogger(__name__)
 
@@ -40,8 +41,6 @@ Activation: TypeAlias = Callable[[torch.Tensor], torch.Tensor]
 Attention: TypeAlias = Callable[[torch.Tensor], torch.Tensor]
 """Attends within each text. Shape: [row_count, 3 · hidden_size] to [row_count, hidden_size]."""
 Weights = dict[str, torch.Tensor]
-
-_OLD_NAMES: Final = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -97,8 +96,8 @@ class Bert:
         """Moves the weights to the device, taking each out of `weights`, and probes for batch invariance.
 
         Args:
-            settings: The model's config.json.
-            weights: By name; emptied.
+            settings: The model's configuration, under BERT's keys.
+            weights: By any of their names; emptied.
             device: Where to compute.
             dtype: What matrices are multiplied in.
             runtime: The accelerator; None: the CPU.
@@ -109,7 +108,8 @@ class Bert:
         Raises:
             CheckpointError: A weight is missing or has another shape, or the activation is unknown.
         """
-        weights = {_name(name): tensor for name, tensor in weights.items()}
+        architecture = architecture_of(settings)
+        weights = {architecture.common_name(name): tensor for name, tensor in weights.items()}
         self.hidden_size: int = settings["hidden_size"]
         self.layer_count: int = settings["num_hidden_layers"]
         self._device = device
@@ -134,7 +134,7 @@ class Bert:
             try:
                 tensor = weights.pop(name)
             except KeyError as exc:
-                raise CheckpointError(f"the weights lack {name}; fetch the model again") from exc
+                raise CheckpointError(f"the weights lack {architecture.own_name(name)}; fetch the model again") from exc
             if tuple(tensor.shape) != shape:
                 raise CheckpointError(
                     f"{name} has shape {tuple(tensor.shape)}, config.json says {shape}; fetch the model again"
@@ -144,17 +144,21 @@ class Bert:
         def kept(name: str, *shape: int) -> torch.Tensor:
             return take(name, *shape).to(device, torch.float32)
 
-        def norm(prefix: str) -> Norm:
-            return Norm(kept(f"{prefix}.LayerNorm.weight", hidden), kept(f"{prefix}.LayerNorm.bias", hidden))
+        def norm(prefix: str, size: int) -> Norm:
+            return Norm(kept(f"{prefix}.LayerNorm.weight", size), kept(f"{prefix}.LayerNorm.bias", size))
 
         def linear(name: str, out_size: int, in_size: int) -> Dense:
             return linears.make(take(f"{name}.weight", out_size, in_size), take(f"{name}.bias", out_size))
 
-        hidden = self.hidden_size
-        self._words = kept("embeddings.word_embeddings.weight", settings["vocab_size"], hidden)
-        self._positions = kept("embeddings.position_embeddings.weight", settings["max_position_embeddings"], hidden)
-        self._types = kept("embeddings.token_type_embeddings.weight", settings.get("type_vocab_size", 2), hidden)
-        self._norm = norm("embeddings")
+        hidden, embedded = self.hidden_size, architecture.embedding_size(settings)
+        types: int = settings.get("type_vocab_size", 2)
+        self._padding_id: int | None = settings["pad_token_id"] if architecture.pads_positions else None
+        self._words = kept("embeddings.word_embeddings.weight", settings["vocab_size"], embedded)
+        self._positions = kept("embeddings.position_embeddings.weight", settings["max_position_embeddings"], embedded)
+        self._types = kept("embeddings.token_type_embeddings.weight", types, embedded) if types else None
+        self._norm = norm("embeddings", embedded)
+        self._projection = linear("embeddings_project", hidden, embedded) if embedded != hidden else None
+        self._embedding_size = embedded
         self._blocks: list[BlockWeights] = []
         for index in range(self.layer_count):
             prefix = f"encoder.layer.{index}"
@@ -166,13 +170,14 @@ class Bert:
                         torch.cat([take(f"{name}.bias", hidden) for name in names]),
                     ),
                     attended=linear(f"{prefix}.attention.output.dense", hidden, hidden),
-                    attended_norm=norm(f"{prefix}.attention.output"),
+                    attended_norm=norm(f"{prefix}.attention.output", hidden),
                     intermediate=linear(f"{prefix}.intermediate.dense", intermediate_size, hidden),
                     output=linear(f"{prefix}.output.dense", hidden, intermediate_size),
-                    output_norm=norm(f"{prefix}.output"),
+                    output_norm=norm(f"{prefix}.output", hidden),
                 )
             )
-        self._pooler = linear("pooler.dense", hidden, hidden) if "pooler.dense.weight" in weights else None
+        has_pooler = architecture.has_pooler and "pooler.dense.weight" in weights
+        self._pooler = linear("pooler.dense", hidden, hidden) if has_pooler else None
         self._steps = self._find_steps()
         self._program: torch.jit.ScriptModule | None = None
         self._attention: CpuAttention | DeviceAttention
@@ -207,7 +212,7 @@ class Bert:
         def add(array: npt.NDArray[Any]) -> Sent:
             return upload.add(np.concatenate([array, pad], dtype=np.int32) if len(pad) else array.astype(np.int32))
 
-        ids, positions = add(packed_batch.input_ids), add(packed_batch.position_ids)
+        ids, positions = add(packed_batch.input_ids), add(packed_batch.position_ids(self._padding_id))
         types = packed_batch.token_type_ids
         graph = None if self._graphs is None else self._graphs.take(packed_batch, self.layer_count)
         if graph is not None:
@@ -267,7 +272,10 @@ class Bert:
         fused = self._activation is F.gelu
         probe = Probe(
             lambda rows, groups: self._run(0, 1, rows, self._attention.prepare(groups, Upload(None))),
-            self._pool if self.has_pooler else None,
+            [
+                *([Rowwise(self._pool, self.hidden_size)] if self._pooler else []),
+                *([Rowwise(self._project, self._embedding_size)] if self._projection else []),
+            ],
             hidden_size=self.hidden_size,
             extra=self._program_rows,
             least_step=1 if fused else _TAIL // math.gcd(_TAIL, self._intermediate_size),
@@ -308,6 +316,12 @@ class Bert:
             up=self._blocks[0].intermediate,
             runtime=self._runtime,
         )
+
+    def _project(self, rows: torch.Tensor) -> torch.Tensor:
+        """Projects embeddings. Shape: [row_count, embedding_size] to [row_count, hidden_size], float32."""
+        if self._projection is None:
+            return rows
+        return dense(rows.to(self._dtype), self._projection, self._packed, False).float()
 
     def _run(self, first: int, last: int, rows: torch.Tensor, attention: Attention) -> torch.Tensor:
         """Runs the blocks from `first` to before `last`. Shape: [row_count, hidden_size], float32, in and out."""
@@ -352,9 +366,10 @@ class Bert:
             Shape: [row_count, hidden_size], float32.
         """
         rows = F.embedding(input_ids, self._words)
-        rows += self._types[0] if token_type_ids is None else F.embedding(token_type_ids, self._types)
+        if self._types is not None:
+            rows += self._types[0] if token_type_ids is None else F.embedding(token_type_ids, self._types)
         rows += F.embedding(position_ids, self._positions)
-        return F.layer_norm(rows, rows.shape[-1:], *self._norm, self._epsilon)
+        return self._project(F.layer_norm(rows, rows.shape[-1:], *self._norm, self._epsilon))
 
 
 def dummy_weights(settings: Mapping[str, Any], seed: int) -> Weights:
@@ -363,40 +378,12 @@ def dummy_weights(settings: Mapping[str, Any], seed: int) -> Weights:
     Biases and LayerNorms are random too, so that a pass that forgets one gives other numbers.
     """
     generator = torch.Generator().manual_seed(seed)
-    hidden, intermediate = settings["hidden_size"], settings["intermediate_size"]
     spread: float = settings.get("initializer_range", 0.02)
-
-    def noise(*shape: int) -> torch.Tensor:
-        return torch.randn(shape, generator=generator) * spread
-
-    def norm(prefix: str) -> Weights:
-        return {f"{prefix}.LayerNorm.weight": 1 + noise(hidden), f"{prefix}.LayerNorm.bias": noise(hidden)}
-
-    def linear(name: str, out_size: int, in_size: int) -> Weights:
-        return {f"{name}.weight": noise(out_size, in_size), f"{name}.bias": noise(out_size)}
-
-    weights = {
-        "embeddings.word_embeddings.weight": noise(settings["vocab_size"], hidden),
-        "embeddings.position_embeddings.weight": noise(settings["max_position_embeddings"], hidden),
-        "embeddings.token_type_embeddings.weight": noise(settings.get("type_vocab_size", 2), hidden),
-        **norm("embeddings"),
+    shapes = expected_shapes(settings, pooler=architecture_of(settings).has_pooler)
+    return {
+        name: torch.randn(shape, generator=generator) * spread + name.endswith("LayerNorm.weight")
+        for name, shape in shapes.items()
     }
-    for index in range(settings["num_hidden_layers"]):
-        prefix = f"encoder.layer.{index}"
-        for part in ("query", "key", "value"):
-            weights |= linear(f"{prefix}.attention.self.{part}", hidden, hidden)
-        weights |= linear(f"{prefix}.attention.output.dense", hidden, hidden) | norm(f"{prefix}.attention.output")
-        weights |= linear(f"{prefix}.intermediate.dense", intermediate, hidden)
-        weights |= linear(f"{prefix}.output.dense", hidden, intermediate) | norm(f"{prefix}.output")
-    return weights | linear("pooler.dense", hidden, hidden)
-
-
-def _name(name: str) -> str:
-    name = name.removeprefix("bert.")
-    for old, new in _OLD_NAMES.items():
-        if name.endswith(old):
-            return name.removesuffix(old) + new
-    return name
 
 
 def _activation(name: str) -> Activation:

@@ -153,7 +153,7 @@ def _record(run: Pass, row_count: int, max_length: int, runtime: Runtime) -> Gra
     total = batch.row_count(0)
     bounds = np.cumsum([0, *(group.length for group in batch.groups for _ in range(group.text_count))], dtype=np.int32)
     upload, late = Upload(runtime), Upload(runtime)
-    arrays = batch.input_ids, np.zeros(total, np.int32), batch.position_ids.astype(np.int32)
+    arrays = batch.input_ids, np.zeros(total, np.int32), batch.position_ids(None).astype(np.int32)
     inputs = [upload.add(array) for array in arrays]
     own_bounds = upload.add(bounds)
     upload.send()

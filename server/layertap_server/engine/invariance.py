@@ -22,14 +22,12 @@ from layertap_server.engine.packing import Group
 
 Forward = Callable[[torch.Tensor, Sequence[Group]], torch.Tensor]
 """Runs one block over rows. Shape: [row_count, hidden_size], float32, in and out."""
-Pooler = Callable[[torch.Tensor], torch.Tensor]
-"""Applies the pooler. Shape: [row_count, hidden_size], float32, in and out."""
 
 _LENGTHS: Final = (*range(1, 14), 17, 31, 40, 66)
 """Tokens of the texts of the probe: most row counts that are special are small."""
 _LONE_LENGTH: Final = 256
 """The longest text that a lone caller computes with a team of threads."""
-_POOLER_COUNTS: Final = (1, 2, 3, 5, 8, 13)
+_ROWWISE_COUNTS: Final = (1, 2, 3, 5, 8, 13, 40, 256)
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,12 +70,25 @@ class Invariance:
     max_thread_count: int
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class Rowwise:
+    """A part of the model beside its blocks that computes each row by itself, such as its pooler.
+
+    Attributes:
+        apply: Shape: [row_count, size], float32, to [row_count, any size].
+        size: Values of a row.
+    """
+
+    apply: Callable[[torch.Tensor], torch.Tensor]
+    size: int
+
+
 class Probe:
     """Compares the bits of texts alone and in batches.
 
     Args:
         forward: Runs one block of the model.
-        pooler: Its pooler, if it has one.
+        rowwise: The parts beside the blocks.
         hidden_size: Values a row has.
         extra: Pads rows once more, for speed; a multiple of any step stays one.
         least_step: The least step of rows.
@@ -86,13 +97,13 @@ class Probe:
     def __init__(
         self,
         forward: Forward,
-        pooler: Pooler | None,
+        rowwise: Sequence[Rowwise],
         *,
         hidden_size: int,
         extra: Callable[[int], int],
         least_step: int = 1,
     ) -> None:
-        self._forward, self._pooler, self._extra = forward, pooler, extra
+        self._forward, self._rowwise, self._extra = forward, rowwise, extra
         self._candidates = [one for one in _CANDIDATES if one.step >= least_step]
         generator = torch.Generator().manual_seed(0)
         # Every third text from the third on has an attention mask of its own.
@@ -103,7 +114,7 @@ class Probe:
             None if n % 3 < 2 else random.integers(0, 2, length, dtype=np.int32) for n, length in enumerate(lengths)
         ]
         self._team_texts = [*range(0, len(lengths) - 1, 2), len(lengths) - 1]
-        self._first_rows = torch.randn(max(_POOLER_COUNTS), hidden_size, generator=generator)
+        self._rows = [torch.randn(max(_ROWWISE_COUNTS), one.size, generator=generator) for one in rowwise]
 
     def run(self, *, thread_count: int, max_thread_count: int) -> Invariance:
         """Returns the cheapest padding that holds with `thread_count` threads, and the largest team that agrees.
@@ -138,14 +149,14 @@ class Probe:
         while count > thread_count:
             torch.set_num_threads(count)
             agrees = all(torch.equal(self._bits_alone(n, padding), wanted[n]) for n in self._team_texts)
-            if agrees and self._poolers_agree(padding):
+            if agrees and self._rowwise_agree(padding):
                 break
             count //= 2
         return Invariance(padding=padding, holds=True, max_thread_count=max(count, thread_count))
 
     def _same_bits(self, padding: RowPadding) -> list[torch.Tensor] | None:
         """Returns each text's bits if they are the same alone, in a batch of all, and in one of each several times."""
-        if not self._poolers_agree(padding):
+        if not self._rowwise_agree(padding):
             return None
         alone = self._alone(padding)
         count = len(self._texts)
@@ -179,12 +190,12 @@ class Probe:
         rows = self._forward(self._padded([self._texts[n] for n in batch], padding), groups)
         return list(zip(batch, rows[:start].split_with_sizes([len(self._texts[n]) for n in batch]), strict=True))
 
-    def _poolers_agree(self, padding: RowPadding) -> bool:
-        if self._pooler is None:
-            return True
-        results = [self._pooler(self._padded([self._first_rows[:count]], padding)) for count in _POOLER_COUNTS]
-        counts = zip(results, _POOLER_COUNTS, strict=True)
-        return all(torch.equal(rows[:count], results[-1][:count]) for rows, count in counts)
+    def _rowwise_agree(self, padding: RowPadding) -> bool:
+        for one, rows in zip(self._rowwise, self._rows, strict=True):
+            results = [one.apply(self._padded([rows[:count]], padding))[:count] for count in _ROWWISE_COUNTS]
+            if not all(torch.equal(found, results[-1][: len(found)]) for found in results):
+                return False
+        return True
 
     def _padded(self, parts: list[torch.Tensor], padding: RowPadding) -> torch.Tensor:
         row_count = sum(len(part) for part in parts)

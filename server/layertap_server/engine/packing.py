@@ -76,7 +76,7 @@ class PackedBatch:
         self._depths_sorted = depths[order]
         self._row_ends = np.cumsum(lengths[order])
         self.input_ids: npt.NDArray[np.int32] = np.concatenate([text.input_ids for text in ordered])
-        self.position_ids: Indices = np.arange(len(self.input_ids)) - np.repeat(starts[order], lengths[order])
+        self._row_starts: Indices = np.repeat(starts[order], lengths[order])
         self.token_type_ids = _token_type_ids(ordered)
         self.groups = _groups(ordered, lengths[order], masked[order], self._depths_sorted)
 
@@ -89,6 +89,20 @@ class PackedBatch:
         """Returns how many rows, from the first, are needed at a layer."""
         text_count = int(np.searchsorted(-self._depths_sorted, -layer, side="right"))
         return int(self._row_ends[text_count - 1]) if text_count else 0
+
+    def position_ids(self, padding_id: int | None) -> Indices:
+        """Returns the position of each row. Shape: [row_count].
+
+        Args:
+            padding_id: None: positions count from 0, whatever the tokens. Else tokens of this id have the position
+                `padding_id`, and the others of each text count from the one after it, as in RoBERTa.
+        """
+        if padding_id is None:
+            return np.arange(len(self._row_starts)) - self._row_starts
+        counted = self.input_ids != padding_id
+        so_far = np.cumsum(counted)
+        before = so_far[self._row_starts] - counted[self._row_starts]
+        return np.where(counted, so_far - before, 0) + padding_id
 
     def first_rows(self, runs: Sequence[int]) -> Indices:
         """Returns where the texts of some runs start, run by run in request order. Shape: [text_count]."""

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
-from layertap_server.model.architectures import read_settings
+from layertap_server.model.architectures import architecture_of, read_settings
 from layertap_server.model.files import CheckpointError, read_json, refuse_pointer
 from layertap_server.model.sentence_config import transformer_folder
 from layertap_server.model.weights import check_weights, find_weights
@@ -55,7 +55,7 @@ class Checkpoint:
         folder: Where its files are.
         tokenizer_folder: Where its tokenizer is; of dummy models that bring none, the embedded model's.
         weights_folder: Where its config.json and weights are: the folder itself, or that of its first module.
-        settings: The contents of its config.json, and transformers' defaults for what it leaves out.
+        settings: The contents of its config.json, and under BERT's keys all that is read of it, defaults included.
         weight_files: Its safetensors files; none for dummy weights.
         seed: The seed of dummy weights.
     """
@@ -67,6 +67,11 @@ class Checkpoint:
     settings: Mapping[str, Any]
     weight_files: tuple[Path, ...]
     seed: int = 0
+
+    @property
+    def position_count(self) -> int:
+        """The most tokens of one text."""
+        return architecture_of(self.settings).position_count(self.settings)
 
     def fingerprint(self, *, tokenizer: str, sentences: str, dtype: str) -> str:
         """Returns sha256 over weights, tokenizer, configuration and compute dtype, in hex.

@@ -17,8 +17,8 @@ class ModelFacts:
         hidden_size: Values of one token row.
         head_count: Heads of each attention.
         vocab_size: Token ids are below this.
-        type_vocab_size: Token types are below this.
-        max_length: The most tokens of one text: the rows of the position embeddings.
+        type_vocab_size: Token types are below this; 0: the model has none.
+        max_length: The most tokens of one text: the positions that tokens may have.
         default_max_length: The most tokens of one text if the request names no max_length.
         has_pooler_output: Whether there are pooler weights.
         pad_token_id: The id that padding uses.
@@ -44,4 +44,4 @@ class ModelFacts:
     special_tokens: Mapping[str, int]
     padding_side: str
     has_token_type_ids: bool
-    model_type: str = "bert"
+    model_type: str

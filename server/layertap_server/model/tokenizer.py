@@ -54,7 +54,7 @@ class _Engine:
         """Tokenizes texts; one that the tokenizer fails on harms no other."""
         try:
             return self.encode(items, pretokenized, add_special_tokens)
-        except Exception as exc:  # The library raises `Exception` itself, such as for an [UNK] that it lacks.
+        except Exception as exc:  # The library raises `Exception` itself, such as for an unknown token that it lacks.
             if len(items) == 1:
                 log.warning("the tokenizer failed on a text: %s", reason_of(exc))
                 return [
@@ -129,7 +129,7 @@ class Tokenizer:
         self.special_token_ids: tuple[int, ...] = tuple(sorted({*added, self.pad_token_id}))
         beside = [self._tokenizer.encode_special_tokens, self._has_token_types, self._max_length, self.pad_token_id]
         self.description = json.dumps([self._tokenizer.to_str(), *beside])
-        self.pad_token: str = loaded.pad_token if loaded.pad_token is not None else "[PAD]"
+        self.pad_token: str = loaded.pad_token or self._tokenizer.id_to_token(self.pad_token_id) or ""
 
     def encode(
         self,
@@ -148,7 +148,7 @@ class Tokenizer:
             labels: What to call each in an error, such as "inputs[3]".
             max_length: The most tokens of one text, special tokens counted.
             truncation: "error", "right" or "left".
-            add_special_tokens: Whether [CLS] and [SEP] are added.
+            add_special_tokens: Whether the tokenizer adds its special tokens.
             lower_case: Whether strings are turned to lower case before anything else.
 
         Returns:
@@ -189,7 +189,7 @@ class Tokenizer:
         return sentence_config.read(
             checkpoint.folder,
             max_length=self._max_length,
-            position_count=checkpoint.settings["max_position_embeddings"],
+            position_count=checkpoint.position_count,
             truncation=self._decoder.truncation_side,
         )
 
@@ -220,7 +220,7 @@ class Tokenizer:
             CheckpointError: If the tokenizer does not belong to the model.
         """
         settings = checkpoint.settings
-        vocab_size, position_count = settings["vocab_size"], settings["max_position_embeddings"]
+        vocab_size, position_count = settings["vocab_size"], checkpoint.position_count
         if self._highest_id >= vocab_size:
             raise CheckpointError(
                 f"the tokenizer has ids up to {self._highest_id}, the model's vocab_size is {vocab_size}: its ids must "
@@ -242,6 +242,7 @@ class Tokenizer:
             special_tokens=self._special_tokens(),
             padding_side=self._decoder.padding_side,
             has_token_type_ids=self._has_token_types,
+            model_type=settings["model_type"],
         )
 
     def _special_tokens(self) -> dict[str, int]:

@@ -8,14 +8,12 @@ from typing import Any, Final
 
 import safetensors
 
-from layertap_server.model.architectures import COUNTS, expected_shapes
+from layertap_server.model.architectures import Architecture, architecture_of, expected_shapes
 from layertap_server.model.files import CheckpointError, read_json, reason_of, refuse_pointer
 
 INDEX: Final = "model.safetensors.index.json"
 
 _FLOATS: Final = ("F64", "F32", "F16", "BF16")
-_OWN: Final = ("embeddings.", "encoder.", "pooler.")
-"""The parts of BertModel. All other tensors are heads, such as cls.predictions, and are not read."""
 _BUFFERS: Final = ("embeddings.position_ids", "embeddings.token_type_ids")
 """What old versions of transformers saved though it is no weight."""
 
@@ -65,14 +63,16 @@ def check_weights(files: Sequence[Path], settings: Mapping[str, Any], *, given: 
     Raises:
         CheckpointError: If a tensor is missing, left over, or of another shape or format; it is named.
     """
-    found = _tensors(files)
-    defaults = [key for key in COUNTS if key not in given]
+    architecture = architecture_of(settings)
+    found = _tensors(files, architecture)
+    defaults = [key for key in map(architecture.key, architecture.counts) if key not in given]
     hint = f" (config.json lacks {', '.join(defaults)}: transformers' defaults hold)" if defaults else ""
-    pooler = any(name.startswith("pooler.") for name in found)
-    for name, shape in expected_shapes(settings, pooler=pooler).items():
-        if name not in found:
+    pooler = architecture.has_pooler and any(name.startswith("pooler.") for name in found)
+    for common_name, shape in expected_shapes(settings, pooler=pooler).items():
+        name = architecture.own_name(common_name)
+        if common_name not in found:
             raise CheckpointError(f"the weights lack {name}{hint}; fetch the model again, or correct config.json")
-        own_shape, kind = found.pop(name)
+        own_shape, kind = found.pop(common_name)
         if own_shape != shape:
             raise CheckpointError(
                 f"{name} has shape {own_shape}, config.json says {shape}{hint}; correct it, or fetch the model again"
@@ -81,16 +81,17 @@ def check_weights(files: Sequence[Path], settings: Mapping[str, Any], *, given: 
             raise CheckpointError(
                 f"{name} has the format {kind}; layertap reads {', '.join(_FLOATS)}, save the model in one of these"
             )
-    if left := sorted(name for name in found if name.startswith(_OWN) and name not in _BUFFERS):
+    left = sorted(architecture.own_name(name) for name in found if architecture.is_own(name) and name not in _BUFFERS)
+    if left:
         listed = ", ".join(left[:3]) + (f" and {len(left) - 3} more" if len(left) > 3 else "")
         raise CheckpointError(
             f"the weights have {listed}, which the model of config.json does not have; its numbers would be others, "
-            "so correct config.json, or choose a checkpoint of a plain BERT"
+            f"so correct config.json, or choose a checkpoint of a plain {settings['model_type']}"
         )
 
 
-def _tensors(files: Sequence[Path]) -> dict[str, tuple[tuple[int, ...], str]]:
-    """Returns shape and format of each tensor by transformers' name."""
+def _tensors(files: Sequence[Path], architecture: Architecture) -> dict[str, tuple[tuple[int, ...], str]]:
+    """Returns shape and format of each tensor by its name in BertModel."""
     found: dict[str, tuple[tuple[int, ...], str]] = {}
     for path in files:
         refuse_pointer(path)
@@ -98,21 +99,12 @@ def _tensors(files: Sequence[Path]) -> dict[str, tuple[tuple[int, ...], str]]:
             with safetensors.safe_open(path, framework="np") as file:
                 for name in file.keys():  # noqa: SIM118  # The file itself cannot be iterated.
                     part = file.get_slice(name)
-                    own = plain_name(name)
-                    if own in found and own.startswith(_OWN):
-                        raise CheckpointError(f"the weights have {own} twice; fetch the model again")
-                    found[own] = tuple(part.get_shape()), str(part.get_dtype())
+                    common = architecture.common_name(name)
+                    if common in found and architecture.is_own(common):
+                        raise CheckpointError(f"the weights have {name} twice; fetch the model again")
+                    found[common] = tuple(part.get_shape()), str(part.get_dtype())
         except (OSError, safetensors.SafetensorError) as exc:
             raise CheckpointError(
                 f"{path.name} cannot be read as safetensors ({reason_of(exc)}); fetch the model again"
             ) from exc
     return found
-
-
-def plain_name(name: str) -> str:
-    """Returns the name that a tensor has in BertModel, without a prefix and in today's spelling."""
-    name = name.removeprefix("bert.")
-    for old, new in (("LayerNorm.gamma", "LayerNorm.weight"), ("LayerNorm.beta", "LayerNorm.bias")):
-        if name.endswith(old):
-            return name.removesuffix(old) + new
-    return name

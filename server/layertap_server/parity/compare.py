@@ -107,7 +107,7 @@ class Comparison:
                 self.other_tokens.append(text)
             for layer, states in enumerate(one.layers):
                 self._row(f"layer {layer}").add(text, embedding.ragged(layer)[n], states)
-            if self.has_pooler_output:
+            if self.has_pooler_output and one.pooler_output is not None:
                 self._row("pooler_output").add(text, embedding.pooler_output[n], one.pooler_output)
         self.text_count += len(wanted)
         self.token_count += int(embedding.token_counts.sum())

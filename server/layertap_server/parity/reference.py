@@ -21,7 +21,7 @@ Item: TypeAlias = "str | tuple[str, str] | list[str]"
 
 VERSION: Final[str] = transformers.__version__
 
-_PER_TOKEN: Final = ("input_ids", "token_type_ids", "attention_mask", "special_tokens_mask", "offset_mapping")
+_PER_TOKEN: Final = ("input_ids", "attention_mask", "special_tokens_mask", "offset_mapping")
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -32,13 +32,13 @@ class Wanted:
         tokens: Its pieces.
         facts: What transformers' tokenizer says of each token, under its names; word_ids are -1 where it has None.
         layers: All hidden states. Shape of each: [token_count, hidden_size].
-        pooler_output: Shape: [hidden_size].
+        pooler_output: Shape: [hidden_size]. None: models of this type have no pooler.
     """
 
     tokens: list[str]
     facts: dict[str, npt.NDArray[np.int64]]
     layers: list[npt.NDArray[np.float32]]
-    pooler_output: npt.NDArray[np.float32]
+    pooler_output: npt.NDArray[np.float32] | None
 
 
 class Oracle:
@@ -54,11 +54,13 @@ class Oracle:
         library: Any = transformers.utils.logging  # Partly without types, as is the model.
         library.disable_progress_bar()
         try:
-            model: Any = transformers.BertModel.from_pretrained(str(checkpoint.folder), attn_implementation="eager")
+            folder = str(checkpoint.weights_folder)
+            model: Any = transformers.AutoModel.from_pretrained(folder, attn_implementation="eager")
             self._tokenizer: Any = transformers.AutoTokenizer.from_pretrained(str(checkpoint.tokenizer_folder))
         except Exception as exc:  # transformers raises what it likes here.
             raise CheckpointError("transformers cannot load this model; fetch it again") from exc
         self._model = model.float().eval()
+        self._has_token_types = bool(checkpoint.settings["type_vocab_size"])
 
     @torch.inference_mode()
     def compute(self, item: Item, max_length: int) -> Wanted:
@@ -72,13 +74,17 @@ class Oracle:
             return_offsets_mapping=True,
             return_special_tokens_mask=True,
         )
-        given = {name: torch.tensor([encoded[name]]) for name in ("input_ids", "attention_mask", "token_type_ids")}
-        out = self._model(**given, output_hidden_states=True)
+        types = encoded.get("token_type_ids") or [0] * len(encoded["input_ids"])
+        given = {"input_ids": encoded["input_ids"], "attention_mask": encoded["attention_mask"]}
+        if self._has_token_types:
+            given["token_type_ids"] = types
+        out = self._model(**{name: torch.tensor([ids]) for name, ids in given.items()}, output_hidden_states=True)
         facts = {name: np.array(encoded[name], np.int64) for name in _PER_TOKEN}
+        facts["token_type_ids"] = np.array(types, np.int64)
         facts["word_ids"] = np.array([-1 if word is None else word for word in encoded.word_ids()], np.int64)
         return Wanted(
             tokens=encoded.tokens(),
             facts=facts,
             layers=[layer[0].numpy() for layer in out.hidden_states],
-            pooler_output=out.pooler_output[0].numpy(),
+            pooler_output=None if out.get("pooler_output") is None else out.pooler_output[0].numpy(),
         )

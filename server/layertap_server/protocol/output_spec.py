@@ -142,7 +142,9 @@ def _word_vectors(asked: pb.WordVectors, model: ModelFacts, label: str) -> Outpu
 def _pooled_vectors(asked: pb.PooledVectors, model: ModelFacts, label: str) -> Output:
     strategy = known(f"{label}.strategy", asked.strategy or pb.POOLING_STRATEGY_MEAN, _STRATEGIES)
     if strategy is Strategy.CLS and asked.exclude_special_tokens:
-        raise InvalidArgumentError(f"{label} pools [CLS] and excludes special tokens; include them, or pool otherwise")
+        raise InvalidArgumentError(
+            f"{label} pools the first token by cls and excludes special tokens; include them, or pool otherwise"
+        )
     layer, mix, widest = model.layer_count, None, model.hidden_size
     if asked.HasField("mix"):
         if asked.HasField("layer"):

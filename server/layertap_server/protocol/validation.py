@@ -171,7 +171,7 @@ def check_fits(text: Text, label: str, model: ModelFacts) -> None:
             "does not belong to it; leave the text out, or serve the model with its own tokenizer"
         )
     types = text.token_type_ids
-    if types is not None and types.max() >= model.type_vocab_size:
+    if types is not None and model.type_vocab_size and types.max() >= model.type_vocab_size:
         raise InvalidArgumentError(
             f"{label} has token type {types.max()}, this model has {model.type_vocab_size}: it takes no pairs; send "
             "the two strings as one text, or as two"
@@ -249,13 +249,15 @@ def ids(message: pb.TokenIds, label: str, model: ModelFacts) -> Ids:
 def _token_ids(message: pb.TokenIds, label: str, model: ModelFacts) -> Text:
     count = len(message.input_ids)
     if not count:
-        raise InvalidArgumentError(f"{label} has no input_ids; for the empty text send the ids of [CLS] and [SEP]")
+        raise InvalidArgumentError(
+            f"{label} has no input_ids; for the empty text send the ids of the special tokens that Tokenize adds to it"
+        )
     if count > model.max_length:
         raise InvalidArgumentError(
             f"{label} has {count} token ids, the most is {model.max_length}; token ids are never cut, send fewer"
         )
     mask = _beside(message.attention_mask, "attention_mask", 2, count, label)
-    types = _beside(message.token_type_ids, "token_type_ids", model.type_vocab_size, count, label)
+    types = _beside(message.token_type_ids, "token_type_ids", max(1, model.type_vocab_size), count, label)
     return Text(
         ids(message, label, model),
         attention_mask=mask if mask is not None and not mask.all() else None,

@@ -43,6 +43,15 @@ pools = st.builds(
 )
 
 
+def behind_padding(ids: list[int], padding_id: int) -> list[int]:
+    """Returns the positions that RoBERTa gives to the tokens of a text."""
+    positions, last = [], padding_id
+    for token_id in ids:
+        last += token_id != padding_id
+        positions.append(padding_id if token_id == padding_id else last)
+    return positions
+
+
 def as_list(values: np.ndarray | None, length: int, rest: int) -> list[int]:
     return [rest] * length if values is None else values.tolist()
 
@@ -60,11 +69,13 @@ def test_every_row_of_every_text_is_where_the_layout_says(batch: list[Run]) -> N
             own, rows = rows[: text.token_count], rows[text.token_count :]
             assert own == list(range(first, first + text.token_count))
             assert packed_batch.input_ids[own].tolist() == text.input_ids.tolist()
-            assert packed_batch.position_ids[own].tolist() == list(range(text.token_count))
+            assert packed_batch.position_ids(None)[own].tolist() == list(range(text.token_count))
+            assert packed_batch.position_ids(3)[own].tolist() == behind_padding(text.input_ids.tolist(), 3)
             found = [0] * len(own) if packed_batch.token_type_ids is None else packed_batch.token_type_ids[own].tolist()
             assert found == as_list(text.token_type_ids, text.token_count, 0)
         assert not rows
-    assert sorted(taken) == list(range(len(packed_batch.input_ids))) == list(range(len(packed_batch.position_ids)))
+    assert sorted(taken) == list(range(len(packed_batch.input_ids)))
+    assert len(packed_batch.position_ids(None)) == len(packed_batch.position_ids(3)) == len(taken)
     typed = any(text.token_type_ids is not None for run in batch for text in run.texts)
     assert (packed_batch.token_type_ids is not None) == typed
 
