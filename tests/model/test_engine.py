@@ -13,6 +13,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from support.oracle import POOLINGS, Oracle
+from support.simulated_gpu import SimulatedGpu
 
 from layertap_server.engine import cpu_threads
 from layertap_server.engine.encoder import Encoder
@@ -45,14 +46,20 @@ def dtype(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
-@pytest.fixture(scope="module", params=[1, 2], ids=["1 instance", "2 instances"])
+@pytest.fixture(scope="module", params=[1, 2, 0], ids=["1 instance", "2 instances", "simulated GPU"])
 def batcher(request: pytest.FixtureRequest, tiny_folder: Path, device: str, dtype: str) -> Iterator[Batcher]:
     found = checkpoint.find(model_id=str(tiny_folder), revision="", name="", load_format="safetensors", seed=0)
-    devices = [device if device == "cpu" else "cuda:0"]
     threads = cpu_threads.share(instance_count=request.param)
-    encoders = [Encoder(found, device=one, dtype=dtype, max_thread_count=threads.lone_thread_count) for one in devices]
+    encoder = Encoder(
+        found,
+        device=device if device == "cpu" else "cuda:0",
+        dtype=dtype,
+        runtime=None if request.param else SimulatedGpu(),
+        max_thread_count=threads.lone_thread_count,
+    )
+    encodes = cpu_threads.make([encoder], threads) if request.param else [encoder.encode_beside() for _ in range(2)]
     made = Batcher(
-        cpu_threads.make(encoders, threads),
+        encodes,
         max_batch_tokens=150,
         max_batch_bytes=1 << 20,
         min_share_tokens=10,
