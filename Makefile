@@ -35,7 +35,7 @@ generate = PATH="$(CURDIR)/$(BIN):$$PATH" PYTHONPATH=.tools $(BIN)/python -m grp
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: bench-compute bench-callers bench-fuzz bench-gpu bench-jobs bench-load bench-streams bench-wire help install model protos protos-fresh lint format check test test-unit test-model test-e2e test-heavy test-cpus test-floors test-newest test-compat demo docs notebook serve bench clean
+.PHONY: bench-compute bench-callers bench-fuzz bench-gpu bench-jobs bench-load bench-streams bench-wire gpu-wheels help install model protos protos-fresh lint format check test test-unit test-model test-e2e test-heavy test-cpus test-floors test-newest test-compat demo docs notebook serve bench clean
 
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z][a-z-]*:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -144,11 +144,15 @@ bench-fuzz: $(INSTALL_STAMP) $(MODEL_STAMP)  ## A hundred thousand calls that no
 bench-jobs: $(INSTALL_STAMP)  ## A million short texts to Parquet: the memory of the command line, and its rate
 	$(BIN)/python bench/jobs.py $(ARGS)
 
-bench-gpu: $(INSTALL_STAMP)  ## Fidelity, ceilings and throughput on a GPU (needs sentence-transformers)
+bench-gpu: $(INSTALL_STAMP)  ## Fidelity, bits, ceilings and throughput on a GPU (13 min)
 	$(BIN)/python bench/gpu.py $(ARGS)
 
+gpu-wheels:  ## Fetch into .wheels what bench/gpu.py needs on a machine that has torch but no package registry
+	$(PYTHON) -m pip --disable-pip-version-check download -q --no-deps --only-binary=:all: -d .wheels \
+		grpcio-health-checking==1.71.2 grpcio-reflection==1.71.2
+
 clean:  ## Remove all that make has made
-	rm -rf .venv .models .tools .bench .floors .compat .docs build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis \
+	rm -rf .venv .models .tools .bench .wheels .floors .compat .docs build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis \
 		.import_linter_cache
 	find client server tests bench examples -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
 
