@@ -36,7 +36,6 @@ from layertap_server.scheduler.batcher import Batcher
 from layertap_server.scheduler.events import CallFailed, Event, RunDone
 from layertap_server.scheduler.hooks import NoHooks
 from layertap_server.shared_memory.lease import Sharing
-from layertap_server.shared_memory.segment import Segments
 from layertap_server.types import Output, OutputKind, Plan, Text
 
 if TYPE_CHECKING:
@@ -169,11 +168,9 @@ class App:
         if config.shared_memory_bytes and not hasattr(os, "memfd_create"):
             raise ConfigError("--shared-memory-bytes needs Linux; leave it out")
         self._sharing = Sharing(
-            Segments(
-                byte_count=config.shared_memory_bytes,
-                max_count=config.max_shared_memory_call_count,
-                pin=runtime.pin if encoders[0].device.type == "cuda" else None,
-            )
+            byte_count=config.shared_memory_bytes,
+            max_count=config.max_shared_memory_call_count,
+            pin=runtime.pin if encoders[0].device.type == "cuda" else None,
         )
         self._admission = Admission(
             max_call_count=config.max_concurrent_call_count,

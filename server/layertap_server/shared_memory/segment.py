@@ -1,14 +1,14 @@
-"""Memory that the server shares with callers on its host: segments, the blocks in them, and when they are free again.
+"""Memory that the server shares with callers on its host: segments, the blocks in them, and when blocks are free again.
 
-A segment is a memfd: it has no name in any file system, so nothing is left behind however either side ends, and it is
-sealed, so that a caller cannot shrink it under the server's feet. Each caller has its own; `ShareMemoryResponse` in the
-contract describes it. Rules:
+A segment is a memfd: it has no name in any file system, so nothing remains when either side ends, and it is sealed, so
+that a caller cannot shrink it while the server uses it. Each caller has its own; `ShareMemoryResponse` in the contract
+describes it. Rules:
 
-- Nothing ever waits. When there is no room, `allocate` says so and the rows travel as bytes.
-- The server believes only its own tables. A caller's flags can give back no block but one that was sent to that caller,
-  and reach no other segment: a caller that writes nonsense into the tables spoils its own answers.
-- A block is free again when the server has let go of its buffer *and* no message stands for it any more. So nothing
-  that is still being written, by a batch whose caller has left say, is lent a second time.
+- Nothing waits. Where there is no room, `allocate` returns None and the rows travel as bytes.
+- The server trusts only its own tables. The flags of a caller can free only blocks that were sent to that caller, in
+  its own segment: a caller that writes other values into the tables spoils only its own answers.
+- A block is free again when the server no longer has its buffer *and* no message refers to it. So a block that is still
+  being written, for example by a batch whose caller has left, is not lent a second time.
 
 Knows neither gRPC nor protobuf nor torch.
 """
@@ -30,16 +30,14 @@ from typing import Final
 
 import numpy as np
 
-from layertap.errors import FailedPreconditionError, ResourceExhaustedError
-
 Pin = Callable[[memoryview], Callable[[], None]]
-"""Makes memory fit for direct copies from a device; returns what undoes it."""
+"""Registers memory for direct copies from a device; returns a function that undoes it."""
 
 UNIT: Final = 4096
 """Blocks begin at multiples of it, in bytes."""
 
 LEAST_BYTES: Final = 32 << 10
-"""Smaller payloads travel as bytes: naming and giving back a place costs more than copying them."""
+"""Smaller payloads travel as bytes: a place in a segment costs more than a copy of them."""
 
 SLOT_COUNT: Final = 16384
 CALL_COUNT: Final = 4096
@@ -53,7 +51,13 @@ _RELEASED: Final = 2
 
 @dataclasses.dataclass(slots=True, eq=False)
 class _Block:
-    """A block that is not free. `holds`: the server's buffer, and every message that has rows in it."""
+    """A block that is not free.
+
+    Attributes:
+        start: Its first byte in the segment.
+        end: The byte behind its last.
+        holds: How many things use it: the server's buffer, and each message with rows in it.
+    """
 
     start: int
     end: int
@@ -67,10 +71,10 @@ class Segment:
     """The memory shared with one caller. All methods may be called from any thread.
 
     Attributes:
-        id: How calls name it; not to be guessed.
-        nonce: 16 random bytes, also found at its beginning.
-        descriptor: Its file.
-        byte_count: Its size, tables included.
+        id: The name by which calls refer to it; a random number, so that other callers cannot guess it.
+        nonce: 16 random bytes, with which it begins.
+        descriptor: Its file descriptor.
+        byte_count: Its size in bytes, tables included.
     """
 
     slot_offset, slot_count = _SLOT_OFFSET, SLOT_COUNT
@@ -111,13 +115,13 @@ class Segment:
         self._ended: list[Lending] = []
 
     def lend(self, call_number: int) -> Lending:
-        """Returns what one call gets of the segment; to be closed when the call ends."""
+        """Returns the use of the segment by one call; close it when the call ends."""
         return Lending(self, call_number)
 
     def allocate(self, byte_count: int) -> memoryview | None:
-        """Returns a free block, or None where none is large enough or the lease has ended.
+        """Returns a buffer in the segment; None: no free block is large enough, or the lease has ended.
 
-        It stays the caller's while anything refers to the buffer, and then while messages stand for it.
+        Its block is in use while anything refers to the buffer, and then while messages refer to the block.
         """
         with self._lock:
             if self._closed:
@@ -138,14 +142,14 @@ class Segment:
         return buffer.data
 
     def offset_of(self, data: memoryview) -> int | None:
-        """Returns where in the segment something lies; None: it lies elsewhere, or the lease has ended."""
+        """Returns the offset of a buffer in the segment; None: it is not in it, or the lease has ended."""
         if self._closed or not data.nbytes:
             return None
         offset = _address(np.frombuffer(data, np.uint8)) - self._address
         return offset if _DATA_OFFSET <= offset < self.byte_count else None
 
     def close(self) -> None:
-        """Ends the lease. The memory goes back to the system when the last buffer in it is let go."""
+        """Ends the lease. The system gets the memory back when the last buffer in it is freed."""
         with self._lock:
             if self._closed:
                 return
@@ -157,10 +161,11 @@ class Segment:
             self._ended.clear()
 
     def send(self, lending: Lending, offsets: Sequence[int]) -> int | None:
-        """Lets a message stand for the blocks at some offsets, which a buffer still holds.
+        """Notes that a message refers to the blocks at some offsets, each of which a buffer still uses.
 
         Returns:
-            The slot in which the caller tells what became of them; None: there is none, or the lease has ended.
+            The slot whose flag the caller sets when it has read the rows; None: no slot is free, or the lease has
+            ended.
         """
         with self._lock:
             if self._closed or not self._free_slots:
@@ -221,91 +226,31 @@ class Segment:
 
 
 class Lending:
-    """What one call gets of its caller's segment."""
+    """The use of a caller's segment by one call."""
 
     def __init__(self, segment: Segment, call_number: int) -> None:
         self.segment = segment
         self.call_number = call_number
         self.slots: set[int] = set()
         self.kept: dict[tuple[int, int], memoryview | None] = {}
-        """Buffers that are kept for the whole call, under names of the caller's own."""
+        """Buffers for the whole call, by output index and layer."""
 
     def allocate(self, byte_count: int) -> memoryview | None:
-        """Returns a buffer in the segment; None: take another, for the payload is small or there is no room."""
+        """Returns a buffer in the segment; None: the payload is small, or there is no room."""
         return self.segment.allocate(byte_count) if byte_count >= LEAST_BYTES else None
 
     def offset_of(self, data: memoryview) -> int | None:
-        """Returns where in the segment a payload lies; None: it has to travel."""
+        """Returns the offset of a payload in the segment; None: it is not in it."""
         return self.segment.offset_of(data)
 
     def send(self, offsets: Sequence[int]) -> int | None:
-        """Returns the slot of a message whose rows lie at some offsets; None: they have to travel."""
+        """Returns the slot of a message with rows at some offsets; None: the message must carry them."""
         return self.segment.send(self, offsets)
 
     def close(self) -> None:
-        """Ends the call: what it has not sent goes back, what was sent goes back when the caller says so."""
+        """Ends the call: what it has not sent is free, what it has sent is free when the caller has read it."""
         self.kept.clear()
         self.segment.end(self)
-
-
-class Segments:
-    """The segments of all callers. All methods may be called from any thread."""
-
-    def __init__(self, *, byte_count: int, max_count: int, pin: Pin | None = None) -> None:
-        """Makes no segment yet.
-
-        Args:
-            byte_count: The size of each segment; 0 means that no memory is shared.
-            max_count: How many there may be at once.
-            pin: Makes a segment fit for direct copies from a device. None: it stays as it is.
-        """
-        self._byte_count = byte_count
-        self._max_count = max_count
-        self._pin = pin
-        self._lock = threading.Lock()
-        self._count = 0
-        self._segments: dict[str, Segment] = {}
-
-    def open(self) -> Segment:
-        """Returns a new segment, to be given to `close`. Takes time where it is registered with a device.
-
-        Raises:
-            FailedPreconditionError: if the server shares no memory.
-            ResourceExhaustedError: if there are too many, or the system has no such memory.
-        """
-        if not self._byte_count:
-            raise FailedPreconditionError("this server shares no memory; start it with --shared-memory-bytes")
-        with self._lock:
-            if self._count >= self._max_count:
-                raise ResourceExhaustedError(
-                    f"the server already shares memory with {self._max_count} callers; close some, or raise "
-                    "--max-shared-memory-call-count"
-                )
-            self._count += 1
-        try:
-            segment = Segment(self._byte_count, pin=self._pin)
-        except BaseException as exc:
-            self._count_down()
-            if isinstance(exc, OSError):
-                raise ResourceExhaustedError(f"the system has no memory to share: {exc.strerror}") from exc
-            raise
-        self._segments[segment.id] = segment
-        return segment
-
-    def close(self, segment: Segment) -> None:
-        """Ends a lease."""
-        del self._segments[segment.id]
-        self._count_down()
-        segment.close()
-
-    def lend(self, segment_id: str, call_number: int) -> Lending | None:
-        """Returns what a call gets of the segment that it names; None if there is no such segment."""
-        segment = self._segments.get(segment_id)
-        return segment.lend(call_number) if segment is not None and call_number > 0 else None
-
-    def _count_down(self) -> None:
-        with self._lock:
-            self._count -= 1
 
 
 def _address(array: np.ndarray[tuple[int], np.dtype[np.uint8]]) -> int:

@@ -23,7 +23,8 @@ from layertap._protocol.assembler import EmbedAssembler
 from layertap._shared_memory.mapping import Mapping, SharedMemory
 from layertap.v1 import embedding_pb2 as pb
 from layertap_server.protocol import responses
-from layertap_server.shared_memory.segment import CALL_COUNT, LEAST_BYTES, SLOT_COUNT, UNIT, Lending, Segment, Segments
+from layertap_server.shared_memory.lease import Sharing
+from layertap_server.shared_memory.segment import CALL_COUNT, LEAST_BYTES, SLOT_COUNT, UNIT, Lending, Segment
 
 SIZE = 32 * UNIT
 
@@ -272,19 +273,24 @@ def test_a_forked_child_gives_nothing_back() -> None:
 
 
 def test_segments_are_counted_and_known_by_ids_that_cannot_be_guessed() -> None:
+    def lends(segment_id: str, call_number: int = 1) -> bool:
+        reference = pb.SharedMemoryUse(segment_id=segment_id, call_number=call_number)
+        with sharing.lend(pb.EmbedOptions(shared_memory=reference)) as lending:
+            return lending is not None
+
     with pytest.raises(FailedPreconditionError, match="--shared-memory-bytes"):
-        Segments(byte_count=0, max_count=1).open()
-    segments = Segments(byte_count=1, max_count=1)
-    one = segments.open()
+        Sharing(byte_count=0, max_count=1).open()
+    sharing = Sharing(byte_count=1, max_count=1)
+    one = sharing.open()
     with pytest.raises(ResourceExhaustedError, match="--max-shared-memory-call-count"):
-        segments.open()
-    assert len(one.id) == 32 and segments.lend(one.id, 1) is not None
-    assert segments.lend(one.id, 0) is None and segments.lend(one.id[:-1], 1) is None and segments.lend("", 1) is None
-    segments.close(one)
-    assert segments.lend(one.id, 1) is None
-    other = segments.open()
+        sharing.open()
+    assert len(one.id) == 32 and lends(one.id)
+    assert not lends(one.id, 0) and not lends(one.id[:-1]) and not lends("")
+    sharing.close(one)
+    assert not lends(one.id)
+    other = sharing.open()
     assert other.id != one.id and other.nonce != one.nonce
-    segments.close(other)
+    sharing.close(other)
 
 
 @dataclasses.dataclass(eq=False)
