@@ -71,7 +71,10 @@ class Config:
         0, "Engine threads on the CPU. 0: one for each core; cuda has two for each device.", least=0, most=1024
     )
     instance_threads: int = _device(
-        0, "CPU threads each instance computes with. 0: the cores, shared out.", least=0, most=1024
+        0,
+        "CPU threads each instance computes with; one where more change the bits. 0: the cores, shared out.",
+        least=0,
+        most=1024,
     )
     host: str = _listening(
         "127.0.0.1",

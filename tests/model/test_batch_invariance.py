@@ -179,3 +179,21 @@ def test_a_text_has_the_same_bits_alone_and_in_any_batch(encoder: Encoder) -> No
     for thread in threads:
         thread.join()
     assert [found[n] for n in range(BATCHES)] == wanted
+
+
+@pytest.mark.parametrize("shape", ["32 wide", "embedded"])
+def test_several_threads_of_an_instance_are_used_only_if_they_give_the_same_bits(
+    shape: str, real_folder: Path, tiny_folder: Path
+) -> None:
+    folder = real_folder if shape == "embedded" else tiny_folder
+    found = checkpoint.find(model_id=str(folder), revision="", name="", load_format="safetensors", seed=0)
+    threads = cpu_threads.share(instance_count=1, thread_count=2)
+    encoder = Encoder(found, device="cpu", dtype="float32", packing=False, thread_count=2, max_thread_count=2)
+    assert encoder.batch_invariant and (shape == "embedded" or encoder.thread_count == 1)
+    (encode,) = cpu_threads.make([encoder], threads)
+    random = np.random.default_rng(2)
+    texts = _texts(random, 30)
+    output = Output(kind=OutputKind.HIDDEN_STATES, layers=(2,), row_size=encoder.hidden_size)
+    plan = Plan(outputs=(output,), dtype="float32")
+    (together,) = _bits(encode, [Run(plan=plan, texts=texts)])
+    assert together == [_bits(encode, [Run(plan=plan, texts=[text])])[0][0] for text in texts]

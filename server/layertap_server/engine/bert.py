@@ -267,7 +267,7 @@ class Bert:
 
     def _probe(self, thread_count: int, max_thread_count: int) -> Invariance:
         if self._runtime is not None:  # Not measured yet.
-            return Invariance(padding=NO_PADDING, holds=False, max_thread_count=1)
+            return Invariance(padding=NO_PADDING, holds=False, thread_count=1, max_thread_count=1)
         started = time.perf_counter()
         fused = self._activation is F.gelu
         probe = Probe(
@@ -281,13 +281,14 @@ class Bert:
             least_step=1 if fused else _TAIL // math.gcd(_TAIL, self._intermediate_size),
         )
         if not fused or self.hidden_size < _LEAST_TEAM_SIZE:
-            max_thread_count = thread_count
+            thread_count = max_thread_count = 1  # Teams give other bits there, and would not be faster.
         found = probe.run(thread_count=thread_count, max_thread_count=max_thread_count)
         log.info(
-            "batch invariance: %s; rows at least %d, in steps of %d; up to %d threads (probed in %.2f s)",
+            "batch invariance: %s; rows at least %d, in steps of %d; %d to %d threads (probed in %.2f s)",
             "holds" if found.holds else "does not hold on this CPU",
             found.padding.least,
             found.padding.step,
+            found.thread_count,
             found.max_thread_count,
             time.perf_counter() - started,
         )

@@ -70,8 +70,8 @@ def make(encoders: Sequence[Encoder], threads: CpuThreads) -> list[Encode]:
     if encoders[0].device.type != "cpu":
         return [encoder.encode_beside() for encoder in encoders for _ in range(_INSTANCES_PER_DEVICE)]
     (encoder,) = encoders
-    log.info("%d instances with %d threads each", threads.instance_count, threads.thread_count)
-    instances = _CpuInstances(encoder, threads.thread_count)
+    log.info("%d instances with %d threads each", threads.instance_count, encoder.thread_count)
+    instances = _CpuInstances(encoder, encoder.thread_count)
     return [functools.partial(instances.encode, instance) for instance in range(threads.instance_count)]
 
 

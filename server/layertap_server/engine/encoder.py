@@ -104,6 +104,11 @@ class Encoder:
         return self._bert.invariance.holds
 
     @property
+    def thread_count(self) -> int:
+        """How many CPU threads each instance may have: those asked for, or one where more change the bits."""
+        return self._bert.invariance.thread_count
+
+    @property
     def max_thread_count(self) -> int:
         """How many CPU threads a lone caller may have: the most that give the same bits, of those asked for."""
         return self._bert.invariance.max_thread_count

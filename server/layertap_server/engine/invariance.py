@@ -62,11 +62,13 @@ class Invariance:
     Attributes:
         padding: The padding of rows to compute with.
         holds: Whether a text then has the same bits in any batch.
+        thread_count: CPU threads of each instance: one where more do not give the same bits.
         max_thread_count: The largest team of threads, of those asked for, that gives the same bits too.
     """
 
     padding: RowPadding
     holds: bool
+    thread_count: int
     max_thread_count: int
 
 
@@ -117,7 +119,7 @@ class Probe:
         self._rows = [torch.randn(max(_ROWWISE_COUNTS), one.size, generator=generator) for one in rowwise]
 
     def run(self, *, thread_count: int, max_thread_count: int) -> Invariance:
-        """Returns the cheapest padding that holds with `thread_count` threads, and the largest team that agrees.
+        """Returns the cheapest padding that holds with `thread_count` threads or with one, and the largest team.
 
         Runs in a thread of its own: a thread that has computed with a team keeps the team.
         """
@@ -139,12 +141,17 @@ class Probe:
         return result
 
     def _search(self, thread_count: int, max_thread_count: int) -> Invariance:
-        torch.set_num_threads(thread_count)
-        for padding in self._candidates:
-            if (wanted := self._same_bits(padding)) is not None:
-                break
-        else:
-            return Invariance(padding=NO_PADDING, holds=False, max_thread_count=thread_count)
+        for count in sorted({thread_count, 1}, reverse=True):
+            torch.set_num_threads(count)
+            for padding in self._candidates:
+                if (wanted := self._same_bits(padding)) is not None:
+                    return self._with_team(padding, wanted, count, max_thread_count)
+        return Invariance(padding=NO_PADDING, holds=False, thread_count=thread_count, max_thread_count=thread_count)
+
+    def _with_team(
+        self, padding: RowPadding, wanted: list[torch.Tensor], thread_count: int, max_thread_count: int
+    ) -> Invariance:
+        """Returns a padding that holds, with the largest team that gives the wanted bits of each text."""
         count = max_thread_count
         while count > thread_count:
             torch.set_num_threads(count)
@@ -152,7 +159,9 @@ class Probe:
             if agrees and self._rowwise_agree(padding):
                 break
             count //= 2
-        return Invariance(padding=padding, holds=True, max_thread_count=max(count, thread_count))
+        return Invariance(
+            padding=padding, holds=True, thread_count=thread_count, max_thread_count=max(count, thread_count)
+        )
 
     def _same_bits(self, padding: RowPadding) -> list[torch.Tensor] | None:
         """Returns each text's bits if they are the same alone, in a batch of all, and in one of each several times."""
