@@ -226,6 +226,22 @@ def test_the_metrics_are_what_the_callers_counted(load: Load, url: str) -> None:
     )
 
 
+@pytest.mark.parametrize("how", ["cancelled", "disconnected"])
+def test_a_client_that_leaves_an_idle_stream_is_counted_as_one_that_cancels(server: Server, url: str, how: str) -> None:
+    before = Exposed(url).handled()
+    count = 20
+    for _ in range(count):
+        with grpc.insecure_channel(server.address) as channel:
+            call = Load(channel).stream(until(threading.Event(), [*stream_of("Hello")]))
+            assert len([next(call), next(call)]) == 2
+            if how == "cancelled":
+                call.cancel()
+    cancelled = "EmbedStream", "CANCELLED"
+    poll(lambda: sum(Exposed(url).handled().values()) == sum(before.values()) + count)
+    assert Exposed(url).handled() == before | {cancelled: before.get(cancelled, 0) + count}
+    poll(lambda: server.log.count(b"method=EmbedStream code=CANCELLED") >= count)
+
+
 def check_calls(load: Load, url: str) -> None:
     """Waits until the server has ended all calls too, and compares the counts."""
     wanted = dict(load.handled)

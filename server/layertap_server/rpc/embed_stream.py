@@ -41,6 +41,11 @@ _ADMITTED_AT_ONCE: Final = 256
 """So many texts of a message are tokenized and queued before it is looked again whether there is room for more."""
 
 
+_CANCELLATION_S: Final = 0.05
+"""How long an idle stream waits after its last message: gRPC reports the end of the messages also for a caller that is
+gone, and cancels the call a moment later."""
+
+
 @dataclasses.dataclass(frozen=True, slots=True)
 class _Refused:
     """A text that never reached the queue."""
@@ -114,7 +119,7 @@ class Stream:
         self._parts: defaultdict[int, list[RowsReady]] = defaultdict(list)
         self._finished: list[int] = []
         self._all_read: _AllRead | None = None
-        self._reading = self._ended = False
+        self._reading = self._ended = self._ended_idle = False
         self._taken = asyncio.Event()
 
     async def run(self, call: Call) -> None:
@@ -136,6 +141,8 @@ class Stream:
         finally:
             reader.cancel()
             await asyncio.gather(reader, return_exceptions=True)
+        if self._ended_idle:
+            await asyncio.sleep(_CANCELLATION_S)
         if self._all_read.stopping:
             raise UnavailableError(
                 "the server is stopping; send what is unanswered to another", retry_after_s=RETRY_ELSEWHERE_S
@@ -171,6 +178,7 @@ class Stream:
             await asyncio.wait({reading, stopping}, return_when=asyncio.FIRST_COMPLETED)
             raw = reading.result() if reading.done() else None
             self._ended = reading.done() and raw is None
+            self._ended_idle = self._ended and not self._entries
             return raw
         finally:
             self._reading = False
