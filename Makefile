@@ -27,11 +27,15 @@ MODEL_SHA256 := 53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db
 GRPC_TOOLS := grpcio-tools==1.71.2
 PROTO_FILES := $(wildcard protos/layertap/*/*.proto)
 GENERATED := client/layertap/v1
+# The messages of other projects' protocols are for the server alone, which needs no stubs for them.
+COMPAT_PROTO_FILES := $(wildcard protos/inference/*.proto)
+COMPAT_GENERATED := server/layertap_server/compat
 
 # Writes the generated code below the folder $(1), which must exist. Plugins come from .venv.
-generate = PATH="$(CURDIR)/$(BIN):$$PATH" PYTHONPATH=.tools $(BIN)/python -m grpc_tools.protoc \
-	-Iprotos --python_out=$(1) --grpc_python_out=$(1) --mypy_out=quiet:$(1) \
-	--mypy_grpc_out=quiet:$(1) $(PROTO_FILES)
+protoc = PATH="$(CURDIR)/$(BIN):$$PATH" PYTHONPATH=.tools $(BIN)/python -m grpc_tools.protoc -Iprotos
+generate = $(protoc) --python_out=$(1) --grpc_python_out=$(1) --mypy_out=quiet:$(1) \
+	--mypy_grpc_out=quiet:$(1) $(PROTO_FILES) \
+	&& $(protoc) --python_out=$(1) --mypy_out=quiet:$(1) $(COMPAT_PROTO_FILES)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
@@ -46,17 +50,21 @@ install: $(INSTALL_STAMP)  ## Make .venv with client, server and developer tools
 
 model: $(MODEL_STAMP)  ## Fetch the embedded model into .models
 
-protos: $(TOOLS_STAMP) $(INSTALL_STAMP)  ## Write client/layertap/v1 anew from protos/
+protos: $(TOOLS_STAMP) $(INSTALL_STAMP)  ## Write the generated code anew from protos/
 	@rm -rf .tools/generated && mkdir -p .tools/generated $(GENERATED)
 	$(call generate,.tools/generated)
 	@rm -f $(GENERATED)/*_pb2*.py $(GENERATED)/*_pb2*.pyi
 	@cp .tools/generated/layertap/v1/* $(GENERATED)/
+	@rm -f $(COMPAT_GENERATED)/*_pb2.py $(COMPAT_GENERATED)/*_pb2.pyi
+	@cp .tools/generated/inference/* $(COMPAT_GENERATED)/
 
-protos-fresh: $(TOOLS_STAMP) $(INSTALL_STAMP)  ## Fail if client/layertap/v1 is not what protos/ gives
+protos-fresh: $(TOOLS_STAMP) $(INSTALL_STAMP)  ## Fail if the generated code is not what protos/ gives
 	@rm -rf .tools/fresh && mkdir -p .tools/fresh
 	$(call generate,.tools/fresh)
 	@diff -ru -x __init__.py -x __pycache__ $(GENERATED) .tools/fresh/layertap/v1 \
-		|| { echo "$(GENERATED) is stale: run 'make protos' and commit the result" >&2; exit 1; }
+		&& mkdir .tools/fresh/compat && cp $(COMPAT_GENERATED)/*_pb2.py* .tools/fresh/compat \
+		&& diff -ru .tools/fresh/compat .tools/fresh/inference \
+		|| { echo "generated code is stale: run 'make protos' and commit the result" >&2; exit 1; }
 
 lint: $(INSTALL_STAMP)  ## Run ruff, mypy --strict, pyright, import-linter and buf lint
 	$(BIN)/ruff check

@@ -30,6 +30,7 @@ from layertap._transport.settings import DEFAULT_TIMEOUT_S
 from layertap.errors import from_status
 from layertap.v1 import embedding_pb2 as pb
 from layertap.v1 import embedding_pb2_grpc
+from layertap_server.compat import open_inference_pb2
 
 BUF = Path(sysconfig.get_path("scripts")) / "buf"
 SERVICE = "layertap.v1.EmbeddingService"
@@ -219,6 +220,15 @@ def test_parts_of_the_server_that_need_no_torch_load_none(module: str) -> None:
     assert not {"torch", "transformers", "tokenizers"}.intersection(found)
 
 
+def test_the_server_loads_protocols_of_other_projects_only_with_their_flags() -> None:
+    found = fresh("""
+        import json, sys
+        import layertap_server.app, layertap_server.cli
+        print(json.dumps([name for name in sys.modules if name.startswith("layertap_server.compat")]))
+    """)
+    assert not found
+
+
 # The contract.
 
 
@@ -259,7 +269,8 @@ def without_what_compilers_add(file: descriptor_pb2.FileDescriptorProto) -> desc
     return file
 
 
-def test_the_generated_code_is_that_of_the_proto_file() -> None:
+@pytest.mark.parametrize("generated", [pb, open_inference_pb2], ids=lambda module: module.DESCRIPTOR.name)
+def test_the_generated_code_is_that_of_the_proto_file(generated: Any) -> None:
     done = subprocess.run(
         [BUF, "build", "protos", "--as-file-descriptor-set", "--exclude-source-info", "-o", "-"],
         cwd=ROOT,
@@ -267,10 +278,10 @@ def test_the_generated_code_is_that_of_the_proto_file() -> None:
         timeout=60,
     )
     assert done.returncode == 0, done.stderr.decode()
-    (file,) = descriptor_pb2.FileDescriptorSet.FromString(done.stdout).file
-    generated = descriptor_pb2.FileDescriptorProto()
-    pb.DESCRIPTOR.CopyToProto(generated)
-    assert without_what_compilers_add(generated) == without_what_compilers_add(file)
+    files = {file.name: file for file in descriptor_pb2.FileDescriptorSet.FromString(done.stdout).file}
+    own = descriptor_pb2.FileDescriptorProto()
+    generated.DESCRIPTOR.CopyToProto(own)
+    assert without_what_compilers_add(own) == without_what_compilers_add(files[generated.DESCRIPTOR.name])
 
 
 def test_the_generated_stub_and_types_have_every_rpc_and_message() -> None:

@@ -85,7 +85,8 @@ _MAX_VARINT_BITS = 70
 _KEPT_BYTES = 31 << 20
 """Just below the 32 MiB up to which glibc raises its thresholds."""
 
-_DATA_TAG = 15 << 3 | 2
+_DATA_FIELD = 15
+_DATA_TAG = _DATA_FIELD << 3 | 2
 """Field 15, length-delimited: one byte."""
 
 
@@ -202,7 +203,12 @@ def join(message: Message, data: Buffer) -> bytes:
     """Serializes a message whose field 15 is the payload, copying the payload once."""
     if not len(data):
         return message.SerializeToString()
-    return b"".join((message.SerializeToString(), bytes((_DATA_TAG,)), _varint(len(data)), data))
+    return b"".join((message.SerializeToString(), head(_DATA_FIELD, len(data)), data))
+
+
+def head(number: int, size: int) -> bytes:
+    """Returns what stands before a payload in a message: the field, at most 15, and the payload's size in bytes."""
+    return bytes((number << 3 | 2,)) + _varint(size)
 
 
 def split(kind: type[MessageT], raw: bytes) -> tuple[MessageT, memoryview]:

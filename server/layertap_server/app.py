@@ -29,6 +29,7 @@ from layertap_server.protocol.limits import Limits
 from layertap_server.protocol.model_info import info_of
 from layertap_server.protocol.preprocess import Preprocessor
 from layertap_server.rpc.admission import Admission
+from layertap_server.rpc.handlers import handler
 from layertap_server.rpc.health import HealthService
 from layertap_server.rpc.server import Listener, ListenError, add_standard_services
 from layertap_server.rpc.service import EmbeddingService
@@ -139,6 +140,11 @@ class App:
         config.check_output_bytes((self.model.layer_count + 1) * self.model.max_length * self.model.hidden_size * 4)
         batch_tokens = config.max_batch_tokens or (_CPU_BATCH_TOKENS if devices == ["cpu"] else _CUDA_BATCH_TOKENS)
         self._serving = False
+        methods = wire.RPC_NAMES
+        if config.kserve:
+            from layertap_server.compat import kserve
+
+            methods += (*kserve.UNARY, *kserve.STREAMS)
         self._metrics: Metrics | None = None
         if config.metrics_port >= 0:
             self._metrics = Metrics(
@@ -146,7 +152,7 @@ class App:
                     version=layertap.__version__,
                     model_id=found.name,
                     fingerprint=fingerprint,
-                    methods=wire.RPC_NAMES,
+                    methods=methods,
                     max_batch_tokens=batch_tokens,
                     max_output_bytes=config.max_output_bytes,
                 )
@@ -181,10 +187,11 @@ class App:
             hooks=hooks,
         )
         limits = _limits(config)
+        preprocessor = Preprocessor(
+            model=self.model, limits=limits, sentences=sentence_config, tokenizer=self.tokenizer
+        )
         self._service = EmbeddingService(
-            preprocessor=Preprocessor(
-                model=self.model, limits=limits, sentences=sentence_config, tokenizer=self.tokenizer
-            ),
+            preprocessor=preprocessor,
             tokenizer=self.tokenizer,
             batcher=self.batcher,
             model=self.model,
@@ -200,6 +207,12 @@ class App:
             lookahead_tokens=batch_tokens * (self.batcher.instance_count + 1),
             admission=self._admission,
         )
+        self._handlers = {wire.SERVICE_NAME: self._service.handler()}
+        if config.kserve:
+            service = kserve.Service(
+                model=self.model, preprocessor=preprocessor, batcher=self.batcher, stopping=self._admission.closed
+            )
+            self._handlers[kserve.SERVICE_NAME] = handler(kserve.SERVICE_NAME, service, self._admission)
         _timed("warmed the engine", self._warm)
 
     async def serve(
@@ -225,8 +238,8 @@ class App:
         config = self._config
         endpoint = self._show_metrics()
         server = self._listener.make_server(self._metrics or NoHooks())
-        server.add_generic_rpc_handlers((self._service.handler(),))
-        health = add_standard_services(server, wire.SERVICE_NAME) if standard_services else HealthService(())
+        server.add_generic_rpc_handlers(tuple(self._handlers.values()))
+        health = add_standard_services(server, *self._handlers) if standard_services else HealthService(())
         try:
             address = self._listener.bind(server)
         except ListenError as exc:

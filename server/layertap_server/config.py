@@ -94,6 +94,10 @@ class Config:
         "",
         "The file of bearer tokens, a line `name token` each; all but health then asks for one. Empty: none is needed.",
     )
+    kserve: bool = _listening(
+        False,
+        "Also speaks the Open Inference Protocol (KServe V2), on the same port, for clients such as tritonclient.",
+    )
     insecure_listen: bool = _listening(False, "Listens in plaintext on an address that others can reach.")
     max_text_count: int = _request(
         1000, "Texts in one request; embed_stream has no such limit.", unit="texts", least=1, most=1_000_000

@@ -18,7 +18,7 @@ from layertap_server.testing import ServerProcess
 
 ROOT = Path(__file__).parents[2]
 
-FLAGS: tuple[str, ...] = ()
+FLAGS: tuple[str, ...] = ("--kserve",)
 """Flags that let the server of these tests speak the protocols of other clients."""
 
 

@@ -203,14 +203,14 @@ def _why_not(exc: OSError, flag: str) -> str:
     return exc.strerror or str(exc)
 
 
-def add_standard_services(server: grpc.aio.Server, service_name: str) -> HealthService:
-    """Adds health and reflection for a service; returns the health service."""
+def add_standard_services(server: grpc.aio.Server, *service_names: str) -> HealthService:
+    """Adds health and reflection for some services; returns the health service."""
     from grpc_health.v1 import health, health_pb2_grpc
     from grpc_reflection.v1alpha import reflection
 
-    service = HealthService(("", service_name))
+    service = HealthService(("", *service_names))
     health_pb2_grpc.add_HealthServicer_to_server(service, server)
-    reflection.enable_server_reflection((service_name, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
+    reflection.enable_server_reflection((*service_names, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
     return service
 
 

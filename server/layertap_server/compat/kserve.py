@@ -1,0 +1,258 @@
+"""The Open Inference Protocol (KServe V2) over gRPC, on the server's own port: `--kserve`.
+
+Requests go the way of the contract's own: the same preprocessing, queue, limits and errors. What each RPC does is said
+in `protos/inference/open_inference.proto`; how tensors are read and written in `kserve_tensors`. Knows no gRPC: `rpc`
+answers the calls with the methods of `Service`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import functools
+import logging
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from typing import Final, Protocol, TypeVar
+
+from google.protobuf.message import DecodeError
+
+import layertap
+from layertap import wire
+from layertap.errors import InternalError, InvalidArgumentError, LayertapError, NotFoundError, UnavailableError
+from layertap.v1 import embedding_pb2 as pb
+from layertap_server.compat import kserve_tensors as tensors
+from layertap_server.compat import open_inference_pb2 as kserve
+from layertap_server.model.facts import ModelFacts
+from layertap_server.protocol import rows
+from layertap_server.protocol.preprocess import LARGE_BYTES, Preprocessor, offload, parse
+from layertap_server.scheduler.batcher import Batcher
+from layertap_server.scheduler.events import LoopWaker
+from layertap_server.types import RETRY_ELSEWHERE_S
+
+log = logging.getLogger(__name__)
+
+ValueT = TypeVar("ValueT")
+
+SERVICE_NAME: Final = kserve.DESCRIPTOR.services_by_name["GRPCInferenceService"].full_name
+UNARY: Final = ("ServerMetadata", "ModelMetadata", "ModelInfer")
+STREAMS: Final = ("ModelStreamInfer",)
+
+_VERSION: Final = "1"
+_PARAMETERS: Final = ("truncation", "max_length", "normalize", "dtype")
+_IN_FLIGHT: Final = 2
+"""Requests of one stream that are held at once: one is tokenized while another computes."""
+
+
+class Caller(rows.Caller, Protocol):
+    """The other end of a call, which may be sent several messages."""
+
+    async def write(self, message: bytes) -> None:
+        """Sends a message."""
+
+
+class Service:
+    """Answers the RPCs of the protocol.
+
+    Args:
+        model: The model's facts.
+        preprocessor: The pipeline of requests.
+        batcher: The queue and its instances.
+        stopping: Whether the server is stopping.
+    """
+
+    def __init__(
+        self, *, model: ModelFacts, preprocessor: Preprocessor, batcher: Batcher, stopping: asyncio.Event
+    ) -> None:
+        self._model = model
+        self._preprocessor = preprocessor
+        self._batcher = batcher
+        self._stopping = stopping
+        self._outputs = tensors.outputs_of(model)
+        self._names = (*self._outputs, tensors.TOKEN_COUNTS)
+
+    @functools.cached_property
+    def _waker(self) -> LoopWaker:
+        """Wakes the loop that this service answers in, which runs only once the service is made."""
+        return LoopWaker()
+
+    @property
+    def unlimited(self) -> Mapping[str, Callable[[bytes], bytes]]:
+        """The RPCs that a full or stopping server answers too, by name."""
+        return {"ServerLive": self._live, "ServerReady": self._ready, "ModelReady": self._model_ready}
+
+    @property
+    def unary(self) -> Mapping[str, Callable[[bytes, Caller], Awaitable[bytes]]]:
+        """The RPCs that answer with one message, by name."""
+        methods = (self._server_metadata, self._model_metadata, self._infer)
+        return dict(zip(UNARY, methods, strict=True))
+
+    @property
+    def streams(self) -> Mapping[str, Callable[[AsyncIterator[bytes], Caller], Awaitable[None]]]:
+        """The RPCs with streams of messages in both directions, by name."""
+        return dict(zip(STREAMS, (self._infer_stream,), strict=True))
+
+    def _live(self, raw: bytes) -> bytes:
+        return kserve.ServerLiveResponse(live=True).SerializeToString()
+
+    def _ready(self, raw: bytes) -> bytes:
+        return kserve.ServerReadyResponse(ready=not self._stopping.is_set()).SerializeToString()
+
+    def _model_ready(self, raw: bytes) -> bytes:
+        try:
+            request = kserve.ModelReadyRequest.FromString(raw)
+            self._check_model(request.name, request.version)
+        except (DecodeError, NotFoundError):
+            return kserve.ModelReadyResponse(ready=False).SerializeToString()
+        return kserve.ModelReadyResponse(ready=not self._stopping.is_set()).SerializeToString()
+
+    async def _server_metadata(self, raw: bytes, caller: Caller) -> bytes:
+        return kserve.ServerMetadataResponse(name="layertap", version=layertap.__version__).SerializeToString()
+
+    async def _model_metadata(self, raw: bytes, caller: Caller) -> bytes:
+        request = await parse(kserve.ModelMetadataRequest, raw)
+        self._check_model(request.name, request.version)
+        size = self._model.hidden_size
+        answer = kserve.ModelMetadataResponse(name=request.name, versions=[_VERSION], platform="layertap")
+        answer.inputs.add(name=tensors.TEXT, datatype="BYTES", shape=[-1])
+        for name in (tensors.INPUT_IDS, *tensors.BESIDE_IDS):
+            answer.inputs.add(name=name, datatype="INT64", shape=[-1, -1])
+        for name, output in self._outputs.items():
+            strategy = output.pooled_vectors.strategy
+            width = 2 * size if strategy == pb.POOLING_STRATEGY_MEAN_MAX else size
+            shape = [-1, -1, size] if output.HasField("hidden_states") else [-1, width]
+            answer.outputs.add(name=name, datatype="FP32", shape=shape)
+        answer.outputs.add(name=tensors.TOKEN_COUNTS, datatype="INT64", shape=[-1])
+        return answer.SerializeToString()
+
+    async def _infer(self, raw: bytes, caller: Caller) -> bytes:
+        return b"".join(await self._answer(await parse(kserve.ModelInferRequest, raw), caller))
+
+    async def _infer_stream(self, requests: AsyncIterator[bytes], caller: Caller) -> None:
+        """Answers requests in their order; the server's end ends it once what has been read is answered."""
+        answers: asyncio.Queue[asyncio.Task[bytes] | None] = asyncio.Queue()
+        places = asyncio.Semaphore(_IN_FLIGHT)
+        tasks: set[asyncio.Task[bytes]] = set()
+
+        async def read() -> None:
+            while True:
+                await places.acquire()
+                raw = await anext(requests, None)
+                if raw is None:
+                    return
+                task = asyncio.create_task(self._answer_in_stream(raw, caller))
+                tasks.add(task)
+                answers.put_nowait(task)
+
+        reader, stop = asyncio.create_task(read()), asyncio.create_task(self._stopping.wait())
+        stop.add_done_callback(lambda _: reader.cancel())
+        reader.add_done_callback(lambda _: answers.put_nowait(None))
+        try:
+            while (task := await answers.get()) is not None:
+                await caller.write(await task)
+                tasks.discard(task)
+                places.release()
+            with contextlib.suppress(asyncio.CancelledError):
+                return await reader
+            raise UnavailableError("the server is stopping; send the rest to another", retry_after_s=RETRY_ELSEWHERE_S)
+        finally:
+            for one in (stop, reader, *tasks):
+                one.cancel()
+
+    async def _answer_in_stream(self, raw: bytes, caller: Caller) -> bytes:
+        """Returns the answer to one request of a stream, which may be its error."""
+        request = kserve.ModelInferRequest()
+        try:
+            request = await parse(kserve.ModelInferRequest, raw)
+            pieces = await self._answer(request, caller)
+            return b"".join((wire.head(2, sum(map(len, pieces))), *pieces))
+        except LayertapError as exc:
+            error = exc
+        except Exception:
+            log.exception("a request of a stream failed")
+            error = InternalError("the server failed; its log has the reason")
+        caller.record.failed_text_count += 1
+        head = kserve.ModelInferResponse(model_name=request.model_name, id=request.id)
+        message = f"{error.code.name}: {error.details}"
+        return kserve.ModelStreamInferResponse(error_message=message, infer_response=head).SerializeToString()
+
+    async def _answer(self, request: kserve.ModelInferRequest, caller: Caller) -> Sequence[bytes | memoryview]:
+        """Returns the answer to one request in pieces."""
+        self._check_model(request.model_name, request.model_version)
+        names = self._output_names(request)
+        options = self._options(request, names)
+        limits = self._preprocessor.limits
+        read = functools.partial(tensors.read_inputs, request, max_text_count=limits.max_text_count)
+        inputs = await offload(read, in_thread=request.ByteSize() > LARGE_BYTES)
+        plan, tokenized = await self._preprocessor.embed(inputs.texts, options, caller.record, label=inputs.label)
+        size = tensors.response_bytes(names, plan, tokenized)
+        if size > limits.max_response_bytes:
+            raise InvalidArgumentError(
+                f"the answer would have {size} bytes, the most is {limits.max_response_bytes} (--max-response-bytes of "
+                "the server); send fewer texts, or ask for fewer layers, at once"
+            )
+        parts = await rows.collect(self._batcher, self._waker, plan, tokenized, caller, label=inputs.label)
+        pack = functools.partial(tensors.pack, request, names, plan, tokenized, parts)
+        return await offload(pack, in_thread=size > LARGE_BYTES)
+
+    def _check_model(self, name: str, version: str) -> None:
+        if name != self._model.model_id or version not in ("", _VERSION):
+            raise NotFoundError(f"this server has the model {self._model.model_id}, version {_VERSION}, and no other")
+
+    def _output_names(self, request: kserve.ModelInferRequest) -> list[str]:
+        has = f"this model has {', '.join(self._names)}"
+        if not request.outputs:
+            raise InvalidArgumentError(f"outputs is empty; name at least one: {has}")
+        if len(request.outputs) > len(self._names):
+            raise InvalidArgumentError(f"outputs has {len(request.outputs)} entries; name each once: {has}")
+        names: list[str] = []
+        for n, output in enumerate(request.outputs):
+            if output.name not in self._names:
+                raise InvalidArgumentError(f"outputs[{n}] is unknown; {has}")
+            if output.name in names:
+                raise InvalidArgumentError(f"outputs[{n}] names {output.name} again; name each output once")
+            if output.parameters:
+                raise InvalidArgumentError(
+                    f"outputs[{n}] has parameters, such as those of shared memory or of a classification; this server "
+                    "knows none, leave them out"
+                )
+            names.append(output.name)
+        if names == [tensors.TOKEN_COUNTS]:
+            raise InvalidArgumentError(f"outputs is {tensors.TOKEN_COUNTS} alone; ask for rows too: {has}")
+        return names
+
+    def _options(self, request: kserve.ModelInferRequest, names: Sequence[str]) -> pb.EmbedOptions:
+        """Returns what a request asks for, as options of the contract."""
+        values = {}
+        for name, parameter in request.parameters.items():
+            if name not in _PARAMETERS:
+                raise InvalidArgumentError(
+                    f"parameters has an unknown name; this server knows {', '.join(_PARAMETERS)}, and deadlines of "
+                    "calls in place of a timeout"
+                )
+            kind = parameter.WhichOneof("parameter_choice")
+            values[name] = getattr(parameter, kind) if kind else None
+        truncation = _one_of("truncation", values.get("truncation", "error"), wire.TRUNCATIONS)
+        dtype = wire.DTYPES[_one_of("dtype", values.get("dtype", "FP32"), tensors.DTYPES)]
+        normalize = values.get("normalize", False)
+        if not isinstance(normalize, bool):
+            raise InvalidArgumentError("parameters.normalize must be true or false (bool_param)")
+        max_length = values.get("max_length", 0)
+        if type(max_length) is not int or not 0 <= max_length <= self._model.max_length:
+            raise InvalidArgumentError(
+                f"parameters.max_length must be an integer (int64_param) from 2 to {self._model.max_length}, or 0 for "
+                "the model's"
+            )
+        options = pb.EmbedOptions(truncation=truncation, dtype=dtype, max_length=max_length)
+        for name in names:
+            if name != tensors.TOKEN_COUNTS:
+                output = options.outputs.add()
+                output.CopyFrom(self._outputs[name])
+                if output.HasField("pooled_vectors"):
+                    output.pooled_vectors.normalize = normalize
+        return options
+
+
+def _one_of(name: str, value: object, known: Mapping[str, ValueT]) -> ValueT:
+    if not isinstance(value, str) or value not in known:
+        raise InvalidArgumentError(f"parameters.{name} must be one of {', '.join(known)} (string_param)")
+    return known[value]

@@ -1,0 +1,51 @@
+"""Services of other protocols as handlers of a gRPC server: calls are admitted like those of the contract."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from typing import Any, Protocol
+
+import grpc
+
+from layertap_server.rpc.admission import Admission, Caller, Context
+
+
+class Service(Protocol):
+    """A service of another protocol: its methods by name."""
+
+    @property
+    def unlimited(self) -> Mapping[str, Callable[[bytes], bytes]]:
+        """Those that a full or stopping server answers too."""
+
+    @property
+    def unary(self) -> Mapping[str, Callable[[bytes, Caller], Awaitable[bytes]]]:
+        """Those that answer with one message."""
+
+    @property
+    def streams(self) -> Mapping[str, Callable[[AsyncIterator[bytes], Caller], Awaitable[None]]]:
+        """Those with streams of messages in both directions."""
+
+
+def handler(name: str, service: Service, admission: Admission) -> grpc.GenericRpcHandler[bytes, bytes]:
+    """Returns what a gRPC server is given to answer the calls of a service.
+
+    Args:
+        name: The full name of the service.
+        service: Its methods.
+        admission: The admission of calls.
+    """
+    handlers: dict[str, Any] = {
+        method: grpc.unary_unary_rpc_method_handler(_unlimited(answer)) for method, answer in service.unlimited.items()
+    }
+    for method, answer in service.unary.items():
+        handlers[method] = grpc.unary_unary_rpc_method_handler(admission.answered(method, answer))
+    for method, stream in service.streams.items():
+        handlers[method] = grpc.stream_stream_rpc_method_handler(admission.answered(method, stream))
+    return grpc.method_handlers_generic_handler(name, handlers)
+
+
+def _unlimited(answer: Callable[[bytes], bytes]) -> Callable[[bytes, Context], Awaitable[bytes]]:
+    async def call(request: bytes, _: Context) -> bytes:
+        return answer(request)
+
+    return call
