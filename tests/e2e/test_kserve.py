@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
-from support import Server, running
+from support import Server, poll, running
 
 from layertap import Client
 from layertap_server.compat import open_inference_pb2 as kserve
@@ -165,7 +165,8 @@ def test_calls_need_a_token_and_are_logged_and_counted(stub: Stub, server: Serve
         stub.unary("ModelInfer", request("a"), metadata=())
     assert caught.value.code() is grpc.StatusCode.UNAUTHENTICATED
     stub.unary("ModelInfer", request("one", "two"), metadata=(*METADATA, ("x-request-id", "a-test")))
-    assert re.search(rb"request_id=a-test method=ModelInfer code=OK client=tester .* text_count=2", server.log)
+    line = re.compile(rb"request_id=a-test method=ModelInfer code=OK client=tester .* text_count=2")
+    poll(lambda: line.search(server.log) is not None)
     url = server.process.stdout.readline().decode().split()[-1]  # type: ignore[union-attr]
     text = urllib.request.urlopen(url, timeout=TIMEOUT_S).read().decode()
     assert float(re.search(r'request_handled_total\{code="OK",method="ModelInfer"\} ([\d.]+)', text)[1]) >= 1

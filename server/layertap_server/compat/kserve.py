@@ -8,10 +8,9 @@ answers the calls with the methods of `Service`.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import functools
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Final, Protocol, TypeVar
 
 from google.protobuf.message import DecodeError
@@ -24,7 +23,8 @@ from layertap_server.compat import kserve_tensors as tensors
 from layertap_server.compat import open_inference_pb2 as kserve
 from layertap_server.model.facts import ModelFacts
 from layertap_server.protocol import rows
-from layertap_server.protocol.preprocess import LARGE_BYTES, Preprocessor, offload, parse
+from layertap_server.protocol.offload import LARGE_BYTES, offload, parse
+from layertap_server.protocol.preprocess import Preprocessor
 from layertap_server.scheduler.batcher import Batcher
 from layertap_server.scheduler.events import LoopWaker
 from layertap_server.types import RETRY_ELSEWHERE_S
@@ -43,11 +43,31 @@ _IN_FLIGHT: Final = 2
 """Requests of one stream that are held at once: one is tokenized while another computes."""
 
 
+class Call(Protocol):
+    """The memory that the requests of a call take."""
+
+    async def room(self) -> None:
+        """Waits until there is some."""
+
+    def count(self, byte_count: int) -> None:
+        """Counts bytes, or with a negative number gives them back."""
+
+
 class Caller(rows.Caller, Protocol):
-    """The other end of a call, which may be sent several messages."""
+    """The other end of a call with several messages."""
+
+    @property
+    def call(self) -> Call:
+        """The call; the bytes of its first message are counted."""
+
+    async def read(self) -> bytes | None:
+        """Returns the next message; None: there is none."""
 
     async def write(self, message: bytes) -> None:
         """Sends a message."""
+
+    def set_idle(self, idle: bool) -> None:
+        """Notes whether the server waits for a message and owes no answer."""
 
 
 class Service:
@@ -87,8 +107,8 @@ class Service:
         return dict(zip(UNARY, methods, strict=True))
 
     @property
-    def streams(self) -> Mapping[str, Callable[[AsyncIterator[bytes], Caller], Awaitable[None]]]:
-        """The RPCs with streams of messages in both directions, by name."""
+    def streams(self) -> Mapping[str, Callable[[bytes, Caller], Awaitable[None]]]:
+        """The RPCs with streams of messages in both directions, by name; they get the first message."""
         return dict(zip(STREAMS, (self._infer_stream,), strict=True))
 
     def _live(self, raw: bytes) -> bytes:
@@ -127,21 +147,24 @@ class Service:
     async def _infer(self, raw: bytes, caller: Caller) -> bytes:
         return b"".join(await self._answer(await parse(kserve.ModelInferRequest, raw), caller))
 
-    async def _infer_stream(self, requests: AsyncIterator[bytes], caller: Caller) -> None:
+    async def _infer_stream(self, raw: bytes, caller: Caller) -> None:
         """Answers requests in their order; the server's end ends it once what has been read is answered."""
         answers: asyncio.Queue[asyncio.Task[bytes] | None] = asyncio.Queue()
         places = asyncio.Semaphore(_IN_FLIGHT)
-        tasks: set[asyncio.Task[bytes]] = set()
+        byte_counts: dict[asyncio.Task[bytes], int] = {}
 
         async def read() -> None:
-            while True:
+            message: bytes | None = raw
+            while message is not None:
                 await places.acquire()
-                raw = await anext(requests, None)
-                if raw is None:
-                    return
-                task = asyncio.create_task(self._answer_in_stream(raw, caller))
-                tasks.add(task)
+                task = asyncio.create_task(self._answer_in_stream(message, caller))
+                byte_counts[task] = len(message)
                 answers.put_nowait(task)
+                await caller.call.room()
+                caller.set_idle(not byte_counts)
+                message = await caller.read()
+                caller.set_idle(False)
+                caller.call.count(len(message or b""))
 
         reader, stop = asyncio.create_task(read()), asyncio.create_task(self._stopping.wait())
         stop.add_done_callback(lambda _: reader.cancel())
@@ -149,14 +172,15 @@ class Service:
         try:
             while (task := await answers.get()) is not None:
                 await caller.write(await task)
-                tasks.discard(task)
+                caller.call.count(-byte_counts.pop(task))
+                caller.set_idle(not byte_counts)
                 places.release()
-            with contextlib.suppress(asyncio.CancelledError):
-                return await reader
-            raise UnavailableError("the server is stopping; send the rest to another", retry_after_s=RETRY_ELSEWHERE_S)
         finally:
-            for one in (stop, reader, *tasks):
+            for one in (stop, reader, *byte_counts):
                 one.cancel()
+        if reader.cancelled():
+            raise UnavailableError("the server is stopping; send the rest to another", retry_after_s=RETRY_ELSEWHERE_S)
+        reader.result()
 
     async def _answer_in_stream(self, raw: bytes, caller: Caller) -> bytes:
         """Returns the answer to one request of a stream, which may be its error."""

@@ -19,7 +19,7 @@ from layertap.errors import InvalidArgumentError
 from layertap.v1 import embedding_pb2 as pb
 from layertap_server.compat import open_inference_pb2 as kserve
 from layertap_server.model.facts import ModelFacts
-from layertap_server.model.tokenizer import Tokenized
+from layertap_server.model.tokenized import Tokenized
 from layertap_server.scheduler.events import RowsReady
 from layertap_server.types import Output, Plan, Unit
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, Protocol
 
 import grpc
@@ -22,12 +22,12 @@ class Service(Protocol):
         """Those that answer with one message."""
 
     @property
-    def streams(self) -> Mapping[str, Callable[[AsyncIterator[bytes], Caller], Awaitable[None]]]:
-        """Those with streams of messages in both directions."""
+    def streams(self) -> Mapping[str, Callable[[bytes, Caller], Awaitable[None]]]:
+        """Those with streams of messages in both directions; they get the first message, and read the others."""
 
 
 def handler(name: str, service: Service, admission: Admission) -> grpc.GenericRpcHandler[bytes, bytes]:
-    """Returns what a gRPC server is given to answer the calls of a service.
+    """Returns what a gRPC server is given to answer the calls of a service; see `Admission.answered`.
 
     Args:
         name: The full name of the service.
@@ -38,7 +38,7 @@ def handler(name: str, service: Service, admission: Admission) -> grpc.GenericRp
         method: grpc.unary_unary_rpc_method_handler(_unlimited(answer)) for method, answer in service.unlimited.items()
     }
     for method, answer in service.unary.items():
-        handlers[method] = grpc.unary_unary_rpc_method_handler(admission.answered(method, answer))
+        handlers[method] = grpc.stream_unary_rpc_method_handler(admission.answered(method, answer))
     for method, stream in service.streams.items():
         handlers[method] = grpc.stream_stream_rpc_method_handler(admission.answered(method, stream))
     return grpc.method_handlers_generic_handler(name, handlers)
