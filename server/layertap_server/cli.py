@@ -105,13 +105,10 @@ def parse(argv: Sequence[str], environment: Mapping[str, str]) -> Config:
     settings: dict[str, object] = {}
     for field in dataclasses.fields(Config):
         if variable(field.name) in environment:
-            kind: type[Any] = type(field.default)
             try:
-                settings[field.name] = _reader(field)(environment[variable(field.name)])
-            except ValueError as exc:
-                raise ConfigError(
-                    f"{variable(field.name)} is not of type {kind.__name__}; correct or unset it"
-                ) from exc
+                settings[field.name] = _read(field, environment[variable(field.name)])
+            except argparse.ArgumentTypeError as exc:
+                raise ConfigError(f"{variable(field.name)} {exc}; correct or unset it") from exc
     settings |= vars(_parser().parse_args(argv))
     return Config(**settings)  # type: ignore[arg-type]
 
@@ -139,7 +136,7 @@ def _parser() -> argparse.ArgumentParser:
             groups[name] = parser.add_argument_group(name)
         groups[name].add_argument(
             flag(field.name),
-            type=_reader(field),
+            type=functools.partial(_read, field),
             **alone,
             choices=field.metadata["choices"] or None,
             metavar=None if field.metadata["choices"] else kind.__name__.upper(),
@@ -167,12 +164,27 @@ def _bytes(value: str) -> int:
     return int(found[1]) * _UNITS[found[2] or ""]
 
 
-def _reader(field: dataclasses.Field[Any]) -> Callable[[str], Any]:
-    """Returns what reads a knob from text."""
-    kind: type[Any] = type(field.default)
-    if kind is bool:
-        return _bool
-    return _bytes if field.metadata["unit"] == "bytes" else kind
+def _read(field: dataclasses.Field[Any], value: str) -> Any:
+    """Returns the value of a knob from its text.
+
+    Raises:
+        ArgumentTypeError: if the text is no such value.
+    """
+    kind = "bytes" if field.metadata["unit"] == "bytes" else type(field.default).__name__
+    read, expected = _READERS[kind]
+    try:
+        return read(value)
+    except ValueError as exc:
+        raise argparse.ArgumentTypeError(f"must be {expected}") from exc
+
+
+_READERS: Final[Mapping[str, tuple[Callable[[str], Any], str]]] = {
+    "bool": (_bool, "true or false"),
+    "bytes": (_bytes, "a number of bytes, such as 65536 or 64MiB"),
+    "int": (int, "a whole number"),
+    "float": (float, "a number"),
+    "str": (str, "a text"),
+}
 
 
 class _Parser(argparse.ArgumentParser):

@@ -270,3 +270,22 @@ def test_without_the_servers_packages_one_line_says_what_to_install() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert done.returncode == 2
     assert done.stderr.count("\n") == 1 and "pip install 'layertap[server]'" in done.stderr, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("given", "value", "expected"),
+    [
+        ("--max-frame-bytes", "64MB", "must be a number of bytes, such as 65536 or 64MiB"),
+        ("--port", "seven", "must be a whole number"),
+        ("--grace-s", "long", "must be a number"),
+        ("--insecure-listen", "maybe", "must be true or false"),
+    ],
+)
+def test_a_value_of_another_kind_is_refused_with_what_it_must_be(
+    given: str, value: str, expected: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        parse([given, value], {})
+    assert f"argument {given}: {expected}; see" in capsys.readouterr().err
+    with pytest.raises(ConfigError, match=f"{variable(given[2:].replace('-', '_'))} {expected}"):
+        parse([], {variable(given[2:].replace("-", "_")): value})
