@@ -49,12 +49,15 @@ def base_model(real: Path) -> Path:
         import safetensors.torch
 
         from layertap_server.engine.bert import dummy_weights
+        from layertap_server.model.settings import ModelSettings
 
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "config.json").write_text(json.dumps(BASE_SETTINGS))
         for name in ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "special_tokens_map.json"):
             (folder / name).write_bytes((real / name).read_bytes())
-        safetensors.torch.save_file(dummy_weights(BASE_SETTINGS, 0), folder / "model.safetensors", {"format": "pt"})
+        safetensors.torch.save_file(
+            dummy_weights(ModelSettings.of(BASE_SETTINGS), 0), folder / "model.safetensors", {"format": "pt"}
+        )
     return folder
 
 

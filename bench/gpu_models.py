@@ -66,6 +66,7 @@ def folder_of(scratch: Path, shape: str) -> Path:
     import safetensors.torch
 
     from layertap_server.engine.bert import dummy_weights
+    from layertap_server.model.settings import ModelSettings
 
     hidden, layers, heads = SHAPES[shape]
     settings = {
@@ -88,7 +89,9 @@ def folder_of(scratch: Path, shape: str) -> Path:
     (folder / "tokenizer_config.json").write_text(
         json.dumps({"tokenizer_class": "BertTokenizer", "model_max_length": 512})
     )
-    safetensors.torch.save_file(dummy_weights(settings, 0), folder / "model.safetensors", {"format": "pt"})
+    safetensors.torch.save_file(
+        dummy_weights(ModelSettings.of(settings), 0), folder / "model.safetensors", {"format": "pt"}
+    )
     return folder
 
 

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import logging
 import os
-import queue
 import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Final, TypeVar
-
-import numpy as np
 
 import layertap
 from layertap import wire
@@ -34,10 +32,9 @@ from layertap_server.rpc.health import HealthService
 from layertap_server.rpc.server import Listener, ListenError, add_standard_services
 from layertap_server.rpc.service import EmbeddingService
 from layertap_server.scheduler.batcher import Batcher
-from layertap_server.scheduler.events import CallFailed, Event, RunDone
 from layertap_server.scheduler.hooks import NoHooks
+from layertap_server.scheduler.warm_up import warm_up
 from layertap_server.shared_memory.lease import Sharing
-from layertap_server.types import Output, OutputKind, Plan, Text
 
 if TYPE_CHECKING:
     from layertap_server.observability.tracing import Tracing
@@ -48,7 +45,6 @@ T = TypeVar("T")
 
 _CPU_BATCH_TOKENS: Final = 1024
 _CUDA_BATCH_TOKENS: Final = 32_768
-_WARM_TIMEOUT_S: Final = 300.0
 _LAST_SPANS_S: Final = 1.0
 """How long sending the last spans may take: the collector may be gone."""
 
@@ -82,8 +78,8 @@ class App:
             make_encoder: What makes an encoder of a checkpoint, a device and a dtype.
 
         Raises:
-            CheckpointError: The model cannot be served.
-            ConfigError: A knob does not suit the model or the machine.
+            CheckpointError: if the model cannot be served.
+            ConfigError: if a knob does not suit the model or the machine.
         """
         self._config = config
         self.metrics_url = ""
@@ -232,8 +228,8 @@ class App:
             stop_signal: Returns what is done when the server is to stop.
 
         Raises:
-            ConfigError: The address cannot be listened on.
-            EngineLostError: No instance is left.
+            ConfigError: if the address cannot be listened on.
+            EngineLostError: if no instance is left.
         """
         config = self._config
         endpoint = self._show_metrics()
@@ -307,40 +303,22 @@ class App:
         )
 
     def _warm(self) -> None:
-        """Runs every instance once, so that the first caller does not pay for what the libraries set up."""
-        texts = [Text(np.zeros(self.model.max_length, np.int32)) for _ in range(self.batcher.instance_count)]
-        output = Output(
-            kind=OutputKind.HIDDEN_STATES, layers=(0, self.model.layer_count), row_size=self.model.hidden_size
-        )
-        events: queue.SimpleQueue[Event] = queue.SimpleQueue()
-        call = self.batcher.open(Plan(outputs=(output,), dtype="float32"), client="warm-up", deliver=events.put)
-        call.add(texts)
-        left = len(texts)
+        model = self.model
         try:
-            while left:
-                event = events.get(timeout=_WARM_TIMEOUT_S)
-                if isinstance(event, CallFailed):
-                    raise event.error
-                left -= len(event.texts) if isinstance(event, RunDone) else 0
-        except (LayertapError, queue.Empty) as exc:
+            warm_up(
+                self.batcher,
+                token_count=model.max_length,
+                layer_count=model.layer_count,
+                hidden_size=model.hidden_size,
+            )
+        except LayertapError as exc:
             raise ConfigError(f"the engine does not run on --device {self._config.device}; the log says why") from exc
-        finally:
-            call.close()
 
 
 def _limits(config: Config) -> Limits:
+    alike = {field.name for field in dataclasses.fields(Limits)} & {field.name for field in dataclasses.fields(Config)}
     return Limits(
-        max_text_count=config.max_text_count,
-        max_character_count=config.max_character_count,
-        max_request_bytes=config.max_request_bytes,
-        max_response_bytes=config.max_response_bytes,
-        max_frame_bytes=config.max_frame_bytes,
-        max_queue_text_count=config.max_queue_text_count,
-        max_queue_token_count=config.max_queue_token_count,
-        max_output_bytes=config.max_output_bytes,
-        max_concurrent_call_count=config.max_concurrent_call_count,
-        max_call_output_bytes=config.max_call_output_bytes,
-        max_queue_bytes=config.max_queue_bytes,
+        **{name: getattr(config, name) for name in alike},
         stall_time_ns=int(config.stall_timeout_s * 1e9),
         grace_time_ns=int(config.grace_s * 1e9),
         max_connection_age_ns=int(config.max_connection_age_s * 1e9),

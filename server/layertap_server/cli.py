@@ -100,7 +100,7 @@ def parse(argv: Sequence[str], environment: Mapping[str, str]) -> Config:
     """Returns the settings: flags first, then LAYERTAP_… variables, then defaults.
 
     Raises:
-        ConfigError: A value cannot be what it is.
+        ConfigError: if a value is not of its type or out of its bounds.
     """
     settings: dict[str, object] = {}
     for field in dataclasses.fields(Config):

@@ -230,7 +230,7 @@ class Config:
         """Checks every knob.
 
         Raises:
-            ConfigError: One is out of its bounds, or two contradict each other.
+            ConfigError: if one is out of its bounds, or two contradict each other.
         """
         for field in dataclasses.fields(self):
             value, choices, least = getattr(self, field.name), field.metadata["choices"], field.metadata["least"]
@@ -284,7 +284,7 @@ class Config:
         """Checks that one longest text with all layers fits the memory for outputs.
 
         Raises:
-            ConfigError: It does not, so that its caller would wait for ever.
+            ConfigError: if it does not: its caller would wait for ever.
         """
         for name in ("max_output_bytes", "max_call_output_bytes"):
             if getattr(self, name) < longest_text_bytes:

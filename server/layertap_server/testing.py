@@ -52,7 +52,7 @@ class ServerProcess:
             stop_timeout_s: How long it may take to end, in seconds.
 
         Raises:
-            ServerError: It did not start.
+            ServerError: if it did not start.
         """
         self._stop_timeout_s = stop_timeout_s
         self._log: list[bytes] = []
@@ -150,7 +150,7 @@ def running_server(
         The running server.
 
     Raises:
-        ServerError: It did not start, or ended with another exit code than 0.
+        ServerError: if it did not start, or ended with another exit code than 0.
     """
     server = ServerProcess(
         *flags,

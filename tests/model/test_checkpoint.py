@@ -16,9 +16,10 @@ from transformers.activations import ACT2FN
 
 from layertap.errors import InvalidArgumentError
 from layertap_server.model import sentence_config
-from layertap_server.model.architectures import _LEARNED, expected_shapes, read_settings
 from layertap_server.model.checkpoint import Checkpoint, CheckpointError, find
+from layertap_server.model.settings import _LEARNED, ModelSettings, read_settings
 from layertap_server.model.tokenizer import Tokenizer
+from layertap_server.model.weights import expected_shapes
 from layertap_server.types import Pool, Strategy
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "b", "c", "##s", "[", "]", "sep"]
@@ -54,7 +55,7 @@ def folder(tmp_path: Path) -> Path:
 
 def weights() -> dict[str, np.ndarray]:
     random = np.random.default_rng(0)
-    shapes = expected_shapes(SETTINGS, pooler=True)
+    shapes = expected_shapes(ModelSettings.of(SETTINGS), pooler=True)
     return {name: random.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
 
 

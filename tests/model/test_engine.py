@@ -84,8 +84,8 @@ def test_few_numbers_of_rows_reach_onednn(real_folder: Path) -> None:
     linears = Linears(
         device=torch.device("cpu"),
         dtype=torch.float32,
-        hidden_size=shape["hidden_size"],
-        intermediate_size=shape["intermediate_size"],
+        hidden_size=shape.hidden_size,
+        intermediate_size=shape.intermediate_size,
     )
     numbers = range(1, 1025)
     more = [linears.padded(number) - number for number in numbers]

@@ -30,6 +30,7 @@ from layertap_server.config import Config, ConfigError
 from layertap_server.engine.bert import dummy_weights
 from layertap_server.engine.encoder import Encoder
 from layertap_server.model.checkpoint import EMBEDDED_MODEL_NAME, Checkpoint, find
+from layertap_server.model.settings import ModelSettings
 from layertap_server.model.tokenizer import Tokenizer
 from layertap_server.types import Output, OutputKind, Plan, Pool, Run, Strategy, Text
 
@@ -59,7 +60,7 @@ def _save(folder: Path, settings: dict[str, Any], weights: Weights | None = None
     """Writes a checkpoint; without weights those of a new random model whose parts are all in use."""
     write_settings(folder, settings)
     (folder / "vocab.txt").write_text("\n".join(VOCABULARY) + "\n")
-    weights = dummy_weights(settings | {"initializer_range": 0.3}, 1) if weights is None else weights
+    weights = dummy_weights(ModelSettings.of(settings | {"initializer_range": 0.3}), 1) if weights is None else weights
     safetensors.torch.save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     return folder
 
@@ -179,7 +180,7 @@ def test_shapes_and_activations(tmp_path: Path, change: dict[str, Any]) -> None:
 def test_settings_that_are_left_out_have_transformers_defaults(tmp_path: Path) -> None:
     left_out = ("hidden_act", "type_vocab_size", "layer_norm_eps", "pad_token_id")
     settings = {name: value for name, value in SMALL.items() if name not in left_out}
-    _save(tmp_path, settings, dummy_weights(SMALL | {"initializer_range": 0.3}, 1))
+    _save(tmp_path, settings, dummy_weights(ModelSettings.of(SMALL | {"initializer_range": 0.3}), 1))
     oracle = _oracle(settings, safetensors.torch.load_file(tmp_path / "model.safetensors"))
     _check(tmp_path, SMALL, oracle)
 
@@ -237,7 +238,7 @@ def test_no_pooler_weights(copy: Path, weights: Weights) -> None:
 def odd(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Everything unusual at once: cased, vocab.txt only, one token type, odd sizes, no pooler."""
     settings = SMALL | {"type_vocab_size": 1, "hidden_size": 15, "intermediate_size": 37, "hidden_act": "gelu_new"}
-    weights = dummy_weights(settings | {"initializer_range": 0.3}, 1)
+    weights = dummy_weights(ModelSettings.of(settings | {"initializer_range": 0.3}), 1)
     kept = {f"bert.{name}": tensor for name, tensor in weights.items() if not name.startswith("pooler.")}
     folder = _save(tmp_path_factory.mktemp("secret-place") / "odd-bert", settings, kept)
     (folder / "tokenizer_config.json").write_text(

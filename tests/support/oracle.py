@@ -11,6 +11,7 @@ import torch
 import transformers
 
 from layertap_server.engine.bert import dummy_weights
+from layertap_server.model.settings import ModelSettings
 
 POOLINGS = {
     "mean": lambda rows: rows.mean(0),
@@ -105,5 +106,5 @@ def dummy_oracle(settings: dict[str, Any], seed: int, tokenizer_folder: Path) ->
     """Returns the oracle with the weights that --load-format dummy gives."""
     config = transformers.BertConfig(**settings, attn_implementation="eager")
     model = transformers.BertModel(config)
-    model.load_state_dict(dummy_weights(settings, seed), strict=False)
+    model.load_state_dict(dummy_weights(ModelSettings.of(settings), seed), strict=False)
     return Oracle(model, tokenizer_folder)

@@ -11,7 +11,7 @@ import dataclasses
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Final, TypeAlias
 
 import numpy as np
@@ -31,8 +31,9 @@ from layertap_server.engine.linear import Dense, Linears, dense
 from layertap_server.engine.packing import PackedBatch
 from layertap_server.engine.runtime import Runtime
 from layertap_server.engine.upload import Sent, Upload
-from layertap_server.model.architectures import architecture_of, expected_shapes
 from layertap_server.model.files import CheckpointError
+from layertap_server.model.settings import ModelSettings
+from layertap_server.model.weights import expected_shapes
 
 log = logging.getLogger(__name__)
 
@@ -83,7 +84,7 @@ class Bert:
 
     def __init__(
         self,
-        settings: Mapping[str, Any],
+        settings: ModelSettings,
         weights: Weights,
         *,
         device: torch.device,
@@ -96,7 +97,7 @@ class Bert:
         """Moves the weights to the device, taking each out of `weights`, and probes for batch invariance.
 
         Args:
-            settings: The model's configuration, under BERT's keys.
+            settings: The model's settings.
             weights: By any of their names; emptied.
             device: Where to compute.
             dtype: What matrices are multiplied in.
@@ -106,20 +107,20 @@ class Bert:
             max_thread_count: CPU threads that a lone caller should get.
 
         Raises:
-            CheckpointError: A weight is missing or has another shape, or the activation is unknown.
+            CheckpointError: if a weight is missing or has another shape, or the activation is unknown.
         """
-        architecture = architecture_of(settings)
+        architecture = settings.architecture
         weights = {architecture.common_name(name): tensor for name, tensor in weights.items()}
-        self.hidden_size: int = settings["hidden_size"]
-        self.layer_count: int = settings["num_hidden_layers"]
+        self.hidden_size = settings.hidden_size
+        self.layer_count = settings.num_hidden_layers
         self._device = device
         self._dtype = dtype
-        self._epsilon: float = settings.get("layer_norm_eps", 1e-12)
-        self._head_count: int = settings["num_attention_heads"]
+        self._epsilon = settings.layer_norm_eps
+        self._head_count = settings.num_attention_heads
         self._runtime = runtime
-        intermediate_size: int = settings["intermediate_size"]
+        intermediate_size = settings.intermediate_size
         self._intermediate_size = intermediate_size
-        self._activation = _activation(settings.get("hidden_act", "gelu"))
+        self._activation = _activation(settings.hidden_act)
         linears = Linears(
             device=device,
             dtype=dtype,
@@ -150,11 +151,11 @@ class Bert:
         def linear(name: str, out_size: int, in_size: int) -> Dense:
             return linears.make(take(f"{name}.weight", out_size, in_size), take(f"{name}.bias", out_size))
 
-        hidden, embedded = self.hidden_size, architecture.embedding_size(settings)
-        types: int = settings.get("type_vocab_size", 2)
-        self._padding_id: int | None = settings["pad_token_id"] if architecture.pads_positions else None
-        self._words = kept("embeddings.word_embeddings.weight", settings["vocab_size"], embedded)
-        self._positions = kept("embeddings.position_embeddings.weight", settings["max_position_embeddings"], embedded)
+        hidden, embedded = self.hidden_size, settings.embedding_size
+        types = settings.type_vocab_size
+        self._padding_id = settings.padding_position_id
+        self._words = kept("embeddings.word_embeddings.weight", settings.vocab_size, embedded)
+        self._positions = kept("embeddings.position_embeddings.weight", settings.max_position_embeddings, embedded)
         self._types = kept("embeddings.token_type_embeddings.weight", types, embedded) if types else None
         self._norm = norm("embeddings", embedded)
         self._projection = linear("embeddings_project", hidden, embedded) if embedded != hidden else None
@@ -195,7 +196,7 @@ class Bert:
             attention = DeviceAttention(runtime, dtype=dtype, head_count=self._head_count, hidden_size=self.hidden_size)
             self._attention = attention
             if attention.varlen is not None:
-                longest: int = settings["max_position_embeddings"]
+                longest = settings.max_position_embeddings
                 self._graphs = Graphs(self._whole_pass(attention, longest), max_length=longest, runtime=runtime)
         self.invariance = self._probe(thread_count, max_thread_count)
 
@@ -373,14 +374,14 @@ class Bert:
         return self._project(F.layer_norm(rows, rows.shape[-1:], *self._norm, self._epsilon))
 
 
-def dummy_weights(settings: Mapping[str, Any], seed: int) -> Weights:
+def dummy_weights(settings: ModelSettings, seed: int) -> Weights:
     """Returns random weights for a configuration, the same for the same seed.
 
     Biases and LayerNorms are random too, so that a pass that forgets one gives other numbers.
     """
     generator = torch.Generator().manual_seed(seed)
-    spread: float = settings.get("initializer_range", 0.02)
-    shapes = expected_shapes(settings, pooler=architecture_of(settings).has_pooler)
+    spread = settings.initializer_range
+    shapes = expected_shapes(settings, pooler=settings.architecture.has_pooler)
     return {
         name: torch.randn(shape, generator=generator) * spread + name.endswith("LayerNorm.weight")
         for name, shape in shapes.items()

@@ -32,7 +32,7 @@ def devices(wanted: str) -> list[str]:
         wanted: "auto" (cuda if it is there), "cpu", "cuda" (all of them), or a list such as "cuda:0,cuda:1".
 
     Raises:
-        CheckpointError: A device is not there.
+        CheckpointError: if a device is not there.
     """
     available = [f"cuda:{n}" for n in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
     if wanted == "auto":
@@ -58,7 +58,7 @@ def compute_dtype(wanted: str, devices: Sequence[str]) -> str:
         devices: The devices to use.
 
     Raises:
-        CheckpointError: float16 is wanted on the CPU.
+        CheckpointError: if float16 is wanted on the CPU.
     """
     if wanted == "float16" and "cpu" in devices:
         raise CheckpointError("--dtype is float16, which needs cuda; use float32 or bfloat16 on the CPU")
@@ -89,8 +89,8 @@ def named_errors(device: torch.device) -> Iterator[None]:
     """Raises errors of the block as what they are for the server; those it does not know stay as they are.
 
     Raises:
-        OutOfMemoryError: There is no memory for what was asked.
-        DeviceLostError: The device does not work any more.
+        OutOfMemoryError: if there is no memory for what was asked.
+        DeviceLostError: if the device no longer works.
     """
     try:
         yield

@@ -62,7 +62,7 @@ class Encoder:
             max_thread_count: CPU threads that a lone caller should get.
 
         Raises:
-            CheckpointError: The weights do not fit the configuration.
+            CheckpointError: if the weights do not fit the configuration.
         """
         self.device = torch.device(device)
         if runtime is None and self.device.type == "cuda":
@@ -126,8 +126,8 @@ class Encoder:
         needs.
 
         Raises:
-            OutOfMemoryError: The device has no memory for the batch.
-            DeviceLostError: The device does not work any more.
+            OutOfMemoryError: if the device has no memory for the batch.
+            DeviceLostError: if the device no longer works.
         """
         with named_errors(self.device):
             yield from self._encode(batch)

@@ -50,7 +50,7 @@ class Mixes:
         """Sees that accumulators stay small beside the answers that they become.
 
         Raises:
-            OutOfMemoryError: They do not; a smaller batch may.
+            OutOfMemoryError: if they do not; those of a smaller batch may.
         """
         if sum(held.nbytes for held in self._held.values()) + byte_count > _MOST_BYTES:
             raise OutOfMemoryError(f"the mixes of a batch take more than {_MOST_BYTES} bytes")

@@ -14,9 +14,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
-from layertap_server.model.architectures import architecture_of, read_settings
 from layertap_server.model.files import CheckpointError, read_json, refuse_pointer
 from layertap_server.model.sentence_config import transformer_folder
+from layertap_server.model.settings import ModelSettings, read_settings
 from layertap_server.model.weights import check_weights, find_weights
 
 __all__ = ["EMBEDDED_MODEL", "EMBEDDED_MODEL_NAME", "Checkpoint", "CheckpointError", "find"]
@@ -55,7 +55,8 @@ class Checkpoint:
         folder: Where its files are.
         tokenizer_folder: Where its tokenizer is; of dummy models that bring none, the embedded model's.
         weights_folder: Where its config.json and weights are: the folder itself, or that of its first module.
-        settings: The contents of its config.json, and under BERT's keys all that is read of it, defaults included.
+        configuration: The contents of its config.json, and under BERT's keys all that is read of it, defaults included.
+        settings: What the encoder is built from.
         weight_files: Its safetensors files; none for dummy weights.
         seed: The seed of dummy weights.
     """
@@ -64,14 +65,10 @@ class Checkpoint:
     folder: Path
     weights_folder: Path
     tokenizer_folder: Path
-    settings: Mapping[str, Any]
+    configuration: Mapping[str, Any]
+    settings: ModelSettings
     weight_files: tuple[Path, ...]
     seed: int = 0
-
-    @property
-    def position_count(self) -> int:
-        """The most tokens of one text."""
-        return architecture_of(self.settings).position_count(self.settings)
 
     def fingerprint(self, *, tokenizer: str, sentences: str, dtype: str) -> str:
         """Returns sha256 over weights, tokenizer, configuration and compute dtype, in hex.
@@ -80,7 +77,7 @@ class Checkpoint:
         name is answered, and all of it changes what `encode` of a client asks for and makes of the answer.
         """
         digest = hashlib.sha256()
-        for part in (json.dumps(self.settings, sort_keys=True), tokenizer, sentences, dtype, f"seed {self.seed}"):
+        for part in (json.dumps(self.configuration, sort_keys=True), tokenizer, sentences, dtype, f"seed {self.seed}"):
             digest.update(hashlib.sha256(part.encode()).digest())
         for path in self.weight_files:
             with path.open("rb") as file:
@@ -99,11 +96,12 @@ def find(*, model_id: str, revision: str, name: str, load_format: str, seed: int
         seed: The seed of dummy weights.
 
     Raises:
-        CheckpointError: It is not there or cannot be served.
+        CheckpointError: if it is not there or cannot be served.
     """
     folder, derived = _locate(model_id, revision)
     weights_folder = transformer_folder(folder)
-    settings = read_settings(weights_folder)
+    configuration = read_settings(weights_folder)
+    settings = ModelSettings.of(configuration)
     dummy = load_format == "dummy"
     tokenizer_folder = _tokenizer_folder(weights_folder, dummy)
     weight_files = () if dummy else find_weights(weights_folder)
@@ -114,6 +112,7 @@ def find(*, model_id: str, revision: str, name: str, load_format: str, seed: int
         folder=folder,
         weights_folder=weights_folder,
         tokenizer_folder=tokenizer_folder,
+        configuration=configuration,
         settings=settings,
         weight_files=weight_files,
         seed=seed if dummy else 0,

@@ -21,8 +21,8 @@ def read_json(path: Path) -> Any:
     """Returns what a JSON file holds.
 
     Raises:
-        FileNotFoundError: If it is not there.
-        CheckpointError: If it cannot be read, is too large, or is not JSON.
+        FileNotFoundError: if it is not there.
+        CheckpointError: if it cannot be read, is too large, or is not JSON.
     """
     refuse_pointer(path)
     try:
@@ -44,7 +44,7 @@ def refuse_pointer(path: Path) -> None:
     """Checks that a file is itself, and not the pointer that git-lfs leaves in its place.
 
     Raises:
-        CheckpointError: If it is a pointer.
+        CheckpointError: if it is a pointer.
     """
     try:
         with path.open("rb") as file:

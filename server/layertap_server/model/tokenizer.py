@@ -113,7 +113,7 @@ class Tokenizer:
         """Loads it from tokenizer.json or vocab.txt.
 
         Raises:
-            CheckpointError: The folder has no tokenizer that can be read.
+            CheckpointError: if the folder has no tokenizer that can be read.
         """
         logging.getLogger("transformers").setLevel(logging.ERROR)
         loaded = _load(folder)
@@ -189,7 +189,7 @@ class Tokenizer:
         return sentence_config.read(
             checkpoint.folder,
             max_length=self._max_length,
-            position_count=checkpoint.position_count,
+            position_count=checkpoint.settings.position_count,
             truncation=self._decoder.truncation_side,
         )
 
@@ -217,10 +217,10 @@ class Tokenizer:
         """Returns what the server knows of a model with this tokenizer.
 
         Raises:
-            CheckpointError: If the tokenizer does not belong to the model.
+            CheckpointError: if the tokenizer does not belong to the model.
         """
         settings = checkpoint.settings
-        vocab_size, position_count = settings["vocab_size"], checkpoint.position_count
+        vocab_size, position_count = settings.vocab_size, settings.position_count
         if self._highest_id >= vocab_size:
             raise CheckpointError(
                 f"the tokenizer has ids up to {self._highest_id}, the model's vocab_size is {vocab_size}: its ids must "
@@ -229,11 +229,11 @@ class Tokenizer:
         return ModelFacts(
             model_id=checkpoint.name,
             fingerprint=fingerprint,
-            layer_count=settings["num_hidden_layers"],
-            hidden_size=settings["hidden_size"],
-            head_count=settings["num_attention_heads"],
+            layer_count=settings.num_hidden_layers,
+            hidden_size=settings.hidden_size,
+            head_count=settings.num_attention_heads,
             vocab_size=vocab_size,
-            type_vocab_size=settings["type_vocab_size"],
+            type_vocab_size=settings.type_vocab_size,
             max_length=position_count,
             default_max_length=min(self._max_length, position_count),
             has_pooler_output=has_pooler,
@@ -242,7 +242,7 @@ class Tokenizer:
             special_tokens=self._special_tokens(),
             padding_side=self._decoder.padding_side,
             has_token_type_ids=self._has_token_types,
-            model_type=settings["model_type"],
+            model_type=settings.model_type,
         )
 
     def _special_tokens(self) -> dict[str, int]:

@@ -8,8 +8,9 @@ from typing import Any, Final
 
 import safetensors
 
-from layertap_server.model.architectures import Architecture, architecture_of, expected_shapes
+from layertap_server.model.architectures import Architecture
 from layertap_server.model.files import CheckpointError, read_json, reason_of, refuse_pointer
+from layertap_server.model.settings import ModelSettings
 
 INDEX: Final = "model.safetensors.index.json"
 
@@ -22,7 +23,7 @@ def find_weights(folder: Path) -> tuple[Path, ...]:
     """Returns the safetensors files of a folder.
 
     Raises:
-        CheckpointError: If there are none, or the index names what is not in the folder.
+        CheckpointError: if there are none, or the index names what is not in the folder.
     """
     if (folder / "model.safetensors").is_file():
         return (folder / "model.safetensors",)
@@ -52,18 +53,18 @@ def _shards(folder: Path) -> tuple[Path, ...]:
     return tuple(folder / name for name in files)
 
 
-def check_weights(files: Sequence[Path], settings: Mapping[str, Any], *, given: Mapping[str, Any]) -> None:
+def check_weights(files: Sequence[Path], settings: ModelSettings, *, given: Mapping[str, Any]) -> None:
     """Checks names, shapes and formats of all tensors of the model.
 
     Args:
         files: The safetensors files.
-        settings: The whole configuration.
+        settings: The settings of the model.
         given: What config.json itself says of it.
 
     Raises:
-        CheckpointError: If a tensor is missing, left over, or of another shape or format; it is named.
+        CheckpointError: if a tensor is missing, left over, or of another shape or format; it is named.
     """
-    architecture = architecture_of(settings)
+    architecture = settings.architecture
     found = _tensors(files, architecture)
     defaults = [key for key in map(architecture.key, architecture.counts) if key not in given]
     hint = f" (config.json lacks {', '.join(defaults)}: transformers' defaults hold)" if defaults else ""
@@ -86,7 +87,7 @@ def check_weights(files: Sequence[Path], settings: Mapping[str, Any], *, given: 
         listed = ", ".join(left[:3]) + (f" and {len(left) - 3} more" if len(left) > 3 else "")
         raise CheckpointError(
             f"the weights have {listed}, which the model of config.json does not have; its numbers would be others, "
-            f"so correct config.json, or choose a checkpoint of a plain {settings['model_type']}"
+            f"so correct config.json, or choose a checkpoint of a plain {settings.model_type}"
         )
 
 
@@ -108,3 +109,36 @@ def _tensors(files: Sequence[Path], architecture: Architecture) -> dict[str, tup
                 f"{path.name} cannot be read as safetensors ({reason_of(exc)}); fetch the model again"
             ) from exc
     return found
+
+
+def expected_shapes(settings: ModelSettings, *, pooler: bool) -> dict[str, tuple[int, ...]]:
+    """Returns the shape of every weight of a model, by its name in BertModel."""
+    hidden, intermediate = settings.hidden_size, settings.intermediate_size
+    embedded = settings.embedding_size
+    shapes: dict[str, tuple[int, ...]] = {}
+
+    def norm(prefix: str, size: int) -> None:
+        shapes[f"{prefix}.LayerNorm.weight"] = shapes[f"{prefix}.LayerNorm.bias"] = (size,)
+
+    def linear(name: str, out_size: int, in_size: int) -> None:
+        shapes[f"{name}.weight"], shapes[f"{name}.bias"] = (out_size, in_size), (out_size,)
+
+    shapes["embeddings.word_embeddings.weight"] = settings.vocab_size, embedded
+    shapes["embeddings.position_embeddings.weight"] = settings.max_position_embeddings, embedded
+    if settings.type_vocab_size:
+        shapes["embeddings.token_type_embeddings.weight"] = settings.type_vocab_size, embedded
+    norm("embeddings", embedded)
+    if embedded != hidden:
+        linear("embeddings_project", hidden, embedded)
+    for index in range(settings.num_hidden_layers):
+        prefix = f"encoder.layer.{index}"
+        for part in ("query", "key", "value"):
+            linear(f"{prefix}.attention.self.{part}", hidden, hidden)
+        linear(f"{prefix}.attention.output.dense", hidden, hidden)
+        norm(f"{prefix}.attention.output", hidden)
+        linear(f"{prefix}.intermediate.dense", intermediate, hidden)
+        linear(f"{prefix}.output.dense", hidden, intermediate)
+        norm(f"{prefix}.output", hidden)
+    if pooler:
+        linear("pooler.dense", hidden, hidden)
+    return shapes

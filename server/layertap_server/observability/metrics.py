@@ -128,7 +128,7 @@ class Metrics:
         """Shows the metrics over HTTP, in threads of their own.
 
         Raises:
-            OSError: The address cannot be listened on.
+            OSError: if the address cannot be listened on.
         """
         return Endpoint(self.registry, host, port)
 
@@ -187,7 +187,7 @@ class Endpoint:
         """Listens.
 
         Raises:
-            OSError: The address cannot be listened on.
+            OSError: if the address cannot be listened on.
         """
         self._server, self._thread = prometheus_client.start_http_server(port, addr=host, registry=registry)
         shown = f"[{host}]" if ":" in host else host

@@ -48,7 +48,7 @@ class Oracle:
         """Loads it.
 
         Raises:
-            CheckpointError: transformers cannot.
+            CheckpointError: if transformers cannot load it.
         """
         logging.getLogger("transformers").setLevel(logging.ERROR)
         library: Any = transformers.utils.logging  # Partly without types, as is the model.
@@ -60,7 +60,7 @@ class Oracle:
         except Exception as exc:  # transformers raises what it likes here.
             raise CheckpointError("transformers cannot load this model; fetch it again") from exc
         self._model = model.float().eval()
-        self._has_token_types = bool(checkpoint.settings["type_vocab_size"])
+        self._has_token_types = bool(checkpoint.settings.type_vocab_size)
 
     @torch.inference_mode()
     def compute(self, item: Item, max_length: int) -> Wanted:

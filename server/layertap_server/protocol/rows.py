@@ -86,7 +86,7 @@ async def collect(
         label: What an error calls the list of texts.
 
     Raises:
-        LayertapError: The call, or one of its texts, has failed.
+        LayertapError: if the call, or one of its texts, has failed.
     """
     parts: list[RowsReady] = []
     inbox: EventQueue[Event] = EventQueue(waker)

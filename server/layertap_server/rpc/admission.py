@@ -217,7 +217,7 @@ class Admission:
             why_left: Returns the error to record when the caller no longer waits.
 
         Raises:
-            LayertapError: The call was refused, or has failed. The error has the call's request_id.
+            LayertapError: if the call was refused, or has failed. The error has the call's request_id.
             asyncio.CancelledError: The caller has left.
         """
         task = asyncio.current_task()

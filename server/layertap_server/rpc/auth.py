@@ -48,7 +48,7 @@ class Tokens:
         """Reads the text of a file.
 
         Raises:
-            ValueError: A line is at fault; the message has its number and nothing of its content.
+            ValueError: if a line is at fault; the message has its number and nothing of its content.
         """
         self._digests: list[tuple[str, bytes]] = []
         for number, line in enumerate(text.splitlines(), 1):
@@ -83,8 +83,8 @@ def read_tokens(path: str) -> Tokens:
     """Reads a file of tokens; warns if users other than its owner and group may read it.
 
     Raises:
-        OSError: It cannot be read.
-        ValueError: A line is at fault.
+        OSError: if it cannot be read.
+        ValueError: if a line is at fault.
     """
     with open(path, encoding="utf-8") as file:
         if os.fstat(file.fileno()).st_mode & stat.S_IROTH:
@@ -104,7 +104,7 @@ def authenticate(tokens: Tokens, authorization: object) -> str:
         authorization: The value that the caller has sent as `authorization`; None: it has sent none.
 
     Raises:
-        UnauthenticatedError: It has no valid token.
+        UnauthenticatedError: if it has no valid token.
     """
     if authorization is None:
         raise UnauthenticatedError("this server asks for a token and none was sent; send authorization: Bearer <token>")

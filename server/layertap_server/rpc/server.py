@@ -88,7 +88,7 @@ class Listener:
         """Reads the files and checks the address.
 
         Raises:
-            ListenError: A file cannot be used, or the address cannot be listened on.
+            ListenError: if a file cannot be used, or the address cannot be listened on.
         """
         self._settings = settings
         self._tokens = self._read_tokens()
@@ -116,7 +116,7 @@ class Listener:
         """Lets a server listen; returns the address for clients.
 
         Raises:
-            ListenError: The address cannot be listened on.
+            ListenError: if the address cannot be listened on.
         """
         settings = self._settings
         if self._credentials is None and not settings.is_local:
@@ -173,7 +173,7 @@ def check_port(host: str, port: int, *, flag: str) -> None:
         flag: The flag of the port, for the message.
 
     Raises:
-        ListenError: It cannot.
+        ListenError: if it cannot.
     """
     address = join_host_port(host, port)
     try:
@@ -244,7 +244,7 @@ def _free_socket_file(address: str) -> None:
     gRPC would remove any, also that of a running server, whose callers would then be lost in silence.
 
     Raises:
-        ListenError: Another program listens there, or the file is not a socket.
+        ListenError: if another program listens there, or the file is not a socket.
     """
     if not address.startswith("unix:"):
         return

@@ -22,8 +22,8 @@ def credentials(*, cert: str, key: str, client_ca: str) -> grpc.ServerCredential
         client_ca: The path of the certificates in PEM that sign those of clients; empty: clients need none.
 
     Raises:
-        OSError: A file cannot be read.
-        ValueError: A file is not what it should be.
+        OSError: if a file cannot be read.
+        ValueError: if a file is not what it should be.
     """
 
     def read() -> grpc.ServerCertificateConfiguration:

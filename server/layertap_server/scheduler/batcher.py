@@ -145,8 +145,8 @@ class Batcher:
             allocator: Where its rows are written. None: in any buffer.
 
         Raises:
-            ResourceExhaustedError: The queue is full.
-            UnavailableError: The server is stopping, or its engine has failed.
+            ResourceExhaustedError: if the queue is full.
+            UnavailableError: if the server is stopping, or its engine has failed.
         """
         with self._lock:
             self._check_alive()

@@ -73,8 +73,8 @@ class Call:
             admitted: Whether the call has been admitted before; then a full queue does not refuse it.
 
         Raises:
-            ResourceExhaustedError: The queue is full.
-            UnavailableError: The server is stopping, or its engine has failed.
+            ResourceExhaustedError: if the queue is full.
+            UnavailableError: if the server is stopping, or its engine has failed.
         """
         self._queue.add(self, texts, admitted)
 
