@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
 import contextlib
 import dataclasses
 import os
@@ -170,7 +171,7 @@ def test_clients_without_a_good_certificate_stay_out(kind: str, mutual: House, p
     tls = TLS(ca=mutual.ca)
     if papers != "none":
         signer = mutual.authority if papers == "expired" else Authority("another")
-        paper = signer.sign("alice", expired=papers == "expired")
+        paper = signer.sign("alice", days=(-3, -1) if papers == "expired" else (-3, 1))
         tls = TLS(ca=mutual.ca, cert=paper.cert, key=paper.key)
     error = refusal(kind, mutual.server.address, tls=tls)
     assert isinstance(error, UnavailableError)
@@ -254,10 +255,11 @@ def test_a_certificate_is_rotated_while_the_server_runs(kind: str, house: House)
     assert before.model_info().layer_count == 3
     other = Authority("the next one")
 
-    expired = house.authority.sign("the server", expired=True)
-    expired.write(house.folder, "server")
-    error = refusal(kind, address, tls=house.tls, token=ALICE)
-    assert isinstance(error, UnavailableError) and "expired" in error.details and "renew" in error.details
+    # One that clients would refuse does not replace one that they accept.
+    for days, words in (((-3, -1), b"has expired on"), ((1, 3), b"is not valid before")):
+        house.authority.sign("the server", days=days).write(house.folder, "server")
+        assert ask(kind, address, tls=house.tls, token=ALICE) == (1, 32)
+        assert b"cannot be used, the old stays in force: a certificate of --tls-cert " + words in house.server.log
 
     other.sign("the server").write(house.folder, "server")
     assert ask(kind, address, tls=TLS(ca=other.pem), token=ALICE) == (1, 32)
@@ -273,6 +275,33 @@ def test_a_certificate_is_rotated_while_the_server_runs(kind: str, house: House)
     before.close()
 
 
+def test_a_server_whose_certificate_has_expired_is_said_to_have_one(kind: str) -> None:
+    authority = Authority()
+    paper = authority.sign("the server", days=(-3, -1))
+    server = grpc.server(concurrent.futures.ThreadPoolExecutor(1))
+    port = server.add_secure_port("127.0.0.1:0", grpc.ssl_server_credentials([(paper.key, paper.cert)]))
+    server.start()
+    error = refusal(kind, f"127.0.0.1:{port}", tls=TLS(ca=authority.pem))
+    server.stop(None).wait(WAIT_S)
+    assert isinstance(error, UnavailableError) and "expired" in error.details and "renew" in error.details
+
+
+@pytest.mark.parametrize(
+    ("name", "hosts", "client"),
+    [
+        ("alice", ("a.example",), "alice"),
+        ("", ("a.example", "b.example"), "a.example"),
+        (" ", ("10.9.8.7",), "10.9.8.7"),
+    ],
+)
+def test_the_log_names_a_client_by_its_certificate(
+    mutual: House, name: str, hosts: tuple[str, ...], client: str
+) -> None:
+    paper = mutual.authority.sign(name, hosts=hosts)
+    assert ask("sync", mutual.server.address, tls=TLS(ca=mutual.ca, cert=paper.cert, key=paper.key)) == (1, 32)
+    poll(lambda: f"method=Embed code=OK client={client} ".encode() in mutual.server.log)
+
+
 async def listens(*flags: str) -> None:
     listener = Listener(listen_settings(parse(["--port", "0", *flags], {})))
     server = listener.make_server(NoHooks())
@@ -284,13 +313,26 @@ def test_unusable_files_end_the_start_before_the_server_listens(tmp_path: Path) 
     authority = Authority()
     cert, key = authority.sign("one").write(tmp_path, "one")
     _, other_key = authority.sign("other").write(tmp_path, "other")
-    empty = tmp_path / "empty"
+    expired_cert, expired_key = authority.sign("one", days=(-3, -1)).write(tmp_path, "expired")
+    early_cert, early_key = authority.sign("one", days=(1, 3)).write(tmp_path, "early")
+    old_ca = Authority("old", days=(-3, -1)).write(tmp_path, "old-ca")
+    both_cas = tmp_path / "both-cas.pem"
+    both_cas.write_bytes(Path(old_ca).read_bytes() + authority.pem)
+    empty, pipe = tmp_path / "empty", tmp_path / "pipe"
     empty.touch()
+    os.mkfifo(pipe)
     asyncio.run(listens("--tls-cert", cert, "--tls-key", key))
+    asyncio.run(listens("--tls-cert", cert, "--tls-key", key, "--tls-client-ca", str(both_cas)))
     for flags, words in (
         (["--tls-cert", cert, "--tls-key", other_key], "KEY_VALUES_MISMATCH"),
         (["--tls-cert", cert, "--tls-key", str(tmp_path / "none")], "No such file"),
         (["--tls-cert", cert, "--tls-key", key, "--tls-client-ca", str(empty)], "--tls-client-ca"),
+        (["--tls-cert", cert, "--tls-key", key, "--tls-client-ca", old_ca], "--tls-client-ca has expired on"),
+        (["--tls-cert", expired_cert, "--tls-key", expired_key], "--tls-cert has expired on"),
+        (["--tls-cert", early_cert, "--tls-key", early_key], "--tls-cert is not valid before"),
+        (["--tls-cert", str(pipe), "--tls-key", key], "not a regular file"),
+        (["--token-file", str(pipe)], "not a regular file"),
+        (["--token-file", str(tmp_path)], "not a regular file"),
         (["--token-file", str(empty)], "no token"),
         (["--token-file", str(tmp_path / "none")], "No such file"),
     ):
@@ -306,6 +348,8 @@ def test_unusable_files_end_the_start_before_the_server_listens(tmp_path: Path) 
         ("ipv6:%5B::1%5D:50321", {}, "[::1]"),
         ("unix:", {}, "unix"),
         ("ipv4:10.0.0.7:50321", {"x509_common_name": [b"alice"]}, "alice"),
+        ("ipv4:10.0.0.7:50321", {"x509_common_name": [b""], "x509_subject_alternative_name": [b"", b"a.b"]}, "a.b"),
+        ("ipv4:10.0.0.7:50321", {"x509_common_name": [b" "], "x509_subject_alternative_name": [b""]}, "10.0.0.7"),
     ],
 )
 def test_a_client_goes_by_its_certificate_else_its_address(

@@ -33,18 +33,30 @@ class Paper:
 class Authority:
     """Signs certificates."""
 
-    def __init__(self, name: str = "a test authority") -> None:
+    def __init__(self, name: str = "a test authority", *, days: tuple[float, float] = (-3, 1)) -> None:
         self._key = ec.generate_private_key(ec.SECP256R1())
         self._name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
         usage = x509.BasicConstraints(ca=True, path_length=0)
-        self._cert = self._builder(self._name, self._key.public_key()).add_extension(usage, True)
+        self._cert = self._builder(self._name, self._key.public_key(), days).add_extension(usage, True)
         self.pem = self._cert.sign(self._key, hashes.SHA256()).public_bytes(serialization.Encoding.PEM)
 
-    def sign(self, name: str, *, expired: bool = False, hosts: tuple[str, ...] = ("localhost", "127.0.0.1")) -> Paper:
-        """Returns a certificate for a name and its key."""
+    def sign(
+        self,
+        name: str,
+        *,
+        days: tuple[float, float] = (-3, 1),
+        hosts: tuple[str, ...] = ("localhost", "127.0.0.1"),
+    ) -> Paper:
+        """Returns a certificate and its key.
+
+        Args:
+            name: The common name; empty: it has none.
+            days: From when to when it is valid, in days from now.
+            hosts: Its other names.
+        """
         key = ec.generate_private_key(ec.SECP256R1())
-        subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
-        builder = self._builder(subject, key.public_key(), expired=expired)
+        subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)] if name else [])
+        builder = self._builder(subject, key.public_key(), days)
         names = x509.SubjectAlternativeName([_general_name(host) for host in hosts])
         cert = builder.add_extension(names, False).sign(self._key, hashes.SHA256())
         return Paper(
@@ -61,18 +73,18 @@ class Authority:
         return str(path)
 
     def _builder(
-        self, subject: x509.Name, key: ec.EllipticCurvePublicKey, *, expired: bool = False
+        self, subject: x509.Name, key: ec.EllipticCurvePublicKey, days: tuple[float, float] = (-3, 1)
     ) -> x509.CertificateBuilder:
         now = datetime.datetime.now(datetime.UTC)
-        day = datetime.timedelta(days=1)
+        begin, end = (now + datetime.timedelta(days=one) for one in days)
         return (
             x509.CertificateBuilder()
             .subject_name(subject)
             .issuer_name(self._name)
             .public_key(key)
             .serial_number(x509.random_serial_number())
-            .not_valid_before(now - 3 * day)
-            .not_valid_after(now - day if expired else now + day)
+            .not_valid_before(begin)
+            .not_valid_after(end)
         )
 
 

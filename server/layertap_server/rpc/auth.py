@@ -5,13 +5,14 @@ Rules:
 - A call belongs to a client: by the name of its token, else by its certificate's, else by its address.
 - The file of tokens has one `name token` or `name:token` on a line, `#` for remarks. A name may have several tokens, so
   that a new one can be handed out before the old one goes.
-- Only digests are kept; a token is compared with all of them in constant time. No message has a token in it.
+- Only digests are kept, under a random key of each reading: how long looking one up takes says nothing of a token. No
+  message has a token in it.
+- A certificate's name is its common name, else the first of its other names that is not empty.
 """
 
 from __future__ import annotations
 
 import contextvars
-import hashlib
 import hmac
 import logging
 import os
@@ -31,6 +32,8 @@ from layertap_server.scheduler.hooks import Hooks
 log = logging.getLogger(__name__)
 
 MIN_TOKEN_LENGTH: Final = 16
+MAX_TOKEN_LENGTH: Final = 4096
+"""gRPC carries 8 KiB of metadata in all."""
 
 _LINE: Final = re.compile(r"(?P<name>[^\s:#]+)(?:\s*:\s*|\s+)(?P<token>[!-~]+)")
 
@@ -50,33 +53,31 @@ class Tokens:
         Raises:
             ValueError: if a line is at fault; the message has its number and nothing of its content.
         """
-        self._digests: list[tuple[str, bytes]] = []
-        for number, line in enumerate(text.splitlines(), 1):
+        self._key = os.urandom(32)
+        self._names: dict[bytes, str] = {}
+        for number, line in enumerate(text.removeprefix("\ufeff").split("\n"), 1):
             line = line.strip()
             if not line or line.startswith("#"):
                 continue
             found = _LINE.fullmatch(line)
-            if found is None:
+            if found is None or not found["name"].isprintable():
                 raise ValueError(f"line {number} is neither `name token` nor `name:token`; correct it")
-            if len(found["token"]) < MIN_TOKEN_LENGTH:
+            if not MIN_TOKEN_LENGTH <= len(found["token"]) <= MAX_TOKEN_LENGTH:
                 raise ValueError(
-                    f"line {number} has a token of fewer than {MIN_TOKEN_LENGTH} characters; "
-                    "make one with: openssl rand -hex 32"
+                    f"line {number} has a token of fewer than {MIN_TOKEN_LENGTH} or more than {MAX_TOKEN_LENGTH} "
+                    "characters; make one with: openssl rand -hex 32"
                 )
-            digest = _digest(found["token"])
-            if any(digest == other and found["name"] != name for name, other in self._digests):
+            if self._names.setdefault(self._digest(found["token"]), found["name"]) != found["name"]:
                 raise ValueError(f"line {number} gives a token to a second name; make another one")
-            self._digests.append((found["name"], digest))
-        if not self._digests:
+        if not self._names:
             raise ValueError("it has no token; add a line `name token`")
 
     def name_of(self, token: str) -> str | None:
         """Returns the name of the client that has this token. None: it is unknown."""
-        given, found = _digest(token), None
-        for name, digest in self._digests:
-            if hmac.compare_digest(given, digest):
-                found = name
-        return found
+        return self._names.get(self._digest(token))
+
+    def _digest(self, token: str) -> bytes:
+        return hmac.digest(self._key, token.encode("utf-8", "replace"), "sha256")
 
 
 def read_tokens(path: str) -> Tokens:
@@ -86,14 +87,16 @@ def read_tokens(path: str) -> Tokens:
         OSError: if it cannot be read.
         ValueError: if a line is at fault.
     """
-    with open(path, encoding="utf-8") as file:
+    with open(path, "rb") as file:
         if os.fstat(file.fileno()).st_mode & stat.S_IROTH:
             log.warning("the token file can be read by every user of this host; run chmod o-rwx on it")
-        return Tokens(file.read())
-
-
-def _digest(token: str) -> bytes:
-    return hashlib.sha256(token.encode()).digest()
+        content = file.read()
+    try:
+        text = content.decode("utf-8")
+    except UnicodeDecodeError as exc:  # It has the content of the file, so it is no cause of what is raised.
+        number = content.count(b"\n", 0, exc.start) + 1
+        raise ValueError(f"line {number} is not UTF-8; save the file as UTF-8") from None
+    return Tokens(text)
 
 
 def authenticate(tokens: Tokens, authorization: object) -> str:
@@ -149,8 +152,11 @@ def client_of(context: grpc.aio.ServicerContext[Any, Any]) -> str:
     """Returns the client that a call belongs to."""
     if (name := _token_name.get()) is not None:
         return name
-    for name_bytes in context.auth_context().get("x509_common_name", ()):
-        return name_bytes.decode(errors="replace")
+    certificate = context.auth_context()
+    for key in ("x509_common_name", "x509_subject_alternative_name"):
+        for value in certificate.get(key, ()):
+            if name := value.decode(errors="replace").strip():
+                return name
     peer = urllib.parse.unquote(context.peer())
     scheme, _, address = peer.partition(":")
     return scheme if scheme.startswith("unix") else address.rpartition(":")[0]

@@ -1,16 +1,27 @@
-"""The server's side of TLS: its certificate, its key, and whose clients it lets in, read again when the files change.
+"""The server's side of TLS: its certificate, its key, and the authorities of clients, read again when the files change.
 
-gRPC asks before each handshake, in a thread of its own; a look at the files is all that costs. What is new is checked
-here first, since gRPC would say nothing of a certificate that it cannot use.
+gRPC asks before each handshake, in a thread of its own, which costs a look at the files. New files are checked here,
+since gRPC would not report a certificate that it cannot use. A certificate that has expired, or is not yet valid, does
+not replace a valid one.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import datetime
+import logging
 import ssl
+import time
+from typing import Final
 
 import grpc
 
+from layertap_server.rpc.certificates import Validity, validities
 from layertap_server.rpc.file_reload import ReloadedFiles
+
+log = logging.getLogger(__name__)
+
+_WARN_INTERVAL_S: Final = 86_400.0
 
 
 def credentials(*, cert: str, key: str, client_ca: str) -> grpc.ServerCredentials:
@@ -23,21 +34,60 @@ def credentials(*, cert: str, key: str, client_ca: str) -> grpc.ServerCredential
 
     Raises:
         OSError: if a file cannot be read.
-        ValueError: if a file is not what it should be.
+        ValueError: if a file is not what it should be, or a certificate is not valid now.
     """
 
-    def read() -> grpc.ServerCertificateConfiguration:
+    def read() -> _Certificate:
         return _read(cert, key, client_ca)
 
     files = ReloadedFiles("the certificate", [path for path in (cert, key, client_ca) if path], read)
+    current = _Current(files)
     return grpc.dynamic_ssl_server_credentials(
-        files.get(),
-        files.changed,  # type: ignore[arg-type]  # grpc-stubs does not know that None means no change
+        current.certificate.configuration,
+        current.changed,  # type: ignore[arg-type]  # grpc-stubs does not know that None means no change
         require_client_authentication=bool(client_ca),
     )
 
 
-def _read(cert: str, key: str, client_ca: str) -> grpc.ServerCertificateConfiguration:
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class _Certificate:
+    """What the files say.
+
+    Attributes:
+        configuration: The same for gRPC.
+        first_to_expire: The dates of the certificate that expires first.
+    """
+
+    configuration: grpc.ServerCertificateConfiguration
+    first_to_expire: Validity
+
+
+class _Current:
+    """The certificate in force; warns once a day of one that will soon expire."""
+
+    def __init__(self, files: ReloadedFiles[_Certificate]) -> None:
+        self.certificate = files.get()
+        self._files = files
+        self._warn_at = 0.0
+        self._warn()
+
+    def changed(self) -> grpc.ServerCertificateConfiguration | None:
+        """Returns the new certificate, if there is one since the last call."""
+        found = self._files.get()
+        is_new = found is not self.certificate
+        if is_new:
+            self.certificate, self._warn_at = found, 0.0
+        self._warn()
+        return found.configuration if is_new else None
+
+    def _warn(self) -> None:
+        if time.monotonic() >= self._warn_at:
+            if warning := self.certificate.first_to_expire.warning(_now()):
+                log.warning("a certificate of --tls-cert %s", warning)
+            self._warn_at = time.monotonic() + _WARN_INTERVAL_S
+
+
+def _read(cert: str, key: str, client_ca: str) -> _Certificate:
     chain, secret = _pem(cert), _pem(key)
     roots = _pem(client_ca) if client_ca else None
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
@@ -55,7 +105,23 @@ def _read(cert: str, key: str, client_ca: str) -> grpc.ServerCertificateConfigur
             raise ValueError(f"--tls-client-ca has no certificates in PEM ({_why(exc)})") from exc
     if (_pem(cert), _pem(key)) != (chain, secret):
         raise ValueError("they are being written; the next connection looks again")
-    return grpc.ssl_server_certificate_configuration([(secret, chain)], root_certificates=roots)
+    own = validities(chain)
+    if not own:
+        raise ValueError("--tls-cert has no certificate in PEM")
+    if faults := [fault for one in own if (fault := one.fault(_now()))]:
+        raise ValueError(f"a certificate of --tls-cert {faults[0]}")
+    # One that is out of date among several is usual: authorities overlap while they are replaced.
+    others = [one.fault(_now()) for one in validities(roots or b"")]
+    if others and all(others):
+        raise ValueError(f"the certificate of --tls-client-ca {others[0]}")
+    return _Certificate(
+        configuration=grpc.ssl_server_certificate_configuration([(secret, chain)], root_certificates=roots),
+        first_to_expire=min(own, key=lambda one: one.end),
+    )
+
+
+def _now() -> datetime.datetime:
+    return datetime.datetime.now(datetime.UTC)
 
 
 def _pem(path: str) -> bytes:

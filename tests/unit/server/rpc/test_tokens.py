@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import time
 from pathlib import Path
 
 import pytest
@@ -28,7 +29,10 @@ def test_a_token_has_a_name_and_a_name_may_have_several() -> None:
         ("# nothing but a remark\n", ["no token"]),
         (f"alice {ONE}\nsecretwithoutname\n", ["line 2", "name token"]),
         (f"alice {ONE} surplus\n", ["line 1", "name token"]),
-        ("alice short\n", ["line 1", "16 characters", "openssl"]),
+        ("alice short\n", ["line 1", "fewer than 16", "openssl"]),
+        (f"alice {'x' * 5000}\n", ["line 1", "more than 4096", "openssl"]),
+        (f"al\x1bice {ONE}\n", ["line 1", "name token"]),
+        (f"alice {ONE}\r\n\r\nbob\u2028\r\n", ["line 3", "name token"]),
         (f"alice {ONE}\nbob {ONE}\n", ["line 2", "second name"]),
     ],
 )
@@ -37,6 +41,33 @@ def test_a_bad_file_is_refused_by_its_line_and_never_repeated(text: str, words: 
         Tokens(text)
     assert all(word in str(caught.value) for word in words)
     assert not any(secret in str(caught.value) for secret in (ONE, "secretwithoutname", "short", "surplus"))
+
+
+def test_a_byte_order_mark_and_ends_of_lines_of_windows_are_no_part_of_a_token(tmp_path: Path) -> None:
+    path = tmp_path / "tokens"
+    path.write_bytes(f"alice {ONE}\r\nbob:{OTHER}\r\n".encode("utf-8-sig"))
+    found = read_tokens(str(path))
+    assert found.name_of(ONE) == "alice" and found.name_of(OTHER) == "bob"
+
+
+@pytest.mark.parametrize(("content", "line"), [(f"alice {ONE}\n".encode("utf-16"), 1), (b"# a\n\nbob \xff\n", 3)])
+def test_a_file_that_is_no_utf_8_is_refused_by_its_line(tmp_path: Path, content: bytes, line: int) -> None:
+    path = tmp_path / "tokens"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=f"^line {line} is not UTF-8; save the file as UTF-8$") as caught:
+        read_tokens(str(path))
+    assert caught.value.__cause__ is None
+
+
+def test_reading_and_finding_tokens_takes_no_longer_for_each_where_there_are_many() -> None:
+    text = "".join(f"client-{n} {n:032}\n" for n in range(100_000))
+    started = time.process_time()
+    found = Tokens(text)
+    assert found.name_of(f"{99_999:032}") == "client-99999"
+    assert time.process_time() - started < 10  # Comparing each with all others would take an hour.
+    started = time.process_time()
+    assert [found.name_of(f"{n:032}") for n in (0, 50_000, 100_000)] == ["client-0", "client-50000", None]
+    assert time.process_time() - started < 0.01
 
 
 @pytest.mark.parametrize(("mode", "warned"), [(0o600, False), (0o640, False), (0o644, True)])
@@ -65,20 +96,41 @@ def test_a_changed_file_is_read_again_and_a_bad_one_changes_nothing(
     path.write_text(f"alice {ONE}\n")
     watched = ReloadedFiles("the token file", [str(path)], lambda: read_tokens(str(path)))
     first = watched.get()
-    assert watched.get() is first and watched.changed() is None
+    assert watched.get() is first
 
     replaced(path, "alice\n")
     for _ in range(3):
-        assert watched.get() is first and watched.changed() is None
+        assert watched.get() is first
     assert caplog.text.count("cannot be used") == 1
 
     path.unlink()
     assert watched.get() is first
     replaced(path, f"bob {OTHER}\n")
-    second = watched.changed()
-    assert second is not None and second.name_of(OTHER) == "bob" and second.name_of(ONE) is None
-    assert watched.changed() is None and watched.get() is second
+    second = watched.get()
+    assert second is not first and second.name_of(OTHER) == "bob" and second.name_of(ONE) is None
+    assert watched.get() is second
     assert ONE not in caplog.text and OTHER not in caplog.text
+
+
+def test_files_that_could_not_be_used_are_tried_again_after_a_minute(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "file"
+    path.write_text("now")
+    valid, now = {"now"}, 0.0
+
+    def read() -> str:
+        if (content := path.read_text()) not in valid:
+            raise ValueError("it is not valid yet")
+        return content
+
+    watched = ReloadedFiles("the file", [str(path)], read, clock=lambda: now)
+    replaced(path, "later")
+    assert watched.get() == "now"
+    valid.add("later")
+    assert watched.get() == "now"
+    now = 60.0
+    assert watched.get() == "later" and caplog.text.count("not valid yet") == 1
 
 
 def test_what_is_missing_or_bad_at_first_is_an_error(tmp_path: Path) -> None:
