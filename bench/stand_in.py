@@ -32,7 +32,9 @@ from layertap_server.types import Rows, Run
 class StandIn(Encoder):
     """Answers every batch with prepared rows."""
 
-    def __init__(self, checkpoint: Checkpoint, *, device: str, dtype: str, batch_s: float = 0.0) -> None:
+    def __init__(
+        self, checkpoint: Checkpoint, *, device: str, dtype: str, batch_s: float = 0.0, **_others: object
+    ) -> None:
         self._batch_s = batch_s
         self.device = torch.device("cpu")
         self._values = tensors.block(4096).reshape(-1)

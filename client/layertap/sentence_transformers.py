@@ -2,7 +2,8 @@
 
 Pure. The server tells what the model's folder says about sentences (`SentenceConfig`); the options ask for exactly
 that, and what cannot be asked for (joining several pools, normalizing before cutting, fewer bits) is done here, in the
-order of sentence-transformers: pool, normalize if the model does, cut, normalize if the caller wants it, quantize.
+order of sentence-transformers: pool, normalize if the model does, cut, normalize if the caller wants it, quantize. With
+folders that have Dense modules the server does all but the last, since the weights are there.
 """
 
 from __future__ import annotations
@@ -151,6 +152,12 @@ class Encoding:
         self._precision = quantization.check(precision)
         self._normalize = bool(normalize_embeddings)
         self._width = count("truncate_dim", truncate_dim) or config.truncate_dim
+        of_tokens = output_value == TOKENS
+        if not (of_tokens or config.poolings):
+            raise FailedPreconditionError(
+                f"the folder of {info.model_id} has no Pooling module, so it has no sentence vectors; pass "
+                f"output_value={TOKENS!r}, or ask embed for a pooling"
+            )
         poolings = [Pooling(strategy) for strategy in config.poolings]
         if len(poolings) == 1 and (self._normalize or not config.normalize):
             # Cut before it travels. Not what a model normalizes before it is cut.
@@ -161,7 +168,6 @@ class Encoding:
         elif prompt_name is None:
             names = _TASK_PROMPTS[task] if task is not None else ()
             prompt_name = next((name for name in names if name in config.prompts), config.default_prompt_name)
-        of_tokens = output_value == TOKENS
         self.options = embed_options(
             layers=[-1] if of_tokens else None,
             pooling=None if of_tokens else poolings,
@@ -171,8 +177,22 @@ class Encoding:
             prompt_name=prompt_name,
             lower_case=config.lower_case,
         )
+        self._by_server = config.needs_sentence_modules
+        if self._by_server:
+            del self.options.outputs[:]
+            asked = self.options.outputs.add()
+            if of_tokens:
+                asked.hidden_states.sentence_modules = True
+            else:
+                vectors = asked.pooled_vectors
+                vectors.sentence_modules, vectors.normalize = True, self._normalize
+                vectors.dimensions = self._width or 0
         self._vectors: sentence_vectors.Vectors | None = None
         self._tokens: list[FloatArray | None] | None = [None] * len(self.texts) if of_tokens else None
+
+    @property
+    def _row_size(self) -> int:
+        return self._info.sentence_config.vector_size if self._by_server else self._info.hidden_size
 
     def state(self, pin: ModelPin) -> StreamState:
         """Returns the state of a stream of all texts."""
@@ -184,7 +204,7 @@ class Encoding:
         few = 0 < count <= min(_FEW_TEXTS, self._message_count, self._info.limits.max_text_count)
         if not few or sum(map(_length, self.texts)) > _FEW_CHARACTERS:
             return None
-        if self._tokens is None and count * (64 + self._info.hidden_size * 4 * len(self.options.outputs)) > (
+        if self._tokens is None and count * (64 + self._row_size * 4 * len(self.options.outputs)) > (
             self._info.limits.max_response_bytes
         ):
             return None
@@ -211,12 +231,14 @@ class Encoding:
             return matrices[0] if self._single else matrices
         if self._vectors is None:
             return np.array([])
-        vectors: Array = sentence_vectors.finish(
-            self._vectors,
-            model_normalizes=self._info.sentence_config.normalize,
-            dimensions=self._width or 0,
-            normalize=self._normalize,
-        )
+        vectors: Array = self._vectors
+        if not self._by_server:
+            vectors = sentence_vectors.finish(
+                self._vectors,
+                model_normalizes=self._info.sentence_config.normalize,
+                dimensions=self._width or 0,
+                normalize=self._normalize,
+            )
         if self._precision != "float32":
             vectors = quantization.quantize_embeddings(vectors, precision=self._precision)
         return vectors[0] if self._single else vectors

@@ -178,7 +178,8 @@ class SentenceConfig:
     """What the model's folder says about sentences: what `encode` does, as sentence-transformers does it.
 
     Attributes:
-        poolings: The strategies that pool the last layer; several are joined in this order.
+        poolings: The strategies that pool the last layer; several are joined in this order. Empty: the folder makes
+            token rows and no vector.
         normalize: Whether the vector is then divided by its Euclidean length.
         truncate_dim: How many values are then kept; None: all.
         max_length: The most tokens of one text; longer ones are cut.
@@ -187,6 +188,10 @@ class SentenceConfig:
         prompts: What may stand before a text, by the name that `prompt_name` takes.
         default_prompt_name: The prompt of an `encode` that names none; None: none.
         include_prompt: Whether the tokens of a prompt are pooled.
+        needs_sentence_modules: Whether the folder has Dense modules or modules of token rows, which the server applies
+            for `encode`.
+        vector_size: Values of a vector before it is cut; 0: the folder makes none.
+        token_size: Values of a token row of `output_value="token_embeddings"`.
         unsupported: What layertap cannot do of what the model asks for, so that `encode` refuses; None: nothing.
     """
 
@@ -199,6 +204,9 @@ class SentenceConfig:
     prompts: Mapping[str, str]
     default_prompt_name: str | None
     include_prompt: bool
+    needs_sentence_modules: bool
+    vector_size: int
+    token_size: int
     unsupported: str | None
 
     def __repr__(self) -> str:

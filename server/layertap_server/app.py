@@ -109,6 +109,9 @@ class App:
                 }
             },
         )
+        sentence_config = self.tokenizer.sentence_config(found)
+        if sentence_config.unsupported:
+            log.warning("no sentence vectors with this model: %s", sentence_config.unsupported)
         threads = cpu_threads.share(instance_count=config.instances, thread_count=config.instance_threads)
         encoders = _timed(
             f"loaded the weights on {', '.join(devices)}",
@@ -117,15 +120,13 @@ class App:
                     found,
                     device=device,
                     dtype=dtype,
+                    sentences=sentence_config,
                     thread_count=threads.thread_count,
                     max_thread_count=threads.lone_thread_count,
                 )
                 for device in devices
             ],
         )
-        sentence_config = self.tokenizer.sentence_config(found)
-        if sentence_config.unsupported:
-            log.warning("no sentence vectors with this model: %s", sentence_config.unsupported)
         fingerprint = _timed(
             "took the fingerprint",
             lambda: found.fingerprint(

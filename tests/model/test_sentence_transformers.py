@@ -26,7 +26,7 @@ from tokenizers import normalizers
 from layertap import Client, FailedPreconditionError, InvalidArgumentError, TokenIds
 from layertap._protocol.responses import ModelPin
 from layertap.sentence_transformers import Encoding
-from layertap_server.model import checkpoint
+from layertap_server.model import checkpoint, sentence_modules
 from layertap_server.model import sentence_config as sentences
 from layertap_server.types import Strategy
 
@@ -455,7 +455,7 @@ def test_a_batch_size_bounds_what_is_sent_at_once(tiny_server: Server) -> None:
 
 
 def read(folder: Path) -> sentences.SentenceConfig:
-    return sentences.read(folder, max_length=600, position_count=512, truncation="right")
+    return sentences.read(folder, hidden_size=32, max_length=600, position_count=512, truncation="right")
 
 
 def test_without_modules_nothing_else_is_read(tmp_path: Path) -> None:
@@ -498,12 +498,14 @@ UNSUPPORTED = {
     "Dense": {"modules": modules(TRANSFORMER, POOLING, {"path": "2", "type": MODULE + "Dense"})},
     "custom.Thing": {"modules": modules(TRANSFORMER, {"path": "1", "type": "custom.Thing"})},
     "no Pooling": {"modules": modules(TRANSFORMER)},
-    "no module Normalize at place 1": {"modules": modules(TRANSFORMER, NORMALIZE, POOLING)},
+    "module Normalize: 2_Normalize/config.json works on the vector before there is one": {
+        "modules": modules(TRANSFORMER, NORMALIZE, POOLING)
+    },
     "no module Transformer at place 0": {"modules": modules(TRANSFORMER | {"path": "0_BERT"}, POOLING)},
     "not the model's own": {"modules": modules(TRANSFORMER, POOLING | {"path": "../1_Pooling"})},
     "modules.json cannot be read": {"modules": {"no": "list"}},
     "weightedmean": {"_1_Pooling__config": {"pooling_mode_weightedmean_tokens": True}},
-    "something else": {"_2_Normalize__config": {"module_input_name": "token_embeddings"}},
+    "on token rows after they are pooled": {"_2_Normalize__config": {"module_input_name": "token_embeddings"}},
     "sets processing_kwargs": {"sentence_bert_config": {"processing_kwargs": {"text": {"max_length": 5}}}},
     "sets transformer_task": {"sentence_bert_config": {"transformer_task": "fill-mask"}},
     "max_seq_length": {"sentence_bert_config": {"max_seq_length": "256"}},
@@ -534,6 +536,19 @@ def test_all_that_a_folder_says_is_in_the_fingerprint_and_no_reason_is() -> None
         "prompts": {"query": "q: "},
         "default_prompt_name": "query",
         "include_prompt": False,
+        "token_modules": (sentence_modules.Normalize(of_tokens=True),),
+        "vector_modules": (
+            sentence_modules.Dense(
+                of_tokens=False,
+                in_size=32,
+                out_size=4,
+                has_bias=True,
+                activation="Tanh",
+                has_residual=False,
+                weights=Path("x"),
+                digest="0",
+            ),
+        ),
     }
     assert {field.name for field in dataclasses.fields(one)} == {*changed, "unsupported"}
     others = [dataclasses.replace(one, **{name: value}).description for name, value in changed.items()]

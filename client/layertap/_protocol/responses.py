@@ -258,7 +258,7 @@ def _sentence_config(message: pb.GetModelInfoResponse) -> SentenceConfig:
     config = message.sentence_config
     poolings = [_STRATEGY_NAMES.get(strategy) for strategy in config.strategies]
     unsupported: str | None = config.unsupported
-    if not poolings or None in poolings:
+    if not (poolings or config.needs_sentence_modules) or None in poolings:
         unsupported = unsupported or "the server does not tell, or not in words that this client knows"
     return SentenceConfig(
         poolings=tuple(pooling for pooling in poolings if pooling),
@@ -270,5 +270,8 @@ def _sentence_config(message: pb.GetModelInfoResponse) -> SentenceConfig:
         prompts=dict(config.prompts),
         default_prompt_name=config.default_prompt_name or None,
         include_prompt=config.include_prompt,
+        needs_sentence_modules=config.needs_sentence_modules,
+        vector_size=config.vector_size,
+        token_size=config.token_size,
         unsupported=unsupported or None,
     )

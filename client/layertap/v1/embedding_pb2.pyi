@@ -1211,8 +1211,16 @@ class HiddenStates(_message.Message):
     LAYERS_FIELD_NUMBER: _builtins.int
     ALL_LAYERS_FIELD_NUMBER: _builtins.int
     MIX_FIELD_NUMBER: _builtins.int
+    SENTENCE_MODULES_FIELD_NUMBER: _builtins.int
     all_layers: _builtins.bool
     """All layers, 0 to L. With it, layers must be empty."""
+    sentence_modules: _builtins.bool
+    """Applies the modules of the model's folder that work on token rows (Dense, Normalize)
+    to those of the last layer, in their order: the token_embeddings of
+    sentence-transformers, which late interaction compares. Row size: token_size of
+    SentenceConfig. Other layers and a mix are refused with INVALID_ARGUMENT, a model
+    whose SentenceConfig is unsupported with FAILED_PRECONDITION.
+    """
     @_builtins.property
     def layers(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Layer numbers, -L-1 to L, in any order, doubles allowed, at most 256 entries (or
@@ -1230,10 +1238,11 @@ class HiddenStates(_message.Message):
         layers: _abc.Iterable[_builtins.int] | None = ...,
         all_layers: _builtins.bool = ...,
         mix: Global___LayerMix | None = ...,
+        sentence_modules: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["mix", b"mix"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["all_layers", b"all_layers", "layers", b"layers", "mix", b"mix"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["all_layers", b"all_layers", "layers", b"layers", "mix", b"mix", "sentence_modules", b"sentence_modules"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1276,6 +1285,7 @@ class PooledVectors(_message.Message):
     NORMALIZE_FIELD_NUMBER: _builtins.int
     DIMENSIONS_FIELD_NUMBER: _builtins.int
     MIX_FIELD_NUMBER: _builtins.int
+    SENTENCE_MODULES_FIELD_NUMBER: _builtins.int
     strategy: Global___PoolingStrategy.ValueType
     """How rows become one vector."""
     layer: _builtins.int
@@ -1289,6 +1299,14 @@ class PooledVectors(_message.Message):
     """Divides each vector by its Euclidean length."""
     dimensions: _builtins.int
     """Keeps the first values only. 0: all; at most the row size."""
+    sentence_modules: _builtins.bool
+    """Makes the vector that sentence-transformers makes with this model: the poolings of
+    SentenceConfig, joined, then the modules of the model's folder (Dense, Normalize)
+    in their order, then dimensions (of which more than vector_size mean all) and
+    normalize. With it, strategy, layer, mix and exclude_special_tokens must be left
+    out. A model whose SentenceConfig is unsupported or has no strategies is refused
+    with FAILED_PRECONDITION.
+    """
     @_builtins.property
     def mix(self) -> Global___LayerMix:
         """The mix of layers that is pooled. With it, layer must be absent."""
@@ -1302,10 +1320,11 @@ class PooledVectors(_message.Message):
         normalize: _builtins.bool = ...,
         dimensions: _builtins.int = ...,
         mix: Global___LayerMix | None = ...,
+        sentence_modules: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_layer", b"_layer", "layer", b"layer", "mix", b"mix"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_layer", b"_layer", "dimensions", b"dimensions", "exclude_special_tokens", b"exclude_special_tokens", "layer", b"layer", "mix", b"mix", "normalize", b"normalize", "strategy", b"strategy"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_layer", b"_layer", "dimensions", b"dimensions", "exclude_special_tokens", b"exclude_special_tokens", "layer", b"layer", "mix", b"mix", "normalize", b"normalize", "sentence_modules", b"sentence_modules", "strategy", b"strategy"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__layer: _TypeAlias = _typing.Literal["layer"]  # noqa: Y015
     _WhichOneofArgType__layer: _TypeAlias = _typing.Literal["_layer", b"_layer"]  # noqa: Y015
@@ -2001,7 +2020,8 @@ Global___Limits: _TypeAlias = Limits  # noqa: Y015
 class SentenceConfig(_message.Message):
     """SentenceConfig is what the model's folder says about sentences: how a text becomes
     one vector for sentence-transformers. Embed with these options, then join, normalize
-    and cut as told here, and the vectors are equal to its own. A model that says nothing
+    and cut as told here, and the vectors are equal to its own; or ask for the whole by
+    sentence_modules of PooledVectors. A model that says nothing
     has the defaults of sentence-transformers: the mean, neither normalized nor cut.
     """
 
@@ -2037,6 +2057,9 @@ class SentenceConfig(_message.Message):
     PROMPTS_FIELD_NUMBER: _builtins.int
     DEFAULT_PROMPT_NAME_FIELD_NUMBER: _builtins.int
     INCLUDE_PROMPT_FIELD_NUMBER: _builtins.int
+    NEEDS_SENTENCE_MODULES_FIELD_NUMBER: _builtins.int
+    VECTOR_SIZE_FIELD_NUMBER: _builtins.int
+    TOKEN_SIZE_FIELD_NUMBER: _builtins.int
     unsupported: _builtins.str
     """What the model asks for that this server cannot do, as a clause; the vectors of
     sentence-transformers cannot be computed then. Empty: all fields below hold.
@@ -2055,9 +2078,19 @@ class SentenceConfig(_message.Message):
     """The prompt of a request that names none. Empty: none."""
     include_prompt: _builtins.bool
     """Whether the tokens of a prompt are pooled."""
+    needs_sentence_modules: _builtins.bool
+    """Whether the folder has Dense modules, or modules of token rows: then only
+    sentence_modules of PooledVectors and HiddenStates give its vectors and token rows.
+    """
+    vector_size: _builtins.int
+    """Values of a vector before dimensions cuts it. 0: the folder makes none."""
+    token_size: _builtins.int
+    """Values of a token row after the modules."""
     @_builtins.property
     def strategies(self) -> _containers.RepeatedScalarFieldContainer[Global___PoolingStrategy.ValueType]:
-        """The poolings of the last layer. Several are joined, in this order, to one vector."""
+        """The poolings of the last layer. Several are joined, in this order, to one vector.
+        Empty: the folder makes token rows and no vector.
+        """
 
     @_builtins.property
     def prompts(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
@@ -2078,10 +2111,13 @@ class SentenceConfig(_message.Message):
         prompts: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
         default_prompt_name: _builtins.str = ...,
         include_prompt: _builtins.bool = ...,
+        needs_sentence_modules: _builtins.bool = ...,
+        vector_size: _builtins.int = ...,
+        token_size: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["default_prompt_name", b"default_prompt_name", "dimensions", b"dimensions", "include_prompt", b"include_prompt", "lower_case", b"lower_case", "max_length", b"max_length", "normalize", b"normalize", "prompts", b"prompts", "strategies", b"strategies", "truncation", b"truncation", "unsupported", b"unsupported"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["default_prompt_name", b"default_prompt_name", "dimensions", b"dimensions", "include_prompt", b"include_prompt", "lower_case", b"lower_case", "max_length", b"max_length", "needs_sentence_modules", b"needs_sentence_modules", "normalize", b"normalize", "prompts", b"prompts", "strategies", b"strategies", "token_size", b"token_size", "truncation", b"truncation", "unsupported", b"unsupported", "vector_size", b"vector_size"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

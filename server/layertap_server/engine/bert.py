@@ -30,8 +30,10 @@ from layertap_server.engine.invariance import NO_PADDING, Invariance, Probe, Row
 from layertap_server.engine.linear import Dense, Linears, dense
 from layertap_server.engine.packing import PackedBatch
 from layertap_server.engine.runtime import Runtime
+from layertap_server.engine.sentence_modules import SentenceModules
 from layertap_server.engine.upload import Sent, Upload
 from layertap_server.model.files import CheckpointError
+from layertap_server.model.sentence_config import SentenceConfig
 from layertap_server.model.settings import ModelSettings
 from layertap_server.model.weights import expected_shapes
 
@@ -79,6 +81,7 @@ class Bert:
     Attributes:
         hidden_size: Values a row has.
         layer_count: Encoder blocks.
+        sentence_modules: The modules of sentence-transformers in the model's folder.
         invariance: What the probe for batch invariance found.
     """
 
@@ -89,6 +92,7 @@ class Bert:
         *,
         device: torch.device,
         dtype: torch.dtype,
+        sentences: SentenceConfig | None = None,
         runtime: Runtime | None = None,
         packing: bool | None = None,
         thread_count: int = 1,
@@ -101,6 +105,7 @@ class Bert:
             weights: By any of their names; emptied.
             device: Where to compute.
             dtype: What matrices are multiplied in.
+            sentences: What the model's folder says about sentences; None: nothing.
             runtime: The accelerator; None: the CPU.
             packing: Whether weights are laid out for oneDNN; None: if it pays.
             thread_count: CPU threads of each instance.
@@ -198,6 +203,15 @@ class Bert:
             if attention.varlen is not None:
                 longest = settings.max_position_embeddings
                 self._graphs = Graphs(self._whole_pass(attention, longest), max_length=longest, runtime=runtime)
+        self.sentence_modules = SentenceModules(
+            token_modules=sentences.token_modules if sentences else (),
+            vector_modules=sentences.vector_modules if sentences else (),
+            linears=linears,
+            dtype=dtype,
+            padded=self._padded,
+        )
+        # The probe computes rows as it pads them itself.
+        self.invariance = Invariance(padding=NO_PADDING, holds=False, thread_count=1, max_thread_count=1)
         self.invariance = self._probe(thread_count, max_thread_count)
 
     @property
@@ -276,6 +290,7 @@ class Bert:
             [
                 *([Rowwise(self._pool, self.hidden_size)] if self._pooler else []),
                 *([Rowwise(self._project, self._embedding_size)] if self._projection else []),
+                *self.sentence_modules.rowwise,
             ],
             hidden_size=self.hidden_size,
             extra=self._program_rows,

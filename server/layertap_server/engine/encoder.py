@@ -9,11 +9,13 @@ On an accelerator the host only queues work: from `Upload.send` to the last laye
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from collections.abc import Callable, Iterator, Sequence
 
 import safetensors.torch
 import torch
+from torch.nn import functional as F
 
 from layertap_server.engine.bert import Bert, Weights, dummy_weights
 from layertap_server.engine.device import memory as device_memory
@@ -24,9 +26,11 @@ from layertap_server.engine.output_groups import OutputGroup, output_groups, wan
 from layertap_server.engine.packing import PackedBatch
 from layertap_server.engine.pooling import TextPooling, WordsPooling
 from layertap_server.engine.runtime import CudaRuntime, Runtime
+from layertap_server.engine.sentence_modules import SentenceModules
 from layertap_server.engine.upload import Upload
 from layertap_server.model.checkpoint import Checkpoint, CheckpointError
-from layertap_server.types import Encode, OutputKind, Rows, Run
+from layertap_server.model.sentence_config import SentenceConfig
+from layertap_server.types import Encode, Output, OutputKind, Rows, Run
 
 log = logging.getLogger(__name__)
 
@@ -43,6 +47,7 @@ class Encoder:
         *,
         device: str,
         dtype: str,
+        sentences: SentenceConfig | None = None,
         runtime: Runtime | None = None,
         allocate: Allocate | None = None,
         packing: bool | None = None,
@@ -55,6 +60,7 @@ class Encoder:
             checkpoint: What to load.
             device: "cpu" or "cuda:N".
             dtype: What matrices are multiplied in: "float32", "bfloat16", or on cuda "float16".
+            sentences: What the model's folder says about sentences; None: nothing.
             runtime: What stands for the accelerator. None: the device's own; a CPU has none.
             allocate: Where the host buffers of answers come from; None: this module's own.
             packing: Whether weights are laid out for oneDNN on the CPU; None: if it pays.
@@ -80,6 +86,7 @@ class Encoder:
                 weights,
                 device=self.device,
                 dtype=DTYPES[dtype],
+                sentences=sentences,
                 runtime=runtime,
                 packing=packing,
                 thread_count=thread_count,
@@ -193,6 +200,7 @@ class _MadeOutput:
         output, runs = group.output, group.run_indices
         if output.kind is OutputKind.HIDDEN_STATES:
             self.chosen = ChosenRows(packed_batch.rows(runs), upload)
+            self._make = bert.sentence_modules.of_tokens if output.applies_modules else None
         elif output.kind is OutputKind.POOLER_OUTPUT:
             first_rows = upload.add(packed_batch.first_rows(runs))
             self._make = lambda values: bert.pooler(values.index_select(0, first_rows.tensor))
@@ -200,12 +208,32 @@ class _MadeOutput:
             self._make = WordsPooling(packed_batch.words(runs), output.word_pooling, upload)
         else:
             assert output.pool is not None
-            bags = packed_batch.bags(runs, output.pool)
-            self._make = TextPooling(bags, output.pool, output.row_size, upload)
+            if output.applies_modules:
+                self._make = _sentence_vectors(output, packed_batch, runs, bert.sentence_modules, upload)
+            else:
+                bags = packed_batch.bags(runs, output.pool)
+                self._make = TextPooling(bags, output.pool, output.row_size, upload)
 
     def of(self, values: torch.Tensor) -> torch.Tensor:
         """Makes of token rows what the output has a row for. Shape: [row_count of the output, row_size]."""
         return values if self._make is None else self._make(values)
+
+
+def _sentence_vectors(
+    output: Output, packed_batch: PackedBatch, runs: Sequence[int], modules: SentenceModules, upload: Upload
+) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Returns what makes the vectors of sentence-transformers of a layer. Shape: [text_count, row_size]."""
+    pools = [dataclasses.replace(pool, normalize=False) for pool in output.pools]
+    poolings = [TextPooling(packed_batch.bags(runs, pool), pool, None, upload) for pool in pools]
+    normalize = output.pool is not None and output.pool.normalize
+
+    def make(values: torch.Tensor) -> torch.Tensor:
+        rows = modules.of_tokens(values)
+        vectors = modules.of_vectors(torch.cat([pooling(rows) for pooling in poolings], dim=1))
+        vectors = vectors[:, : output.row_size]
+        return F.normalize(vectors, dim=1, eps=1e-12) if normalize else vectors
+
+    return make
 
 
 def _load(checkpoint: Checkpoint) -> Weights:

@@ -41,13 +41,13 @@ class _SentBags:
 class TextPooling:
     """The vectors of some texts: rows pooled, cut to a size, then normalized."""
 
-    def __init__(self, bags: Bags, pool: Pool, size: int, upload: Upload) -> None:
+    def __init__(self, bags: Bags, pool: Pool, size: int | None, upload: Upload) -> None:
         """Adds what it needs to the upload.
 
         Args:
             bags: Which rows make which vector; none is empty.
             pool: How.
-            size: Values to keep of each vector.
+            size: Values to keep of each vector; None: all.
             upload: The batch's upload.
         """
         self._pool, self._size = pool, size

@@ -14,6 +14,14 @@ from pathlib import Path, PurePosixPath
 from typing import Any, Final
 
 from layertap_server.model.files import CheckpointError, read_json
+from layertap_server.model.sentence_modules import (
+    Dense,
+    Module,
+    UnsupportedModuleError,
+    check_dropout,
+    read_dense,
+    read_normalize,
+)
 from layertap_server.types import Strategy
 
 _TRANSFORMER_NAMES: Final = (
@@ -64,13 +72,16 @@ class SentenceConfig:
     Attributes:
         max_length: The most tokens of one text; longer ones are cut.
         truncation: The side that is cut, "right" or "left".
-        strategies: The poolings of the last layer; several are joined in this order.
+        strategies: The poolings of the last layer; several are joined in this order. None: the folder makes token rows
+            and no vector.
         normalize: Whether the vector is then divided by its Euclidean length.
         dimensions: How many values are then kept; 0 keeps all.
         lower_case: Whether strings are turned to lower case before tokenizing.
         prompts: What may stand before a text, by name.
         default_prompt_name: The prompt of callers who name none; "" for none.
         include_prompt: Whether the tokens of a prompt are pooled.
+        token_modules: What is done to the token rows of the last layer before they are pooled, in this order.
+        vector_modules: What is done to the vector after the pooling, in this order, Normalize among it.
         unsupported: What this server cannot do of all that, as a clause; "" if there is nothing.
     """
 
@@ -83,20 +94,48 @@ class SentenceConfig:
     prompts: Mapping[str, str] = dataclasses.field(default_factory=lambda: {"query": "", "document": ""})
     default_prompt_name: str = ""
     include_prompt: bool = True
+    token_modules: tuple[Module, ...] = ()
+    vector_modules: tuple[Module, ...] = ()
     unsupported: str = ""
+
+    @property
+    def dense_modules(self) -> tuple[Dense, ...]:
+        """The modules that have weights."""
+        return tuple(one for one in (*self.token_modules, *self.vector_modules) if isinstance(one, Dense))
+
+    @property
+    def has_modules(self) -> bool:
+        """Whether more is done than poolings, normalizing their vector and cutting it."""
+        return bool(self.token_modules or self.dense_modules)
 
     @property
     def description(self) -> str:
         """All that decides what vector a text has, as a string for the fingerprint."""
-        known = dataclasses.replace(self, unsupported="")
-        return json.dumps(dataclasses.asdict(known), sort_keys=True, default=lambda strategy: strategy.name)
+        known = dataclasses.asdict(dataclasses.replace(self, token_modules=(), vector_modules=(), unsupported=""))
+        del known["token_modules"], known["vector_modules"]  # Models without a Dense keep the fingerprint they had.
+        if self.has_modules:
+            known["modules"] = [
+                [one.description if isinstance(one, Dense) else dataclasses.asdict(one) for one in modules]
+                for modules in (self.token_modules, self.vector_modules)
+            ]
+        return json.dumps(known, sort_keys=True, default=lambda strategy: strategy.name)
+
+    def token_size(self, hidden_size: int) -> int:
+        """Returns how many values a token row has after the modules."""
+        return next((one.out_size for one in reversed(self.token_modules) if isinstance(one, Dense)), hidden_size)
+
+    def vector_size(self, hidden_size: int) -> int:
+        """Returns how many values the vector has after the modules, before it is cut."""
+        sizes = (one.out_size for one in reversed(self.vector_modules) if isinstance(one, Dense))
+        return next(sizes, self.token_size(hidden_size) * len(self.strategies))
 
 
-def read(folder: Path, *, max_length: int, position_count: int, truncation: str) -> SentenceConfig:
+def read(folder: Path, *, hidden_size: int, max_length: int, position_count: int, truncation: str) -> SentenceConfig:
     """Reads what a folder says.
 
     Args:
         folder: The model's.
+        hidden_size: Values of a token row of the model.
         max_length: The most tokens of one text by its tokenizer.
         position_count: The most that the model can take.
         truncation: The side that its tokenizer cuts.
@@ -105,7 +144,7 @@ def read(folder: Path, *, max_length: int, position_count: int, truncation: str)
     if (folder / "modules.json").is_file():
         reading.read_whole()
         reading.read_transformer()
-        reading.read_modules()
+        reading.read_modules(hidden_size)
     config = reading.config
     return dataclasses.replace(
         config, max_length=min(config.max_length, position_count), unsupported="; ".join(reading.reasons)
@@ -143,6 +182,7 @@ class _Reading:
         self.config = config
         self.reasons: list[str] = []
         self._folder = folder
+        self._pools = False
 
     def read_whole(self) -> None:
         name = "config_sentence_transformers.json"
@@ -173,25 +213,52 @@ class _Reading:
             if value and key not in _READ_OR_IDLE and value != _AS_EVER.get(key):
                 self.reasons.append(f"{name} sets {key}, which layertap does not follow")
 
-    def read_modules(self) -> None:
-        modules = self._json("modules.json", list)
-        if len(modules) < 2:
-            self.reasons.append("modules.json has no Pooling module")
-        for place, module in enumerate(modules):
+    def read_modules(self, hidden_size: int) -> None:
+        """Reads the modules; each Dense must take as many values as there are at its place."""
+        self._set(strategies=())
+        for place, module in enumerate(self._json("modules.json", list)):
             described = module if isinstance(module, dict) else {}
             kind, path = _kind_of(described), _path_of(described)
             if path is None:
                 self.reasons.append("modules.json names a folder that is not the model's own")
             elif (kind, place) == ("Transformer", 0) and self._folder / path == transformer_folder(self._folder):
                 continue
-            elif (kind, place) == ("Pooling", 1):
+            elif kind == "Pooling" and place > 0 and not self._pools:
                 self._read_pooling(f"{path}/config.json")
-            elif kind == "Normalize" and place > 1:
-                self._read_normalize(f"{path}/config.json")
+            elif kind in ("Dense", "Normalize", "Dropout") and place > 0:
+                try:
+                    self._read_module(kind, path, hidden_size)
+                except UnsupportedModuleError as exc:
+                    self.reasons.append(f"module {kind}: {exc}")
             else:
                 self.reasons.append(f"layertap has no module {kind} at place {place} of modules.json")
+        if not self._pools and not self.config.token_modules:
+            self.reasons.append("modules.json has no Pooling module")
+
+    def _read_module(self, kind: str, path: PurePosixPath, hidden_size: int) -> None:
+        """Adds a module to those of token rows or of the vector."""
+        name = f"{path}/config.json"
+        found = self._json(name)
+        if kind == "Dropout":
+            check_dropout(found, name)
+            return
+        module = read_normalize(found, name) if kind == "Normalize" else read_dense(found, self._folder / path, name)
+        config = self.config
+        if module.of_tokens and self._pools:
+            raise UnsupportedModuleError(f"{name} works on token rows after they are pooled")
+        if not module.of_tokens and not self._pools:
+            raise UnsupportedModuleError(f"{name} works on the vector before there is one")
+        size = config.token_size(hidden_size) if module.of_tokens else config.vector_size(hidden_size)
+        if isinstance(module, Dense) and module.in_size != size:
+            raise UnsupportedModuleError(f"{name} takes {module.in_size} values where there are {size}")
+        if module.of_tokens:
+            self._set(token_modules=(*config.token_modules, module))
+        else:
+            modules = (*config.vector_modules, module)
+            self._set(vector_modules=modules, normalize=config.normalize or kind == "Normalize")
 
     def _read_pooling(self, name: str) -> None:
+        self._pools = True
         found = self._json(name)
         modes = found.get("pooling_mode") or [mode for flag, mode in _FLAGS.items() if found.get(flag)] or ["mean"]
         modes = list(map(str, modes if isinstance(modes, list) else [modes]))
@@ -200,12 +267,6 @@ class _Reading:
             self.reasons.append(f"layertap does not pool by {', '.join(odd)} ({name})")
         else:
             self._set(strategies=tuple(_STRATEGIES[mode] for mode in modes))
-
-    def _read_normalize(self, name: str) -> None:
-        found = self._json(name)
-        self._set(normalize=True)
-        if any(found.get(f"module_{way}_name") not in (None, "sentence_embedding") for way in ("input", "output")):
-            self.reasons.append(f"{name} normalizes something else than the sentence's vector")
 
     def _count(self, found: Mapping[str, Any], key: str, name: str, *, least: int) -> int:
         value = found.get(key)

@@ -188,6 +188,7 @@ class Tokenizer:
         """Returns what a model's folder says about sentences, where it is silent with what its tokenizer says."""
         return sentence_config.read(
             checkpoint.folder,
+            hidden_size=checkpoint.settings.hidden_size,
             max_length=self._max_length,
             position_count=checkpoint.settings.position_count,
             truncation=self._decoder.truncation_side,

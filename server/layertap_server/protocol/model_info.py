@@ -46,7 +46,7 @@ def info_of(
         pad_token_id=model.pad_token_id,
         limits=pb.Limits(**dataclasses.asdict(limits)),
         server_version=layertap.__version__,
-        sentence_config=_sentence_config(sentence_config),
+        sentence_config=_sentence_config(sentence_config, model),
         batch_invariant=batch_invariant,
         padding_side=wire.PADDING_SIDES[model.padding_side],
         special_tokens=model.special_tokens,
@@ -60,7 +60,7 @@ def info_of(
     return answer
 
 
-def _sentence_config(config: SentenceConfig) -> pb.SentenceConfig:
+def _sentence_config(config: SentenceConfig, model: ModelFacts) -> pb.SentenceConfig:
     return pb.SentenceConfig(
         unsupported=config.unsupported,
         strategies=[wire.POOLING_STRATEGIES[strategy.name.lower()] for strategy in config.strategies],
@@ -72,4 +72,7 @@ def _sentence_config(config: SentenceConfig) -> pb.SentenceConfig:
         prompts=config.prompts,
         default_prompt_name=config.default_prompt_name,
         include_prompt=config.include_prompt,
+        needs_sentence_modules=config.has_modules,
+        vector_size=config.vector_size(model.hidden_size),
+        token_size=config.token_size(model.hidden_size),
     )

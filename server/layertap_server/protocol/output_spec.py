@@ -12,6 +12,7 @@ from layertap import wire
 from layertap.errors import FailedPreconditionError, InvalidArgumentError
 from layertap.v1 import embedding_pb2 as pb
 from layertap_server.model.facts import ModelFacts
+from layertap_server.model.sentence_config import SentenceConfig
 from layertap_server.types import Mix, Mixing, Output, OutputKind, Plan, Pool, Strategy, WordPooling
 
 KeyT = TypeVar("KeyT")
@@ -31,12 +32,12 @@ _MIXINGS: Final = {number: Mixing[name.upper()] for name, number in wire.MIX_STR
 _WORD_POOLINGS: Final = {number: WordPooling[name.upper()] for name, number in wire.WORD_POOLINGS.items()}
 
 
-def plan(options: pb.EmbedOptions, model: ModelFacts) -> Plan:
+def plan(options: pb.EmbedOptions, model: ModelFacts, sentences: SentenceConfig) -> Plan:
     """Returns what is asked of each text.
 
     Raises:
         InvalidArgumentError: if an option is at fault.
-        FailedPreconditionError: if the model has no pooler.
+        FailedPreconditionError: if the model has no pooler, or no sentence vectors that can be made here.
     """
     if not options.outputs:
         raise InvalidArgumentError("options.outputs is empty; ask for at least one output")
@@ -45,7 +46,9 @@ def plan(options: pb.EmbedOptions, model: ModelFacts) -> Plan:
             f"options.outputs has {len(options.outputs)} entries, the most is {MAX_OUTPUT_COUNT}; "
             "ask in several requests"
         )
-    outputs = tuple(_output(output, model, f"options.outputs[{n}]") for n, output in enumerate(options.outputs))
+    outputs = tuple(
+        _output(output, model, sentences, f"options.outputs[{n}]") for n, output in enumerate(options.outputs)
+    )
     dtype = known("options.dtype", options.dtype or pb.DTYPE_FLOAT32, wire.DTYPE_NAMES)
     return Plan(outputs=outputs, dtype=dtype, return_tokens=options.return_tokens)
 
@@ -61,9 +64,11 @@ def known(field: str, value: KeyT, known: Mapping[KeyT, ValueT]) -> ValueT:
     return known[value]
 
 
-def _output(output: pb.Output, model: ModelFacts, label: str) -> Output:
+def _output(output: pb.Output, model: ModelFacts, sentences: SentenceConfig, label: str) -> Output:
     kind = output.WhichOneof("kind")
     if kind == "hidden_states":
+        if output.hidden_states.sentence_modules:
+            return _token_embeddings(output.hidden_states, model, sentences, label)
         layers, mix, size = _layers(output.hidden_states, model, label)
         return Output(kind=OutputKind.HIDDEN_STATES, layers=layers, row_size=size, mix=mix)
     if kind == "word_vectors":
@@ -73,6 +78,8 @@ def _output(output: pb.Output, model: ModelFacts, label: str) -> Output:
             raise FailedPreconditionError("this model has no pooler weights; ask for a pooling such as cls instead")
         return Output(kind=OutputKind.POOLER_OUTPUT, layers=(model.layer_count,), row_size=model.hidden_size)
     if kind == "pooled_vectors":
+        if output.pooled_vectors.sentence_modules:
+            return _sentence_vectors(output.pooled_vectors, model, sentences, label)
         return _pooled_vectors(output.pooled_vectors, model, label)
     raise InvalidArgumentError(f"{label} has no kind; set hidden_states, pooler_output, pooled_vectors or word_vectors")
 
@@ -164,6 +171,60 @@ def _pooled_vectors(asked: pb.PooledVectors, model: ModelFacts, label: str) -> O
         pool=Pool(strategy=strategy, exclude_special_tokens=asked.exclude_special_tokens, normalize=asked.normalize),
         mix=mix,
     )
+
+
+def _token_embeddings(asked: pb.HiddenStates, model: ModelFacts, sentences: SentenceConfig, label: str) -> Output:
+    """Returns the token rows of the last layer after the modules of the model's folder."""
+    if (
+        asked.HasField("mix")
+        or asked.all_layers
+        or any(
+            _layer(layer, model, f"{label}.layers") != model.layer_count
+            for layer in asked.layers[: MAX_LAYER_ENTRIES + 1]
+        )
+    ):
+        raise InvalidArgumentError(f"{label} has sentence_modules, which apply to the last layer; name no other")
+    _check_supported(sentences)
+    return Output(
+        kind=OutputKind.HIDDEN_STATES,
+        layers=(model.layer_count,),
+        row_size=sentences.token_size(model.hidden_size),
+        applies_modules=True,
+    )
+
+
+def _sentence_vectors(asked: pb.PooledVectors, model: ModelFacts, sentences: SentenceConfig, label: str) -> Output:
+    """Returns the vector that sentence-transformers makes by what the model's folder says."""
+    if asked.strategy or asked.HasField("layer") or asked.HasField("mix") or asked.exclude_special_tokens:
+        raise InvalidArgumentError(
+            f"{label} has sentence_modules, with which the model's folder says what is pooled; leave strategy, layer, "
+            "mix and exclude_special_tokens out"
+        )
+    if asked.dimensions < 0:
+        raise InvalidArgumentError(f"{label}.dimensions is {asked.dimensions}; it starts at 1, 0 means all")
+    _check_supported(sentences)
+    if not sentences.strategies:
+        raise FailedPreconditionError(
+            "the model's folder has no Pooling module, so it has no sentence vectors; ask for hidden_states with "
+            "sentence_modules, or for a pooling"
+        )
+    widest = sentences.vector_size(model.hidden_size)
+    pool, *joined = (Pool(strategy=strategy, normalize=asked.normalize) for strategy in sentences.strategies)
+    return Output(
+        kind=OutputKind.POOLED_VECTORS,
+        layers=(model.layer_count,),
+        row_size=min(asked.dimensions or widest, widest),
+        pool=pool,
+        joined_pools=tuple(joined),
+        applies_modules=True,
+    )
+
+
+def _check_supported(sentences: SentenceConfig) -> None:
+    if sentences.unsupported:
+        raise FailedPreconditionError(
+            f"sentence_modules are not available with this model: {sentences.unsupported}; ask for layers or a pooling"
+        )
 
 
 def _layer(layer: int, model: ModelFacts, label: str) -> int:

@@ -196,7 +196,7 @@ class Preprocessor:
         return self._resolve(pb.EmbedOptions.FromString(options))
 
     def _resolve(self, options: pb.EmbedOptions) -> Options:
-        plan = output_spec.plan(options, self.model)
+        plan = output_spec.plan(options, self.model, self._sentences)
         prompt = validation.prompt(options, self._sentences)
         max_length = validation.max_length(options.max_length, self.model, at_most=self.model.max_length)
         if prompt and not self._sentences.include_prompt:

@@ -196,7 +196,7 @@ def check_tokenized(plan: Plan, result: Tokenized, label: str, limits: Limits) -
             "layers at once, or shorten it"
         )
     for output in plan.outputs:
-        if output.pool is not None and output.pool.is_empty(result.text):
+        if any(pool.is_empty(result.text) for pool in output.pools):
             raise InvalidArgumentError(
                 f"{label} has nothing to pool over: every token is masked, special or a prompt's; unmask some, "
                 "include special tokens, or leave the prompt out"

@@ -128,6 +128,8 @@ class Output:
         pool: The pooling, for pooled vectors.
         word_pooling: The pooling of each word, for word vectors.
         mix: What its rows are made of instead of one layer each. None: of each layer by itself.
+        joined_pools: More poolings, whose vectors are joined to that of `pool`; it says what is done to the whole.
+        applies_modules: Whether the sentence modules of the model's folder are applied, to token rows and to vectors.
     """
 
     kind: OutputKind
@@ -136,6 +138,13 @@ class Output:
     pool: Pool | None = None
     word_pooling: WordPooling | None = None
     mix: Mix | None = None
+    joined_pools: tuple[Pool, ...] = ()
+    applies_modules: bool = False
+
+    @property
+    def pools(self) -> tuple[Pool, ...]:
+        """All its poolings."""
+        return () if self.pool is None else (self.pool, *self.joined_pools)
 
     @property
     def unit(self) -> Unit:
@@ -193,7 +202,7 @@ class Plan:
         byte_counts = ByteCounts(token=sizes[Unit.TOKEN], word=sizes[Unit.WORD], text=sizes[Unit.TEXT])
         object.__setattr__(self, "byte_counts", byte_counts)
         object.__setattr__(self, "has_words", any(output.unit is Unit.WORD for output in self.outputs))
-        pools = [output.pool for output in self.outputs if output.pool is not None]
+        pools = [pool for output in self.outputs for pool in output.pools]
         object.__setattr__(self, "excludes_special_tokens", any(pool.exclude_special_tokens for pool in pools))
 
     @property
@@ -203,13 +212,14 @@ class Plan:
 
     def pooling_from(self, row: int) -> Plan:
         """Returns the plan with pools that leave out the rows before one."""
-        outputs = (
-            output
-            if output.pool is None
-            else dataclasses.replace(output, pool=dataclasses.replace(output.pool, first_row=row))
-            for output in self.outputs
-        )
-        return dataclasses.replace(self, outputs=tuple(outputs))
+
+        def moved(output: Output) -> Output:
+            if output.pool is None:
+                return output
+            pool, *joined = (dataclasses.replace(pool, first_row=row) for pool in output.pools)
+            return dataclasses.replace(output, pool=pool, joined_pools=tuple(joined))
+
+        return dataclasses.replace(self, outputs=tuple(map(moved, self.outputs)))
 
     def row_bytes(self, output: Output) -> int:
         """Returns the bytes of one row of an output."""

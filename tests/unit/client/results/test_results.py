@@ -98,6 +98,9 @@ INFO = ModelInfo(
         prompts={"query": NASTY},
         default_prompt_name=None,
         include_prompt=True,
+        needs_sentence_modules=False,
+        vector_size=384,
+        token_size=384,
         unsupported=None,
     ),
 )

@@ -1,0 +1,102 @@
+"""The modules of sentence-transformers on the device: Dense and Normalize, on token rows or on pooled vectors."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Final
+
+import safetensors.torch
+import torch
+from torch.nn import functional as F
+
+from layertap_server.engine.invariance import Rowwise
+from layertap_server.engine.linear import Linears, dense
+from layertap_server.model.files import CheckpointError
+from layertap_server.model.sentence_modules import Dense, Module
+
+Apply = Callable[[torch.Tensor], torch.Tensor]
+"""Computes each row by itself. Shape: [row_count, in_size] to [row_count, out_size], float32."""
+
+_TAIL: Final = 64
+"""Values at the end of a tensor that an activation may compute in another way than the rest."""
+
+
+class SentenceModules:
+    """The modules of one model on one device.
+
+    Attributes:
+        rowwise: Each Dense, for the probe of batch invariance.
+    """
+
+    def __init__(
+        self,
+        *,
+        token_modules: Sequence[Module],
+        vector_modules: Sequence[Module],
+        linears: Linears,
+        dtype: torch.dtype,
+        padded: Callable[[int], int],
+    ) -> None:
+        """Loads the weights.
+
+        Args:
+            token_modules: Those of token rows, in their order.
+            vector_modules: Those of vectors, in their order.
+            linears: Makes dense layers.
+            dtype: What matrices are multiplied in.
+            padded: How many rows to compute for so many.
+
+        Raises:
+            CheckpointError: Weights cannot be read.
+        """
+        self.rowwise: list[Rowwise] = []
+        self._linears, self._dtype, self._padded = linears, dtype, padded
+        self._tokens = [self._load(module) for module in token_modules]
+        self._vectors = [self._load(module) for module in vector_modules]
+
+    def of_tokens(self, rows: torch.Tensor) -> torch.Tensor:
+        """Applies the modules of token rows. Shape: [row_count, hidden_size] to [row_count, token_size], float32."""
+        for apply in self._tokens:
+            rows = apply(rows)
+        return rows
+
+    def of_vectors(self, vectors: torch.Tensor) -> torch.Tensor:
+        """Applies the modules of vectors. Shape: [text_count, pooled size] to [text_count, vector_size], float32."""
+        for apply in self._vectors:
+            vectors = apply(vectors)
+        return vectors
+
+    def _load(self, module: Module) -> Apply:
+        if not isinstance(module, Dense):
+            return lambda rows: F.normalize(rows, dim=1, eps=1e-12)
+        try:
+            weights = safetensors.torch.load_file(module.weights)
+        except (OSError, safetensors.SafetensorError) as exc:
+            raise CheckpointError(
+                f"{module.weights.name} of {module.weights.parent.name} cannot be read as safetensors; fetch the model "
+                "again"
+            ) from exc
+        no_bias = torch.zeros(module.out_size)
+        linear = self._linears.make(weights["linear.weight"], weights.get("linear.bias", no_bias))
+        projected = weights.get("residual.weight")
+        residual = None if projected is None else self._linears.make(projected, no_bias)
+        activation: Apply = getattr(torch.nn, module.activation)()
+        packed, dtype = self._linears.packed, self._dtype
+
+        def compute(rows: torch.Tensor) -> torch.Tensor:
+            cast = rows.to(dtype)
+            found = activation(dense(cast, linear, packed, False).float())
+            if module.has_residual:
+                found = found + (rows if residual is None else dense(cast, residual, packed, False).float())
+            return found
+
+        step = _TAIL // math.gcd(_TAIL, module.out_size)
+
+        def apply(rows: torch.Tensor) -> torch.Tensor:
+            row_count = len(rows)
+            more = -(-self._padded(row_count) // step) * step - row_count
+            return compute(F.pad(rows, (0, 0, 0, more)) if more else rows)[:row_count]
+
+        self.rowwise.append(Rowwise(apply, module.in_size))
+        return apply

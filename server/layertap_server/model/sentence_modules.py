@@ -1,0 +1,166 @@
+"""The modules of sentence-transformers that come beside Transformer and Pooling: Dense, Normalize and Dropout.
+
+They run in the engine, behind the pooling or on token rows: so every client gets their vectors, in whatever language,
+and token rows leave at the size that they have after a Dense, which is mostly a fraction of the model's. Only names,
+shapes and formats of weights are read here.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Final
+
+import safetensors
+
+from layertap_server.model.files import CheckpointError, refuse_pointer
+
+TOKENS: Final = "token_embeddings"
+VECTOR: Final = "sentence_embedding"
+
+_ACTIVATIONS: Final = frozenset(
+    ("Identity", "Tanh", "ReLU", "ReLU6", "LeakyReLU", "GELU", "SiLU", "Sigmoid", "ELU", "SELU", "Mish", "Softplus")
+)
+"""The activations of torch.nn that have no weights and look at each number by itself."""
+_ACTIVATION_PLACES: Final = ("torch.nn", "torch.nn.modules.activation", "torch.nn.modules.linear")
+_FLOATS: Final = ("F64", "F32", "F16", "BF16")
+_FILE: Final = "model.safetensors"
+
+
+class UnsupportedModuleError(Exception):
+    """A module does what this server does not; the message is a clause that says what."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Normalize:
+    """Divides by the Euclidean length.
+
+    Attributes:
+        of_tokens: Whether it works on token rows; else on the vector.
+    """
+
+    of_tokens: bool
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Dense:
+    """A dense layer with an activation, and perhaps a residual connection.
+
+    Attributes:
+        of_tokens: Whether it works on token rows; else on the vector.
+        in_size: Values that it takes.
+        out_size: Values that it gives.
+        has_bias: Whether it has a bias.
+        activation: The class of torch.nn.
+        has_residual: Whether what it takes is added to what it gives, projected if the sizes differ.
+        weights: Its safetensors file.
+        digest: sha256 of that file, in hex.
+    """
+
+    of_tokens: bool
+    in_size: int
+    out_size: int
+    has_bias: bool
+    activation: str
+    has_residual: bool
+    weights: Path
+    digest: str
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shape of each of its weights, by its name."""
+        shapes: dict[str, tuple[int, ...]] = {"linear.weight": (self.out_size, self.in_size)}
+        if self.has_bias:
+            shapes["linear.bias"] = (self.out_size,)
+        if self.has_residual and self.in_size != self.out_size:
+            shapes["residual.weight"] = (self.out_size, self.in_size)
+        return shapes
+
+    @property
+    def description(self) -> dict[str, Any]:
+        """What decides the numbers, for the fingerprint."""
+        named = dataclasses.asdict(self)
+        del named["weights"]
+        return named
+
+
+Module = Normalize | Dense
+
+
+def read_normalize(found: Mapping[str, Any], name: str) -> Normalize:
+    """Returns a Normalize by its config.json.
+
+    Raises:
+        UnsupportedModuleError: If it works on something else than a vector or token rows.
+    """
+    return Normalize(of_tokens=_of_tokens(found, name))
+
+
+def read_dense(found: Mapping[str, Any], folder: Path, name: str) -> Dense:
+    """Returns a Dense by its config.json and the header of its weights.
+
+    Args:
+        found: The contents of its config.json.
+        folder: Where its files are.
+        name: What to call its config.json in an error.
+
+    Raises:
+        UnsupportedModuleError: If it cannot be computed here as sentence-transformers computes it.
+    """
+    sizes: list[int] = [found.get("in_features", 0), found.get("out_features", 0)]
+    if not all(type(size) is int and size > 0 for size in sizes):
+        raise UnsupportedModuleError(f"{name} has in_features and out_features {sizes!r:.80}")
+    place, _, activation = str(found.get("activation_function", "torch.nn.Tanh")).rpartition(".")
+    if place not in _ACTIVATION_PLACES or activation not in _ACTIVATIONS:
+        raise UnsupportedModuleError(
+            f"layertap does not compute the activation_function {found['activation_function']!r:.80} of {name}; it "
+            f"computes {', '.join(sorted(_ACTIVATIONS))} of torch.nn"
+        )
+    path = folder / _FILE
+    if not path.is_file():
+        raise UnsupportedModuleError(
+            f"{name} has no {_FILE} beside it, and pickles are never opened: load the model with sentence-transformers "
+            "and save it with safe_serialization=True"
+        )
+    dense = Dense(
+        of_tokens=_of_tokens(found, name),
+        in_size=sizes[0],
+        out_size=sizes[1],
+        has_bias=bool(found.get("bias", True)),
+        activation=activation,
+        has_residual=bool(found.get("use_residual", False)),
+        weights=path,
+        digest="",
+    )
+    try:
+        refuse_pointer(path)
+        with safetensors.safe_open(path, framework="np") as file:
+            parts = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118  # The file cannot be iterated.
+            shapes = {key: tuple(part.get_shape()) for key, part in parts.items()}
+            formats = {str(part.get_dtype()) for part in parts.values()}
+        with path.open("rb") as opened:
+            digest = hashlib.file_digest(opened, "sha256").hexdigest()
+    except (OSError, safetensors.SafetensorError, CheckpointError) as exc:
+        raise UnsupportedModuleError(f"the weights beside {name} cannot be read") from exc
+    if shapes != dense.shapes or not formats <= set(_FLOATS):
+        raise UnsupportedModuleError(f"the weights beside {name} are not those of its config")
+    return dataclasses.replace(dense, digest=digest)
+
+
+def check_dropout(found: Mapping[str, Any], name: str) -> None:
+    """Checks that a Dropout, which does nothing to a trained model, names nothing else.
+
+    Raises:
+        UnsupportedModuleError: If it does.
+    """
+    if set(found) - {"dropout"}:
+        raise UnsupportedModuleError(f"{name} sets more than its dropout")
+
+
+def _of_tokens(found: Mapping[str, Any], name: str) -> bool:
+    source = found.get("module_input_name") or VECTOR
+    if source not in (TOKENS, VECTOR) or (found.get("module_output_name") or source) != source:
+        raise UnsupportedModuleError(f"{name} works on something else than the vector or the token rows")
+    return bool(source == TOKENS)
