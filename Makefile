@@ -84,8 +84,11 @@ format: $(INSTALL_STAMP)  ## Format the code and apply the safe fixes of ruff
 
 check: lint protos-fresh  ## Run all that is checked without running the code
 
-test: $(INSTALL_STAMP) $(MODEL_STAMP)  ## Run all tests but the heavy ones
-	$(BIN)/python -m pytest -m "not heavy" $(ARGS)
+# Two processes, each with its own servers and whole files; with ARGS one, so that -x and --pdb work.
+WORKERS ?= $(if $(ARGS),0,2)
+
+test: $(INSTALL_STAMP) $(MODEL_STAMP)  ## Run all tests but the heavy ones (4 min)
+	$(BIN)/python -m pytest -m "not heavy" -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 test-unit: $(INSTALL_STAMP) $(MODEL_STAMP)  ## Run the tests that need neither torch nor a server (20 s)
 	$(BIN)/python -m pytest tests/unit $(ARGS)

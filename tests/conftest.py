@@ -8,11 +8,16 @@ from __future__ import annotations
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # Before transformers is imported: no test may reach for a model hub.
+# Before torch is imported: threads that wait for each other awake would take the core of the other tests or servers.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import hypothesis
 import pytest
 from support import TINY_SETTINGS, Server, forks, open_client, running
 
@@ -20,6 +25,10 @@ from layertap_server.model.checkpoint import EMBEDDED_MODEL
 
 if TYPE_CHECKING:
     from support.oracle import Oracle
+
+# The same examples in every run: a red run is then that of the change at hand.
+hypothesis.settings.register_profile("repeatable", derandomize=True)
+hypothesis.settings.load_profile("repeatable")
 
 collect_ignore = ["compat"]  # These tests run in an environment of their own: `make test-compat`.
 

@@ -21,7 +21,7 @@ import pytest
 import safetensors.torch
 import torch
 import transformers
-from support import BOUND, TINY_SETTINGS, open_client, running, worst, write_settings
+from support import BOUND, TINY_SETTINGS, Server, open_client, running, worst, write_settings
 from support.oracle import Oracle
 
 from layertap.errors import FailedPreconditionError, InvalidArgumentError
@@ -32,6 +32,7 @@ from layertap_server.engine.encoder import Encoder
 from layertap_server.model.checkpoint import EMBEDDED_MODEL_NAME, Checkpoint, find
 from layertap_server.model.settings import ModelSettings
 from layertap_server.model.tokenizer import Tokenizer
+from layertap_server.testing import ServerError
 from layertap_server.types import Output, OutputKind, Plan, Pool, Run, Strategy, Text
 
 SMALL = {
@@ -652,9 +653,9 @@ def test_every_flag_is_a_variable_too() -> None:
 
 
 def test_a_variable_reaches_the_server(small: Path) -> None:
-    done = _run("--model-id", str(small), LAYERTAP_DEVICE="cpu", LAYERTAP_DTYPE="float16", LAYERTAP_LOG_LEVEL="error")
-    assert done.returncode == 2
-    _line(done.stderr, "float16", "cuda")
+    variables = {"LAYERTAP_DEVICE": "cpu", "LAYERTAP_DTYPE": "float16", "LAYERTAP_LOG_LEVEL": "error"}
+    with pytest.raises(ServerError, match="--dtype is float16, which needs cuda"):
+        Server("--model-id", str(small), environment=variables)
 
 
 def test_help_tells_all_of_every_knob(capsys: pytest.CaptureFixture[str]) -> None:

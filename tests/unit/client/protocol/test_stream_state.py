@@ -27,7 +27,7 @@ from layertap._transport import input_reader
 from layertap.v1 import embedding_pb2 as pb
 from layertap_server.protocol import responses
 
-MODEST = settings(max_examples=100, deadline=None)
+MODEST = settings(max_examples=60, deadline=None)
 WAIT_S = 20.0
 TIMINGS = pb.Timings(queue_time_ns=1, tokenize_time_ns=2, compute_time_ns=3)
 

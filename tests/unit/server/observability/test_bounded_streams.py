@@ -47,8 +47,8 @@ def test_a_pipe_that_is_not_read_delays_nothing_and_what_it_does_not_take_is_cou
     for _ in range(1000):
         stream.write(line)
     stream.drain()
-    assert time.monotonic() - started < 5
-    assert 800 < stream.dropped_line_count < 900  # The pipe has taken a few, and 100 wait.
+    assert time.monotonic() - started < 30
+    assert 800 < stream.dropped_line_count <= 900  # The pipe has taken a few, or none yet, and 100 wait.
     dropped, taken = stream.dropped_line_count, 1000 - stream.dropped_line_count
     assert read(pipe[0], taken * len(line)) == taken * line.encode()
     stream.write("again\n")
