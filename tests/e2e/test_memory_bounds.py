@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -107,6 +108,39 @@ def test_idle_streams_of_many_addresses_make_place_for_others(server: Server) ->
                 started = time.monotonic()
                 assert len(client.embed(f"short {n}", timeout_s=10)) > 0
                 assert time.monotonic() - started < 2.0
+
+
+def test_unread_streams_leave_the_last_quarter_of_the_queue_to_others(server: Server) -> None:
+    texts = pb.StreamInputs(inputs=[pb.StreamInput(id=n, input=pb.Input(text="a")) for n in range(5000)])
+    message = pb.EmbedStreamRequest(inputs=texts).SerializeToString()
+    with Connection(server.address, host="127.0.0.2") as hostile, Client(server.address) as client:
+        for _ in range(12):
+            hostile.open(STREAM, opening(), message)
+        hostile.pump(1.5)
+        hostile.wait(1.0, count=12)  # Enough is read and computed that each has more answers than it takes.
+        for n in range(20):
+            assert len(client.embed([f"short {n}"] * 20, timeout_s=10)) == 20
+
+
+def test_large_messages_of_streams_count_and_all_are_answered(server: Server) -> None:
+    """Each is as large as the memory for all requests; they come one after the other."""
+    texts = ["word " * 300] * 600
+    before = memory(server)
+
+    def embedded() -> list[int]:
+        with grpc.insecure_channel(server.address, [("grpc.use_local_subchannel_pool", 1)]) as channel:
+            stub = embedding_pb2_grpc.EmbeddingServiceStub(channel)
+            inputs = [pb.StreamInput(id=n, input=pb.Input(text=one)) for n, one in enumerate(texts)]
+            messages = [
+                pb.EmbedStreamRequest.FromString(opening()),
+                pb.EmbedStreamRequest(inputs=pb.StreamInputs(inputs=inputs)),
+            ]
+            return [one for answer in stub.EmbedStream(iter(messages), timeout=60) for one in answer.results.ids]
+
+    with ThreadPoolExecutor(6) as executor:
+        answers = [one.result() for one in [executor.submit(embedded) for _ in range(6)]]
+    assert all(sorted(found) == list(range(len(texts))) for found in answers)
+    assert memory(server) - before < 2 * MARGIN
 
 
 def test_a_stream_ends_after_it_was_idle_for_its_time_and_no_sooner(server: Server) -> None:

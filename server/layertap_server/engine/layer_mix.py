@@ -2,21 +2,17 @@
 
 A mix is a layer that the model does not have: once whole, it has the rows of its highest layer, in their order, and
 whatever can be made of a layer can be made of it. Until then only its accumulator is held. Requests that ask for the
-same mix share it.
+same mix share it. How much all of them may take in a batch, the queue sees to.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Final
 
 import torch
 
 from layertap_server.engine.packing import PackedBatch
-from layertap_server.types import Mix, Mixing, OutOfMemoryError, Run
-
-_MOST_BYTES: Final = 1 << 30
-"""Of all accumulators of one batch: 64 sums over a full batch of bert-base on a CPU take a fifth of it."""
+from layertap_server.types import Mix, Mixing, Run
 
 
 class Mixes:
@@ -46,20 +42,9 @@ class Mixes:
         """Returns a mix whose highest layer was the last to be added. Shape: [row_count, mixed_size], float32."""
         return self._held[mix]
 
-    def _check_room(self, byte_count: int) -> None:
-        """Sees that accumulators stay small beside the answers that they become.
-
-        Raises:
-            OutOfMemoryError: if they do not; those of a smaller batch may.
-        """
-        if sum(held.nbytes for held in self._held.values()) + byte_count > _MOST_BYTES:
-            raise OutOfMemoryError(f"the mixes of a batch take more than {_MOST_BYTES} bytes")
-
     def _add(self, mix: Mix, layer: int, rows: torch.Tensor) -> None:
         place, size = mix.layers.index(layer), rows.shape[1]
         held = self._held.get(mix)
-        if held is None:
-            self._check_room(len(rows) * size * (len(mix.layers) if mix.mixing is Mixing.CONCAT else 1) * 4)
         if mix.mixing is Mixing.CONCAT:
             if held is None:
                 held = rows.new_empty(len(rows), len(mix.layers) * size)

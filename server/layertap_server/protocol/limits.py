@@ -26,6 +26,18 @@ LEAST_TOKEN_BYTES: Final = 9
 WORD_BYTES: Final = 12
 """Room for the piece count and the offsets of one word."""
 
+HELD_TEXT_BYTES: Final = 1024
+"""What the server holds of one text besides its tokens and words, from its tokenizing to its answer."""
+
+HELD_TOKEN_BYTES: Final = 16
+"""Likewise of one token."""
+
+HELD_ENCODED_TOKEN_BYTES: Final = 192
+"""Likewise of one token where the tokenizer's own result is kept, measured with tokens of one character."""
+
+HELD_WORD_BYTES: Final = 40
+"""Likewise of one word."""
+
 ID_BYTES: Final = 4
 """What one token id of a Decode request counts against the size of its answer."""
 
@@ -58,3 +70,14 @@ def list_bytes(plan: Plan, text: Text) -> int:
 def response_bytes(plan: Plan, texts: Iterable[Text]) -> int:
     """Returns about how many bytes an answer of whole results takes."""
     return sum(plan.byte_counts.of(text) + list_bytes(plan, text) + TEXT_BYTES for text in texts)
+
+
+def held_bytes(text: Text, *, encoded: bool) -> int:
+    """Returns about how much memory the server holds for a tokenized text until it is answered."""
+    token_bytes = HELD_ENCODED_TOKEN_BYTES if encoded else HELD_TOKEN_BYTES
+    return HELD_TEXT_BYTES + token_bytes * text.token_count + HELD_WORD_BYTES * text.word_count
+
+
+def max_input_bytes(limits: Limits, max_length: int) -> int:
+    """Returns the most bytes of a text within the limits: words of one character take most, or ids with masks."""
+    return max(8 * limits.max_character_count, 32 * max_length) + (4 << 10)

@@ -21,15 +21,21 @@ T = TypeVar("T")
 
 LARGE_BYTES: Final = 64 << 10
 """Parsing and packing of more leave the event loop."""
+_MAX_PARSED_BYTES: Final = 256 << 10
+"""What may stand beside the texts of a request: more than all options that are accepted."""
 _SLICE_ENTRIES: Final = 256
 
 
 async def parse(kind: type[MessageT], raw: bytes) -> MessageT:
-    """Returns a message.
+    """Returns a message; the texts of a large one must not be in it.
 
     Raises:
-        InvalidArgumentError: if the bytes are no such message.
+        InvalidArgumentError: if the bytes are no such message, or too many.
     """
+    if len(raw) > _MAX_PARSED_BYTES:
+        raise InvalidArgumentError(
+            f"the request has {len(raw)} bytes beside its texts, the most is {_MAX_PARSED_BYTES}; ask for less at once"
+        )
     try:
         return await offload(lambda: kind.FromString(raw), in_thread=len(raw) > LARGE_BYTES)
     except DecodeError as exc:
@@ -49,7 +55,15 @@ class Slices:
     def __init__(self) -> None:
         self._executor = ThreadPoolExecutor(max(2, os.cpu_count() or 1), thread_name_prefix="tokenize")
 
-    async def run(self, work: Callable[[slice], list[T]], sizes: Sequence[int], *, most: int, large: int) -> list[T]:
+    async def run(
+        self,
+        work: Callable[[slice], list[T]],
+        sizes: Sequence[int],
+        *,
+        most: int,
+        large: int,
+        note: Callable[[list[T]], None] = lambda _: None,
+    ) -> list[T]:
         """Returns the results of all slices of a list, in order.
 
         Args:
@@ -57,13 +71,16 @@ class Slices:
             sizes: The size of each entry.
             most: The largest size of a slice; a larger entry is a slice of its own.
             large: Slices above this size run in a thread.
+            note: Called on the event loop with the results of each slice; what it raises ends the run.
         """
         results: list[T] = []
         for part, size in _cut(sizes, most):
             if size > large:
-                results += await asyncio.get_running_loop().run_in_executor(self._executor, work, part)
+                found = await asyncio.get_running_loop().run_in_executor(self._executor, work, part)
             else:
-                results += work(part)
+                found = work(part)
+            note(found)
+            results += found
         return results
 
 

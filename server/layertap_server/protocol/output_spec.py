@@ -124,7 +124,7 @@ def _mix(asked: pb.LayerMix, model: ModelFacts, label: str) -> tuple[Mix, int]:
         )
     _check_weights(asked.weights, mixing, len(layers), f"{label}.weights")
     size = model.hidden_size * (len(layers) if mixing is Mixing.CONCAT else 1)
-    return Mix(mixing=mixing, layers=layers, weights=tuple(asked.weights)), size
+    return Mix(mixing=mixing, layers=layers, weights=tuple(asked.weights), row_size=size), size
 
 
 def _check_weights(weights: Sequence[float], mixing: Mixing, layer_count: int, label: str) -> None:

@@ -22,12 +22,15 @@ from layertap_server.model.tokenized import Tokenized
 from layertap_server.model.tokenizer import Item, Tokenizer
 from layertap_server.observability.call_log import Record
 from layertap_server.protocol import output_spec, validation
-from layertap_server.protocol.limits import Limits
-from layertap_server.protocol.offload import Slices
+from layertap_server.protocol.limits import Limits, held_bytes, max_input_bytes
+from layertap_server.protocol.offload import LARGE_BYTES, Slices, offload
+from layertap_server.protocol.request_parts import sizes_of
 from layertap_server.types import Plan, Text
 
 T = TypeVar("T")
 Result = Tokenized | LayertapError
+Hold = Callable[[int], None]
+"""Counts bytes that a call holds from here on; raises if all calls together would hold too many."""
 
 _SLICE_BYTES: Final = 64 << 10
 """Inputs that are tokenized at once."""
@@ -63,13 +66,20 @@ class Options:
 
 
 class Preprocessor:
-    """The pipeline of one model."""
+    """The pipeline of one model.
+
+    Attributes:
+        model: The model's facts.
+        limits: The limits in force.
+        max_input_bytes: The most bytes of one text, as a message.
+    """
 
     def __init__(self, *, model: ModelFacts, limits: Limits, sentences: SentenceConfig, tokenizer: Tokenizer) -> None:
         self.model = model
         self.limits = limits
         self._sentences = sentences
         self._tokenizer = tokenizer
+        self.max_input_bytes = max_input_bytes(limits, model.max_length)
         self._slices = Slices()
         self._cached = functools.lru_cache(_CACHED_OPTIONS)(self._parse_options)
 
@@ -94,7 +104,13 @@ class Preprocessor:
         return self._sentences.prompts[options.prompt_name] if options.prompt_name else ""
 
     async def embed(
-        self, inputs: Sequence[pb.Input], options: pb.EmbedOptions, record: Record, *, label: str = "inputs"
+        self,
+        inputs: Sequence[pb.Input],
+        options: pb.EmbedOptions,
+        record: Record,
+        *,
+        hold: Hold = lambda _: None,
+        label: str = "inputs",
     ) -> tuple[Plan, list[Tokenized]]:
         """Returns the plan and the texts of a request that fails as a whole.
 
@@ -102,6 +118,7 @@ class Preprocessor:
             inputs: The texts.
             options: What is asked of each.
             record: What is known of the call.
+            hold: Counts what the texts take, as they are tokenized.
             label: What an error calls the list of texts.
 
         Raises:
@@ -114,7 +131,10 @@ class Preprocessor:
         def work(part: slice) -> list[Tokenized]:
             return _all_good(self._results(inputs[part], labels[part], resolved))
 
-        return resolved.plan, await self._run(work, inputs, record)
+        def note(texts: list[Tokenized]) -> None:
+            hold(sum(held_bytes(one.text, encoded=one.encoding is not None) for one in texts))
+
+        return resolved.plan, await self._run(work, inputs, record, note)
 
     async def embed_each(
         self, inputs: Sequence[pb.Input], options: Options, labels: Sequence[str], record: Record
@@ -126,13 +146,21 @@ class Preprocessor:
 
         return await self._run(work, inputs, record)
 
-    async def tokenize(self, request: pb.TokenizeRequest, record: Record) -> list[Tokenized]:
+    async def tokenize(
+        self, request: pb.TokenizeRequest, inputs: Sequence[pb.Input], record: Record, *, hold: Hold = lambda _: None
+    ) -> list[Tokenized]:
         """Returns the texts of a Tokenize request.
+
+        Args:
+            request: The request; its own inputs are not looked at.
+            inputs: Its texts.
+            record: What is known of the call.
+            hold: Counts what the texts take, as they are tokenized.
 
         Raises:
             LayertapError: if an option or a text is at fault, or the answer would be too large.
         """
-        inputs, limits = request.inputs, self.limits
+        limits = self.limits
         validation.check_text_count(len(inputs), limits)
         max_length = validation.max_length(request.max_length, self.model, at_most=limits.max_character_count)
         validation.check_padding(request.pad_to, max_length, len(inputs), limits)
@@ -160,17 +188,26 @@ class Preprocessor:
             validation.check_answered_tokens(token_count, limits)
             return texts
 
-        texts = await self._run(work, inputs, record)
+        def note(texts: list[Tokenized]) -> None:
+            hold(sum(held_bytes(one.text, encoded=True) for one in texts))
+
+        texts = await self._run(work, inputs, record, note)
         record.take([one.text for one in texts])
         return texts
 
-    async def decode(self, request: pb.DecodeRequest, record: Record) -> list[str]:
+    async def decode(self, request: pb.DecodeRequest, texts: Sequence[pb.TokenIds], record: Record) -> list[str]:
         """Returns the strings of a Decode request.
+
+        Args:
+            request: The request; its own texts are not looked at.
+            texts: Its texts.
+            record: What is known of the call.
 
         Raises:
             InvalidArgumentError: if the request is at fault, or the answer would be too large.
         """
-        counts = validation.check_decode(request.texts, self.limits)
+        check = functools.partial(validation.check_decode, texts, self.limits)
+        counts = await offload(check, in_thread=sum(sizes_of(texts)) > LARGE_BYTES)
         record.text_count += len(counts)
         record.token_count += sum(counts)
 
@@ -180,15 +217,15 @@ class Preprocessor:
             nonlocal byte_count
             ids = [
                 validation.ids(text, f"texts[{part.start + n}]", self.model).tolist()
-                for n, text in enumerate(request.texts[part])
+                for n, text in enumerate(texts[part])
             ]
-            texts = self._tokenizer.decode(ids, skip_special_tokens=request.skip_special_tokens)
-            byte_count += sum(len(text.encode()) + 6 for text in texts)
+            found = self._tokenizer.decode(ids, skip_special_tokens=request.skip_special_tokens)
+            byte_count += sum(len(text.encode()) + 6 for text in found)
             if byte_count > most:
                 raise InvalidArgumentError(
                     f"the answer has more than {most} bytes, the most of one answer; send fewer texts at once"
                 )
-            return texts
+            return found
 
         return await self._slices.run(work, counts, most=_SLICE_IDS, large=_LARGE_SLICE_IDS)
 
@@ -210,11 +247,16 @@ class Preprocessor:
             lower_case=options.lower_case,
         )
 
-    async def _run(self, work: Callable[[slice], list[T]], inputs: Sequence[pb.Input], record: Record) -> list[T]:
-        """Returns what tokenizing gives for all inputs, and notes the time that it took."""
-        sizes = [one.ByteSize() for one in inputs]
+    async def _run(
+        self,
+        work: Callable[[slice], list[T]],
+        inputs: Sequence[pb.Input],
+        record: Record,
+        note: Callable[[list[T]], None] = lambda _: None,
+    ) -> list[T]:
+        """Returns what tokenizing gives for all inputs, and notes each slice and the time that all took."""
         started_at_ns = time.monotonic_ns()
-        results = await self._slices.run(work, sizes, most=_SLICE_BYTES, large=_LARGE_SLICE_BYTES)
+        results = await self._slices.run(work, sizes_of(inputs), most=_SLICE_BYTES, large=_LARGE_SLICE_BYTES, note=note)
         record.tokenize.note(started_at_ns, time.monotonic_ns())
         return results
 

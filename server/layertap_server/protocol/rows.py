@@ -13,7 +13,7 @@ from layertap_server.model.tokenized import Tokenized
 from layertap_server.observability.call_log import Record
 from layertap_server.scheduler.batcher import Batcher
 from layertap_server.scheduler.call import Call
-from layertap_server.scheduler.events import CallFailed, Event, EventQueue, LoopWaker, RowsReady, RunDone
+from layertap_server.scheduler.events import CallFailed, Event, EventQueue, LoopWaker, QueueRoom, RowsReady, RunDone
 from layertap_server.types import Allocator, Plan
 
 
@@ -114,8 +114,9 @@ def good(event: RowsReady, *, label: str = "inputs") -> RowsReady:
     return event
 
 
-def done(event: RunDone | CallFailed) -> RunDone:
+def done(event: RunDone | CallFailed | QueueRoom) -> RunDone:
     """Returns the end of a run, or raises the error of a call that has failed."""
     if isinstance(event, CallFailed):
         raise event.error
+    assert isinstance(event, RunDone), "only a stream waits for room in the queue"
     return event

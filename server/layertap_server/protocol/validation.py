@@ -195,6 +195,11 @@ def check_tokenized(plan: Plan, result: Tokenized, label: str, limits: Limits) -
             f"the outputs of {label} take {size} bytes, the most is {limits.max_call_output_bytes}; ask for fewer "
             "layers at once, or shorten it"
         )
+    if (size := plan.mix_token_bytes * result.text.token_count) > limits.max_call_output_bytes:
+        raise InvalidArgumentError(
+            f"the mixes of {label} take {size} bytes until they are complete, the most is "
+            f"{limits.max_call_output_bytes}; ask for fewer mixes at once, or shorten it"
+        )
     for output in plan.outputs:
         if any(pool.is_empty(result.text) for pool in output.pools):
             raise InvalidArgumentError(

@@ -18,41 +18,51 @@ from layertap_server.types import RETRY_FULL_S
 
 
 class RequestMemory:
-    """The memory for the requests of all calls; see `Budget` for what is kept for light clients."""
+    """The memory for the requests of all calls; see `Budget` for what is kept for light clients.
+
+    Streams have as much again to themselves: what they read counts when it has come, so that they may take more than
+    their limit by a message each, and others must not be refused for that.
+    """
 
     def __init__(self, limit: int, hooks: Hooks) -> None:
-        self._budget = Budget(limit)
+        self._requests = Budget(limit)
+        self._streams = Budget(limit)
         self._hooks = hooks
         self._freed = asyncio.Event()
 
-    @property
-    def used(self) -> int:
-        """Bytes that all calls hold."""
-        return self._budget.used
-
     def add(self, client: str, byte_count: int) -> None:
-        """Counts bytes, or with a negative number gives them back."""
-        self._budget.add(client, byte_count)
+        """Counts bytes of a request.
+
+        Raises:
+            ResourceExhaustedError: if the client may not hold so many more.
+        """
+        if not self._requests.has_room(client, byte_count):
+            self._hooks.refused("request_bytes")
+            raise ResourceExhaustedError(
+                f"the server is full: the requests under way take {self._requests.used} bytes, the most is "
+                f"{self._requests.limit}; try again later",
+                retry_after_s=RETRY_FULL_S,
+            )
+        self._requests.add(client, byte_count)
+
+    def add_stream(self, client: str, byte_count: int) -> None:
+        """Counts bytes of a stream, or with a negative number gives them back."""
+        self._streams.add(client, byte_count)
         if byte_count < 0:
             self._freed.set()
 
-    def check(self, client: str, byte_count: int) -> None:
-        """Checks that a client may hold so many bytes more.
+    def give_back(self, client: str, byte_count: int, stream_byte_count: int) -> None:
+        """Gives back all that a call holds."""
+        self._requests.add(client, -byte_count)
+        self.add_stream(client, -stream_byte_count)
 
-        Raises:
-            ResourceExhaustedError: if it may not.
-        """
-        if not self._budget.has_room(client, byte_count):
-            self._hooks.refused("request_bytes")
-            raise ResourceExhaustedError(
-                f"the server is full: the requests under way take {self._budget.used} bytes, the most is "
-                f"{self._budget.limit}; try again later",
-                retry_after_s=RETRY_FULL_S,
-            )
+    def has_stream_room(self, client: str) -> bool:
+        """Returns whether streams of a client may hold more; one that holds nothing always may."""
+        return self._streams.has_room(client, 1) or not self._streams.used_by(client)
 
-    async def room(self, client: str, byte_count: int) -> None:
-        """Waits until a client may hold so many bytes more."""
-        while not self._budget.has_room(client, byte_count):
+    async def stream_room(self, client: str) -> None:
+        """Waits until streams of a client may hold more."""
+        while not self.has_stream_room(client):
             self._freed.clear()
             await self._freed.wait()
 
@@ -70,7 +80,7 @@ class AdmittedCall:
         self.ending: LayertapError | None = None
         self._task = task
         self._memory = memory
-        self._held_bytes = 0
+        self._byte_count = self._stream_byte_count = 0
         self._idle_since: float | None = None
         self._timer: asyncio.TimerHandle | None = None
 
@@ -95,17 +105,22 @@ class AdmittedCall:
         Raises:
             ResourceExhaustedError: if the requests of all calls would take too much.
         """
-        self._memory.check(self.client, byte_count)
-        self.count(byte_count)
-
-    def count(self, byte_count: int) -> None:
-        """Counts memory that the request takes without a check, or with a negative number gives it back."""
-        self._held_bytes += byte_count
         self._memory.add(self.client, byte_count)
+        self._byte_count += byte_count
 
-    async def room(self, byte_count: int = 1) -> None:
-        """Waits until `add_bytes` would succeed."""
-        await self._memory.room(self.client, byte_count)
+    def add_stream_bytes(self, byte_count: int) -> None:
+        """Counts memory that what a stream has read takes, or with a negative number gives it back."""
+        self._stream_byte_count += byte_count
+        self._memory.add_stream(self.client, byte_count)
+
+    @property
+    def has_stream_room(self) -> bool:
+        """Whether a stream may read more."""
+        return self._memory.has_stream_room(self.client)
+
+    async def stream_room(self) -> None:
+        """Waits until a stream may read more."""
+        await self._memory.stream_room(self.client)
 
     def set_idle(self, timeout_s: float, error: LayertapError) -> None:
         """Notes that the call is idle; after so many seconds it ends with this error."""
@@ -129,7 +144,7 @@ class AdmittedCall:
     def close(self) -> None:
         """Gives back what the call holds."""
         self.set_busy()
-        self.count(-self._held_bytes)
+        self._memory.give_back(self.client, self._byte_count, self._stream_byte_count)
 
     def fail(self, error: LayertapError) -> LayertapError:
         """Records the error that the call ends with; returns it with the call's request_id."""

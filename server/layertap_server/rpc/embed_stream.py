@@ -1,8 +1,10 @@
 """One EmbedStream call: texts come in and results go out at the same time, each bounded by the other.
 
-Reading stops while enough texts of this call wait in the queue to keep the instances full; HTTP/2 then holds the caller
-back. Results are held until they may be sent, in the order of the texts if the caller wants that, and their bytes are
-given back as they are sent: for a caller that does not read, computing soon stops.
+Reading stops while enough texts of this call wait in the queue to keep the instances full, while the queue is full, and
+while the requests of all calls take all the memory that they may; HTTP/2 then holds the caller back. A message counts
+from its arrival until all its texts are taken in, a text from then until it is answered; one chunk of texts a call may
+always have. Results are held until they may be sent, in the order of the texts if the caller wants that, and their
+bytes are given back as they are sent: for a caller that does not read, computing soon stops.
 
 When the server stops, reading stops too: what has been read is answered, and the call ends with UNAVAILABLE, so that
 the caller sends the rest elsewhere.
@@ -15,18 +17,19 @@ import dataclasses
 import logging
 import time
 from collections import defaultdict
-from collections.abc import Sequence
 from typing import Final, TypeAlias
 
 from layertap.errors import InternalError, InvalidArgumentError, LayertapError, UnavailableError
 from layertap.v1 import embedding_pb2 as pb
 from layertap_server.model.tokenized import Tokenized
 from layertap_server.model.tokenizer import Tokenizer
-from layertap_server.protocol.offload import parse
+from layertap_server.protocol.limits import HELD_TEXT_BYTES, held_bytes
 from layertap_server.protocol.preprocess import Preprocessor
+from layertap_server.protocol.request_parts import Parts, check_size, stream_chunks, stream_id
 from layertap_server.protocol.stream_responses import Result, failures_of, split_run
 from layertap_server.protocol.stream_responses import messages as messages_of
 from layertap_server.rpc.admission import Caller
+from layertap_server.rpc.admitted_call import AdmittedCall
 from layertap_server.scheduler.call import Call
 from layertap_server.scheduler.events import CallFailed, Event, EventQueue, RowsReady, RunDone
 from layertap_server.shared_memory.segment import Lending
@@ -37,8 +40,10 @@ log = logging.getLogger(__name__)
 _MAX_ENTRY_COUNT: Final = 16384
 """Texts that are not yet answered, bad ones too, above which reading stops."""
 
-_ADMITTED_AT_ONCE: Final = 256
+_CHUNK_TEXTS: Final = 256
 """So many texts of a message are tokenized and queued before it is looked again whether there is room for more."""
+_CHUNK_BYTES: Final = 64 << 10
+"""Likewise in bytes; a larger text comes alone."""
 
 
 _CANCELLATION_S: Final = 0.05
@@ -79,6 +84,12 @@ class _Entry:
     tokenize_time_ns: int = 0
     run: _Run | None = None
     result: Result | None = None
+    held_bytes: int = 0
+
+    def hold(self, byte_count: int, call: AdmittedCall) -> None:
+        """Counts what the text takes of the memory for requests, in place of what it took before."""
+        call.add_stream_bytes(byte_count - self.held_bytes)
+        self.held_bytes = byte_count
 
 
 class Stream:
@@ -151,17 +162,15 @@ class Stream:
     async def _read(self, call: Call) -> None:
         try:
             while (raw := await self._next()) is not None:
-                request = await parse(pb.EmbedStreamRequest, raw)
-                if request.WhichOneof("kind") != "inputs":
-                    raise InvalidArgumentError("only the first message carries options; send inputs in each later one")
-                for first in range(0, len(request.inputs.inputs), _ADMITTED_AT_ONCE):
-                    while call.waiting_token_count > self._lookahead_tokens or len(self._entries) > _MAX_ENTRY_COUNT:
-                        self._taken.clear()
-                        await self._taken.wait()
+                self._caller.call.add_stream_bytes(len(raw))
+                for chunk in stream_chunks(raw, count=_CHUNK_TEXTS, byte_count=_CHUNK_BYTES):
+                    while self._has_enough(call):
+                        await self._wait()
                     if self._stopping.is_set():
                         self.inbox.put(_AllRead(stopping=True))
                         return
-                    await self._admit(request.inputs.inputs[first : first + _ADMITTED_AT_ONCE], call)
+                    await self._admit(chunk, call)
+                self._caller.call.add_stream_bytes(-len(raw))
             self.inbox.put(_AllRead(stopping=not self._ended))
         except LayertapError as exc:
             self.inbox.put(CallFailed(exc))
@@ -169,11 +178,27 @@ class Stream:
             log.exception("reading a stream failed")
             self.inbox.put(CallFailed(InternalError("the server failed to read the stream; its log has the reason")))
 
+    def _has_enough(self, call: Call) -> bool:
+        """Returns whether texts that are not yet answered should become fewer before more are taken in."""
+        if call.waiting_token_count > self._lookahead_tokens or len(self._entries) > _MAX_ENTRY_COUNT:
+            return True
+        return bool(self._entries) and not self._caller.call.has_stream_room
+
+    async def _wait(self) -> None:
+        """Waits until something has come of the texts that are not yet answered."""
+        self._taken.clear()
+        await self._taken.wait()
+
     async def _next(self) -> bytes | None:
         """Waits for the next message; None: there is none, or the server is stopping."""
-        reading, stopping = asyncio.create_task(self._caller.read()), asyncio.create_task(self._stopping.wait())
-        self._reading = True
-        self._note_idle()
+
+        async def read() -> bytes | None:
+            await self._caller.call.stream_room()
+            self._reading = True
+            self._note_idle()
+            return await self._caller.read()
+
+        reading, stopping = asyncio.create_task(read()), asyncio.create_task(self._stopping.wait())
         try:
             await asyncio.wait({reading, stopping}, return_when=asyncio.FIRST_COMPLETED)
             raw = reading.result() if reading.done() else None
@@ -189,14 +214,9 @@ class Stream:
     def _note_idle(self) -> None:
         self._caller.set_idle(self._reading and not self._entries)
 
-    async def _admit(self, inputs: Sequence[pb.StreamInput], call: Call) -> None:
+    async def _admit(self, parts: Parts[pb.StreamInput], call: Call) -> None:
         """Tokenizes and queues texts; a text at fault gets its own error."""
-        for one in inputs:
-            if one.id in self._entries:
-                raise InvalidArgumentError(
-                    f"id {one.id} is in use by a text that is not yet answered; number texts anew"
-                )
-            self._entries[one.id] = _Entry()
+        inputs = [one for n in range(len(parts)) if (one := self._enter(parts, n)) is not None]
         started_at_ns = time.monotonic_ns()
         results = await self._preprocessor.embed_each(
             [one.input for one in inputs], self._options, [f"item {one.id}" for one in inputs], self._record
@@ -208,12 +228,30 @@ class Stream:
                 self.inbox.put(_Refused(one.id, result))
                 continue
             entry = self._entries[one.id]
+            entry.hold(held_bytes(result.text, encoded=result.encoding is not None), self._caller.call)
             entry.tokenized, entry.tokenize_time_ns = result, tokenize_time_ns
             self._queued[self._queued_count] = one.id
             self._queued_count += 1
             texts.append(result.text)
-        call.add(texts, admitted=True)
+        while not call.add(texts, waits=True):
+            await self._wait()
         self._record.take(texts)
+
+    def _enter(self, parts: Parts[pb.StreamInput], index: int) -> pb.StreamInput | None:
+        """Returns a text of a message, which from here on is to be answered; None: it is refused."""
+        most, size = self._preprocessor.max_input_bytes, parts.sizes[index]
+        one = parts[index] if size <= most else None
+        number = stream_id(parts.raw(index)) if one is None else one.id
+        if number in self._entries:
+            raise InvalidArgumentError(f"id {number} is in use by a text that is not yet answered; number texts anew")
+        entry = self._entries[number] = _Entry()
+        entry.hold(HELD_TEXT_BYTES, self._caller.call)
+        if one is None:
+            try:
+                check_size(size, f"item {number}", self._preprocessor.limits, most)
+            except LayertapError as exc:
+                self.inbox.put(_Refused(number, exc))
+        return one
 
     def _note(self, event: StreamEvent) -> None:
         if isinstance(event, CallFailed):
@@ -224,7 +262,7 @@ class Stream:
             self._finish(event.id, Result(id=event.id, error=event.error))
         elif isinstance(event, RowsReady):
             self._parts[event.first_text].append(event)
-        else:
+        elif isinstance(event, RunDone):
             self._note_run(event)
 
     def _note_run(self, done: RunDone) -> None:
@@ -270,6 +308,7 @@ class Stream:
             entries = [self._entries.pop(result.id) for result in sent]
             await self._caller.write(message)
             for entry in entries:
+                entry.hold(0, self._caller.call)
                 if entry.run is not None and entry.tokenized is not None:
                     entry.run.left -= 1
                     call.release(call.bytes_of(entry.tokenized.text), run_done=not entry.run.left)

@@ -25,6 +25,7 @@ from layertap_server.model.tokenizer import Tokenizer
 from layertap_server.protocol import limits, responses, rows
 from layertap_server.protocol.offload import LARGE_BYTES, offload, parse
 from layertap_server.protocol.preprocess import Preprocessor
+from layertap_server.protocol.request_parts import EntryT, MessageT, parse_parts
 from layertap_server.rpc.admission import Admission, Caller
 from layertap_server.rpc.embed_stream import Stream
 from layertap_server.scheduler.batcher import Batcher
@@ -93,13 +94,18 @@ class EmbeddingService:
         """Wakes the loop that this service answers in, which runs only once the service is made."""
         return LoopWaker()
 
+    async def _parse(
+        self, kind: type[MessageT], entry_kind: type[EntryT], raw: bytes
+    ) -> tuple[MessageT, Sequence[EntryT]]:
+        return await parse_parts(kind, entry_kind, raw, self._preprocessor.limits, self._preprocessor.max_input_bytes)
+
     async def _get_model_info(self, raw: bytes, caller: Caller) -> bytes:
         await parse(pb.GetModelInfoRequest, raw)
         return self._info
 
     async def _tokenize(self, raw: bytes, caller: Caller) -> bytes:
-        request = await parse(pb.TokenizeRequest, raw)
-        texts = await self._preprocessor.tokenize(request, caller.record)
+        request, inputs = await self._parse(pb.TokenizeRequest, pb.Input, raw)
+        texts = await self._preprocessor.tokenize(request, inputs, caller.record, hold=caller.call.add_bytes)
         size = limits.TOKEN_BYTES * sum(max(one.text.token_count, request.pad_to) for one in texts)
         answer = functools.partial(responses.tokenized, self._model, texts, self._tokenizer, pad_to=request.pad_to)
         serialized = await offload(answer, in_thread=size > LARGE_BYTES)
@@ -111,13 +117,15 @@ class EmbeddingService:
         return serialized
 
     async def _decode(self, raw: bytes, caller: Caller) -> bytes:
-        request = await parse(pb.DecodeRequest, raw)
-        texts = await self._preprocessor.decode(request, caller.record)
+        request, asked = await self._parse(pb.DecodeRequest, pb.TokenIds, raw)
+        texts = await self._preprocessor.decode(request, asked, caller.record)
         return responses.decoded(self._model, texts)
 
     async def _embed(self, raw: bytes, caller: Caller) -> bytes:
-        request = await parse(pb.EmbedRequest, raw)
-        plan, tokenized = await self._preprocessor.embed(request.inputs, request.options, caller.record)
+        request, inputs = await self._parse(pb.EmbedRequest, pb.Input, raw)
+        plan, tokenized = await self._preprocessor.embed(
+            inputs, request.options, caller.record, hold=caller.call.add_bytes
+        )
         size = limits.response_bytes(plan, (one.text for one in tokenized))
         if size > self._max_response_bytes:
             raise InvalidArgumentError(
@@ -141,8 +149,10 @@ class EmbeddingService:
         return serialized
 
     async def _embed_layers(self, raw: bytes, caller: Caller) -> None:
-        request = await parse(pb.EmbedLayersRequest, raw)
-        plan, tokenized = await self._preprocessor.embed(request.inputs, request.options, caller.record)
+        request, inputs = await self._parse(pb.EmbedLayersRequest, pb.Input, raw)
+        plan, tokenized = await self._preprocessor.embed(
+            inputs, request.options, caller.record, hold=caller.call.add_bytes
+        )
         with self._sharing.lend(request.options) as lending:
             named_prompt = self._preprocessor.named_prompt(request.options)
             header = responses.header(self._model, plan, tokenized, named_prompt=named_prompt)

@@ -6,8 +6,9 @@ Rules:
   instances idle, an instance takes only its share.
 - Output bytes are reserved before a batch starts and given back when the call has sent them (`Call.release`). A call
   that has too much unsent leaves the order until it releases some, so an instance never waits for a reader.
-- A full queue refuses at once; see `budget` for what is kept for light clients. A call whose deadline has passed is
-  dropped when it comes first, before it costs anything; one whose caller has left is removed at once (`Call.close`).
+- A full queue refuses at once, or lets a stream wait; see `budget` for what is kept for light clients. A call whose
+  deadline has passed is dropped when it comes first, before it costs anything; one whose caller has left is removed at
+  once (`Call.close`).
 - Under the lock, taking a batch costs as much as it takes, whatever waits; only calls that the memory of all outputs
   together has no room for are looked at again for each batch.
 - A lost instance fails the calls of its batch and no others. When the last one is lost, all waiting calls fail.
@@ -27,7 +28,7 @@ from collections.abc import Callable, Sequence
 from layertap.errors import DeadlineExceededError, ResourceExhaustedError, UnavailableError
 from layertap_server.scheduler.budget import Budget
 from layertap_server.scheduler.call import BatchPart, Call
-from layertap_server.scheduler.events import CallFailed, Event
+from layertap_server.scheduler.events import CallFailed, Event, QueueRoom
 from layertap_server.scheduler.fair_queue import FairQueue
 from layertap_server.scheduler.hooks import Hooks, NoHooks
 from layertap_server.scheduler.oom_retry import with_oom_retry
@@ -70,7 +71,7 @@ class Batcher:
             max_queue_texts: Texts that may wait.
             max_queue_tokens: Tokens that may wait.
             max_output_bytes: Bytes computed or being computed and not yet sent, all calls together.
-            max_call_output_bytes: Likewise for one call, but always one text.
+            max_call_output_bytes: Likewise for one call, but always one text; and bytes of the mixes of one batch.
             hooks: Called for batches and refusals.
         """
         self._max_batch_tokens = max_batch_tokens
@@ -82,6 +83,7 @@ class Batcher:
         self._idle = IdleInstances(self._lock, len(encodes))
         self._queue = FairQueue()
         self._full_calls: dict[Call, None] = {}
+        self._calls_without_room: dict[Call, None] = {}
         self._arrivals = itertools.count()
         self._texts = Budget(max_queue_texts)
         self._tokens = Budget(max_queue_tokens)
@@ -197,7 +199,7 @@ class Batcher:
 
     def _fail_waiting(self, error: UnavailableError) -> None:
         with self._lock:
-            calls = [*self._queue, *self._full_calls]
+            calls = list(dict.fromkeys([*self._queue, *self._full_calls, *self._calls_without_room]))
         for call in calls:
             call.deliver(CallFailed(error))
             call.close()
@@ -207,32 +209,41 @@ class Batcher:
             self._hooks.refused("stopping" if self._stopping else "no_instances")
             raise UnavailableError(_STOPPING if self._stopping else _LOST, retry_after_s=RETRY_STOPPING_S)
 
+    def _has_room(self, client: str, text_count: int, token_count: int) -> bool:
+        """Returns whether a client may queue so much; any one request may be queued where nothing waits."""
+        return self._texts.has_room(client, text_count) and (
+            not self._texts.used or self._tokens.has_room(client, token_count)
+        )
+
     def _check_room(self, client: str, text_count: int, token_count: int) -> None:
+        if self._has_room(client, text_count, token_count):
+            return
         if not self._texts.has_room(client, text_count):
             reason, full = "queue_texts", f"{self._texts.used} texts wait, the queue holds {self._texts.limit}"
-        elif self._texts.used and not self._tokens.has_room(client, token_count):
-            reason, full = "queue_tokens", f"{self._tokens.used} tokens wait, the queue holds {self._tokens.limit}"
         else:
-            return
+            reason, full = "queue_tokens", f"{self._tokens.used} tokens wait, the queue holds {self._tokens.limit}"
         self._hooks.refused(reason)
         raise ResourceExhaustedError(f"the server is full: {full}; try again later", retry_after_s=RETRY_FULL_S)
 
-    def add(self, call: Call, texts: Sequence[Text], admitted: bool) -> None:
+    def add(self, call: Call, texts: Sequence[Text], waits: bool) -> bool:
         """See `Call.add`."""
         token_count = sum(text.token_count for text in texts)
         now = time.monotonic_ns()
         with self._lock:
             self._check_alive()
-            if not admitted:
-                self._check_room(call.client, len(texts), token_count)
+            if waits and not call.closed and not self._has_room(call.client, len(texts), token_count):
+                self._calls_without_room[call] = None
+                return False
+            self._check_room(call.client, len(texts), token_count)
             if call.closed or not texts:
-                return
+                return True
             if not call.waiting:
                 call.arrival = next(self._arrivals)
                 self._queue.add(call)
             call.waiting.extend((text, now) for text in texts)
             self._count_waiting(call, len(texts), token_count)
             self._wake()
+            return True
 
     def release(self, call: Call, byte_count: int, run_done: bool) -> None:
         """See `Call.release`."""
@@ -252,9 +263,12 @@ class Batcher:
             if call.closed:
                 return
             call.closed = True
+            self._calls_without_room.pop(call, None)
             self._hold(call, -call.held_bytes)
             self._drop_waiting(call)
             self._wake()
+            calls = self._take_calls_without_room()
+        _announce_room(calls)
 
     def _next_batch(self, instance: int) -> list[BatchPart] | None:
         """Waits for a batch, in the thread of an instance. None: the batcher has stopped."""
@@ -265,6 +279,8 @@ class Batcher:
                     while not (batch := self._take(expired)) and not expired and not self._stopping:
                         self._idle.sleep(instance)
                 self._wake()
+                calls = self._take_calls_without_room()
+            _announce_room(calls)
             for call in expired:
                 call.deliver(
                     CallFailed(DeadlineExceededError("the deadline passed in the queue; raise it, or ask for less"))
@@ -278,12 +294,13 @@ class Batcher:
         """Removes the next batch from the queue; adds calls whose deadline has passed to `expired`."""
         share = max(-(-self._tokens.used // self._idle.count), self._min_share_tokens)
         token_budget, byte_budget = min(share, self._max_batch_tokens), self._max_batch_bytes
+        mix_budget = self._max_call_output_bytes
         parts: dict[Call, BatchPart] = {}
         passed_over: list[Call] = []
         now = time.monotonic()
         while (call := self._queue.first) is not None:
             text, admitted_at_ns = call.waiting[0]
-            byte_count = call.bytes_of(text)
+            byte_count, mix_bytes = call.bytes_of(text), call.plan.mix_token_bytes * text.token_count
             if call.expires_at is not None and call.expires_at <= now:
                 self._drop_waiting(call)
                 expired.append(call)
@@ -296,10 +313,11 @@ class Batcher:
                 self._queue.remove(call)
                 passed_over.append(call)
                 continue
-            if parts and (text.token_count > token_budget or byte_count > byte_budget):
+            if parts and (text.token_count > token_budget or byte_count > byte_budget or mix_bytes > mix_budget):
                 break
             token_budget -= text.token_count
             byte_budget -= byte_count
+            mix_budget -= mix_bytes
             if call not in parts:
                 parts[call] = BatchPart(call, call.next_text, [], 0, admitted_at_ns)
                 call.held_run_count += 1
@@ -346,7 +364,18 @@ class Batcher:
         self._count_waiting(call, -len(call.waiting), -call.waiting_token_count)
         call.waiting.clear()
 
+    def _take_calls_without_room(self) -> list[Call]:
+        calls = list(self._calls_without_room)
+        self._calls_without_room.clear()
+        return calls
+
     def _wake(self) -> None:
         """Wakes instances for what waits, unless enough are on their way to it."""
         if self._queue:
             self._idle.wake(-(-self._tokens.used // self._min_share_tokens))
+
+
+def _announce_room(calls: Sequence[Call]) -> None:
+    """Lets calls that wait for room in the queue try again."""
+    for call in calls:
+        call.deliver(QueueRoom())

@@ -24,6 +24,10 @@ class Budget:
         self.used = 0
         self._used_by: Counter[str] = Counter()
 
+    def used_by(self, client: str) -> int:
+        """Returns what one client uses."""
+        return self._used_by[client]
+
     def has_room(self, client: str, amount: int) -> bool:
         """Returns whether a client may use so much more."""
         own, quarter = self._used_by[client], self.limit // 4

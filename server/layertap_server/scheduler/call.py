@@ -17,8 +17,8 @@ from layertap_server.types import Allocator, Plan, Text
 class Queue(Protocol):
     """What a call asks of the batcher."""
 
-    def add(self, call: Call, texts: Sequence[Text], admitted: bool) -> None:
-        """Queues texts of a call."""
+    def add(self, call: Call, texts: Sequence[Text], waits: bool) -> bool:
+        """Queues texts of a call; returns whether it did."""
 
     def release(self, call: Call, byte_count: int, run_done: bool) -> None:
         """Gives back output bytes of a call."""
@@ -65,18 +65,22 @@ class Call:
         self._byte_counts = plan.byte_counts
         self._queue = queue
 
-    def add(self, texts: Sequence[Text], *, admitted: bool = False) -> None:
+    def add(self, texts: Sequence[Text], *, waits: bool = False) -> bool:
         """Queues texts.
 
         Args:
             texts: They follow those of earlier calls of `add`.
-            admitted: Whether the call has been admitted before; then a full queue does not refuse it.
+            waits: Whether the call can wait while the queue is full. It then gets a `QueueRoom` event, after which it
+                may try again.
+
+        Returns:
+            Whether the texts are queued.
 
         Raises:
-            ResourceExhaustedError: if the queue is full.
+            ResourceExhaustedError: if the queue is full, and the call does not wait.
             UnavailableError: if the server is stopping, or its engine has failed.
         """
-        self._queue.add(self, texts, admitted)
+        return self._queue.add(self, texts, waits)
 
     def release(self, byte_count: int, *, run_done: bool = False) -> None:
         """Gives back output bytes that have been sent, and with `run_done` the run's place."""

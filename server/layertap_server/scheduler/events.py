@@ -58,7 +58,12 @@ class CallFailed:
     error: LayertapError
 
 
-Event: TypeAlias = RowsReady | RunDone | CallFailed
+@dataclasses.dataclass(frozen=True, slots=True)
+class QueueRoom:
+    """The queue may have room again for a call that waits for it."""
+
+
+Event: TypeAlias = RowsReady | RunDone | CallFailed | QueueRoom
 
 
 class LoopWaker:

@@ -105,11 +105,13 @@ class Mix:
         mixing: How.
         layers: The absolute layers, each once, in the order of the concatenation and of the weights.
         weights: One for each layer, if they are weighted.
+        row_size: Values that a row of it has while it is added up, in float32; 0: they do not count.
     """
 
     mixing: Mixing
     layers: tuple[int, ...]
     weights: tuple[float, ...] = ()
+    row_size: int = 0
 
     @property
     def top(self) -> int:
@@ -183,6 +185,7 @@ class Plan:
         dtype: The number format of the answer.
         return_tokens: Whether the tokens are answered too.
         byte_counts: The answer's bytes for each token, each word and each text.
+        mix_token_bytes: What its mixes take for each token until the answer is made of them.
         has_words: Whether an output has a row for each word.
         excludes_special_tokens: Whether a pool leaves special tokens out.
     """
@@ -191,6 +194,7 @@ class Plan:
     dtype: str
     return_tokens: bool = False
     byte_counts: ByteCounts = dataclasses.field(init=False)
+    mix_token_bytes: int = dataclasses.field(init=False)
     has_words: bool = dataclasses.field(init=False)
     excludes_special_tokens: bool = dataclasses.field(init=False)
 
@@ -201,6 +205,8 @@ class Plan:
             sizes[output.unit] += self.row_bytes(output) * len(output.layers)
         byte_counts = ByteCounts(token=sizes[Unit.TOKEN], word=sizes[Unit.WORD], text=sizes[Unit.TEXT])
         object.__setattr__(self, "byte_counts", byte_counts)
+        mixes = {output.mix for output in self.outputs if output.mix is not None}
+        object.__setattr__(self, "mix_token_bytes", sum(4 * mix.row_size for mix in mixes))
         object.__setattr__(self, "has_words", any(output.unit is Unit.WORD for output in self.outputs))
         pools = [pool for output in self.outputs for pool in output.pools]
         object.__setattr__(self, "excludes_special_tokens", any(pool.exclude_special_tokens for pool in pools))

@@ -25,8 +25,8 @@ from layertap import (
 )
 from layertap_server.scheduler.batcher import Batcher
 from layertap_server.scheduler.call import Call
-from layertap_server.scheduler.events import CallFailed, Event, RowsReady, RunDone
-from layertap_server.types import Output, OutputKind, Plan, Pool, Rows, Run, Strategy, Text, Unit
+from layertap_server.scheduler.events import CallFailed, Event, QueueRoom, RowsReady, RunDone
+from layertap_server.types import Mix, Mixing, Output, OutputKind, Plan, Pool, Rows, Run, Strategy, Text, Unit
 
 WAIT_S = 20.0
 
@@ -368,14 +368,30 @@ def test_the_last_quarter_of_the_queue_is_kept_for_clients_who_have_little_in_it
         Caller(batcher, client="late").add(10)
 
 
-def test_a_call_that_was_admitted_goes_on_in_a_full_queue(make: Make, engine: Engine) -> None:
+def test_a_call_that_waits_for_room_in_the_queue_learns_when_to_try_again(make: Make, engine: Engine) -> None:
     batcher = make(max_queue_texts=1)
     plugged(batcher, engine)
     stream = Caller(batcher).add(1)
-    stream.call.add([text(2)], admitted=True)
-    assert batcher.waiting_text_count == 2
+    assert not stream.call.add([text(2)], waits=True)
+    assert batcher.waiting_text_count == 1
     engine.let_go(10)
-    assert engine.next_batch() == [[1, 2]]
+    assert engine.next_batch() == [[1]]
+    assert isinstance(stream.events.get(timeout=WAIT_S), QueueRoom)
+    assert stream.call.add([text(2)], waits=True)
+    assert engine.next_batch() == [[2]]
+
+
+def test_calls_that_wait_for_room_leave_the_last_quarter_to_light_clients(make: Make, engine: Engine) -> None:
+    batcher = make(max_queue_texts=8)
+    plugged(batcher, engine)
+    streams = [Caller(batcher, client="flood") for _ in range(8)]
+    assert [stream.call.add([text(n)], waits=True) for n, stream in enumerate(streams)] == 6 * [True] + 2 * [False]
+    polite = Caller(batcher, client="polite").add(8).add(9)
+    streams[0].close()
+    assert isinstance(streams[7].events.get(timeout=WAIT_S), QueueRoom)
+    assert not streams[7].call.add([text(7)], waits=True), "the polite one has its quarter"
+    polite.close()
+    assert streams[7].call.add([text(7)], waits=True)
 
 
 def test_closing_a_waiting_call_costs_nothing_and_frees_the_queue(make: Make, engine: Engine) -> None:
@@ -685,3 +701,18 @@ def _note(event: RowsReady, plan: Plan, answered: dict[tuple[int, int, int], lis
         (count,) = output.row_counts([one])
         answered[key], values = values[:count], values[count:]
     assert not values
+
+
+def test_the_mixes_of_a_batch_are_bounded_but_one_text_always_comes(make: Make, engine: Engine) -> None:
+    mix = Mix(mixing=Mixing.CONCAT, layers=(0, 1), row_size=25)
+    output = Output(kind=OutputKind.POOLED_VECTORS, layers=(1,), row_size=1, pool=Pool(strategy=Strategy.CLS), mix=mix)
+    plan = Plan(outputs=(output, output), dtype="float32")
+    assert plan.mix_token_bytes == 100, "the same mix is held once"
+    batcher = make(max_call_output_bytes=250)
+    plugged(batcher, engine)
+    for n in range(4):
+        Caller(batcher, plan=plan).add(n)
+    engine.let_go(10)
+    assert [sum(map(len, engine.next_batch())) for _ in range(2)] == [2, 2]
+    Caller(batcher, plan=plan).add(7, length=50)
+    assert engine.next_batch() == [[7]]

@@ -132,7 +132,7 @@ def test_a_stuck_instance_is_given_up_and_ends_when_it_comes_back(batcher: Batch
     for caller in (*callers, waiting):
         assert isinstance(caller.error(), UnavailableError)
     with pytest.raises(UnavailableError):
-        stream.add([Text(np.zeros(1, np.int32))], admitted=True)
+        stream.add([Text(np.zeros(1, np.int32))], waits=True)
     assert not batcher.stop(0.01), "a thread that hangs cannot be waited for"
     for engine in engines:
         engine.leave.set()
