@@ -161,22 +161,29 @@ class Stream:
 
     async def _read(self, call: Call) -> None:
         try:
-            while (raw := await self._next()) is not None:
-                self._caller.call.add_stream_bytes(len(raw))
-                for chunk in stream_chunks(raw, count=_CHUNK_TEXTS, byte_count=_CHUNK_BYTES):
-                    while self._has_enough(call):
-                        await self._wait()
-                    if self._stopping.is_set():
-                        self.inbox.put(_AllRead(stopping=True))
-                        return
-                    await self._admit(chunk, call)
-                self._caller.call.add_stream_bytes(-len(raw))
+            while await self._read_message(call):
+                pass  # No message is held while the next one is waited for.
             self.inbox.put(_AllRead(stopping=not self._ended))
         except LayertapError as exc:
             self.inbox.put(CallFailed(exc))
         except Exception:
             log.exception("reading a stream failed")
             self.inbox.put(CallFailed(InternalError("the server failed to read the stream; its log has the reason")))
+
+    async def _read_message(self, call: Call) -> bool:
+        """Takes in the next message; returns whether there may be another."""
+        raw = await self._next()
+        if raw is None:
+            return False
+        self._caller.call.add_stream_bytes(len(raw))
+        for chunk in stream_chunks(raw, count=_CHUNK_TEXTS, byte_count=_CHUNK_BYTES):
+            while self._has_enough(call):
+                await self._wait()
+            if self._stopping.is_set():
+                return False
+            await self._admit(chunk, call)
+        self._caller.call.add_stream_bytes(-len(raw))
+        return True
 
     def _has_enough(self, call: Call) -> bool:
         """Returns whether texts that are not yet answered should become fewer before more are taken in."""
