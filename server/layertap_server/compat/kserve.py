@@ -44,12 +44,12 @@ _IN_FLIGHT: Final = 2
 
 
 class Call(Protocol):
-    """The memory that the requests of a call take."""
+    """The memory that the requests of a stream take."""
 
-    async def room(self) -> None:
+    async def stream_room(self) -> None:
         """Waits until there is some."""
 
-    def count(self, byte_count: int) -> None:
+    def add_stream_bytes(self, byte_count: int) -> None:
         """Counts bytes, or with a negative number gives them back."""
 
 
@@ -155,16 +155,18 @@ class Service:
 
         async def read() -> None:
             message: bytes | None = raw
+            byte_count = 0  # Those of the first message are counted until the call ends.
             while message is not None:
                 await places.acquire()
                 task = asyncio.create_task(self._answer_in_stream(message, caller))
-                byte_counts[task] = len(message)
+                byte_counts[task] = byte_count
                 answers.put_nowait(task)
-                await caller.call.room()
+                await caller.call.stream_room()
                 caller.set_idle(not byte_counts)
                 message = await caller.read()
                 caller.set_idle(False)
-                caller.call.count(len(message or b""))
+                byte_count = len(message or b"")
+                caller.call.add_stream_bytes(byte_count)
 
         reader, stop = asyncio.create_task(read()), asyncio.create_task(self._stopping.wait())
         stop.add_done_callback(lambda _: reader.cancel())
@@ -172,7 +174,7 @@ class Service:
         try:
             while (task := await answers.get()) is not None:
                 await caller.write(await task)
-                caller.call.count(-byte_counts.pop(task))
+                caller.call.add_stream_bytes(-byte_counts.pop(task))
                 caller.set_idle(not byte_counts)
                 places.release()
         finally:
