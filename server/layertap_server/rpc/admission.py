@@ -1,10 +1,8 @@
-"""Where calls come in and go out.
+"""The admission of calls: how many at once, what an error becomes, and how calls end when the server does.
 
-How many at once, what an error becomes, how long a request may take to come and an answer may stay unread, and how
-calls end when the server does. A call is admitted by its headers: nothing of its request is read before.
-`Admission.call` knows no protocol, and `Admission.answered` is its use for gRPC: calls of all protocols share the same
-limits. With `service` and `auth` the only file that knows a gRPC context. What happens to a call is noted in its
-record; see `call_log`.
+A call is admitted by its headers: nothing of its request is read before. `Admission.call` knows no protocol, and
+`Admission.answered` is its use for gRPC: calls of all protocols share the same limits. Each call writes its record; see
+`call_log`.
 """
 
 from __future__ import annotations
@@ -12,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator, Mapping
 from typing import Any, Final, TypeVar
@@ -22,126 +19,33 @@ import grpc.aio
 
 from layertap.errors import (
     CancelledError,
-    DeadlineExceededError,
     InternalError,
-    InvalidArgumentError,
     LayertapError,
     ResourceExhaustedError,
     UnavailableError,
 )
-from layertap_server.observability.call_log import REQUEST_ID, CallLog, Record
+from layertap_server.observability.call_log import REQUEST_ID, CallLog
 from layertap_server.rpc import auth
 from layertap_server.rpc.admitted_call import AdmittedCall, RequestMemory
+from layertap_server.rpc.caller import Caller, CallerLeftError, Context, why_left
 from layertap_server.scheduler.hooks import Hooks
-from layertap_server.types import RETRY_ELSEWHERE_S, RETRY_FULL_S, RETRY_STOPPING_S
+from layertap_server.types import RETRY_FULL_S, RETRY_STOPPING_S
 
 log = logging.getLogger(__name__)
 
-Context = grpc.aio.ServicerContext[bytes, bytes]
 T = TypeVar("T")
 
 _STATUS: Final = {code.value[0]: code for code in grpc.StatusCode}
-
-_NEAR_S: Final = 0.05
-"""A caller's clock ends a call a little before ours does: what is cancelled so near to its deadline has met it."""
 
 _LEAST_IDLE_S: Final = 0.2
 """How long a call must have been idle before another may get its place: a message that is on its way takes less."""
 
 
-class CallerLeftError(Exception):
-    """A message could not be sent, because its call is gone."""
-
-
-class Caller:
-    """Who is at the other end of a call.
-
-    Attributes:
-        call: The call.
-        record: What is known of it.
-    """
-
-    def __init__(self, context: Context, call: AdmittedCall, *, stall_timeout_s: float, idle_timeout_s: float) -> None:
-        self.call = call
-        self.record: Record = call.record
-        self._context = context
-        self._stall_timeout_s = stall_timeout_s
-        self._idle_timeout_s = idle_timeout_s
-
-    @property
-    def client(self) -> str:
-        """The client whose share the call uses."""
-        return self.record.client
-
-    @property
-    def connection(self) -> str:
-        """What tells the client's connections apart."""
-        return auth.connection_of(self._context, self)
-
-    @property
-    def expires_at(self) -> float | None:
-        """The deadline of the call, by time.monotonic; None: it has none."""
-        remaining = self._context.time_remaining()
-        # grpc-stubs does not know that a call without a deadline has None.
-        return None if remaining is None else time.monotonic() + remaining  # type: ignore[redundant-expr]
-
-    async def read_first(self) -> bytes:
-        """Returns the first message, and counts its bytes until the call ends.
-
-        Raises:
-            InvalidArgumentError: if there is none.
-            ResourceExhaustedError: if the requests of all calls would have too many bytes.
-        """
-        late = DeadlineExceededError(
-            f"the request did not come whole within {self._stall_timeout_s:g} s; send it faster, or in parts"
-        )
-        self.call.set_idle(self._stall_timeout_s, late)
-        message = await self.read()
-        self.call.set_busy()
-        if message is None:
-            raise InvalidArgumentError("the first message is missing; send the request, or of EmbedStream the options")
-        self.call.add_bytes(len(message))
-        return message
-
-    async def read(self) -> bytes | None:
-        """Returns the next message; None: there is none."""
-        message = await self._context.read()
-        # grpc-stubs does not know that it may be EOF.
-        return message if isinstance(message, bytes) else None  # type: ignore[redundant-expr]
-
-    def set_idle(self, idle: bool) -> None:
-        """Notes whether a stream waits for its caller and owes no answer."""
-        if not idle:
-            self.call.set_busy()
-        elif not self.call.is_idle:
-            error = UnavailableError(
-                f"the stream was idle for {self._idle_timeout_s:g} s; open it again when there is more to send",
-                retry_after_s=RETRY_ELSEWHERE_S,
-            )
-            self.call.set_idle(self._idle_timeout_s, error)
-
-    async def write(self, message: bytes) -> None:
-        """Sends one message; waits while the caller does not read, but not for ever."""
-        started_at_ns = time.monotonic_ns()
-        try:
-            async with asyncio.timeout(self._stall_timeout_s):
-                await self._context.write(message)
-        except TimeoutError as exc:
-            self.record.stalled = True
-            raise DeadlineExceededError(
-                f"the answer was not read for {self._stall_timeout_s} s; read faster, or ask for less"
-            ) from exc
-        except Exception as exc:  # gRPC's own; it has no public name.
-            raise CallerLeftError from exc
-        self.record.send.note(started_at_ns, time.monotonic_ns())
-        self.record.sent_bytes += len(message)
-
-
 class Admission:
-    """What all calls of a server pass through.
+    """Admits the calls of a server.
 
     Attributes:
-        closed: Whether no more calls are let in; long ones wait for it and end early.
+        closed: Set once no more calls are admitted; long ones wait for it and end early.
     """
 
     def __init__(
@@ -180,11 +84,11 @@ class Admission:
         return len(self._calls)
 
     def close(self) -> None:
-        """Lets no more calls in."""
+        """Admits no more calls."""
         self.closed.set()
 
     async def emptied(self, timeout_s: float) -> bool:
-        """Waits until no call is under way, but no longer than that; returns whether it is so."""
+        """Waits until no call is under way, but not longer; returns whether none is."""
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(timeout_s):
                 while self._calls:
@@ -258,7 +162,7 @@ class Admission:
             metadata = dict(context.invocation_metadata() or ())
             client = auth.client_of(context)
             try:
-                with self.call(name, client=client, metadata=metadata, why_left=lambda: _left(context)) as call:
+                with self.call(name, client=client, metadata=metadata, why_left=lambda: why_left(context)) as call:
                     # Trailing: metadata sent ahead of an answer would cost small calls a quarter more.
                     context.set_trailing_metadata(((REQUEST_ID, call.record.request_id),))
                     caller = Caller(
@@ -322,12 +226,3 @@ class Admission:
     def _leave(self, task: asyncio.Task[Any]) -> None:
         self._calls.pop(task, None)
         self._left.set()
-
-
-def _left(context: Context) -> LayertapError:
-    """Returns why a caller no longer waits."""
-    remaining = context.time_remaining()
-    # grpc-stubs does not know that a call without a deadline has None.
-    if remaining is not None and remaining < _NEAR_S:  # type: ignore[redundant-expr]
-        return DeadlineExceededError("the caller's deadline has passed")
-    return CancelledError("the caller has left")

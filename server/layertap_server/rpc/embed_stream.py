@@ -28,8 +28,8 @@ from layertap_server.protocol.preprocess import Preprocessor
 from layertap_server.protocol.request_parts import Parts, check_size, stream_chunks, stream_id
 from layertap_server.protocol.stream_responses import Result, failures_of, split_run
 from layertap_server.protocol.stream_responses import messages as messages_of
-from layertap_server.rpc.admission import Caller
 from layertap_server.rpc.admitted_call import AdmittedCall
+from layertap_server.rpc.caller import Caller
 from layertap_server.scheduler.call import Call
 from layertap_server.scheduler.events import CallFailed, Event, EventQueue, RowsReady, RunDone
 from layertap_server.shared_memory.segment import Lending

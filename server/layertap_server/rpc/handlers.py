@@ -7,7 +7,8 @@ from typing import Any, Protocol
 
 import grpc
 
-from layertap_server.rpc.admission import Admission, Caller, Context
+from layertap_server.rpc.admission import Admission
+from layertap_server.rpc.caller import Caller, Context
 
 
 class Service(Protocol):
