@@ -48,7 +48,7 @@ def base_model(real: Path) -> Path:
     if not (folder / "model.safetensors").exists():
         import safetensors.torch
 
-        from layertap_server.engine.bert import dummy_weights
+        from layertap_server.engine.weight_reader import dummy_weights
         from layertap_server.model.settings import ModelSettings
 
         folder.mkdir(parents=True, exist_ok=True)

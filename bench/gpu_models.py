@@ -65,7 +65,7 @@ def folder_of(scratch: Path, shape: str) -> Path:
     """Writes a model folder: a configuration, a made-up vocabulary, random weights."""
     import safetensors.torch
 
-    from layertap_server.engine.bert import dummy_weights
+    from layertap_server.engine.weight_reader import dummy_weights
     from layertap_server.model.settings import ModelSettings
 
     hidden, layers, heads = SHAPES[shape]

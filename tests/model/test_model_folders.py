@@ -27,8 +27,8 @@ from support.oracle import Oracle
 from layertap.errors import FailedPreconditionError, InvalidArgumentError
 from layertap_server import cli
 from layertap_server.config import Config, ConfigError
-from layertap_server.engine.bert import dummy_weights
 from layertap_server.engine.encoder import Encoder
+from layertap_server.engine.weight_reader import dummy_weights
 from layertap_server.model.checkpoint import EMBEDDED_MODEL_NAME, Checkpoint, find
 from layertap_server.model.settings import ModelSettings
 from layertap_server.model.tokenizer import Tokenizer

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 import transformers
 
-from layertap_server.engine.bert import dummy_weights
+from layertap_server.engine.weight_reader import dummy_weights
 from layertap_server.model.settings import ModelSettings
 
 POOLINGS = {

@@ -21,21 +21,22 @@ from torch.nn import functional as F
 from transformers.activations import ACT2FN
 
 from layertap_server.engine.attention import CpuAttention, CpuPrepared
-from layertap_server.engine.block import Blocks, Norm, compiled
+from layertap_server.engine.block import Blocks, compiled
 from layertap_server.engine.block import Weights as BlockWeights
 from layertap_server.engine.device_attention import DeviceAttention
 from layertap_server.engine.device_steps import Steps, device_steps, plain_steps
+from layertap_server.engine.embeddings import Embeddings
 from layertap_server.engine.graphs import GraphInput, Graphs, Pass
 from layertap_server.engine.invariance import NO_PADDING, Invariance, Probe, Rowwise
-from layertap_server.engine.linear import Dense, Linears, dense
+from layertap_server.engine.linear import Linears, dense
 from layertap_server.engine.packing import PackedBatch
 from layertap_server.engine.runtime import Runtime
 from layertap_server.engine.sentence_modules import SentenceModules
 from layertap_server.engine.upload import Sent, Upload
+from layertap_server.engine.weight_reader import WeightReader, Weights
 from layertap_server.model.files import CheckpointError
 from layertap_server.model.sentence_config import SentenceConfig
 from layertap_server.model.settings import ModelSettings
-from layertap_server.model.weights import expected_shapes
 
 log = logging.getLogger(__name__)
 
@@ -43,7 +44,6 @@ Prepared: TypeAlias = "StepInput | GraphInput"
 Activation: TypeAlias = Callable[[torch.Tensor], torch.Tensor]
 Attention: TypeAlias = Callable[[torch.Tensor], torch.Tensor]
 """Attends within each text. Shape: [row_count, 3 · hidden_size] to [row_count, hidden_size]."""
-Weights = dict[str, torch.Tensor]
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -114,8 +114,6 @@ class Bert:
         Raises:
             CheckpointError: if a weight is missing or has another shape, or the activation is unknown.
         """
-        architecture = settings.architecture
-        weights = {architecture.common_name(name): tensor for name, tensor in weights.items()}
         self.hidden_size = settings.hidden_size
         self.layer_count = settings.num_hidden_layers
         self._device = device
@@ -136,54 +134,28 @@ class Bert:
         self._packed = linears.packed
         self._program_rows = linears.padded
 
-        def take(name: str, *shape: int) -> torch.Tensor:
-            try:
-                tensor = weights.pop(name)
-            except KeyError as exc:
-                raise CheckpointError(f"the weights lack {architecture.own_name(name)}; fetch the model again") from exc
-            if tuple(tensor.shape) != shape:
-                raise CheckpointError(
-                    f"{name} has shape {tuple(tensor.shape)}, config.json says {shape}; fetch the model again"
-                )
-            return tensor
-
-        def kept(name: str, *shape: int) -> torch.Tensor:
-            return take(name, *shape).to(device, torch.float32)
-
-        def norm(prefix: str, size: int) -> Norm:
-            return Norm(kept(f"{prefix}.LayerNorm.weight", size), kept(f"{prefix}.LayerNorm.bias", size))
-
-        def linear(name: str, out_size: int, in_size: int) -> Dense:
-            return linears.make(take(f"{name}.weight", out_size, in_size), take(f"{name}.bias", out_size))
-
-        hidden, embedded = self.hidden_size, settings.embedding_size
-        types = settings.type_vocab_size
+        reader = WeightReader(weights, settings, linears, device)
+        hidden = self.hidden_size
         self._padding_id = settings.padding_position_id
-        self._words = kept("embeddings.word_embeddings.weight", settings.vocab_size, embedded)
-        self._positions = kept("embeddings.position_embeddings.weight", settings.max_position_embeddings, embedded)
-        self._types = kept("embeddings.token_type_embeddings.weight", types, embedded) if types else None
-        self._norm = norm("embeddings", embedded)
-        self._projection = linear("embeddings_project", hidden, embedded) if embedded != hidden else None
-        self._embedding_size = embedded
+        self._embed = Embeddings(reader, settings, dtype=dtype, packed=self._packed)
         self._blocks: list[BlockWeights] = []
         for index in range(self.layer_count):
             prefix = f"encoder.layer.{index}"
             names = [f"{prefix}.attention.self.{part}" for part in ("query", "key", "value")]
             self._blocks.append(
                 BlockWeights(
-                    qkv=linears.make(
-                        torch.cat([take(f"{name}.weight", hidden, hidden) for name in names]),
-                        torch.cat([take(f"{name}.bias", hidden) for name in names]),
+                    qkv=reader.linear(*names, out_size=hidden, in_size=hidden),
+                    attended=reader.linear(f"{prefix}.attention.output.dense", out_size=hidden, in_size=hidden),
+                    attended_norm=reader.norm(f"{prefix}.attention.output", hidden),
+                    intermediate=reader.linear(
+                        f"{prefix}.intermediate.dense", out_size=intermediate_size, in_size=hidden
                     ),
-                    attended=linear(f"{prefix}.attention.output.dense", hidden, hidden),
-                    attended_norm=norm(f"{prefix}.attention.output", hidden),
-                    intermediate=linear(f"{prefix}.intermediate.dense", intermediate_size, hidden),
-                    output=linear(f"{prefix}.output.dense", hidden, intermediate_size),
-                    output_norm=norm(f"{prefix}.output", hidden),
+                    output=reader.linear(f"{prefix}.output.dense", out_size=hidden, in_size=intermediate_size),
+                    output_norm=reader.norm(f"{prefix}.output", hidden),
                 )
             )
-        has_pooler = architecture.has_pooler and "pooler.dense.weight" in weights
-        self._pooler = linear("pooler.dense", hidden, hidden) if has_pooler else None
+        has_pooler = settings.architecture.has_pooler and "pooler.dense.weight" in reader
+        self._pooler = reader.linear("pooler.dense", out_size=hidden, in_size=hidden) if has_pooler else None
         self._steps = self._find_steps()
         self._program: torch.jit.ScriptModule | None = None
         self._attention: CpuAttention | DeviceAttention
@@ -289,7 +261,7 @@ class Bert:
             lambda rows, groups: self._run(0, 1, rows, self._attention.prepare(groups, Upload(None))),
             [
                 *([Rowwise(self._pool, self.hidden_size)] if self._pooler else []),
-                *([Rowwise(self._project, self._embedding_size)] if self._projection else []),
+                *([Rowwise(self._embed.project, self._embed.size)] if self._embed.projection else []),
                 *self.sentence_modules.rowwise,
             ],
             hidden_size=self.hidden_size,
@@ -329,16 +301,10 @@ class Bert:
             plain,
             gelu=fused,
             epsilon=self._epsilon,
-            norm=self._norm,
+            norm=self._embed.norm,
             up=self._blocks[0].intermediate,
             runtime=self._runtime,
         )
-
-    def _project(self, rows: torch.Tensor) -> torch.Tensor:
-        """Projects embeddings. Shape: [row_count, embedding_size] to [row_count, hidden_size], float32."""
-        if self._projection is None:
-            return rows
-        return dense(rows.to(self._dtype), self._projection, self._packed, False).float()
 
     def _run(self, first: int, last: int, rows: torch.Tensor, attention: Attention) -> torch.Tensor:
         """Runs the blocks from `first` to before `last`. Shape: [row_count, hidden_size], float32, in and out."""
@@ -368,39 +334,6 @@ class Bert:
             return layers
 
         return run
-
-    def _embed(
-        self, input_ids: torch.Tensor, token_type_ids: torch.Tensor | None, position_ids: torch.Tensor
-    ) -> torch.Tensor:
-        """Returns layer 0.
-
-        Args:
-            input_ids: Shape: [row_count].
-            token_type_ids: Shape: [row_count]. None: all 0.
-            position_ids: Shape: [row_count].
-
-        Returns:
-            Shape: [row_count, hidden_size], float32.
-        """
-        rows = F.embedding(input_ids, self._words)
-        if self._types is not None:
-            rows += self._types[0] if token_type_ids is None else F.embedding(token_type_ids, self._types)
-        rows += F.embedding(position_ids, self._positions)
-        return self._project(F.layer_norm(rows, rows.shape[-1:], *self._norm, self._epsilon))
-
-
-def dummy_weights(settings: ModelSettings, seed: int) -> Weights:
-    """Returns random weights for a configuration, the same for the same seed.
-
-    Biases and LayerNorms are random too, so that a pass that forgets one gives other numbers.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    spread = settings.initializer_range
-    shapes = expected_shapes(settings, pooler=settings.architecture.has_pooler)
-    return {
-        name: torch.randn(shape, generator=generator) * spread + name.endswith("LayerNorm.weight")
-        for name, shape in shapes.items()
-    }
 
 
 def _activation(name: str) -> Activation:

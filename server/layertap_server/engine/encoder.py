@@ -17,7 +17,7 @@ import safetensors.torch
 import torch
 from torch.nn import functional as F
 
-from layertap_server.engine.bert import Bert, Weights, dummy_weights
+from layertap_server.engine.bert import Bert
 from layertap_server.engine.device import memory as device_memory
 from layertap_server.engine.device import named_errors
 from layertap_server.engine.host_copy import DTYPES, ChosenRows, HostCopy
@@ -28,6 +28,7 @@ from layertap_server.engine.pooling import TextPooling, WordsPooling
 from layertap_server.engine.runtime import CudaRuntime, Runtime
 from layertap_server.engine.sentence_modules import SentenceModules
 from layertap_server.engine.upload import Upload
+from layertap_server.engine.weight_reader import Weights, dummy_weights
 from layertap_server.model.checkpoint import Checkpoint, CheckpointError
 from layertap_server.model.sentence_config import SentenceConfig
 from layertap_server.types import Encode, Output, OutputKind, Rows, Run

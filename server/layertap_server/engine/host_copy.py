@@ -1,7 +1,7 @@
-"""Numbers of the device into host buffers, in the answer's dtype, while later layers compute.
+"""Copies of computed rows into host buffers, in the answer's dtype, while later layers compute.
 
 On the CPU a layer is copied once, straight into its buffer. On an accelerator it is copied into pinned memory beside
-the computation; events tell when it has arrived, and nothing ever waits for the whole device. Rows that hold NaN,
+the computation; events say when it has arrived, and nothing waits for the whole device. Rows that hold NaN,
 infinity, or a value too large for the answer's dtype are found here, by the largest magnitude of each.
 """
 
@@ -31,15 +31,15 @@ _LIMITS: Final = {"float32": float("inf"), "float16": 65520.0, "bfloat16": 3.395
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
 class _Pending:
-    """Rows on their way.
+    """Rows that are being copied.
 
     Attributes:
-        group: The outputs that they are.
-        layer: The layer they come from.
-        data: The buffer that gets them.
-        peaks: What gets the largest magnitude of each. Shape: [row_count].
-        arrival: When they are there. None: they are.
-        read: What the copy reads; its memory must not be lent to other tensors before.
+        group: The outputs that they belong to.
+        layer: Their layer.
+        data: The buffer that they are copied to.
+        peaks: The largest magnitude of each row, once they have arrived. Shape: [row_count].
+        arrival: Their arrival. None: they have arrived.
+        read: The tensors that the copy reads: they must live until the rows have arrived.
     """
 
     group: OutputGroup
@@ -80,7 +80,7 @@ class ChosenRows:
 
 
 class HostCopy:
-    """What one batch has computed and not yet handed over."""
+    """The copies of one batch."""
 
     def __init__(self, runtime: Runtime | None, allocate: Callable[[int], memoryview] | None) -> None:
         """Starts with nothing.
@@ -95,17 +95,17 @@ class HostCopy:
         self._peaks: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def take(self, values: torch.Tensor, group: OutputGroup, layer: int, *, chosen: ChosenRows | None = None) -> None:
-        """Starts to bring values to the host.
+        """Starts to copy values to the host.
 
         Args:
             values: Shape: [row_count, row_size], float32.
-            group: The outputs that they are.
-            layer: The layer they come from.
-            chosen: The rows to bring, in order; None: all.
+            group: The outputs that they belong to.
+            layer: Their layer.
+            chosen: The rows to copy, in order; None: all.
         """
         dtype = DTYPES[group.dtype]
         row_count = len(values) if chosen is None else chosen.row_count
-        if not row_count:  # Texts without words; there is nothing that a buffer could hold.
+        if not row_count:  # Texts without words have no rows.
             self._pending.append(_Pending(group, layer, memoryview(b""), torch.empty(0), None))
             return
         peaks = self._row_peaks(values)

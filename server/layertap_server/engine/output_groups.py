@@ -1,4 +1,4 @@
-"""Who gets what of a batch: what several runs ask for alike is made once, for all of them.
+"""The outputs of a batch: an output that several runs ask for alike is computed once, for all of them.
 
 Batches of many callers with a short text each are what a busy server has most of; a pool, a copy and a check of the
 numbers for each caller would take longer than the model.
@@ -13,17 +13,17 @@ from typing import Final
 from layertap_server.types import Output, OutputKind, Run
 
 _SMALL_BYTES: Final = 64 << 10
-"""Token rows of a run are brought with those of others up to here: they are copied once more, run by run."""
+"""Up to this size, token rows of a run are copied with those of other runs, and then once more, run by run."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class GroupMember:
-    """What one run gets of something that is made.
+    """A run that gets a part of an output.
 
     Attributes:
         run: The run.
-        run_index: Which run of the batch that is.
-        output_index: Which output of its plan.
+        run_index: Its index in the batch.
+        output_index: The index of the output in its plan.
     """
 
     run: Run
@@ -33,12 +33,12 @@ class GroupMember:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class OutputGroup:
-    """Something that is made once for each of its layers.
+    """An output that is computed once for each of its layers, for all runs that ask for it.
 
     Attributes:
-        output: What it is.
+        output: The output.
         dtype: The number format of the answers.
-        portions: Who gets it: their rows come one portion after the other, in this order.
+        members: The runs that get it; their rows follow each other in this order.
     """
 
     output: Output
@@ -52,7 +52,7 @@ class OutputGroup:
 
 
 def output_groups(batch: Sequence[Run]) -> list[OutputGroup]:
-    """Returns all that is to be made of a batch."""
+    """Returns all outputs of a batch."""
     found: dict[object, OutputGroup] = {}
     for run_index, run in enumerate(batch):
         for output_index, output in enumerate(run.plan.outputs):
@@ -65,7 +65,7 @@ def output_groups(batch: Sequence[Run]) -> list[OutputGroup]:
 
 
 def wanted_layers(batch: Sequence[Run]) -> list[int]:
-    """Returns the layers of which something is made, ascending."""
+    """Returns the layers that outputs need, ascending."""
     outputs = [output for run in batch for output in run.plan.outputs]
     mixed = {layer for output in outputs if output.mix is not None for layer in output.mix.layers}
     return sorted(mixed.union(*(output.layers for output in outputs)))

@@ -1,9 +1,8 @@
-"""Where each text lies inside a batch: packed rows, sorted so that the work is done in few, large pieces.
+"""The rows of each text in a batch: packed, and sorted so that the work is done in few, large pieces.
 
-Pure numpy. Texts are packed one after the other without padding. They are sorted so that those whose callers need the
-deepest layers come first: after each layer, the texts that are done are a tail to be cut off. Among those of one
-depth, texts of equal length lie together, so that attention runs over a whole group at once and needs no mask to keep
-texts apart.
+Pure numpy. Texts are packed one after the other without padding. Those whose calls need the deepest layers come
+first: after each layer, the texts that are done are a tail, which is dropped. Among those of one depth, texts of equal
+length follow each other, so that attention runs over a whole group at once and needs no mask between texts.
 """
 
 from __future__ import annotations
@@ -46,7 +45,7 @@ class Group:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Bags:
-    """Which rows make which vector.
+    """The rows that each pooled vector is made of.
 
     Attributes:
         rows: The pooled rows, those of each vector one after the other.
@@ -82,7 +81,7 @@ class PackedBatch:
 
     @property
     def depth(self) -> int:
-        """The highest layer that anyone needs."""
+        """The highest layer that is needed."""
         return int(self._depths_sorted[0])
 
     def row_count(self, layer: int) -> int:
@@ -105,7 +104,7 @@ class PackedBatch:
         return np.where(counted, so_far - before, 0) + padding_id
 
     def first_rows(self, runs: Sequence[int]) -> Indices:
-        """Returns where the texts of some runs start, run by run in request order. Shape: [text_count]."""
+        """Returns the first row of each text of some runs, run by run in request order. Shape: [text_count]."""
         return self._starts[self._texts(runs)]
 
     def rows(self, runs: Sequence[int]) -> Indices:
@@ -114,7 +113,7 @@ class PackedBatch:
         return _ranges(self._starts[chosen], self._lengths[chosen])
 
     def bags(self, runs: Sequence[int], pool: Pool) -> Bags:
-        """Returns what a pooling takes of each text of some runs, run by run in request order."""
+        """Returns the rows that are pooled of each text of some runs, run by run in request order."""
         taken = [pool.positions(text) for run in runs for text in self._runs[run].texts]
         counts = np.array([len(positions) for positions in taken], np.int64)
         rows = np.concatenate(taken) + np.repeat(self.first_rows(runs), counts)
@@ -129,7 +128,7 @@ class PackedBatch:
         return Bags(rows=_ranges(starts, counts), counts=counts)
 
     def _texts(self, runs: Sequence[int]) -> Indices:
-        """Returns which texts of the batch those of some runs are."""
+        """Returns the indices in the batch of the texts of some runs. Shape: [text_count]."""
         return np.concatenate(
             [np.arange(self._run_ends[run] - len(self._runs[run].texts), self._run_ends[run]) for run in runs]
         )

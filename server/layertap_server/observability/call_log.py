@@ -1,7 +1,7 @@
-"""One record for each call: written where things happen, read by the log, the metrics and the traces.
+"""One record for each call: written by the parts that the call passes, read by the log, the metrics and the traces.
 
 Rules:
-- A record is written in the call's own event loop; other threads may read it. It has nothing of a text but its length.
+- A record is written in the call's own event loop; other threads may read it. Of a text it has only the length.
 - Each call is one line of the log; metrics and traces listen.
 - Request ids come from the caller's metadata if they are short and plain, so that a caller cannot write anything else
   into the log; otherwise they are made here.
@@ -32,12 +32,12 @@ _TRACE_HEADERS: Final = ("traceparent", "tracestate")
 
 @dataclasses.dataclass(slots=True)
 class Phase:
-    """One part of a call's way, which it may come through several times: in several batches, say.
+    """One part of the work on a call, which may happen several times, for example in several batches.
 
     Attributes:
-        started_at_ns: When the call first came into it, by time.monotonic_ns; 0: it did not.
-        ended_at_ns: When the call last left it.
-        time_ns: How long it was there in all. What overlaps counts twice.
+        started_at_ns: When it first started, by time.monotonic_ns; 0: it did not.
+        ended_at_ns: When it last ended.
+        time_ns: How long it took in all. Intervals that overlap count twice.
     """
 
     started_at_ns: int = 0
@@ -59,20 +59,20 @@ class Record:
     Attributes:
         method: The RPC, such as "Embed".
         request_id: What the caller, the answer and the log name this call by.
-        client: Whose it is.
-        trace: What the caller's tracing sent along: the headers traceparent and tracestate.
+        client: The client that it belongs to.
+        trace: The headers traceparent and tracestate, as far as the caller sent them.
         text_count: Texts taken in: tokenized, and admitted where there is a queue.
         failed_text_count: Texts of an EmbedStream that were answered with an error of their own.
         token_count: Tokens of the texts taken in.
         sent_bytes: Bytes of the messages sent.
         tokenize: Texts becoming tokens.
         queue: From admission to the first batch.
-        compute: The batches the call had a share in.
+        compute: The batches with texts of the call.
         send: Writing the answer: packing it if it is one message, waiting for the reader if it is several.
         stalled: Whether the caller was dropped because it did not read.
         code: The status; None: OK, or still under way.
         error: The status's message; empty where there is none.
-        started_at_ns: When the call came, by time.monotonic_ns.
+        started_at_ns: When the call arrived, by time.monotonic_ns.
         ended_at_ns: When it had its status; 0: not yet.
     """
 

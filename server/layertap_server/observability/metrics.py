@@ -1,8 +1,8 @@
-"""What Prometheus is told: one registry of the server's own, and the HTTP server that shows it.
+"""Metrics for Prometheus: one registry of the server's own, and the HTTP server that shows it.
 
 Names follow text-embeddings-inference's `te_…` under our own prefix, and Prometheus' rules for units and counters. What
-can be looked up is read only when somebody asks for it; the rest costs a call a few microseconds at its end. The only
-module that knows prometheus_client.
+can be looked up is read only at a scrape; the rest costs a call a few microseconds at its end. The only module that
+knows prometheus_client.
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ _SHARES: Final = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Server:
-    """What does not change while a server runs.
+    """The facts of a server that do not change while it runs.
 
     Attributes:
         version: The server's own version.
         model_id: The name of the model.
         fingerprint: Its fingerprint.
         methods: The RPCs.
-        max_batch_tokens: What a full batch holds.
-        max_output_bytes: What may be computed and unsent.
+        max_batch_tokens: The most tokens of a batch.
+        max_output_bytes: The most bytes that may be computed and unsent.
     """
 
     version: str
@@ -50,7 +50,7 @@ class Server:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class State:
-    """What a server is doing in this moment.
+    """The state of a server at the time of a scrape.
 
     Attributes:
         serving: Whether its health is SERVING.
@@ -76,16 +76,16 @@ class State:
 
 
 class Metrics:
-    """The metrics of one server. Reads the journal, and observes the queue, the instances and the doors."""
+    """The metrics of one server: a listener of the call log, and the hooks of the scheduler and of admission."""
 
     def __init__(self, server: Server) -> None:
         self.registry = prometheus_client.CollectorRegistry()
         self._following = False
         self._max_batch_tokens = server.max_batch_tokens
-        started = self._counter("request_started", "Calls that have come.", ("method",))
+        started = self._counter("request_started", "Calls that have arrived.", ("method",))
         handled = self._counter("request_handled", "Calls that have their status.", ("method", "code"))
         duration = self._histogram("request_duration_seconds", "From arrival to status.", _DURATIONS_S, ("method",))
-        refusals = self._counter("refusal", "Calls turned away before any work.", ("reason",))
+        refusals = self._counter("refusal", "Calls refused before any work.", ("reason",))
         self._started = {method: started.labels(method) for method in server.methods}
         self._durations = {method: duration.labels(method) for method in server.methods}
         self._refusals = {reason: refusals.labels(reason) for reason in REASONS}
@@ -125,7 +125,7 @@ class Metrics:
         self.registry.register(_States(state, self._max_output_bytes))
 
     def serve(self, host: str, port: int) -> Endpoint:
-        """Shows the metrics over HTTP, in threads of their own.
+        """Serves the metrics over HTTP, in threads of their own.
 
         Raises:
             OSError: if the address cannot be listened on.
@@ -206,11 +206,11 @@ _TOTALS: Final = {
     "request_failed_texts": ("failed_text_count", "Texts of streams that were answered with an error of their own."),
     "response_bytes": ("sent_bytes", "Bytes of the messages sent."),
 }
-"""By metric: the field of a record, and what it is."""
+"""By metric: the field of a record, and its description."""
 
 
 class _Totals(Collector):
-    """What records add up to, those of calls under way included: a stream may last for days."""
+    """The sums of all records, those of calls under way included: a stream may last for days."""
 
     def __init__(self, methods: Sequence[str]) -> None:
         self._lock = threading.Lock()
@@ -244,7 +244,7 @@ def _add(sums: list[int], record: Record) -> None:
 
 
 class _States(Collector):
-    """What the server is doing in the moment of asking."""
+    """The state of the server, read at each scrape."""
 
     def __init__(self, state: Callable[[], State], max_output_bytes: int) -> None:
         self._state = state

@@ -1,7 +1,7 @@
 """Computed rows as messages of the contract: headers, tokens, words, frames, whole tensors.
 
-Pure, but for protobuf. The rows of some texts go in; serialized messages below the frame size come out, each payload
-written once, behind its head. `shared_rows` is the only place that asks whether rows lie in shared memory. The
+Pure apart from protobuf. Rows of some texts become serialized messages below the frame size; each payload is written
+once, behind its head. `shared_rows` is the only place that asks whether rows are in shared memory. The
 messages of EmbedStream are made in `stream_responses`.
 """
 
@@ -55,7 +55,7 @@ def header(
 
 
 def timings(record: Record) -> pb.Timings:
-    """Returns where the time of a request went."""
+    """Returns the time that the parts of a request took."""
     return pb.Timings(
         queue_time_ns=record.queue.time_ns,
         tokenize_time_ns=record.tokenize.time_ns,
@@ -133,7 +133,7 @@ def _groups(texts: Iterable[MessageT], max_frame_bytes: int) -> Iterator[tuple[i
 def frames(ready: RowsReady, plan: Plan, max_frame_bytes: int, lending: Lending | None = None) -> Iterator[bytes]:
     """Yields one layer of some texts as EmbedLayers messages below the frame size.
 
-    What lies in shared memory is one message, which says where.
+    Rows in shared memory are one message, with their offset.
     """
     output = plan.outputs[ready.rows.output_index]
     row_bytes = plan.row_bytes(output)
@@ -211,7 +211,7 @@ def tensors(parts: Sequence[RowsReady], plan: Plan) -> Iterator[pb.LayerTensor]:
 
 
 def shared_rows(data: Sequence[memoryview], lending: Lending | None) -> pb.SharedRows | None:
-    """Returns where payloads lie if any of them lies in shared memory; the message must then be sent with it."""
+    """Returns the offsets of payloads in shared memory, to be sent with their message; None: none of them is in it."""
     if lending is None:
         return None
     offsets = [lending.offset_of(rows) for rows in data]
@@ -222,7 +222,7 @@ def shared_rows(data: Sequence[memoryview], lending: Lending | None) -> pb.Share
 
 
 def cuts(row_count: int, row_bytes: int, max_frame_bytes: int) -> Iterator[tuple[int, int]]:
-    """Yields first row and row count of each frame; one row is the least."""
+    """Yields the first row and the row count of each frame, which has at least one row."""
     step = max(1, (max_frame_bytes - HEAD_BYTES) // row_bytes)
     for first in range(0, row_count, step):
         yield first, min(step, row_count - first)

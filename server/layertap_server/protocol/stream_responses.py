@@ -1,6 +1,6 @@
-"""Results of an EmbedStream as messages: small ones packed together, large ones spread over frames of their own.
+"""Results of an EmbedStream as messages: small results share a message, large ones are divided into frames.
 
-Pure, but for protobuf, like `responses`, whose parts it uses.
+Pure apart from protobuf, like `responses`, whose parts it uses.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ from layertap_server.types import Plan
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Result:
-    """One text of an EmbedStream: its rows by output and layer, or why there are none.
+    """One text of an EmbedStream: its rows by output and layer, or its error.
 
     Attributes:
-        id: The caller's id.
-        tokenized: The text; None if it failed before it had tokens.
+        id: The id that the caller gave it.
+        tokenized: The text; None: it failed before it had tokens.
         parts: For each output in order and each of its layers ascending: output index, layer, rows.
-        timings: Where the time went.
-        error: Why there is no result.
+        timings: The time that its parts took.
+        error: Why it has no rows. None: it has.
         run: An object that texts of the same run share.
-        position: Which text of its run it is; its rows follow those of the one before.
+        position: Its position in the run; its rows follow those of the text before.
     """
 
     id: int
@@ -45,7 +45,7 @@ class Result:
 
     @property
     def byte_count(self) -> int:
-        """The bytes of its rows."""
+        """How many bytes its rows have."""
         return sum(len(rows) for _, _, rows in self.parts)
 
 
@@ -54,8 +54,8 @@ def messages(
 ) -> Iterator[tuple[bytes, Sequence[Result]]]:
     """Yields results as EmbedStream messages, each with the results that it completes.
 
-    Results whose rows lie one after the other in shared memory make one message, which says where. Of the others small
-    ones are packed together, large ones get frames of their own.
+    Results whose rows follow each other in shared memory share a message with their offsets. Of the others, small ones
+    share a message, and large ones are divided into frames.
     """
     for stretch, lent in _stretches(batch, lending):
         if lent:
@@ -65,7 +65,7 @@ def messages(
 
 
 def _stretches(batch: Sequence[Result], lending: Lending | None) -> Iterator[tuple[Sequence[Result], Lending | None]]:
-    """Yields results that follow each other in shared memory, with what lends it, and all others between them."""
+    """Yields results that follow each other in shared memory with their lending, and all others with None."""
     if lending is None:
         yield batch, None
         return
@@ -91,7 +91,7 @@ def _stretches(batch: Sequence[Result], lending: Lending | None) -> Iterator[tup
 def _lent(
     batch: Sequence[Result], plan: Plan, tokenizer: Tokenizer, max_frame_bytes: int, lending: Lending
 ) -> Iterator[tuple[bytes, Sequence[Result]]]:
-    """Yields results of consecutive texts of one run, which lie in shared memory, some of their outputs perhaps not."""
+    """Yields messages for consecutive texts of one run of which at least one output is in shared memory."""
     room = max_frame_bytes - HEAD_BYTES
     local = [n for n, rows in enumerate(_first_rows(batch)) if lending.offset_of(rows) is None]
     packed: list[Result] = []
@@ -113,7 +113,7 @@ def _lent(
 
 
 def _first_rows(batch: Sequence[Result]) -> list[memoryview]:
-    """Returns, by output and layer, the first rows that there are in consecutive results; texts may have no words."""
+    """Returns, by output and layer, the first rows of consecutive results that are not empty, if there are any."""
     columns = zip(*(result.parts for result in batch), strict=True)
     return [next((rows for _, _, rows in column if len(rows)), column[0][2]) for column in columns]
 
@@ -197,7 +197,7 @@ def _pack(batch: Sequence[Result], plan: Plan, tokenizer: Tokenizer, shared: pb.
 
 
 def _spread(result: Result, plan: Plan, tokenizer: Tokenizer, max_frame_bytes: int) -> Iterator[Callable[[], bytes]]:
-    """Yields what makes the frames of one large result, each made only when it is asked for."""
+    """Yields functions that make the frames of one large result, so that only one frame is in memory at a time."""
     assert result.tokenized is not None
     text = result.tokenized.text
     last = next(part for part in reversed(result.parts) if len(part[2]))

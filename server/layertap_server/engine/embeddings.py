@@ -1,0 +1,70 @@
+"""Layer 0: the embeddings of token ids, types and positions, and their projection where the model has one."""
+
+from __future__ import annotations
+
+import torch
+from torch.nn import functional as F
+
+from layertap_server.engine.block import Norm
+from layertap_server.engine.linear import Dense, dense
+from layertap_server.engine.weight_reader import WeightReader
+from layertap_server.model.settings import ModelSettings
+
+
+class Embeddings:
+    """The embeddings of one model on one device.
+
+    Attributes:
+        size: Values of an embedding before it is projected.
+        norm: Their LayerNorm.
+        projection: To the hidden size; None: embeddings have it already.
+    """
+
+    def __init__(self, reader: WeightReader, settings: ModelSettings, *, dtype: torch.dtype, packed: bool) -> None:
+        """Reads the weights.
+
+        Args:
+            reader: The weights.
+            settings: The model's settings.
+            dtype: What matrices are multiplied in.
+            packed: Whether dense layers are laid out for oneDNN.
+
+        Raises:
+            CheckpointError: if a weight is missing or has another shape.
+        """
+        self._dtype, self._packed = dtype, packed
+        self._epsilon = settings.layer_norm_eps
+        self.size = size = settings.embedding_size
+        self._words = reader.table("embeddings.word_embeddings.weight", settings.vocab_size, size)
+        self._positions = reader.table("embeddings.position_embeddings.weight", settings.max_position_embeddings, size)
+        types = settings.type_vocab_size
+        self._types = reader.table("embeddings.token_type_embeddings.weight", types, size) if types else None
+        self.norm: Norm = reader.norm("embeddings", size)
+        self.projection: Dense | None = None
+        if size != settings.hidden_size:
+            self.projection = reader.linear("embeddings_project", out_size=settings.hidden_size, in_size=size)
+
+    def __call__(
+        self, input_ids: torch.Tensor, token_type_ids: torch.Tensor | None, position_ids: torch.Tensor
+    ) -> torch.Tensor:
+        """Returns layer 0.
+
+        Args:
+            input_ids: Shape: [row_count].
+            token_type_ids: Shape: [row_count]. None: all 0.
+            position_ids: Shape: [row_count].
+
+        Returns:
+            Shape: [row_count, hidden_size], float32.
+        """
+        rows = F.embedding(input_ids, self._words)
+        if self._types is not None:
+            rows += self._types[0] if token_type_ids is None else F.embedding(token_type_ids, self._types)
+        rows += F.embedding(position_ids, self._positions)
+        return self.project(F.layer_norm(rows, rows.shape[-1:], *self.norm, self._epsilon))
+
+    def project(self, rows: torch.Tensor) -> torch.Tensor:
+        """Projects embeddings. Shape: [row_count, size] to [row_count, hidden_size], float32."""
+        if self.projection is None:
+            return rows
+        return dense(rows.to(self._dtype), self.projection, self._packed, False).float()
