@@ -48,7 +48,7 @@ class SentenceModules:
             padded: How many rows to compute for so many.
 
         Raises:
-            CheckpointError: Weights cannot be read.
+            CheckpointError: if weights cannot be read.
         """
         self.rowwise: list[Rowwise] = []
         self._linears, self._dtype, self._padded = linears, dtype, padded

@@ -93,7 +93,7 @@ def read_normalize(found: Mapping[str, Any], name: str) -> Normalize:
     """Returns a Normalize by its config.json.
 
     Raises:
-        UnsupportedModuleError: If it works on something else than a vector or token rows.
+        UnsupportedModuleError: if it works on something else than a vector or token rows.
     """
     return Normalize(of_tokens=_of_tokens(found, name))
 
@@ -107,7 +107,7 @@ def read_dense(found: Mapping[str, Any], folder: Path, name: str) -> Dense:
         name: What to call its config.json in an error.
 
     Raises:
-        UnsupportedModuleError: If it cannot be computed here as sentence-transformers computes it.
+        UnsupportedModuleError: if it cannot be computed here as sentence-transformers computes it.
     """
     sizes: list[int] = [found.get("in_features", 0), found.get("out_features", 0)]
     if not all(type(size) is int and size > 0 for size in sizes):
@@ -153,7 +153,7 @@ def check_dropout(found: Mapping[str, Any], name: str) -> None:
     """Checks that a Dropout, which does nothing to a trained model, names nothing else.
 
     Raises:
-        UnsupportedModuleError: If it does.
+        UnsupportedModuleError: if it does.
     """
     if set(found) - {"dropout"}:
         raise UnsupportedModuleError(f"{name} sets more than its dropout")
