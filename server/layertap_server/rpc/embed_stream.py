@@ -171,7 +171,7 @@ class Stream:
             self.inbox.put(CallFailed(InternalError("the server failed to read the stream; its log has the reason")))
 
     async def _read_message(self, call: Call) -> bool:
-        """Takes in the next message; returns whether there may be another."""
+        """Reads the next message; returns whether there may be another."""
         raw = await self._next()
         if raw is None:
             return False

@@ -26,7 +26,6 @@ from layertap_server.protocol import limits, responses, rows
 from layertap_server.protocol.offload import LARGE_BYTES, offload, parse
 from layertap_server.protocol.preprocess import Preprocessor
 from layertap_server.protocol.request_parts import EntryT, MessageT, parse_parts
-
 from layertap_server.rpc.admission import Admission
 from layertap_server.rpc.caller import Caller
 from layertap_server.rpc.embed_stream import Stream
