@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import functools
 import logging
 import os
 import time
@@ -32,11 +33,13 @@ from layertap_server.rpc.health import HealthService
 from layertap_server.rpc.server import Listener, ListenError, add_standard_services
 from layertap_server.rpc.service import EmbeddingService
 from layertap_server.scheduler.batcher import Batcher
-from layertap_server.scheduler.hooks import NoHooks
+from layertap_server.scheduler.hooks import Hooks, NoHooks
 from layertap_server.scheduler.warm_up import warm_up
 from layertap_server.shared_memory.lease import Sharing
 
 if TYPE_CHECKING:
+    from layertap_server.compat.http import HttpServer
+    from layertap_server.model.sentence_config import SentenceConfig
     from layertap_server.observability.tracing import Tracing
 
 log = logging.getLogger(__name__)
@@ -60,6 +63,7 @@ class App:
         model: The shape of the model.
         tokenizer: Its tokenizer.
         batcher: The queue and its instances.
+        http_url: Where it answers HTTP, once it serves; empty: nowhere.
         metrics_url: Where the metrics are, once it serves; empty: nowhere.
     """
 
@@ -82,7 +86,7 @@ class App:
             ConfigError: if a knob does not suit the model or the machine.
         """
         self._config = config
-        self.metrics_url = ""
+        self.http_url = self.metrics_url = ""
         self._listener = listener or open_listener(config)
         found = _timed(
             "found the model",
@@ -142,6 +146,10 @@ class App:
             from layertap_server.compat import kserve
 
             methods += (*kserve.UNARY, *kserve.STREAMS)
+        if config.http_port >= 0:
+            from layertap_server.compat import openai
+
+            methods += openai.METHODS
         self._metrics: Metrics | None = None
         if config.metrics_port >= 0:
             self._metrics = Metrics(
@@ -210,6 +218,7 @@ class App:
                 model=self.model, preprocessor=preprocessor, batcher=self.batcher, stopping=self._admission.closed
             )
             self._handlers[kserve.SERVICE_NAME] = handler(kserve.SERVICE_NAME, service, self._admission)
+        self._http = self._make_http(preprocessor, sentence_config, hooks) if config.http_port >= 0 else None
         _timed("warmed the engine", self._warm)
 
     async def serve(
@@ -241,6 +250,7 @@ class App:
             address = self._listener.bind(server)
         except ListenError as exc:
             raise ConfigError(str(exc)) from exc
+        await self._start_http()
         stopped = stop_signal()
         await server.start()
         self._serving = True
@@ -259,7 +269,7 @@ class App:
         await lifecycle.drain(
             self._admission,
             self.batcher,
-            stop=server.stop,
+            stop=functools.partial(lifecycle.stop_all, [server.stop, *([self._http.stop] if self._http else [])]),
             end_watches=health.end_watches,
             grace_s=config.grace_s,
         )
@@ -271,6 +281,45 @@ class App:
         if not self.batcher.live_instance_count:
             raise EngineLostError("the engine has failed, the log says how; start the server again")
         log.info("stopped")
+
+    def _make_http(self, preprocessor: Preprocessor, sentences: SentenceConfig, hooks: Hooks) -> HttpServer:
+        from layertap_server.compat.http import HttpServer
+        from layertap_server.compat.openai import OpenAI
+
+        config = self._config
+        api = OpenAI(
+            model=self.model,
+            sentences=sentences,
+            preprocessor=preprocessor,
+            batcher=self.batcher,
+            admit=self._admission.call,
+            identify=self._listener.identify,
+            stall_timeout_s=config.stall_timeout_s,
+            hooks=hooks,
+        )
+        try:
+            return HttpServer(
+                api.answer,
+                host=config.host,
+                port=config.http_port,
+                context=self._listener.http_context(),
+                max_connection_count=config.max_connection_count,
+                stall_timeout_s=config.stall_timeout_s,
+            )
+        except ListenError as exc:
+            raise ConfigError(str(exc)) from exc
+
+    async def _start_http(self) -> None:
+        if self._http is None:
+            return
+        config = self._config
+        try:
+            self.http_url = await self._http.start()
+        except OSError as exc:
+            raise ConfigError(
+                f"cannot listen on {config.host} for HTTP: {exc.strerror or exc}; try --http-port 0"
+            ) from exc
+        log.info("layertap-server listens for HTTP", extra={"fields": {"address": self.http_url}})
 
     def _show_metrics(self) -> Endpoint | None:
         if self._metrics is None:

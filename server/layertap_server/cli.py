@@ -77,7 +77,9 @@ def run(config: Config, make_app: Callable[[Config], App]) -> int:
         gc.collect()
         gc.freeze()  # What is there now stays; looking through it for garbage would hold up every thread.
         # Not asyncio.run, which would wait for threads after the server has stopped.
-        asyncio.Runner().run(server.serve(ready=lambda address: _announce(address, server.metrics_url)))
+        asyncio.Runner().run(
+            server.serve(ready=lambda address: _announce(address, server.http_url, server.metrics_url))
+        )
     except (ConfigError, CheckpointError) as exc:
         return _fail(str(exc))
     except EngineLostError as exc:
@@ -195,8 +197,10 @@ class _Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {message}; see {self.prog} --help\n")
 
 
-def _announce(address: str, metrics_url: str) -> None:
+def _announce(address: str, http_url: str, metrics_url: str) -> None:
     print(f"layertap-server listens on {address}")
+    if http_url:
+        print(f"clients of OpenAI's API find it at {http_url}/v1")
     if metrics_url:
         print(f"its metrics are at {metrics_url}")
     sys.stdout.flush()

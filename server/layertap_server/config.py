@@ -81,6 +81,13 @@ class Config:
         "The address to listen on, or unix:/path for a unix socket. Other than loopback it needs --tls-cert.",
     )
     port: int = _listening(50051, "The port to listen on. 0: any free one, which is printed.", least=0, most=65_535)
+    http_port: int = _listening(
+        -1,
+        "The port for clients of OpenAI's API (POST /v1/embeddings) at the same --host, with the same TLS and tokens. "
+        "0: any free one, which is printed; -1: none. It needs layertap[http].",
+        least=-1,
+        most=65_535,
+    )
     tls_cert: str = _listening(
         "",
         "The file of the server's certificate in PEM, with those between it and the root. Like all files of TLS and "
@@ -269,6 +276,8 @@ class Config:
             return False
 
     def _check_listening(self) -> None:
+        if self.http_port >= 0 and self.host.startswith(("unix:", "unix-abstract:")):
+            raise ConfigError("--http-port is given, but --host is a unix socket; give --host an address")
         if bool(self.tls_cert) != bool(self.tls_key):
             given, missing = ("tls_cert", "tls_key") if self.tls_cert else ("tls_key", "tls_cert")
             raise ConfigError(f"{flag(given)} is given without {flag(missing)}; give both, or neither for plaintext")

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Final
 
 from layertap_server import signals
@@ -54,6 +54,11 @@ async def until_lost(batcher: Batcher, *, timeout_s: float) -> None:
     while batcher.live_instance_count:
         await asyncio.sleep(min(_WATCH_S, timeout_s / 4))
         batcher.lose_stuck(timeout_s)
+
+
+async def stop_all(stops: Sequence[Callable[[float | None], Awaitable[None]]], grace_s: float | None) -> None:
+    """Stops several listeners at once, each as `drain` describes its `stop`."""
+    await asyncio.gather(*(stop(grace_s) for stop in stops))
 
 
 async def drain(

@@ -20,6 +20,7 @@ from typing import Any
 from layertap_server import cli
 from layertap_server.app import App
 from layertap_server.engine.encoder import Encoder
+from layertap_server.observability import log_format
 from layertap_server.types import DeviceLostError, OutOfMemoryError, Rows, Run
 
 log = logging.getLogger("faulty")
@@ -73,7 +74,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(allow_abbrev=False)
     parser.add_argument("--batch-s", type=float, default=0.0)
     arguments, flags = parser.parse_known_args()
-    logging.basicConfig(level=logging.INFO)
+    log_format.set_up(level="info", form="text")
     make_encoder = functools.partial(FaultyEncoder, batch_s=arguments.batch_s)
     return cli.run(cli.parse(flags, os.environ), functools.partial(App, make_encoder=make_encoder))
 

@@ -19,7 +19,7 @@ import os
 import re
 import stat
 import urllib.parse
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, Final
 
 import grpc
@@ -146,6 +146,14 @@ class AuthInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # 
 
         # Whatever the method is: as a stream, nothing of the request is read.
         return grpc.stream_stream_rpc_method_handler(refuse)
+
+
+def certificate_name(certificate: Mapping[str, Any]) -> str | None:
+    """Returns the name in a certificate as Python's `ssl` describes it: the common name, else the first other one."""
+    subject = [pair for names in certificate.get("subject", ()) for pair in names]
+    names = [name for kind, name in subject if kind == "commonName" and name]
+    names += [name for _, name in certificate.get("subjectAltName", ()) if name]
+    return names[0] if names else None
 
 
 def client_of(context: grpc.aio.ServicerContext[Any, Any]) -> str:

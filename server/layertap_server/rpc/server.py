@@ -10,19 +10,23 @@ import errno
 import logging
 import os
 import socket
+import ssl
 import stat
-from typing import Final
+from collections.abc import Callable, Mapping
+from typing import Any, Final, TypeVar
 
 import grpc
 import grpc.aio
 
 from layertap_server.rpc import tls
-from layertap_server.rpc.auth import AuthInterceptor, Tokens, read_tokens
+from layertap_server.rpc.auth import AuthInterceptor, Tokens, authenticate, certificate_name, read_tokens
 from layertap_server.rpc.file_reload import ReloadedFiles
 from layertap_server.rpc.health import HealthService
 from layertap_server.scheduler.hooks import Hooks
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 WINDOW_BYTES: Final = (1 << 16) - 1
 """What a caller may send of a message before the server reads it; HTTP/2 begins with this."""
@@ -92,7 +96,7 @@ class Listener:
         """
         self._settings = settings
         self._tokens = self._read_tokens()
-        self._credentials = self._read_credentials()
+        self._credentials = self._read_tls(tls.credentials)
         if settings.is_unix:
             _free_socket_file(settings.host)
         else:
@@ -111,6 +115,29 @@ class Listener:
         if not self._settings.is_local and self._credentials is None:
             log.warning("tokens cross the network unencrypted; give --tls-cert and --tls-key")
         return grpc.aio.server(options=options, interceptors=[AuthInterceptor(self._tokens, hooks)])
+
+    def identify(self, authorization: str | None, certificate: Mapping[str, Any], address: str) -> str:
+        """Returns the client that a request over HTTP belongs to.
+
+        Args:
+            authorization: The header of that name; None: there is none.
+            certificate: The client's certificate as Python's `ssl` describes it; empty: it has shown none.
+            address: Its address.
+
+        Raises:
+            UnauthenticatedError: if there are tokens, and the authorization has none of them.
+        """
+        if self._tokens is not None:
+            return authenticate(self._tokens.get(), authorization)
+        return certificate_name(certificate) or address
+
+    def http_context(self) -> ssl.SSLContext | None:
+        """Returns the TLS of an HTTP server; None: plaintext.
+
+        Raises:
+            ListenError: if a file cannot be used.
+        """
+        return self._read_tls(tls.http_context)
 
     def bind(self, server: grpc.aio.Server) -> str:
         """Lets a server listen; returns the address for clients.
@@ -146,12 +173,12 @@ class Listener:
             why = exc.strerror or str(exc) if isinstance(exc, OSError) else str(exc)
             raise ListenError(f"--token-file {path} cannot be used: {why}") from exc
 
-    def _read_credentials(self) -> grpc.ServerCredentials | None:
+    def _read_tls(self, read: Callable[..., T]) -> T | None:
         settings = self._settings
         if not settings.tls_cert:
             return None
         try:
-            return tls.credentials(cert=settings.tls_cert, key=settings.tls_key, client_ca=settings.tls_client_ca)
+            return read(cert=settings.tls_cert, key=settings.tls_key, client_ca=settings.tls_client_ca)
         except OSError as exc:
             raise ListenError(f"a file of TLS cannot be read: {exc.filename}: {exc.strerror}") from exc
         except ValueError as exc:

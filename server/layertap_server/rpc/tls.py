@@ -12,7 +12,7 @@ import datetime
 import logging
 import ssl
 import time
-from typing import Final
+from typing import Any, Final
 
 import grpc
 
@@ -54,12 +54,32 @@ class _Certificate:
     """What the files say.
 
     Attributes:
+        context: The same for Python's `ssl`.
         configuration: The same for gRPC.
         first_to_expire: The dates of the certificate that expires first.
     """
 
+    context: ssl.SSLContext
     configuration: grpc.ServerCertificateConfiguration
     first_to_expire: Validity
+
+
+class _ReloadedContext(ssl.SSLContext):
+    """What an HTTP server listens with: each handshake uses the files as they are then."""
+
+    files: ReloadedFiles[_Certificate]
+
+    def wrap_bio(self, *args: Any, **options: Any) -> ssl.SSLObject:
+        """See `ssl.SSLContext`."""
+        return self.files.get().context.wrap_bio(*args, **options)
+
+
+def http_context(*, cert: str, key: str, client_ca: str) -> ssl.SSLContext:
+    """Returns what an HTTP server listens with. The arguments and errors are those of `credentials`."""
+    paths = [path for path in (cert, key, client_ca) if path]
+    context = _ReloadedContext(ssl.PROTOCOL_TLS_SERVER)
+    context.files = ReloadedFiles("the certificate of HTTP", paths, lambda: _read(cert, key, client_ca))
+    return context
 
 
 class _Current:
@@ -103,6 +123,7 @@ def _read(cert: str, key: str, client_ca: str) -> _Certificate:
             context.load_verify_locations(cadata=roots.decode("ascii"))
         except (ssl.SSLError, ValueError) as exc:
             raise ValueError(f"--tls-client-ca has no certificates in PEM ({_why(exc)})") from exc
+        context.verify_mode = ssl.CERT_REQUIRED
     if (_pem(cert), _pem(key)) != (chain, secret):
         raise ValueError("they are being written; the next connection looks again")
     own = validities(chain)
@@ -115,6 +136,7 @@ def _read(cert: str, key: str, client_ca: str) -> _Certificate:
     if others and all(others):
         raise ValueError(f"the certificate of --tls-client-ca {others[0]}")
     return _Certificate(
+        context=context,
         configuration=grpc.ssl_server_certificate_configuration([(secret, chain)], root_certificates=roots),
         first_to_expire=min(own, key=lambda one: one.end),
     )

@@ -6,10 +6,12 @@ import logging
 import os
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from layertap_server.rpc.auth import Tokens, read_tokens
+from layertap.errors import UnauthenticatedError
+from layertap_server.rpc.auth import Tokens, authenticate, certificate_name, read_tokens
 from layertap_server.rpc.file_reload import ReloadedFiles
 
 ONE, OTHER, THIRD = "0123456789abcdef", "fedcba9876543210", "x" * 64
@@ -140,3 +142,38 @@ def test_what_is_missing_or_bad_at_first_is_an_error(tmp_path: Path) -> None:
     path.write_text("alice\n")
     with pytest.raises(ValueError, match="line 1"):
         ReloadedFiles("the token file", [str(path)], lambda: read_tokens(str(path)))
+
+
+def test_a_bearer_token_tells_whose_call_it_is() -> None:
+    tokens = Tokens("alice alices-token-0123")
+    assert (
+        authenticate(tokens, "Bearer alices-token-0123")
+        == authenticate(tokens, "bearer  alices-token-0123 ")
+        == "alice"
+    )
+    for wrong in (
+        None,
+        "",
+        "Bearer",
+        "Bearer other-token-01234",
+        "Basic alices-token-0123",
+        b"Bearer alices-token-0123",
+    ):
+        with pytest.raises(UnauthenticatedError):
+            authenticate(tokens, wrong)
+
+
+@pytest.mark.parametrize(
+    ("certificate", "name"),
+    [
+        ({}, None),
+        ({"subject": ((("countryName", "NL"),), (("commonName", "alice"),))}, "alice"),
+        (
+            {"subject": ((("commonName", ""),),), "subjectAltName": (("DNS", "alice.example"), ("DNS", "b"))},
+            "alice.example",
+        ),
+        ({"subject": (), "subjectAltName": ()}, None),
+    ],
+)
+def test_a_certificate_names_its_client_by_its_common_name_else_another(certificate: Any, name: str | None) -> None:
+    assert certificate_name(certificate) == name

@@ -1,0 +1,267 @@
+"""OpenAI's `POST /v1/embeddings` and `GET /v1/models`, for the clients that speak it.
+
+A text becomes the vector that `Client.encode` makes of it, to the last bit: the model's folder says how (see
+`sentence_config`). Requests take the way of all others: the same tokens, admission, preprocessing, queue and log. Knows
+HTTP as exchanges (see `http`), and of gRPC nothing; what is JSON is read and written in `openai_messages`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import time
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from typing import Any, Final, Protocol
+
+import numpy as np
+
+from layertap import sentence_vectors, wire
+from layertap.errors import (
+    DeadlineExceededError,
+    FailedPreconditionError,
+    InvalidArgumentError,
+    LayertapError,
+    NotFoundError,
+    UnauthenticatedError,
+)
+from layertap.sentence_vectors import Vectors
+from layertap.v1 import embedding_pb2 as pb
+from layertap_server.compat import openai_messages as messages
+from layertap_server.compat.http import Exchange
+from layertap_server.model.facts import ModelFacts
+from layertap_server.model.sentence_config import SentenceConfig
+from layertap_server.observability.call_log import REQUEST_ID, Record
+from layertap_server.protocol import rows
+from layertap_server.protocol.offload import LARGE_BYTES, offload
+from layertap_server.protocol.preprocess import Preprocessor
+from layertap_server.scheduler.batcher import Batcher
+from layertap_server.scheduler.events import LoopWaker, RowsReady
+from layertap_server.scheduler.hooks import Hooks
+from layertap_server.types import Plan
+
+_EMBEDDINGS: Final = "/v1/embeddings"
+_MODELS: Final = "/v1/models"
+METHODS: Final = (f"POST {_EMBEDDINGS}", f"GET {_MODELS}")
+"""What the log and the metrics call the calls."""
+
+
+class AdmittedCall(Protocol):
+    """A call under way; see `rpc.admitted_call`."""
+
+    @property
+    def record(self) -> Record:
+        """What is known of it."""
+
+    def add_bytes(self, byte_count: int) -> None:
+        """Counts bytes of its request."""
+
+    def set_idle(self, timeout_s: float, error: LayertapError) -> None:
+        """Notes that it waits for its caller, which after so many seconds ends it with this error."""
+
+    def set_busy(self) -> None:
+        """Notes that it waits no longer."""
+
+
+class Admit(Protocol):
+    """Counts and records a call; see `rpc.admission`."""
+
+    def __call__(
+        self, name: str, *, client: str, metadata: Mapping[str, str | bytes]
+    ) -> AbstractContextManager[AdmittedCall]:
+        """Returns what belongs around all that is done for the call."""
+
+
+@dataclasses.dataclass(slots=True, kw_only=True)
+class _Caller:
+    """The other end of a call; see `rows.Caller`."""
+
+    record: Record
+    client: str
+    connection: str
+    expires_at: float | None = None
+
+
+class OpenAI:
+    """Answers the API's requests with one model.
+
+    Args:
+        model: The model's facts.
+        sentences: How its folder makes one vector of a text.
+        preprocessor: The pipeline of requests.
+        batcher: The queue and its instances.
+        admit: The admission of calls.
+        identify: Returns the client by its authorization, certificate and address; raises UnauthenticatedError if it
+            may not call.
+        stall_timeout_s: How long the body of a request may take to come, in seconds.
+        hooks: Called for refusals.
+    """
+
+    def __init__(
+        self,
+        *,
+        model: ModelFacts,
+        sentences: SentenceConfig,
+        preprocessor: Preprocessor,
+        batcher: Batcher,
+        admit: Admit,
+        identify: Callable[[str | None, Mapping[str, Any], str], str],
+        stall_timeout_s: float,
+        hooks: Hooks,
+    ) -> None:
+        self._model_id = model.model_id
+        self._sentences = sentences
+        self._preprocessor = preprocessor
+        self._limits = preprocessor.limits
+        self._batcher = batcher
+        self._admit = admit
+        self._identify = identify
+        self._stall_timeout_s = stall_timeout_s
+        self._hooks = hooks
+        self._created = int(time.time())
+        self._width = model.hidden_size * len(sentences.strategies)
+        pools = [
+            pb.PooledVectors(strategy=wire.POOLING_STRATEGIES[strategy.name.lower()])
+            for strategy in sentences.strategies
+        ]
+        self._options = pb.EmbedOptions(
+            outputs=[pb.Output(pooled_vectors=pool) for pool in pools],
+            truncation=wire.TRUNCATIONS[sentences.truncation],
+            max_length=sentences.max_length,
+            prompt_name=sentences.default_prompt_name,
+            lower_case=sentences.lower_case,
+        )
+        self._waker: LoopWaker | None = None
+
+    async def answer(self, exchange: Exchange) -> None:
+        """Answers a request, be it by an error."""
+        try:
+            await self._route(exchange)
+        except LayertapError as exc:
+            if exchange.is_answered:
+                return
+            headers = messages.error_headers(exc)
+            if exc.request_id is not None:
+                headers[REQUEST_ID] = exc.request_id
+            with contextlib.suppress(DeadlineExceededError):  # The caller reads not even that.
+                await exchange.answer(messages.status(exc), headers, messages.error_body(exc))
+
+    async def _route(self, exchange: Exchange) -> None:
+        try:
+            client = self._identify(exchange.headers.get("authorization"), exchange.certificate, exchange.address)
+        except UnauthenticatedError:
+            self._hooks.refused("unauthenticated")
+            raise
+        path = exchange.path
+        if path == _EMBEDDINGS:
+            method, answer = METHODS[0], self._embeddings
+        elif path == _MODELS or path.startswith(f"{_MODELS}/"):
+            method, answer = METHODS[1], self._models
+        else:
+            raise NotFoundError(f"there is nothing at this path; this server answers {' and '.join(METHODS)}")
+        if exchange.method != method.partition(" ")[0]:
+            raise messages.MethodError(f"this path has no such method; send {method}")
+        with self._admit(method, client=client, metadata=exchange.headers) as call:
+            caller = _Caller(record=call.record, client=client, connection=exchange.connection)
+            await answer(exchange, call, caller)
+
+    async def _models(self, exchange: Exchange, call: AdmittedCall, caller: _Caller) -> None:
+        name = exchange.path[len(_MODELS) + 1 :]
+        if name and name != self._model_id:
+            raise messages.ModelNotFoundError(
+                f"this server has no model of that name; it has {self._model_id}, which GET /v1/models lists"
+            )
+        body = (messages.model if name else messages.models)(self._model_id, created=self._created)
+        await self._send(exchange, caller.record, body)
+
+    async def _embeddings(self, exchange: Exchange, call: AdmittedCall, caller: _Caller) -> None:
+        if self._sentences.unsupported:
+            raise FailedPreconditionError(
+                f"this server makes no sentence vectors with its model: {self._sentences.unsupported}; "
+                "ask for layers or a pooling with layertap's own client"
+            )
+        request = await self._read(exchange, call)
+        inputs = [pb.Input(text=text) for text in request.texts]
+        plan, tokenized = await self._preprocessor.embed(inputs, self._options, caller.record, label="input")
+        del inputs  # The texts are tokens from here on.
+        token_count = sum(one.text.token_count for one in tokenized)
+        byte_count = plan.byte_counts.text * len(tokenized)
+        if byte_count > self._limits.max_call_output_bytes:
+            raise InvalidArgumentError(
+                f"the vectors have {byte_count} bytes, the most of one request is "
+                f"{self._limits.max_call_output_bytes}; send fewer texts at once"
+            )
+        if self._waker is None:
+            self._waker = LoopWaker()  # Of the loop that runs now.
+        parts = await rows.collect(self._batcher, self._waker, plan, tokenized, caller, label="input")
+        is_large = byte_count > LARGE_BYTES
+        vectors = await offload(lambda: self._vectors(parts, plan, request), in_thread=is_large)
+        answer = messages.answer(vectors, is_base64=request.is_base64, model_id=self._model_id, token_count=token_count)
+        await self._send(exchange, caller.record, _each(answer) if is_large else b"".join(answer))
+
+    async def _read(self, exchange: Exchange, call: AdmittedCall) -> messages.EmbeddingsRequest:
+        most, size = self._limits.max_request_bytes, 0
+
+        def check(byte_count: int) -> None:
+            if byte_count > most:
+                raise messages.RequestTooLargeError(
+                    f"the request has more than {most} bytes, the most of one; send fewer texts at once"
+                )
+
+        def count(byte_count: int) -> None:
+            nonlocal size
+            size += byte_count
+            check(size)
+            call.add_bytes(byte_count)
+
+        if exchange.headers.get("content-encoding", "identity") != "identity":
+            raise InvalidArgumentError("the request is compressed, which this server does not read; send it plain")
+        length = exchange.headers.get("content-length", "")
+        check(int(length) if length.isdecimal() else 0)
+        late = f"the request did not come whole within {self._stall_timeout_s:g} s; send it faster, or send less"
+        call.set_idle(self._stall_timeout_s, DeadlineExceededError(late))
+        body = await exchange.read(count)
+        call.set_busy()
+        request = await offload(
+            lambda: messages.read_request(body, model_id=self._model_id, max_text_count=self._limits.max_text_count),
+            in_thread=len(body) > LARGE_BYTES,
+        )
+        if request.dimensions > self._width:
+            raise messages.FieldError(
+                "dimensions", f"dimensions is above {self._width}, the values of a vector; send at most that"
+            )
+        return request
+
+    def _vectors(self, parts: Sequence[RowsReady], plan: Plan, request: messages.EmbeddingsRequest) -> Vectors:
+        """Returns the vectors of all texts. Shape: [text_count, dimensions]."""
+        vectors = np.empty((len(request.texts), self._width), np.float32)
+        size = self._width // len(plan.outputs)
+        for part in parts:
+            found = np.frombuffer(part.rows.data, "<f4").reshape(-1, size)
+            start = part.rows.output_index * size
+            vectors[part.first_text : part.first_text + len(found), start : start + size] = found
+        vectors = sentence_vectors.finish(
+            vectors,
+            model_normalizes=self._sentences.normalize,
+            dimensions=request.dimensions or self._sentences.dimensions,
+            # As OpenAI's: what is cut at the caller's wish has length 1 again, where the model's vectors have it.
+            normalize=self._sentences.normalize and bool(request.dimensions),
+        )
+        if not request.is_base64:
+            messages.check_finite(vectors)
+        return vectors
+
+    async def _send(self, exchange: Exchange, record: Record, body: bytes | AsyncIterator[bytes]) -> None:
+        started_at_ns = time.monotonic_ns()
+        try:
+            record.sent_bytes += await exchange.answer(200, {REQUEST_ID: record.request_id}, body)
+        except DeadlineExceededError:
+            record.stalled = True
+            raise
+        record.send.note(started_at_ns, time.monotonic_ns())
+
+
+async def _each(parts: Iterator[bytes]) -> AsyncIterator[bytes]:
+    """Yields parts that are made in a thread, one after the other."""
+    while (part := await offload(lambda: next(parts, b""), in_thread=True)) != b"":
+        yield part
