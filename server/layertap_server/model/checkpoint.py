@@ -35,14 +35,19 @@ EMBEDDED_MODEL: Final = _embedded_model()
 
 EMBEDDED_MODEL_NAME: Final = "all-MiniLM-L6-v2"
 
-_HUB_FILES: Final = ["*.safetensors", "*.json", "*.txt"]
+_HUB_FILES: Final = ["*.safetensors", "*.json", "*.txt", "sentencepiece.bpe.model"]
 _SMALL_FILES: Final = (
     "tokenizer.json",
     "tokenizer_config.json",
     "vocab.txt",
+    "vocab.json",
+    "merges.txt",
+    "sentencepiece.bpe.model",
     "special_tokens_map.json",
     "added_tokens.json",
 )
+_VOCABULARIES: Final = (("tokenizer.json",), ("vocab.txt",), ("vocab.json", "merges.txt"), ("sentencepiece.bpe.model",))
+"""The files that a tokenizer is made of: one of these sets."""
 _MAX_TOKENIZER_BYTES: Final = 512 << 20
 
 
@@ -160,9 +165,12 @@ def _tokenizer_folder(folder: Path, dummy: bool) -> Path:
         refuse_pointer(folder / name)
         if (folder / name).is_file() and (folder / name).stat().st_size > _MAX_TOKENIZER_BYTES:
             raise CheckpointError(f"{name} has more than {_MAX_TOKENIZER_BYTES} bytes; fetch the model again")
-    if (folder / "tokenizer.json").is_file() or (folder / "vocab.txt").is_file():
+    if any(all((folder / name).is_file() for name in names) for names in _VOCABULARIES):
         return folder
     if dummy and EMBEDDED_MODEL.is_dir():
         return EMBEDDED_MODEL
     hint = "; run `make model` to lend it the embedded vocabulary" if dummy else "; fetch the whole model"
-    raise CheckpointError(f"the model folder {folder.name!r} has neither tokenizer.json nor vocab.txt{hint}")
+    raise CheckpointError(
+        f"the model folder {folder.name!r} has no tokenizer: neither tokenizer.json nor vocab.txt, vocab.json with "
+        f"merges.txt, or sentencepiece.bpe.model{hint}"
+    )

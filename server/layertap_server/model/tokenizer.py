@@ -289,6 +289,12 @@ class Tokenizer:
         return [self._tokenizer.id_to_token(int(token_id)) or "" for token_id in text.input_ids]
 
 
+_CONVERT: Final = (
+    'make a tokenizer.json in the model folder: `pip install sentencepiece`, then `python -c "from transformers import'
+    " AutoTokenizer as A; A.from_pretrained('.').save_pretrained('.')\"`"
+)
+
+
 def _load(folder: Path) -> Any:
     try:
         loaded: Any = transformers.AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
@@ -296,6 +302,11 @@ def _load(folder: Path) -> Any:
             raise CheckpointError(
                 f"the tokenizer of the model is a {type(loaded).__name__}, which transformers runs in Python; layertap "
                 "needs a tokenizer that tokenizer.json can describe, take a model that has one"
+            )
+        if set(loaded.get_vocab().values()) <= set(loaded.all_special_ids):  # transformers found no file of its type.
+            raise CheckpointError(
+                f"transformers makes a {type(loaded).__name__} without words of the files in the model folder: they do "
+                f"not belong to the model_type of config.json; fetch the whole model, or {_CONVERT}"
             )
         length, sides = loaded.model_max_length, (loaded.truncation_side, loaded.padding_side)
         if not isinstance(length, int | float) or not length >= 1 or not {*sides} <= {"left", "right"}:
@@ -309,6 +320,8 @@ def _load(folder: Path) -> Any:
     except (KeyboardInterrupt, SystemExit):
         raise
     except BaseException as exc:  # Libraries of two languages; a panic of the other is no Exception.
+        if not (folder / "tokenizer.json").is_file() and (folder / "sentencepiece.bpe.model").is_file():
+            raise CheckpointError(f"transformers cannot read sentencepiece.bpe.model here; {_CONVERT}") from exc
         raise CheckpointError(
             f"the tokenizer of the model cannot be read ({reason_of(exc)}); fetch the model again, or correct the file"
         ) from exc
