@@ -250,10 +250,10 @@ def broken(server: Server, corpus: Path, tmp_path: Path) -> Path:
 def test_what_is_there_is_not_overwritten(
     server: Server, corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for name in ("out.npz", "out.npz.errors.jsonl"):
+    for name, why in (("out.npz", "is there already"), ("out.npz.errors.jsonl", "was not made by this command")):
         (tmp_path / name).write_bytes(b"mine")
         assert run(server, corpus, tmp_path / "out.npz", *POOLED) == 2
-        assert f"{name} is there already" in capsys.readouterr().err
+        assert f"{name} {why}" in capsys.readouterr().err
         assert made(tmp_path) == {name: b"mine"} and len(os.listdir(tmp_path)) == 1
         (tmp_path / name).unlink()
     (tmp_path / "out.npz").write_bytes(b"mine")

@@ -10,6 +10,7 @@ import dataclasses
 import json
 import os
 import re
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any, Final, TypeAlias
 
@@ -250,8 +251,8 @@ def seconds(field: str, value: object, *, zero: bool = False) -> float:
     """
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not (value > 0 or (zero and not value)):
         raise InvalidArgumentError(f"{field} is {value!r}; pass a number of seconds above 0")
-    if value == float("inf"):
-        raise InvalidArgumentError(f"{field} is {value!r}; pass a number of seconds")
+    if value > sys.float_info.max:  # Infinity, or an int that is no float.
+        raise InvalidArgumentError(f"{field} is too large; pass a number of seconds")
     return min(float(value), _MAX_TIMEOUT_S)
 
 

@@ -171,3 +171,12 @@ def _is_utf8(text: str) -> bool:
     except UnicodeEncodeError:
         return False
     return True
+
+
+def is_line_of_bad_item(line: bytes) -> bool:
+    """Returns whether a line is one of a side file."""
+    try:
+        found = json.loads(line)
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(found, dict) and found.keys() == {field.name for field in dataclasses.fields(BadItem)}

@@ -21,7 +21,7 @@ from layertap.client import Client
 from layertap.errors import FailedPreconditionError
 from layertap.jobs import JobError, atomic_files, formats
 from layertap.jobs.columns import rows_of
-from layertap.jobs.items import BadItem, Digest, Fields, Item
+from layertap.jobs.items import BadItem, Digest, Fields, Item, is_line_of_bad_item
 from layertap.jobs.parts import MANIFEST, Manifest, PartBuilder, Parts
 from layertap.jobs.readers import Source
 from layertap.jobs.runner import Answers
@@ -35,6 +35,7 @@ LEAST_BAD_COUNT: Final = 100
 """After so many items without a good one the whole input is taken to be wrong."""
 
 _REASONS_SHOWN: Final = 3
+_MAX_LINE_BYTES: Final = 1 << 20
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -135,6 +136,11 @@ class Job:
                 raise JobError(f"{path} is a folder; name a file with -o")
             if read is not None and path.exists() and os.path.samestat(read, path.stat()):
                 raise JobError(f"{path} is the input itself; name another file with -o")
+        if os.path.lexists(self.errors) and not is_line_of_bad_item(_first_line(self.errors)):
+            raise JobError(
+                f"{self.errors} was not made by this command, which needs that name; move it away, or name another "
+                "file with -o"
+            )
         if self.folder.is_symlink() or (self.folder.exists() and not self.folder.is_dir()):
             raise JobError(f"{self.folder} is not a folder of this command, which needs that name; move it away")
         if self.folder.is_dir() and Parts.is_foreign(self.folder):
@@ -286,6 +292,14 @@ class Job:
             self.errors.unlink(missing_ok=True)
         for path, name in files:
             atomic_files.rename(path, name)
+
+
+def _first_line(path: Path) -> bytes:
+    try:
+        with path.open("rb") as file:
+            return file.readline(_MAX_LINE_BYTES)
+    except OSError:
+        return b""
 
 
 def _is_same(one: Path, other: Path) -> bool:

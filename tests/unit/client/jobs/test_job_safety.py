@@ -142,6 +142,26 @@ def test_a_path_that_is_something_else_is_refused_by_name(corpus: Path, tmp_path
 
 
 @pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize("content", ["", "my notes\n", '{"number": 1}\n', "[" * 100_000, "\0" * 10, '"number"\n'])
+def test_a_side_file_of_the_user_is_never_replaced(corpus: Path, tmp_path: Path, overwrite: bool, content: str) -> None:
+    mine = tmp_path / "out.npz.errors.jsonl"
+    mine.write_text(content)
+    refused(job(corpus, tmp_path / "out.npz", overwrite=overwrite), "errors.jsonl was not made by this command")
+    assert mine.read_text() == content
+    mine.unlink()
+    mine.symlink_to(tmp_path / "nowhere")
+    refused(job(corpus, tmp_path / "out.npz", overwrite=overwrite), "errors.jsonl was not made by this command")
+    assert mine.is_symlink()
+
+
+def test_a_side_file_of_an_earlier_job_is_replaced(corpus: Path, tmp_path: Path) -> None:
+    assert run(job(corpus, tmp_path / "out.npz")).bad_count == 7
+    before = (tmp_path / "out.npz.errors.jsonl").read_bytes()
+    assert run(job(corpus, tmp_path / "out.npz", overwrite=True)).bad_count == 7
+    assert (tmp_path / "out.npz.errors.jsonl").read_bytes() == before
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
 def test_a_folder_of_the_user_is_never_touched(corpus: Path, tmp_path: Path, overwrite: bool) -> None:
     mine = tmp_path / "out.npz.parts"
     mine.mkdir()
