@@ -11,31 +11,26 @@ Rules:
   once (`Call.close`).
 - Under the lock, taking a batch costs as much as it takes, whatever waits; only calls that the memory of all outputs
   together has no room for are looked at again for each batch.
-- A lost instance fails the calls of its batch and no others. When the last one is lost, all waiting calls fail.
 
 Knows neither torch nor gRPC nor protobuf: `encode` is an argument, events leave through each call's `deliver`.
 """
 
 from __future__ import annotations
 
-import functools
 import itertools
-import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
 
-from layertap.errors import DeadlineExceededError, ResourceExhaustedError, UnavailableError
-from layertap_server.scheduler.budget import Budget
+from layertap.errors import DeadlineExceededError, UnavailableError
+from layertap_server.scheduler.budget import Budget, QueueBudget
 from layertap_server.scheduler.call import BatchPart, Call
 from layertap_server.scheduler.events import CallFailed, Event, QueueRoom
 from layertap_server.scheduler.fair_queue import FairQueue
 from layertap_server.scheduler.hooks import Hooks, NoHooks
-from layertap_server.scheduler.oom_retry import with_oom_retry
-from layertap_server.scheduler.worker import IdleInstances, Worker
-from layertap_server.types import RETRY_FULL_S, RETRY_STOPPING_S, Allocator, Encode, Plan, Text
-
-log = logging.getLogger(__name__)
+from layertap_server.scheduler.instances import Instances
+from layertap_server.scheduler.worker import IdleInstances
+from layertap_server.types import RETRY_STOPPING_S, Allocator, Encode, Plan, Text
 
 _STOPPING = "the server is stopping; try another, or again later"
 _LOST = "the engine has failed and the server is stopping; try another, or again later"
@@ -85,26 +80,18 @@ class Batcher:
         self._full_calls: dict[Call, None] = {}
         self._calls_without_room: dict[Call, None] = {}
         self._arrivals = itertools.count()
-        self._texts = Budget(max_queue_texts)
-        self._tokens = Budget(max_queue_tokens)
+        self._waiting = QueueBudget(max_texts=max_queue_texts, max_tokens=max_queue_tokens, hooks=self._hooks)
         self._output_bytes = Budget(max_output_bytes)
         self._stopping = False
-        self._live_instance_count = self.instance_count = len(encodes)
-        self._instances = [
-            Worker(
-                f"instance-{n}",
-                with_oom_retry(encode),
-                next_batch=functools.partial(self._next_batch, n),
-                on_lost=self._instance_lost,
-                hooks=self._hooks,
-            )
-            for n, encode in enumerate(encodes)
-        ]
+        self.instance_count = len(encodes)
+        self._instances = Instances(
+            encodes, next_batch=self._next_batch, on_all_lost=self._fail_lost, hooks=self._hooks
+        )
 
     @property
     def live_instance_count(self) -> int:
         """How many instances are not lost."""
-        return self._live_instance_count
+        return self._instances.live_count
 
     @property
     def idle_instance_count(self) -> int:
@@ -114,12 +101,12 @@ class Batcher:
     @property
     def waiting_text_count(self) -> int:
         """Texts in the queue."""
-        return self._texts.used
+        return self._waiting.text_count
 
     @property
     def waiting_token_count(self) -> int:
         """Their tokens."""
-        return self._tokens.used
+        return self._waiting.token_count
 
     @property
     def held_bytes(self) -> int:
@@ -152,7 +139,7 @@ class Batcher:
         """
         with self._lock:
             self._check_alive()
-            self._check_room(client, 0, 0)
+            self._waiting.check(client, 0, 0)
         return Call(
             self,
             plan,
@@ -164,10 +151,8 @@ class Batcher:
         )
 
     def lose_stuck(self, timeout_s: float) -> None:
-        """Gives up every instance that has made no progress with its batch for so long."""
-        for instance in self._instances:
-            if instance.lose(stuck_s=timeout_s):
-                log.error("%s has made no progress for %.0f s and is given up", instance.name, timeout_s)
+        """See `Instances.lose_stuck`."""
+        self._instances.lose_stuck(timeout_s)
 
     def stop(self, timeout_s: float) -> bool:
         """Fails waiting calls with UNAVAILABLE and ends the instances after their batches.
@@ -182,20 +167,10 @@ class Batcher:
             self._stopping = True
             self._idle.wake(self.instance_count)
         self._fail_waiting(UnavailableError(_STOPPING, retry_after_s=RETRY_STOPPING_S))
-        deadline = time.monotonic() + timeout_s
-        return all(
-            [
-                instance.ended(0.0 if instance.lost else max(deadline - time.monotonic(), 0.0))
-                for instance in self._instances
-            ]
-        )
+        return self._instances.ended(timeout_s)
 
-    def _instance_lost(self) -> None:
-        with self._lock:
-            self._live_instance_count -= 1
-            log.error("an instance is lost, %d of %d are left", self._live_instance_count, self.instance_count)
-        if not self._live_instance_count:
-            self._fail_waiting(UnavailableError(_LOST, retry_after_s=RETRY_STOPPING_S))
+    def _fail_lost(self) -> None:
+        self._fail_waiting(UnavailableError(_LOST, retry_after_s=RETRY_STOPPING_S))
 
     def _fail_waiting(self, error: UnavailableError) -> None:
         with self._lock:
@@ -205,25 +180,9 @@ class Batcher:
             call.close()
 
     def _check_alive(self) -> None:
-        if self._stopping or not self._live_instance_count:
+        if self._stopping or not self._instances.live_count:
             self._hooks.refused("stopping" if self._stopping else "no_instances")
             raise UnavailableError(_STOPPING if self._stopping else _LOST, retry_after_s=RETRY_STOPPING_S)
-
-    def _has_room(self, client: str, text_count: int, token_count: int) -> bool:
-        """Returns whether a client may queue so much; any one request may be queued where nothing waits."""
-        return self._texts.has_room(client, text_count) and (
-            not self._texts.used or self._tokens.has_room(client, token_count)
-        )
-
-    def _check_room(self, client: str, text_count: int, token_count: int) -> None:
-        if self._has_room(client, text_count, token_count):
-            return
-        if not self._texts.has_room(client, text_count):
-            reason, full = "queue_texts", f"{self._texts.used} texts wait, the queue holds {self._texts.limit}"
-        else:
-            reason, full = "queue_tokens", f"{self._tokens.used} tokens wait, the queue holds {self._tokens.limit}"
-        self._hooks.refused(reason)
-        raise ResourceExhaustedError(f"the server is full: {full}; try again later", retry_after_s=RETRY_FULL_S)
 
     def add(self, call: Call, texts: Sequence[Text], waits: bool) -> bool:
         """See `Call.add`."""
@@ -231,10 +190,10 @@ class Batcher:
         now = time.monotonic_ns()
         with self._lock:
             self._check_alive()
-            if waits and not call.closed and not self._has_room(call.client, len(texts), token_count):
+            if waits and not call.closed and not self._waiting.has_room(call.client, len(texts), token_count):
                 self._calls_without_room[call] = None
                 return False
-            self._check_room(call.client, len(texts), token_count)
+            self._waiting.check(call.client, len(texts), token_count)
             if call.closed or not texts:
                 return True
             if not call.waiting:
@@ -292,7 +251,7 @@ class Batcher:
 
     def _take(self, expired: list[Call]) -> list[BatchPart]:
         """Removes the next batch from the queue; adds calls whose deadline has passed to `expired`."""
-        share = max(-(-self._tokens.used // self._idle.count), self._min_share_tokens)
+        share = max(-(-self._waiting.token_count // self._idle.count), self._min_share_tokens)
         token_budget, byte_budget = min(share, self._max_batch_tokens), self._max_batch_bytes
         mix_budget = self._max_call_output_bytes
         parts: dict[Call, BatchPart] = {}
@@ -350,8 +309,7 @@ class Batcher:
     def _count_waiting(self, call: Call, text_count: int, token_count: int) -> None:
         """Counts texts that a call queues, or with negative numbers takes out."""
         call.waiting_token_count += token_count
-        self._texts.add(call.client, text_count)
-        self._tokens.add(call.client, token_count)
+        self._waiting.add(call.client, text_count, token_count)
 
     def _drop_waiting(self, call: Call) -> None:
         """Removes the waiting texts of a call."""
@@ -372,7 +330,7 @@ class Batcher:
     def _wake(self) -> None:
         """Wakes instances for what waits, unless enough are on their way to it."""
         if self._queue:
-            self._idle.wake(-(-self._tokens.used // self._min_share_tokens))
+            self._idle.wake(-(-self._waiting.token_count // self._min_share_tokens))
 
 
 def _announce_room(calls: Sequence[Call]) -> None:

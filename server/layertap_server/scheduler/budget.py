@@ -1,4 +1,4 @@
-"""A limit that clients share: queued texts, queued tokens, or bytes of outputs.
+"""Limits that clients share: queued texts, queued tokens, or bytes of outputs.
 
 Pure; the batcher changes it, under its lock.
 """
@@ -6,6 +6,10 @@ Pure; the batcher changes it, under its lock.
 from __future__ import annotations
 
 from collections import Counter
+
+from layertap.errors import ResourceExhaustedError
+from layertap_server.scheduler.hooks import Hooks
+from layertap_server.types import RETRY_FULL_S
 
 
 class Budget:
@@ -40,3 +44,55 @@ class Budget:
         self._used_by[client] += amount
         if not self._used_by[client]:
             del self._used_by[client]
+
+
+class QueueBudget:
+    """The texts that wait in the queue, and their tokens."""
+
+    def __init__(self, *, max_texts: int, max_tokens: int, hooks: Hooks) -> None:
+        """Starts with an empty queue.
+
+        Args:
+            max_texts: Texts that may wait.
+            max_tokens: Tokens that may wait.
+            hooks: Called for refusals.
+        """
+        self._texts = Budget(max_texts)
+        self._tokens = Budget(max_tokens)
+        self._hooks = hooks
+
+    @property
+    def text_count(self) -> int:
+        """Texts that wait."""
+        return self._texts.used
+
+    @property
+    def token_count(self) -> int:
+        """Their tokens."""
+        return self._tokens.used
+
+    def has_room(self, client: str, text_count: int, token_count: int) -> bool:
+        """Returns whether a client may queue so much; any one request may be queued where nothing waits."""
+        return self._texts.has_room(client, text_count) and (
+            not self._texts.used or self._tokens.has_room(client, token_count)
+        )
+
+    def check(self, client: str, text_count: int, token_count: int) -> None:
+        """Checks that a client may queue so much.
+
+        Raises:
+            ResourceExhaustedError: if the queue is full.
+        """
+        if self.has_room(client, text_count, token_count):
+            return
+        if not self._texts.has_room(client, text_count):
+            reason, full = "queue_texts", f"{self._texts.used} texts wait, the queue holds {self._texts.limit}"
+        else:
+            reason, full = "queue_tokens", f"{self._tokens.used} tokens wait, the queue holds {self._tokens.limit}"
+        self._hooks.refused(reason)
+        raise ResourceExhaustedError(f"the server is full: {full}; try again later", retry_after_s=RETRY_FULL_S)
+
+    def add(self, client: str, text_count: int, token_count: int) -> None:
+        """Counts texts that a client queues, or with negative numbers takes out."""
+        self._texts.add(client, text_count)
+        self._tokens.add(client, token_count)
