@@ -18,7 +18,6 @@ from typing import Any, Final
 
 from layertap import progress
 from layertap.client import Client
-from layertap.errors import FailedPreconditionError
 from layertap.jobs import JobError, atomic_files, formats
 from layertap.jobs.columns import rows_of
 from layertap.jobs.items import BadItem, Digest, Fields, Item, is_line_of_bad_item
@@ -27,7 +26,6 @@ from layertap.jobs.readers import Source
 from layertap.jobs.runner import Answers
 from layertap.jobs.table import Table
 from layertap.jobs.tasks import Task
-from layertap.results.embedding import Embedding
 
 DEFAULT_PART_ITEMS: Final = 1024
 
@@ -197,7 +195,6 @@ class Job:
                 if isinstance(answer.embedding, BadItem):
                     builder.add_bad(answer.embedding)
                 elif isinstance(answer.item, Item):
-                    _check_model(answer.embedding, manifest.fingerprint)
                     builder.add(answer.item, *rows_of(self.task.columns(answer.embedding)))
                 advance(1)
                 if builder.is_full:
@@ -308,11 +305,3 @@ def _is_same(one: Path, other: Path) -> bool:
 
 def _reason(item: BadItem) -> str:
     return f"item {item.number}: {item.reason}"
-
-
-def _check_model(embedding: Embedding, fingerprint: str) -> None:
-    if embedding.model.fingerprint != fingerprint:
-        raise FailedPreconditionError(
-            f"the server now serves another model ({embedding.model.model_id}, fingerprint "
-            f"{embedding.model.fingerprint[:12]}, before {fingerprint[:12]}); bring the first one back"
-        )
