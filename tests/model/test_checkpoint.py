@@ -313,5 +313,7 @@ def test_every_name_of_the_transformer_module(folder: Path, name: str, place: st
 def test_a_sentence_configuration_that_cannot_be_read_is_told(folder: Path) -> None:
     write(folder, "modules.json", "[" * 200_000)
     checkpoint = found(folder)
-    config = sentence_config.read(checkpoint.folder, max_length=32, position_count=32, truncation="right")
+    config = sentence_config.read(
+        checkpoint.folder, hidden_size=8, max_length=32, position_count=32, truncation="right"
+    )
     assert "modules.json" in config.unsupported
