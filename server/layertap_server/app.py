@@ -99,6 +99,7 @@ class App:
             ),
         )
         self.tokenizer = _timed("loaded the tokenizer", lambda: Tokenizer(found.tokenizer_folder))
+        self.tokenizer.check_fits(found)
         devices = device.devices(config.device)
         dtype = device.compute_dtype(config.dtype, devices)
         log.info(

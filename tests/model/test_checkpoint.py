@@ -69,7 +69,9 @@ def found(folder: Path, load_format: str = "safetensors") -> Checkpoint:
 
 def facts(folder: Path) -> Any:
     checkpoint = found(folder)
-    return Tokenizer(checkpoint.tokenizer_folder).model_facts(checkpoint, fingerprint="f", has_pooler=True)
+    tokenizer = Tokenizer(checkpoint.tokenizer_folder)
+    tokenizer.check_fits(checkpoint)
+    return tokenizer.model_facts(checkpoint, fingerprint="f", has_pooler=True)
 
 
 # What transformers keeps outside tokenizer.json.

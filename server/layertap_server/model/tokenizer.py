@@ -214,29 +214,32 @@ class Tokenizer:
             if special
         }
 
-    def model_facts(self, checkpoint: Checkpoint, *, fingerprint: str, has_pooler: bool) -> ModelFacts:
-        """Returns what the server knows of a model with this tokenizer.
+    def check_fits(self, checkpoint: Checkpoint) -> None:
+        """Checks that all ids are the model's.
 
         Raises:
-            CheckpointError: if the tokenizer does not belong to the model.
+            CheckpointError: if one is not.
         """
-        settings = checkpoint.settings
-        vocab_size, position_count = settings.vocab_size, settings.position_count
+        vocab_size = checkpoint.settings.vocab_size
         if self._highest_id >= vocab_size:
             raise CheckpointError(
                 f"the tokenizer has ids up to {self._highest_id}, the model's vocab_size is {vocab_size}: its ids must "
                 f"end at {vocab_size - 1}; does vocab.txt repeat a line? fetch the model's own tokenizer"
             )
+
+    def model_facts(self, checkpoint: Checkpoint, *, fingerprint: str, has_pooler: bool) -> ModelFacts:
+        """Returns what the server knows of a model with this tokenizer, which must fit it."""
+        settings = checkpoint.settings
         return ModelFacts(
             model_id=checkpoint.name,
             fingerprint=fingerprint,
             layer_count=settings.num_hidden_layers,
             hidden_size=settings.hidden_size,
             head_count=settings.num_attention_heads,
-            vocab_size=vocab_size,
+            vocab_size=settings.vocab_size,
             type_vocab_size=settings.type_vocab_size,
-            max_length=position_count,
-            default_max_length=min(self._max_length, position_count),
+            max_length=settings.position_count,
+            default_max_length=min(self._max_length, settings.position_count),
             has_pooler_output=has_pooler,
             pad_token_id=self.pad_token_id,
             special_token_ids=self.special_token_ids,
