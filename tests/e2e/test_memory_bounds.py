@@ -12,6 +12,7 @@ from pathlib import Path
 import grpc
 import psutil
 import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 from support import Server, poll, running
 from support.http2 import Connection
 
@@ -68,6 +69,23 @@ def test_requests_that_are_not_whole_are_bounded_make_place_and_end_in_time(serv
         assert hostile.initial_window <= 65_535
         hostile.wait(4 * STALL_S, count=4 * CALLS - 8)
         assert len(hostile.ended) == 4 * CALLS - 8, "what never becomes whole ends by itself"
+
+
+@pytest.mark.parametrize(
+    "method", ["/grpc.health.v1.Health/Check", "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo"]
+)
+def test_requests_outside_of_admission_are_bounded_too(server: Server, method: str) -> None:
+    before = memory(server)
+    with Connection(server.address) as hostile, grpc.insecure_channel(server.address) as channel:
+        for _ in range(90):
+            hostile.open(method, bytes(REQUEST_BYTES - 1), byte_count=REQUEST_BYTES)
+        hostile.pump(2.0)
+        hostile.wait(5.0, count=60)
+        assert len(hostile.ended) >= 60
+        assert memory(server) - before < MARGIN
+        for _ in range(5):
+            request = health_pb2.HealthCheckRequest()
+            assert health_pb2_grpc.HealthStub(channel).Check(request, timeout=5).status
 
 
 def test_what_a_call_does_not_read_stays_with_its_caller(server: Server) -> None:

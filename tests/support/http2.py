@@ -81,6 +81,11 @@ class Connection:
         """Whether all that the calls have to send is sent, or not wanted any more."""
         return not any(self._unsent.values())
 
+    @property
+    def open_count(self) -> int:
+        """How many calls the server has not ended."""
+        return len(self._windows) - len(self.ended)
+
     def open(self, method: str, *messages: bytes, byte_count: int | None = None, compressed: bool = False) -> int:
         """Begins a call; returns its number.
 

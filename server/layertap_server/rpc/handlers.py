@@ -9,6 +9,7 @@ import grpc
 
 from layertap_server.rpc.admission import Admission
 from layertap_server.rpc.caller import Caller, Context
+from layertap_server.rpc.short_requests import ShortRequests
 
 
 class Service(Protocol):
@@ -35,9 +36,10 @@ def handler(name: str, service: Service, admission: Admission) -> grpc.GenericRp
         service: Its methods.
         admission: The admission of calls.
     """
-    handlers: dict[str, Any] = {
-        method: grpc.unary_unary_rpc_method_handler(_unlimited(answer)) for method, answer in service.unlimited.items()
-    }
+    requests = ShortRequests()
+    handlers: dict[str, Any] = {}
+    for method, unlimited in service.unlimited.items():
+        handlers[method] = requests.bounded(grpc.unary_unary_rpc_method_handler(_unlimited(unlimited)))
     for method, answer in service.unary.items():
         handlers[method] = grpc.stream_unary_rpc_method_handler(admission.answered(method, answer))
     for method, stream in service.streams.items():

@@ -22,6 +22,7 @@ from layertap_server.rpc import tls
 from layertap_server.rpc.auth import AuthInterceptor, Tokens, authenticate, certificate_name, read_tokens
 from layertap_server.rpc.file_reload import ReloadedFiles
 from layertap_server.rpc.health import HealthService
+from layertap_server.rpc.short_requests import ServerOfShortRequests
 from layertap_server.scheduler.hooks import Hooks
 
 log = logging.getLogger(__name__)
@@ -233,11 +234,14 @@ def _why_not(exc: OSError, flag: str) -> str:
 def add_standard_services(server: grpc.aio.Server, *service_names: str) -> HealthService:
     """Adds health and reflection for some services; returns the health service."""
     from grpc_health.v1 import health, health_pb2_grpc
-    from grpc_reflection.v1alpha import reflection
+    from grpc_reflection.v1alpha import reflection, reflection_pb2_grpc
 
+    requests = ServerOfShortRequests(server)
     service = HealthService(("", *service_names))
-    health_pb2_grpc.add_HealthServicer_to_server(service, server)
-    reflection.enable_server_reflection((*service_names, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
+    health_pb2_grpc.add_HealthServicer_to_server(service, requests)
+    servicer = reflection.aio.ReflectionServicer  # type: ignore[attr-defined]  # exported by other names
+    shown = servicer((*service_names, health.SERVICE_NAME, reflection.SERVICE_NAME))
+    reflection_pb2_grpc.add_ServerReflectionServicer_to_server(shown, requests)
     return service
 
 
