@@ -25,6 +25,7 @@ from layertap.errors import (
     UnknownError,
 )
 from layertap.quantization import quantize_embeddings
+from layertap.results.attentions import Attentions
 from layertap.results.embedding import Embedding, LayerRows, StreamResult, TorchEmbedding
 from layertap.results.hidden_states import HiddenStates
 from layertap.results.tokens import Tokens
@@ -37,6 +38,7 @@ __all__ = [
     "AbortedError",
     "AlreadyExistsError",
     "AsyncClient",
+    "Attentions",
     "CancelledError",
     "Client",
     "DataLossError",

@@ -120,6 +120,9 @@ class Client(SentenceClient):
             words: "first", "last", "mean" or "first_last" ([first; last], twice as wide): the rows of `layers` and
                 `mix` then come one a word, pooled so from the rows of its tokens, instead of one a token.
             mix: Several layers as one; beside `layers`, if both are given.
+            attentions: "all", a layer number or several, from 0 to layer_count - 1: the attention probabilities of
+                these encoder blocks.
+            attention_heads: Which heads of them; None: all.
             dtype: The number format on the wire: "float32", "float16", or "bfloat16" (returned as float32).
             truncation: What happens above max_length: "error", "right" or "left". Token ids are never cut.
             max_length: The most tokens of one text; None: the model's.

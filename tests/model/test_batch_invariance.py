@@ -127,6 +127,7 @@ def _plan(random: np.random.Generator, size: int, last: int) -> Plan:
         ),
         Output(kind=OutputKind.WORD_VECTORS, layers=chosen, row_size=size, word_pooling=WordPooling.MEAN),
         Output(kind=OutputKind.POOLER_OUTPUT, layers=(last,), row_size=size),
+        Output(kind=OutputKind.ATTENTIONS, layers=(min(deepest, last - 1),), row_size=2, heads=(1, 3)),
     ]
     picked = random.permutation(len(outputs))[: int(random.integers(1, 4))]
     return Plan(outputs=tuple(outputs[n] for n in picked), dtype="float32")

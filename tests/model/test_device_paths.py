@@ -77,6 +77,7 @@ EVERY_OUTPUT = [
     ALL_LAYERS,
     _output(OutputKind.HIDDEN_STATES, 2, mix=Mix(mixing=Mixing.MEAN, layers=(0, 2))),
     _output(OutputKind.POOLER_OUTPUT, LAYER_COUNT),
+    _output(OutputKind.ATTENTIONS, 0, LAYER_COUNT - 1, size=2, heads=(1, 3)),
     *(
         _output(
             OutputKind.POOLED_VECTORS,

@@ -37,7 +37,7 @@ from layertap_server.types import (
     Words,
 )
 
-LAYER_COUNT, HIDDEN_SIZE = 3, 32
+LAYER_COUNT, HIDDEN_SIZE, HEAD_COUNT = 3, 32, 4
 WAIT_S = 60.0
 
 
@@ -143,6 +143,15 @@ word_vectors = st.builds(
 )
 
 
+attentions = st.builds(
+    lambda layers, heads: Output(
+        kind=OutputKind.ATTENTIONS, layers=tuple(sorted(layers)), row_size=len(heads), heads=tuple(sorted(heads))
+    ),
+    st.sets(st.integers(0, LAYER_COUNT - 1), min_size=1),
+    st.sets(st.integers(0, HEAD_COUNT - 1), min_size=1),
+)
+
+
 def _mixed(output: Output, mixing: Mixing, chosen: list[int], weights: list[float]) -> Output:
     """Returns an output of a mix instead of its own layers."""
     own = tuple(weights[: len(chosen)]) if mixing is Mixing.WEIGHTED else ()
@@ -158,7 +167,7 @@ mixed = st.builds(
     st.lists(layers, min_size=1, unique=True),
     st.lists(st.floats(0.25, 2, width=16), min_size=LAYER_COUNT + 1, max_size=LAYER_COUNT + 1),
 )
-outputs = hidden_states | pooler_output | pooled_vectors | word_vectors | mixed
+outputs = hidden_states | pooler_output | pooled_vectors | word_vectors | attentions | mixed
 plans = st.lists(outputs, min_size=1, max_size=3).map(lambda outputs: Plan(outputs=tuple(outputs), dtype="float32"))
 
 
@@ -248,6 +257,9 @@ def _check(
 
 
 def _wanted(oracle: Oracle, output: Output, layer: int, text: Text) -> np.ndarray:
+    if output.kind is OutputKind.ATTENTIONS:
+        probabilities = oracle.attentions(text.input_ids, text.attention_mask, text.token_type_ids)[layer]
+        return probabilities[list(output.heads)].transpose(1, 2, 0).reshape(-1, len(output.heads))
     states, pooler = oracle.run(text.input_ids, text.attention_mask, text.token_type_ids)
     if output.kind is OutputKind.POOLER_OUTPUT:
         return pooler[None]

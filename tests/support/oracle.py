@@ -43,21 +43,29 @@ class Oracle:
             return dict(self.tokenizer(*item))
         return dict(self.tokenizer(item, is_split_into_words=isinstance(item, list)))
 
-    @torch.inference_mode()
     def run(
         self, ids: Sequence[int], mask: Sequence[int] | None = None, types: Sequence[int] | None = None
     ) -> tuple[list[np.ndarray], Any]:
         """Returns all hidden states of one text, each [token_count, hidden_size], and its pooler output, if any."""
-        given = {"input_ids": ids, "attention_mask": [1] * len(ids) if mask is None else mask}
-        if self.has_token_types:
-            given["token_type_ids"] = [0] * len(ids) if types is None else types
-        out = self.model(
-            **{name: torch.tensor([list(values)]) for name, values in given.items()}, output_hidden_states=True
-        )
+        out = self._forward(ids, mask, types)
         pooler_output = out.get("pooler_output")
         return [layer[0].numpy() for layer in out.hidden_states], (
             None if pooler_output is None else pooler_output[0].numpy()
         )
+
+    def attentions(
+        self, ids: Sequence[int], mask: Sequence[int] | None = None, types: Sequence[int] | None = None
+    ) -> list[np.ndarray]:
+        """Returns the attention probabilities of all blocks, each [head_count, token_count, token_count]."""
+        return [layer[0].numpy() for layer in self._forward(ids, mask, types).attentions]
+
+    @torch.inference_mode()
+    def _forward(self, ids: Sequence[int], mask: Sequence[int] | None, types: Sequence[int] | None) -> Any:
+        given = {"input_ids": ids, "attention_mask": [1] * len(ids) if mask is None else mask}
+        if self.has_token_types:
+            given["token_type_ids"] = [0] * len(ids) if types is None else types
+        tensors = {name: torch.tensor([list(values)]) for name, values in given.items()}
+        return self.model(**tensors, output_hidden_states=True, output_attentions=True)
 
     def text(self, item: Any) -> tuple[list[np.ndarray], Any]:
         """Tokenizes and runs one text."""

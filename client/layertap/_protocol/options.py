@@ -57,6 +57,8 @@ class EmbedOptions(LayerOptions, total=False):
     pooling: Poolings
     words: WordPoolingName | None
     mix: LayerMix | None
+    attentions: Layers
+    attention_heads: int | Iterable[int] | None
     return_tokens: bool
 
 
@@ -79,6 +81,8 @@ def embed_options(
     pooling: Poolings = None,
     words: WordPoolingName | None = None,
     mix: LayerMix | None = None,
+    attentions: Layers = None,
+    attention_heads: int | Iterable[int] | None = None,
     dtype: DtypeName = "float32",
     truncation: TruncationName = "error",
     max_length: int | None = None,
@@ -103,6 +107,11 @@ def embed_options(
         outputs.append(_rows(words, mix=_mix("mix", mix)))
     if pooler_output:
         outputs.append(pb.Output(pooler_output=pb.PoolerOutput()))
+    if attentions is not None:
+        heads = [] if attention_heads is None else _several("attention_heads", attention_heads)
+        outputs.append(pb.Output(attentions=pb.Attentions(heads=heads, **_layers("attentions", attentions))))
+    elif attention_heads is not None:
+        raise InvalidArgumentError('attention_heads belongs to attentions; pass attentions="all" or layers too')
     outputs.extend(pb.Output(pooled_vectors=_pooled_vectors(pooling)) for pooling in poolings)
     return pb.EmbedOptions(
         outputs=outputs,
@@ -157,12 +166,17 @@ def _layers(field: str, layers: str | int | Iterable[int]) -> dict[str, Any]:
         if layers != "all":
             raise InvalidArgumentError(f'{field} is {layers!r}; pass "all", a layer number or a list of them')
         return {"all_layers": True}
+    return {"layers": _several(field, layers)}
+
+
+def _several(field: str, values: int | Iterable[int]) -> list[int]:
+    """Returns one number or several as a list."""
     # A numpy scalar is of a type that could be iterated over, and has no shape.
-    several: Iterable[Any] = layers if isinstance(layers, Iterable) and getattr(layers, "shape", 0) != () else [layers]
-    numbers = [_integer(field, layer) for layer in several]
+    several: Iterable[Any] = values if isinstance(values, Iterable) and getattr(values, "shape", 0) != () else [values]
+    numbers = [_integer(field, value) for value in several]
     if not numbers:
-        raise InvalidArgumentError(f"{field} is empty; name at least one layer")
-    return {"layers": numbers}
+        raise InvalidArgumentError(f"{field} is empty; name at least one")
+    return numbers
 
 
 def _mix(field: str, mix: LayerMix) -> pb.LayerMix:

@@ -35,6 +35,7 @@ _UNITS = {
     "word_vectors": pb.ROW_UNIT_WORD,
     "pooler_output": pb.ROW_UNIT_TEXT,
     "pooled_vectors": pb.ROW_UNIT_TEXT,
+    "attentions": pb.ROW_UNIT_TOKEN_PAIR,
 }
 
 
@@ -72,6 +73,8 @@ def row_counts(
     """Returns how many rows each text has in an output. Shape: [text_count]."""
     if unit == pb.ROW_UNIT_TOKEN:
         return token_counts
+    if unit == pb.ROW_UNIT_TOKEN_PAIR:
+        return [int(count) ** 2 for count in token_counts]
     return word_counts if unit == pb.ROW_UNIT_WORD else [1] * len(token_counts)
 
 
@@ -104,7 +107,8 @@ def check_header(header: pb.EmbedHeader, options: pb.EmbedOptions, messages: Seq
     for asked, output in zip(options.outputs, header.outputs, strict=False):
         kind = asked.WhichOneof("kind")
         assert kind is not None
-        mixed = kind != "pooler_output" and getattr(asked, kind).HasField("mix")
+        mixed = kind not in ("pooler_output", "attentions") and getattr(asked, kind).HasField("mix")
+        fits &= len(output.heads) == (output.row_size if kind == "attentions" else 0)
         fits &= 0 < output.row_size <= _MOST_ROW_SIZE and len(set(output.layers)) == len(output.layers) > 0
         fits &= output.unit == _UNITS[kind] and mixed == bool(output.mixed_layers)
         fits &= len(output.layers) == 1 or (output.unit != pb.ROW_UNIT_TEXT and not mixed)

@@ -8,6 +8,7 @@ import numpy as np
 
 from layertap._protocol import inputs
 from layertap.errors import DataLossError
+from layertap.results.attentions import Attentions
 from layertap.results.embedding import Embedding
 from layertap.results.hidden_states import HiddenStates
 from layertap.results.tokens import Tokens
@@ -42,6 +43,7 @@ def build_embedding(
     mixes: dict[pb.RowUnit.ValueType, tuple[tuple[int, ...], dict[int, FloatArray]]] = {}
     pools: list[FloatArray] = []
     pooler_output: FloatArray | None = None
+    attentions: Attentions | None = None
     for output_index, (asked, output) in enumerate(zip(options.outputs, header.outputs, strict=True)):
         found = {layer: arrays[output_index, layer] for layer in output.layers}
         if output.unit == pb.ROW_UNIT_TEXT:
@@ -49,6 +51,10 @@ def build_embedding(
                 (pooler_output,) = found.values()
             else:
                 pools.extend(found.values())
+        elif output.unit == pb.ROW_UNIT_TOKEN_PAIR:
+            attentions = Attentions(
+                ragged=found, heads=tuple(output.heads), token_counts=token_counts, layer_count=header.layer_count
+            )
         elif output.mixed_layers:
             ragged.setdefault(output.unit, {})
             mixes[output.unit] = tuple(output.mixed_layers), found
@@ -87,6 +93,7 @@ def build_embedding(
         _pooler_output=pooler_output,
         _mixed=mixed,
         _words=split,
+        _attentions=attentions,
         _tokens=build_tokens(tokens, header.pad_token_id) if options.return_tokens else None,
     )
 

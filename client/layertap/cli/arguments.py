@@ -42,9 +42,9 @@ examples:
   zstdcat corpus.jsonl.zst | layertap embed --input-format jsonl --pooling cls -o out.safetensors
 
 OUT holds ids, kept fields, token_counts, truncated, and what was asked for: layer_K, mixed, words_layer_K,
-words_mixed, pool_N, pooler_output. Rows of tokens and words lie one text after the other in .npz and .safetensors
-(divide them by token_counts and word_counts), in lists in .parquet and .arrow. .npy holds one matrix with a row a
-text, and no ids."""
+words_mixed, attentions_K, pool_N, pooler_output. Rows of tokens and words lie one text after the other in .npz and
+.safetensors (divide them by token_counts and word_counts), in lists in .parquet and .arrow; attentions_K has a row for
+each pair of tokens, with a value for each head. .npy holds one matrix with a row a text, and no ids."""
     + _FILES
 )
 
@@ -194,6 +194,10 @@ def _embed(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--words", choices=wire.WORD_POOLINGS, metavar="POOLING", help=what)
     what = "several layers as one, such as mean:-4,-3,-2,-1 or concat:-1,-2 or weighted:0,6:0.5,2"
     parser.add_argument("--mix", type=parsing.mix, help=what)
+    what = "attention probabilities of encoder blocks: all, or numbers such as 0,5 or =-1; they grow with length²"
+    parser.add_argument("--attentions", type=parsing.layers, metavar="LAYERS", help=what)
+    what = "which heads of them, such as 0,3 [all]"
+    parser.add_argument("--attention-heads", type=parsing.numbers, metavar="HEADS", help=what)
     _prompts(parser)
     parser.add_argument("--pooler-output", action="store_true", help="the model's own pooler")
     parser.add_argument("--dtype", choices=wire.DTYPES, default="float32", help="on the wire [%(default)s]")

@@ -28,8 +28,8 @@ from layertap.types import Pooling
 
 _HEALTH: Final = ("UNKNOWN", "SERVING", "NOT_SERVING", "SERVICE_UNKNOWN")
 _EMBED_OPTIONS: Final = (
-    *("layers", "words", "mix", "pooler_output", "dtype", "truncation", "max_length"),
-    *("prompt", "prompt_name"),
+    *("layers", "words", "mix", "attentions", "attention_heads", "pooler_output"),
+    *("dtype", "truncation", "max_length", "prompt", "prompt_name"),
 )
 
 

@@ -86,6 +86,14 @@ def layers(value: str) -> Literal["all"] | list[int]:
         raise argparse.ArgumentTypeError("pass all, or numbers such as 0,6 or =-1,-2") from exc
 
 
+def numbers(value: str) -> list[int]:
+    """Reads numbers with commas between them."""
+    try:
+        return [int(part) for part in value.split(",")]
+    except ValueError as exc:
+        raise argparse.ArgumentTypeError("pass numbers such as 0,3") from exc
+
+
 def mix(value: str) -> LayerMix:
     """Reads STRATEGY:LAYERS, or STRATEGY:LAYERS:WEIGHTS."""
     strategy, _, rest = value.partition(":")

@@ -11,6 +11,7 @@ import numpy.typing as npt
 from layertap import _repr
 from layertap.errors import LayertapError
 from layertap.results import export
+from layertap.results.attentions import Attentions
 from layertap.results.hidden_states import HiddenStates
 from layertap.results.tokens import Tokens
 from layertap.results.words import MixedRows, Words
@@ -48,6 +49,7 @@ class Embedding:
     _tokens: Tokens | None
     _mixed: MixedRows | None = None
     _words: Words | None = None
+    _attentions: Attentions | None = None
     request_id: str | None = None
 
     @property
@@ -112,6 +114,17 @@ class Embedding:
         return self._words
 
     @property
+    def attentions(self) -> Attentions:
+        """The attention probabilities of the layers that were asked for; see `Attentions`.
+
+        Raises:
+            LookupError: if they were not asked for.
+        """
+        if self._attentions is None:
+            raise LookupError('attentions were not asked for; pass attentions="all" or layer numbers')
+        return self._attentions
+
+    @property
     def tokens(self) -> Tokens:
         """The tokens of the texts.
 
@@ -131,10 +144,11 @@ class Embedding:
         return self.hidden_states.ragged(layer)
 
     def to_tuple(self) -> tuple[Any, ...]:
-        """Returns (last_hidden_state, pooler_output, hidden_states), less what was not asked for.
+        """Returns (last_hidden_state, pooler_output, hidden_states, attentions), less what was not asked for.
 
         As in transformers `hidden_states`, a tuple of the held layers, is there only if more than the last was asked
-        for: `hidden, pooled = client.embed(text, layers=-1, pooler_output=True).to_tuple()`.
+        for: `hidden, pooled = client.embed(text, layers=-1, pooler_output=True).to_tuple()`. `attentions` is a tuple of
+        its held layers.
         """
         last = self.hidden_states.layer_count
         parts: list[Any] = [self.last_hidden_state] if last in self.layers else []
@@ -142,6 +156,8 @@ class Embedding:
             parts.append(self._pooler_output)
         if set(self.layers) - {last}:
             parts.append(tuple(self.hidden_states))
+        if self._attentions is not None:
+            parts.append(tuple(self._attentions))
         return tuple(parts)
 
     def __len__(self) -> int:
@@ -166,6 +182,7 @@ class Embedding:
             _tokens=None if self._tokens is None else self._tokens._text(index),
             _mixed=None if self._mixed is None else self._mixed._text(index),
             _words=None if self._words is None else self._words._text(index),
+            _attentions=None if self._attentions is None else self._attentions._text(index),
         )
 
     def __repr__(self) -> str:
@@ -214,6 +231,7 @@ class Embedding:
             last_hidden_state=hidden_states[-1] if self.hidden_states.layer_count in self.layers else None,
             pooler_output=None if self._pooler_output is None else export.to_torch(self._pooler_output),
             hidden_states=hidden_states,
+            attentions=None if self._attentions is None else self._attentions.to_torch(),
             pools=tuple(export.to_torch(pool) for pool in self.pools),
             attention_mask=export.to_torch(self.attention_mask),
         )
@@ -222,8 +240,9 @@ class Embedding:
         """Returns an Arrow table with one row a text, whose numbers share the memory of the arrays.
 
         Columns: token_counts, truncated, layer_K for each held layer and mixed (a List of FixedSizeList), word_counts,
-        word_offsets, words_layer_K and words_mixed (likewise), pool_N and pooler_output (FixedSizeList), and tokens (a
-        List of strings), as far as they were asked for. The schema's metadata has model_id and fingerprint.
+        word_offsets, words_layer_K and words_mixed (likewise), token_pair_counts and attentions_K (likewise: of each
+        query and key, one value for each head), pool_N and pooler_output (FixedSizeList), and tokens (a List of
+        strings), as far as they were asked for. The schema's metadata has model_id and fingerprint.
 
         Raises:
             ModuleNotFoundError: pyarrow is missing; `layertap[arrow]` brings it.
@@ -252,6 +271,7 @@ class Embedding:
             *self.hidden_states._columns(),
             *([] if self._mixed is None else self._mixed._columns()),
             *([] if self._words is None else self._words._columns()),
+            *([] if self._attentions is None else self._attentions._columns()),
             *(export.Column(name=name, values=values) for name, values in self._vectors()),
             *([] if self._tokens is None else [export.Column(name="tokens", values=self._tokens.tokens)]),
         ]
@@ -261,8 +281,9 @@ class Embedding:
         rows = [(name, ", ".join(shown for _, shown in own._summary())) for name, own in self._rows()]
         return [("text_count", str(len(self))), *self.hidden_states._summary(), *rows, *vectors]
 
-    def _rows(self) -> list[tuple[str, MixedRows | Words]]:
-        return [(name, own) for name, own in (("mixed", self._mixed), ("words", self._words)) if own is not None]
+    def _rows(self) -> list[tuple[str, MixedRows | Words | Attentions]]:
+        several = (("mixed", self._mixed), ("words", self._words), ("attentions", self._attentions))
+        return [(name, own) for name, own in several if own is not None]
 
     def _only(self) -> FloatArray:
         vectors = [values for _, values in self._vectors()]
@@ -283,6 +304,8 @@ class TorchEmbedding:
         last_hidden_state: Shape: [text_count, length, hidden_size]; None if it was not asked for.
         pooler_output: Shape: [text_count, hidden_size]; None if it was not asked for.
         hidden_states: The held layers, ascending. Shape of each: [text_count, length, hidden_size].
+        attentions: The held layers of attentions, ascending; None if they were not asked for. Shape of each:
+            [text_count, head_count, length, length].
         pools: One for each asked-for pooling. Shape: [text_count, pool_size].
         attention_mask: Shape: [text_count, length].
     """
@@ -290,6 +313,7 @@ class TorchEmbedding:
     last_hidden_state: torch.Tensor | None
     pooler_output: torch.Tensor | None
     hidden_states: tuple[torch.Tensor, ...]
+    attentions: tuple[torch.Tensor, ...] | None
     pools: tuple[torch.Tensor, ...]
     attention_mask: torch.Tensor
 

@@ -252,6 +252,8 @@ class _RowUnitEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_RowUnit.Value
     """A word: each text has as many rows as word_counts says."""
     ROW_UNIT_TEXT: _RowUnit.ValueType  # 3
     """A text: each has one row."""
+    ROW_UNIT_TOKEN_PAIR: _RowUnit.ValueType  # 4
+    """A pair of tokens: each text has as many rows as the square of its token_counts."""
 
 class RowUnit(_RowUnit, metaclass=_RowUnitEnumTypeWrapper):
     """RowUnit says what one row of an output stands for."""
@@ -264,6 +266,8 @@ ROW_UNIT_WORD: RowUnit.ValueType  # 2
 """A word: each text has as many rows as word_counts says."""
 ROW_UNIT_TEXT: RowUnit.ValueType  # 3
 """A text: each has one row."""
+ROW_UNIT_TOKEN_PAIR: RowUnit.ValueType  # 4
+"""A pair of tokens: each text has as many rows as the square of its token_counts."""
 Global___RowUnit: _TypeAlias = RowUnit  # noqa: Y015
 
 class _ResultOrder:
@@ -1166,6 +1170,7 @@ class Output(_message.Message):
     POOLER_OUTPUT_FIELD_NUMBER: _builtins.int
     POOLED_VECTORS_FIELD_NUMBER: _builtins.int
     WORD_VECTORS_FIELD_NUMBER: _builtins.int
+    ATTENTIONS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def hidden_states(self) -> Global___HiddenStates:
         """Token rows of chosen layers."""
@@ -1182,6 +1187,10 @@ class Output(_message.Message):
     def word_vectors(self) -> Global___WordVectors:
         """One vector a word."""
 
+    @_builtins.property
+    def attentions(self) -> Global___Attentions:
+        """Attention probabilities."""
+
     def __init__(
         self,
         *,
@@ -1189,12 +1198,13 @@ class Output(_message.Message):
         pooler_output: Global___PoolerOutput | None = ...,
         pooled_vectors: Global___PooledVectors | None = ...,
         word_vectors: Global___WordVectors | None = ...,
+        attentions: Global___Attentions | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["hidden_states", b"hidden_states", "kind", b"kind", "pooled_vectors", b"pooled_vectors", "pooler_output", b"pooler_output", "word_vectors", b"word_vectors"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["attentions", b"attentions", "hidden_states", b"hidden_states", "kind", b"kind", "pooled_vectors", b"pooled_vectors", "pooler_output", b"pooler_output", "word_vectors", b"word_vectors"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["hidden_states", b"hidden_states", "kind", b"kind", "pooled_vectors", b"pooled_vectors", "pooler_output", b"pooler_output", "word_vectors", b"word_vectors"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attentions", b"attentions", "hidden_states", b"hidden_states", "kind", b"kind", "pooled_vectors", b"pooled_vectors", "pooler_output", b"pooler_output", "word_vectors", b"word_vectors"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_kind: _TypeAlias = _typing.Literal["hidden_states", "pooler_output", "pooled_vectors", "word_vectors"]  # noqa: Y015
+    _WhichOneofReturnType_kind: _TypeAlias = _typing.Literal["hidden_states", "pooler_output", "pooled_vectors", "word_vectors", "attentions"]  # noqa: Y015
     _WhichOneofArgType_kind: _TypeAlias = _typing.Literal["kind", b"kind"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_kind) -> _WhichOneofReturnType_kind | None: ...
 
@@ -1247,6 +1257,54 @@ class HiddenStates(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___HiddenStates: _TypeAlias = HiddenStates  # noqa: Y015
+
+@_typing.final
+class Attentions(_message.Message):
+    """Attentions asks for the attention probabilities of one or several layers: where each
+    token of a text looks, by each head. Rows: one for each pair of tokens of a text,
+    those of its first token first. Row size: the number of heads. So of a text it is an
+    array of shape [token_count, token_count, head_count]: of each query, of each key;
+    over all keys the values of a query and a head add up to 1.
+
+    Its layers are those of transformers' attentions: k, from 0 to L - 1, is encoder
+    block k + 1, which reads layer k. The size grows with the square of a text's length;
+    a text above limits.max_call_output_bytes is refused with INVALID_ARGUMENT.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    LAYERS_FIELD_NUMBER: _builtins.int
+    ALL_LAYERS_FIELD_NUMBER: _builtins.int
+    HEADS_FIELD_NUMBER: _builtins.int
+    all_layers: _builtins.bool
+    """All, 0 to L - 1. With it, layers must be empty."""
+    @_builtins.property
+    def layers(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Numbers from -L to L - 1, in any order, doubles allowed, at most 256 entries (or L,
+        if that is more); answered ascending and without doubles. Empty, without
+        all_layers: the last one.
+        """
+
+    @_builtins.property
+    def heads(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Heads, 0 to attention_head_count - 1, in any order, each once; answered ascending.
+        Empty: all.
+        """
+
+    def __init__(
+        self,
+        *,
+        layers: _abc.Iterable[_builtins.int] | None = ...,
+        all_layers: _builtins.bool = ...,
+        heads: _abc.Iterable[_builtins.int] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["all_layers", b"all_layers", "heads", b"heads", "layers", b"layers"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Attentions: _TypeAlias = Attentions  # noqa: Y015
 
 @_typing.final
 class PoolerOutput(_message.Message):
@@ -1497,19 +1555,25 @@ class OutputHeader(_message.Message):
     ROW_SIZE_FIELD_NUMBER: _builtins.int
     UNIT_FIELD_NUMBER: _builtins.int
     MIXED_LAYERS_FIELD_NUMBER: _builtins.int
+    HEADS_FIELD_NUMBER: _builtins.int
     row_size: _builtins.int
     """Values a row."""
     unit: Global___RowUnit.ValueType
     """What a row stands for; never unspecified."""
     @_builtins.property
     def layers(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """The absolute layers of its tensors, ascending, without doubles. Of a mix: the
+        """The absolute layers of its tensors, ascending, without doubles (of attentions:
+        from 0 to L - 1, as Attentions counts them). Of a mix: the
         highest of its layers, for its only tensor.
         """
 
     @_builtins.property
     def mixed_layers(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """The absolute layers of the mix, in its order. Empty: it is of no mix."""
+
+    @_builtins.property
+    def heads(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Of attentions: which heads, ascending; one for each value of a row. Else empty."""
 
     def __init__(
         self,
@@ -1518,10 +1582,11 @@ class OutputHeader(_message.Message):
         row_size: _builtins.int = ...,
         unit: Global___RowUnit.ValueType = ...,
         mixed_layers: _abc.Iterable[_builtins.int] | None = ...,
+        heads: _abc.Iterable[_builtins.int] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["layers", b"layers", "mixed_layers", b"mixed_layers", "row_size", b"row_size", "unit", b"unit"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["heads", b"heads", "layers", b"layers", "mixed_layers", b"mixed_layers", "row_size", b"row_size", "unit", b"unit"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1680,8 +1745,8 @@ class LayerTensor(_message.Message):
     """The absolute layer."""
     @_builtins.property
     def tensor(self) -> Global___Tensor:
-        """Shape: [row_count, row_size]; row_count is the sum of token_counts, the sum of
-        word_counts or the text_count, as the output's unit says.
+        """Shape: [row_count, row_size]; row_count is the sum of token_counts, of their
+        squares, or of word_counts, or the text_count, as the output's unit says.
         """
 
     def __init__(

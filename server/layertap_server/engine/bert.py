@@ -240,6 +240,26 @@ class Bert:
             done = layer
             yield layer, rows[:row_count]
 
+    def queries_and_keys(self, rows: torch.Tensor, block: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Returns what the attention of a block compares, with queries scaled.
+
+        Args:
+            rows: Rows of the layer that the block reads. Shape: [row_count, hidden_size], float32.
+            block: Which block, from 0.
+
+        Returns:
+            Queries and keys. Shape of each: [head_count, row_count, head_size], float32.
+        """
+        row_count = len(rows)
+        if more := self._padded(row_count) - row_count:
+            rows = torch.cat([rows, rows.new_zeros(more, self.hidden_size)])
+        if self._program is not None:
+            projected = self._program.project(rows, block)
+        else:
+            projected = self._steps.linear(rows.to(self._dtype), self._blocks[block].qkv)
+        split = projected[:row_count].float().view(row_count, 3, self._head_count, -1).permute(1, 2, 0, 3)
+        return split[0] * split.shape[-1] ** -0.5, split[1]
+
     def pooler(self, first_rows: torch.Tensor) -> torch.Tensor:
         """Applies the pooler to row 0 of texts. Shape: [text_count, hidden_size], float32 in and out."""
         text_count = len(first_rows)

@@ -76,6 +76,11 @@ class Blocks(torch.nn.Module):
         self.packed = packed
         self.epsilon = epsilon
 
+    @torch.jit.export
+    def project(self, rows: torch.Tensor, block: int) -> torch.Tensor:
+        """Makes query, key and value of one block; see `qkv`."""
+        return qkv(rows, self.blocks[block], self.packed)
+
     def forward(
         self,
         rows: torch.Tensor,

@@ -17,6 +17,7 @@ import safetensors.torch
 import torch
 from torch.nn import functional as F
 
+from layertap_server.engine.attention_output import AttentionOutput
 from layertap_server.engine.bert import Bert
 from layertap_server.engine.device import memory as device_memory
 from layertap_server.engine.device import named_errors
@@ -155,7 +156,7 @@ class Encoder:
                     output = one.group.output
                     if layer in output.layers:
                         values = rows if output.mix is None else mixes.whole(output.mix)
-                        host_copy.take(one.of(values), one.group, layer, chosen=one.chosen)
+                        host_copy.take(one.of(values, layer), one.group, layer, chosen=one.chosen)
                 yield from host_copy.done()
             yield from host_copy.rest()
         finally:
@@ -198,10 +199,13 @@ class _MadeOutput:
         self.group = group
         self.chosen: ChosenRows | None = None
         self._make: Callable[[torch.Tensor], torch.Tensor] | None = None
+        self._attentions: AttentionOutput | None = None
         output, runs = group.output, group.run_indices
         if output.kind is OutputKind.HIDDEN_STATES:
             self.chosen = ChosenRows(packed_batch.rows(runs), upload)
             self._make = bert.sentence_modules.of_tokens if output.applies_modules else None
+        elif output.kind is OutputKind.ATTENTIONS:
+            self._attentions = AttentionOutput(bert, packed_batch, runs, output.heads, upload)
         elif output.kind is OutputKind.POOLER_OUTPUT:
             first_rows = upload.add(packed_batch.first_rows(runs))
             self._make = lambda values: bert.pooler(values.index_select(0, first_rows.tensor))
@@ -215,8 +219,10 @@ class _MadeOutput:
                 bags = packed_batch.bags(runs, output.pool)
                 self._make = TextPooling(bags, output.pool, output.row_size, upload)
 
-    def of(self, values: torch.Tensor) -> torch.Tensor:
-        """Makes of token rows what the output has a row for. Shape: [row_count of the output, row_size]."""
+    def of(self, values: torch.Tensor, layer: int) -> torch.Tensor:
+        """Makes of a layer's rows what the output has a row for. Shape: [row_count of the output, row_size]."""
+        if self._attentions is not None:
+            return self._attentions(values, layer)
         return values if self._make is None else self._make(values)
 
 

@@ -75,5 +75,6 @@ def _is_large(run: Run, output: Output) -> bool:
     """Whether rows of a run go straight into a buffer of its own."""
     if run.allocator is not None:
         return True
-    token_count = sum(text.token_count for text in run.texts)
-    return output.kind is OutputKind.HIDDEN_STATES and token_count * run.plan.row_bytes(output) > _SMALL_BYTES
+    if output.kind not in (OutputKind.HIDDEN_STATES, OutputKind.ATTENTIONS):
+        return False
+    return sum(output.row_counts(run.texts)) * run.plan.row_bytes(output) > _SMALL_BYTES

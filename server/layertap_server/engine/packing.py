@@ -103,6 +103,10 @@ class PackedBatch:
         before = so_far[self._row_starts] - counted[self._row_starts]
         return np.where(counted, so_far - before, 0) + padding_id
 
+    def texts(self, runs: Sequence[int]) -> list[Text]:
+        """Returns the texts of some runs, run by run in request order."""
+        return [text for run in runs for text in self._runs[run].texts]
+
     def first_rows(self, runs: Sequence[int]) -> Indices:
         """Returns the first row of each text of some runs, run by run in request order. Shape: [text_count]."""
         return self._starts[self._texts(runs)]

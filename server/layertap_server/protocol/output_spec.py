@@ -81,7 +81,11 @@ def _output(output: pb.Output, model: ModelFacts, sentences: SentenceConfig, lab
         if output.pooled_vectors.sentence_modules:
             return _sentence_vectors(output.pooled_vectors, model, sentences, label)
         return _pooled_vectors(output.pooled_vectors, model, label)
-    raise InvalidArgumentError(f"{label} has no kind; set hidden_states, pooler_output, pooled_vectors or word_vectors")
+    if kind == "attentions":
+        return _attentions(output.attentions, model, label)
+    raise InvalidArgumentError(
+        f"{label} has no kind; set hidden_states, pooler_output, pooled_vectors, word_vectors or attentions"
+    )
 
 
 def _layers(
@@ -93,17 +97,38 @@ def _layers(
             raise InvalidArgumentError(f"{label} has both layers and a mix; ask for them as two outputs")
         mix, size = _mix(asked.mix, model, f"{label}.mix")
         return (mix.top,), mix, size
+    return _chosen(asked, model.layer_count + 1, label), None, model.hidden_size
+
+
+def _chosen(asked: pb.HiddenStates | pb.WordVectors | pb.Attentions, count: int, label: str) -> tuple[int, ...]:
+    """Returns the layers that are asked for, of so many, ascending."""
     if asked.all_layers and asked.layers:
         raise InvalidArgumentError(f"{label} has both layers and all_layers; set one of them")
-    most = max(MAX_LAYER_ENTRIES, model.layer_count + 1)
+    most = max(MAX_LAYER_ENTRIES, count)
     if len(asked.layers) > most:
         raise InvalidArgumentError(
             f"{label}.layers has {len(asked.layers)} entries, the most is {most}; name each layer once, or set "
             "all_layers"
         )
-    everything = range(model.layer_count + 1)
-    layers = everything if asked.all_layers else {_layer(k, model, f"{label}.layers") for k in asked.layers or (-1,)}
-    return tuple(sorted(layers)), None, model.hidden_size
+    layers = range(count) if asked.all_layers else {_layer(k, count, f"{label}.layers") for k in asked.layers or (-1,)}
+    return tuple(sorted(layers))
+
+
+def _attentions(asked: pb.Attentions, model: ModelFacts, label: str) -> Output:
+    if len(asked.heads) > model.head_count:
+        raise InvalidArgumentError(
+            f"{label}.heads has {len(asked.heads)} entries, this model has {model.head_count} heads; name each once"
+        )
+    for head in asked.heads:
+        if not 0 <= head < model.head_count:
+            raise InvalidArgumentError(
+                f"{label}.heads has {head}; this model's heads run from 0 to {model.head_count - 1}"
+            )
+    heads = tuple(sorted(set(asked.heads))) or tuple(range(model.head_count))
+    if asked.heads and len(heads) < len(asked.heads):
+        raise InvalidArgumentError(f"{label}.heads names a head twice; name each once")
+    layers = _chosen(asked, model.layer_count, label)
+    return Output(kind=OutputKind.ATTENTIONS, layers=layers, row_size=len(heads), heads=heads)
 
 
 def _mix(asked: pb.LayerMix, model: ModelFacts, label: str) -> tuple[Mix, int]:
@@ -117,7 +142,8 @@ def _mix(asked: pb.LayerMix, model: ModelFacts, label: str) -> tuple[Mix, int]:
             "once, and use weights to count it more"
         )
     everything = tuple(range(model.layer_count + 1))
-    layers = everything if asked.all_layers else tuple(_layer(k, model, f"{label}.layers") for k in asked.layers)
+    count = model.layer_count + 1
+    layers = everything if asked.all_layers else tuple(_layer(k, count, f"{label}.layers") for k in asked.layers)
     if len(set(layers)) < len(layers):
         raise InvalidArgumentError(
             f"{label}.layers names a layer twice; name each once, and use weights to count it more"
@@ -159,7 +185,7 @@ def _pooled_vectors(asked: pb.PooledVectors, model: ModelFacts, label: str) -> O
         mix, widest = _mix(asked.mix, model, f"{label}.mix")
         layer = mix.top
     elif asked.HasField("layer"):
-        layer = _layer(asked.layer, model, f"{label}.layer")
+        layer = _layer(asked.layer, model.layer_count + 1, f"{label}.layer")
     if strategy is Strategy.MEAN_MAX:
         widest *= 2
     if not 0 <= asked.dimensions <= widest:
@@ -179,7 +205,7 @@ def _token_embeddings(asked: pb.HiddenStates, model: ModelFacts, sentences: Sent
         asked.HasField("mix")
         or asked.all_layers
         or any(
-            _layer(layer, model, f"{label}.layers") != model.layer_count
+            _layer(layer, model.layer_count + 1, f"{label}.layers") != model.layer_count
             for layer in asked.layers[: MAX_LAYER_ENTRIES + 1]
         )
     ):
@@ -227,10 +253,10 @@ def _check_supported(sentences: SentenceConfig) -> None:
         )
 
 
-def _layer(layer: int, model: ModelFacts, label: str) -> int:
-    count = model.layer_count
-    if not -count - 1 <= layer <= count:
+def _layer(layer: int, count: int, label: str) -> int:
+    """Returns the absolute number of a layer, of so many."""
+    if not -count <= layer < count:
         raise InvalidArgumentError(
-            f"{label} has {layer}; this model's layers run from 0 to {count}, or -{count + 1} to -1"
+            f"{label} has {layer}; this model's layers run from 0 to {count - 1}, or -{count} to -1"
         )
-    return layer if layer >= 0 else layer + count + 1
+    return layer if layer >= 0 else layer + count

@@ -25,7 +25,12 @@ from layertap_server.types import Plan, Unit
 
 MessageT = TypeVar("MessageT", pb.TokenizedText, pb.SplitText)
 
-_UNITS = {Unit.TOKEN: pb.ROW_UNIT_TOKEN, Unit.WORD: pb.ROW_UNIT_WORD, Unit.TEXT: pb.ROW_UNIT_TEXT}
+_UNITS = {
+    Unit.TOKEN: pb.ROW_UNIT_TOKEN,
+    Unit.WORD: pb.ROW_UNIT_WORD,
+    Unit.TEXT: pb.ROW_UNIT_TEXT,
+    Unit.TOKEN_PAIR: pb.ROW_UNIT_TOKEN_PAIR,
+}
 
 
 def header(
@@ -45,6 +50,7 @@ def header(
                 row_size=output.row_size,
                 unit=_UNITS[output.unit],
                 mixed_layers=output.mix.layers if output.mix is not None else (),
+                heads=output.heads,
             )
             for output in plan.outputs
         ],

@@ -22,7 +22,7 @@ from layertap_server.model.tokenized import Tokenized
 from layertap_server.model.tokenizer import Item
 from layertap_server.protocol.limits import ID_BYTES, LEAST_TOKEN_BYTES, Limits
 from layertap_server.protocol.output_spec import known
-from layertap_server.types import Ids, Plan, Text
+from layertap_server.types import Ids, OutputKind, Plan, Text
 
 MAX_PROMPT_CHARACTERS: Final = 10_000
 """Characters of a prompt, which may have to be tokenized alone before any text is read."""
@@ -193,7 +193,7 @@ def check_tokenized(plan: Plan, result: Tokenized, label: str, limits: Limits) -
     if (size := plan.byte_counts.of(result.text)) > limits.max_call_output_bytes:
         raise InvalidArgumentError(
             f"the outputs of {label} take {size} bytes, the most is {limits.max_call_output_bytes}; ask for fewer "
-            "layers at once, or shorten it"
+            f"layers at once, or shorten it{_attentions_of(plan, result.text)}"
         )
     if (size := plan.mix_token_bytes * result.text.token_count) > limits.max_call_output_bytes:
         raise InvalidArgumentError(
@@ -207,6 +207,16 @@ def check_tokenized(plan: Plan, result: Tokenized, label: str, limits: Limits) -
                 "include special tokens, or leave the prompt out"
             )
     return result
+
+
+def _attentions_of(plan: Plan, text: Text) -> str:
+    """Returns what the attentions of a text are made of, as the end of an error message; empty: none are asked for."""
+    return "".join(
+        f" (attentions of {len(output.layers)} layers and {len(output.heads)} heads for {text.token_count} tokens: "
+        "ask for fewer of them)"
+        for output in plan.outputs
+        if output.kind is OutputKind.ATTENTIONS
+    )
 
 
 def check_decode(texts: Sequence[pb.TokenIds], limits: Limits) -> list[int]:

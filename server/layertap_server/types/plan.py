@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import enum
 from collections.abc import Sequence
+from typing import Final
 
 import numpy as np
 import numpy.typing as npt
@@ -20,6 +21,7 @@ class OutputKind(enum.Enum):
     POOLER_OUTPUT = enum.auto()
     POOLED_VECTORS = enum.auto()
     WORD_VECTORS = enum.auto()
+    ATTENTIONS = enum.auto()
 
 
 class Unit(enum.Enum):
@@ -28,6 +30,7 @@ class Unit(enum.Enum):
     TOKEN = enum.auto()
     WORD = enum.auto()
     TEXT = enum.auto()
+    TOKEN_PAIR = enum.auto()
 
 
 class Mixing(enum.Enum):
@@ -119,6 +122,14 @@ class Mix:
         return max(self.layers)
 
 
+_UNITS: Final = {
+    OutputKind.HIDDEN_STATES: Unit.TOKEN,
+    OutputKind.WORD_VECTORS: Unit.WORD,
+    OutputKind.ATTENTIONS: Unit.TOKEN_PAIR,
+}
+"""What the others have is one row a text."""
+
+
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Output:
     """One asked-for output, resolved.
@@ -132,6 +143,7 @@ class Output:
         mix: What its rows are made of instead of one layer each. None: of each layer by itself.
         joined_pools: More poolings, whose vectors are joined to that of `pool`; it says what is done to the whole.
         applies_modules: Whether the sentence modules of the model's folder are applied, to token rows and to vectors.
+        heads: The attention heads, ascending, for attentions: one for each value of a row.
     """
 
     kind: OutputKind
@@ -142,6 +154,7 @@ class Output:
     mix: Mix | None = None
     joined_pools: tuple[Pool, ...] = ()
     applies_modules: bool = False
+    heads: tuple[int, ...] = ()
 
     @property
     def pools(self) -> tuple[Pool, ...]:
@@ -151,15 +164,15 @@ class Output:
     @property
     def unit(self) -> Unit:
         """What one row stands for."""
-        if self.kind is OutputKind.HIDDEN_STATES:
-            return Unit.TOKEN
-        return Unit.WORD if self.kind is OutputKind.WORD_VECTORS else Unit.TEXT
+        return _UNITS.get(self.kind, Unit.TEXT)
 
     def row_counts(self, texts: Sequence[Text]) -> list[int]:
         """Returns how many rows of each layer each text has."""
         unit = self.unit
         if unit is Unit.TOKEN:
             return [text.token_count for text in texts]
+        if unit is Unit.TOKEN_PAIR:
+            return [text.token_count**2 for text in texts]
         return [text.word_count for text in texts] if unit is Unit.WORD else [1] * len(texts)
 
 
@@ -170,10 +183,12 @@ class ByteCounts:
     token: int
     word: int
     text: int
+    token_pair: int
 
     def of(self, text: Text) -> int:
         """Returns the bytes of one text."""
-        return self.token * text.token_count + self.word * text.word_count + self.text
+        count = text.token_count
+        return (self.token + self.token_pair * count) * count + self.word * text.word_count + self.text
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -184,7 +199,7 @@ class Plan:
         outputs: In request order.
         dtype: The number format of the answer.
         return_tokens: Whether the tokens are answered too.
-        byte_counts: The answer's bytes for each token, each word and each text.
+        byte_counts: The answer's bytes for each token, pair of tokens, word and text.
         mix_token_bytes: What its mixes take for each token until the answer is made of them.
         has_words: Whether an output has a row for each word.
         excludes_special_tokens: Whether a pool leaves special tokens out.
@@ -203,7 +218,7 @@ class Plan:
         sizes = dict.fromkeys(Unit, 0)
         for output in self.outputs:
             sizes[output.unit] += self.row_bytes(output) * len(output.layers)
-        byte_counts = ByteCounts(token=sizes[Unit.TOKEN], word=sizes[Unit.WORD], text=sizes[Unit.TEXT])
+        byte_counts = ByteCounts(**{unit.name.lower(): size for unit, size in sizes.items()})
         object.__setattr__(self, "byte_counts", byte_counts)
         mixes = {output.mix for output in self.outputs if output.mix is not None}
         object.__setattr__(self, "mix_token_bytes", sum(4 * mix.row_size for mix in mixes))
