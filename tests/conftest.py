@@ -26,8 +26,8 @@ from layertap_server.model.checkpoint import EMBEDDED_MODEL
 if TYPE_CHECKING:
     from support.oracle import Oracle
 
-# The same examples in every run: a red run is then that of the change at hand.
-hypothesis.settings.register_profile("repeatable", derandomize=True)
+# The same examples in every run, and no times: a red run is then that of the change at hand.
+hypothesis.settings.register_profile("repeatable", derandomize=True, deadline=None)
 hypothesis.settings.load_profile("repeatable")
 
 collect_ignore = ["compat"]  # These tests run in an environment of their own: `make test-compat`.
