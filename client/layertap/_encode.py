@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any, Literal, Unpack, overload
 
@@ -37,21 +38,17 @@ if TYPE_CHECKING:
 class SentenceClient(BaseClient):
     """The methods of `Client` that return sentence vectors."""
 
-    _opened: Transport | None = None
-
-    @property
+    @functools.cached_property
     def _transport(self) -> Transport:
-        if self._opened is not None:
-            return self._opened
         fork.prepare()
         # Not before the first call: importing gRPC reads the environment.
         from layertap._transport.transport import Transport
 
         # Of two threads the first one's stays.
-        opened: Transport = self.__dict__.setdefault(
-            "_opened", Transport(self._connection, self.shared_memory, self._given)
+        made: Transport = self.__dict__.setdefault(
+            "_transport", Transport(self._connection, self.shared_memory, self._given)
         )
-        return opened
+        return made
 
     @overload
     def encode(
@@ -175,21 +172,17 @@ class SentenceClient(BaseClient):
 class AsyncSentenceClient(BaseClient):
     """The methods of `AsyncClient` that return sentence vectors."""
 
-    _opened: AsyncTransport | None = None
-
-    @property
+    @functools.cached_property
     def _transport(self) -> AsyncTransport:
-        if self._opened is not None:
-            return self._opened
         fork.prepare()
         # Not before the first call: importing gRPC reads the environment.
         from layertap._transport.async_transport import AsyncTransport
 
         # Of two threads the first one's stays.
-        opened: AsyncTransport = self.__dict__.setdefault(
-            "_opened", AsyncTransport(self._connection, self.shared_memory, self._given)
+        made: AsyncTransport = self.__dict__.setdefault(
+            "_transport", AsyncTransport(self._connection, self.shared_memory, self._given)
         )
-        return opened
+        return made
 
     @overload
     async def encode(

@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from layertap.errors import InvalidArgumentError
 from layertap.results.tokens import Tokens
-from layertap.types import IntArray, TokenIds
+from layertap.types import TokenIds
 from layertap.v1 import embedding_pb2 as pb
 
 Words: TypeAlias = "list[str] | npt.NDArray[np.str_] | npt.NDArray[np.object_]"
@@ -119,16 +119,6 @@ def to_message(item: InputItem, index: int) -> pb.Input:
     if _is_missing(item):
         raise InvalidArgumentError(f"inputs[{index}] {_IS_MISSING}")
     raise InvalidArgumentError(f"inputs[{index}] is {_type_name(item)}; pass {_WHAT_IS_ALLOWED}")
-
-
-def attention_mask(messages: list[pb.Input], token_counts: IntArray) -> IntArray:
-    """Returns the mask that was computed with. Shape: [text_count, length]."""
-    length = int(token_counts.max(initial=0))
-    mask = (np.arange(length) < token_counts[:, None]).astype(np.int64)
-    for row, message in zip(mask, messages, strict=True):
-        if message.token_ids.attention_mask:
-            row[: len(message.token_ids.attention_mask)] = message.token_ids.attention_mask
-    return mask
 
 
 def _from_tokens(tokens: Tokens) -> Iterator[pb.Input]:

@@ -78,9 +78,12 @@ def row_counts(
     return word_counts if unit == pb.ROW_UNIT_WORD else [1] * len(token_counts)
 
 
-def token_bound(message: pb.Input, options: pb.EmbedOptions) -> int:
-    """Returns more tokens or words than any tokenizer makes of a text: what memory is taken for at most."""
-    return _MOST_TOKENS_A_BYTE * (message.ByteSize() + len(options.prompt.encode())) + _MOST_MORE_TOKENS
+def token_bound(byte_count: int, options: pb.EmbedOptions) -> int:
+    """Returns more tokens or words than any tokenizer makes of a text of so many bytes.
+
+    No more memory than for these is allocated for one text.
+    """
+    return _MOST_TOKENS_A_BYTE * (byte_count + 4 * len(options.prompt)) + _MOST_MORE_TOKENS
 
 
 def check_header(header: pb.EmbedHeader, options: pb.EmbedOptions, messages: Sequence[pb.Input]) -> None:
@@ -96,24 +99,33 @@ def check_header(header: pb.EmbedHeader, options: pb.EmbedOptions, messages: Seq
     """
     wire.array_dtype(header.dtype)
     text_count = len(messages)
-    fits = len(header.outputs) == len(options.outputs) > 0
-    fits &= len(header.token_counts) == len(header.truncated) == text_count
-    fits &= all(count > 0 for count in header.token_counts)
-    fits &= len(header.word_counts) == (text_count if has_words(options) else 0)
-    fits &= all(count >= 0 for count in header.word_counts)
-    bounds = [token_bound(message, options) for message in messages] if fits else []
-    fits &= all(count <= bound for count, bound in zip(header.token_counts, bounds, strict=False))
-    fits &= all(count <= bound for count, bound in zip(header.word_counts, bounds, strict=False))
-    for asked, output in zip(options.outputs, header.outputs, strict=False):
-        kind = asked.WhichOneof("kind")
-        assert kind is not None
-        mixed = kind not in ("pooler_output", "attentions") and getattr(asked, kind).HasField("mix")
-        fits &= len(output.heads) == (output.row_size if kind == "attentions" else 0)
-        fits &= 0 < output.row_size <= _MOST_ROW_SIZE and len(set(output.layers)) == len(output.layers) > 0
-        fits &= output.unit == _UNITS[kind] and mixed == bool(output.mixed_layers)
-        fits &= len(output.layers) == 1 or (output.unit != pb.ROW_UNIT_TEXT and not mixed)
+    fits = (
+        len(header.outputs) == len(options.outputs) > 0
+        and len(header.token_counts) == len(header.truncated) == text_count
+        and len(header.word_counts) == (text_count if has_words(options) else 0)
+        and all(map(_is_output, options.outputs, header.outputs))
+    )
+    if fits and text_count:
+        bounds = [token_bound(message.ByteSize(), options) for message in messages]
+        fits = all(0 < count <= bound for count, bound in zip(header.token_counts, bounds, strict=True))
+        fits &= all(0 <= count <= bound for count, bound in zip(header.word_counts, bounds, strict=False))
     if not fits:
         raise DataLossError("the header is not that of this request; ask again")
+
+
+def _is_output(asked: pb.Output, output: pb.OutputHeader) -> bool:
+    kind = asked.WhichOneof("kind")
+    assert kind is not None
+    mixed = kind not in ("pooler_output", "attentions") and getattr(asked, kind).HasField("mix")
+    layers = output.layers
+    return (
+        0 < output.row_size <= _MOST_ROW_SIZE
+        and output.unit == _UNITS[kind]
+        and len(output.heads) == (output.row_size if kind == "attentions" else 0)
+        and mixed == bool(output.mixed_layers)
+        and (len(layers) == 1 or (output.unit != pb.ROW_UNIT_TEXT and not mixed))
+        and len(set(layers)) == len(layers) > 0
+    )
 
 
 def tensor_shapes(header: pb.EmbedHeader) -> dict[tuple[int, int], tuple[int, int]]:
@@ -232,7 +244,7 @@ def check_tokens(request: Message, answer: pb.TokenizeResponse, pin: ModelPin) -
     """
     pin.check(answer.model_id, answer.fingerprint)
     assert isinstance(request, pb.TokenizeRequest)
-    bounds = [max(token_bound(message, pb.EmbedOptions()), request.pad_to) for message in request.inputs]
+    bounds = [max(token_bound(message.ByteSize(), pb.EmbedOptions()), request.pad_to) for message in request.inputs]
     counts = [len(text.input_ids) for text in answer.texts]
     if len(counts) != len(bounds) or any(count > bound for count, bound in zip(counts, bounds, strict=True)):
         raise DataLossError("the tokens of the answer are not those of the texts; ask again")

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from layertap._protocol import inputs
 from layertap.errors import DataLossError
 from layertap.results.attentions import Attentions
 from layertap.results.embedding import Embedding
@@ -82,7 +81,7 @@ def build_embedding(
         pools=tuple(pools),
         token_counts=token_counts,
         truncated=truncated,
-        attention_mask=inputs.attention_mask(messages, token_counts),
+        attention_mask=_attention_mask(messages, token_counts),
         model=ModelRef(model_id=header.model_id, fingerprint=header.fingerprint),
         timings=Timings(
             queue_time_ns=timings.queue_time_ns,
@@ -96,6 +95,18 @@ def build_embedding(
         _attentions=attentions,
         _tokens=build_tokens(tokens, header.pad_token_id) if options.return_tokens else None,
     )
+
+
+def _attention_mask(messages: list[pb.Input], token_counts: IntArray) -> IntArray:
+    """Returns the mask that was computed with. Shape: [text_count, length]."""
+    if len(messages) == 1:
+        mask = np.ones((1, int(token_counts[0])), np.int64)
+    else:
+        mask = (np.arange(int(token_counts.max(initial=0))) < token_counts[:, None]).astype(np.int64)
+    for row, message in zip(mask, messages, strict=True):
+        if message.HasField("token_ids") and (given := message.token_ids.attention_mask):
+            row[: len(given)] = given
+    return mask
 
 
 def _strings(texts: Sequence[pb.SplitText], messages: list[pb.Input], prompt: str) -> tuple[tuple[str, ...], ...]:

@@ -201,7 +201,7 @@ class StreamState:
         assert self._header is not None
         item = self._waiting(frame.id)
         if item.frames is None:
-            item.frames = Frames(frame, self._header, token_bound(item.message, self._options))
+            item.frames = Frames(frame, self._header, token_bound(item.size, self._options))
         item.frames.add(frame, data)
         if frame.done:
             self._embed(frame.id, item.frames.answer(frame))
@@ -214,7 +214,7 @@ class StreamState:
 
     def _embed(self, index: int, answer: TextAnswer) -> None:
         item = self._waiting(index)
-        if answer.token_count > token_bound(item.message, self._options):
+        if answer.token_count > token_bound(item.size, self._options):
             raise DataLossError(f"item {index} has {answer.token_count} tokens; ask again")
         self._answer(index, self._result(index, item.message, answer))
 

@@ -130,7 +130,7 @@ class Connection:
             InvalidArgumentError: if a deadline is none, or gRPC cannot carry the metadata.
         """
         named = timeout_s is not None
-        own = _metadata(metadata)
+        own = _metadata(metadata) if metadata != () else ()
         if any(name == "authorization" for name, _ in own):
             if self.token:
                 raise InvalidArgumentError("metadata has authorization, which the client's token is sent as; pass one")

@@ -132,4 +132,6 @@ def test_bounds_leave_room_for_every_real_tokenizer() -> None:
     from layertap._protocol.responses import token_bound
 
     (message,) = to_messages("ﷺ" * 100)  # One code point of three bytes that NFKC makes 18 of.
-    assert token_bound(message, LAYER) >= 18 * 100 and np.iinfo(np.int32).max > token_bound(message, LAYER)
+    assert token_bound(message.ByteSize(), LAYER) >= 18 * 100 and np.iinfo(np.int32).max > token_bound(
+        message.ByteSize(), LAYER
+    )
