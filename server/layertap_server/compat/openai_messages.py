@@ -95,8 +95,8 @@ def read_request(body: bytes, *, model_id: str, max_text_count: int) -> Embeddin
         max_text_count: The most texts of one request.
 
     Raises:
-        ModelNotFoundError: It names another model.
-        InvalidArgumentError: It is no such request; the message names the field and nothing of its value.
+        ModelNotFoundError: if it names another model.
+        InvalidArgumentError: if it is no such request; the message names the field and nothing of its value.
     """
     try:
         fields = _Reader(body.decode(), max_text_count).read()
