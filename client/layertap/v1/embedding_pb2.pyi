@@ -2130,7 +2130,9 @@ class SentenceConfig(_message.Message):
     sentence-transformers cannot be computed then. Empty: all fields below hold.
     """
     normalize: _builtins.bool
-    """Divides the vector by its Euclidean length."""
+    """Divides the vector by its Euclidean length. With needs_sentence_modules: whether the
+    last of the modules does that.
+    """
     dimensions: _builtins.int
     """After that, keeps the first values only. 0: all."""
     max_length: _builtins.int

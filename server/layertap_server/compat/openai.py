@@ -119,11 +119,13 @@ class OpenAI:
         self._stall_timeout_s = stall_timeout_s
         self._hooks = hooks
         self._created = int(time.time())
-        self._width = model.hidden_size * len(sentences.strategies)
+        self._width = sentences.vector_size(model.hidden_size)
         pools = [
             pb.PooledVectors(strategy=wire.POOLING_STRATEGIES[strategy.name.lower()])
             for strategy in sentences.strategies
         ]
+        if sentences.has_modules:  # The encoder does the rest too.
+            pools = [pb.PooledVectors(sentence_modules=True)]
         self._options = pb.EmbedOptions(
             outputs=[pb.Output(pooled_vectors=pool) for pool in pools],
             truncation=wire.TRUNCATIONS[sentences.truncation],
@@ -175,14 +177,15 @@ class OpenAI:
         await self._send(exchange, caller.record, body)
 
     async def _embeddings(self, exchange: Exchange, call: AdmittedCall, caller: _Caller) -> None:
-        if self._sentences.unsupported:
+        if reason := self._sentences.vectors_unsupported:
             raise FailedPreconditionError(
-                f"this server makes no sentence vectors with its model: {self._sentences.unsupported}; "
+                f"this server makes no sentence vectors with its model: {reason}; "
                 "ask for layers or a pooling with layertap's own client"
             )
         request = await self._read(exchange, call)
         inputs = [pb.Input(text=text) for text in request.texts]
-        plan, tokenized = await self._preprocessor.embed(inputs, self._options, caller.record, label="input")
+        options = self._options_of(request)
+        plan, tokenized = await self._preprocessor.embed(inputs, options, caller.record, label="input")
         del inputs  # The texts are tokens from here on.
         token_count = sum(one.text.token_count for one in tokenized)
         byte_count = plan.byte_counts.text * len(tokenized)
@@ -232,21 +235,33 @@ class OpenAI:
             )
         return request
 
+    def _options_of(self, request: messages.EmbeddingsRequest) -> pb.EmbedOptions:
+        """Returns what is asked of each text. What `_vectors` then does is the encoder's where there are modules."""
+        if not self._sentences.has_modules:
+            return self._options
+        options = pb.EmbedOptions()
+        options.CopyFrom(self._options)
+        asked = options.outputs[0].pooled_vectors
+        asked.dimensions = request.dimensions or self._sentences.dimensions
+        asked.normalize = self._sentences.normalize and bool(request.dimensions)
+        return options
+
     def _vectors(self, parts: Sequence[RowsReady], plan: Plan, request: messages.EmbeddingsRequest) -> Vectors:
         """Returns the vectors of all texts. Shape: [text_count, dimensions]."""
-        vectors = np.empty((len(request.texts), self._width), np.float32)
-        size = self._width // len(plan.outputs)
+        size = plan.outputs[0].row_size
+        vectors = np.empty((len(request.texts), size * len(plan.outputs)), np.float32)
         for part in parts:
             found = np.frombuffer(part.rows.data, "<f4").reshape(-1, size)
             start = part.rows.output_index * size
             vectors[part.first_text : part.first_text + len(found), start : start + size] = found
-        vectors = sentence_vectors.finish(
-            vectors,
-            model_normalizes=self._sentences.normalize,
-            dimensions=request.dimensions or self._sentences.dimensions,
-            # As OpenAI's: what is cut at the caller's wish has length 1 again, where the model's vectors have it.
-            normalize=self._sentences.normalize and bool(request.dimensions),
-        )
+        if not self._sentences.has_modules:
+            vectors = sentence_vectors.finish(
+                vectors,
+                model_normalizes=self._sentences.normalize,
+                dimensions=request.dimensions or self._sentences.dimensions,
+                # As OpenAI's: what is cut at the caller's wish has length 1 again, where the model's vectors have it.
+                normalize=self._sentences.normalize and bool(request.dimensions),
+            )
         if not request.is_base64:
             messages.check_finite(vectors)
         return vectors

@@ -74,7 +74,7 @@ class SentenceConfig:
         truncation: The side that is cut, "right" or "left".
         strategies: The poolings of the last layer; several are joined in this order. None: the folder makes token rows
             and no vector.
-        normalize: Whether the vector is then divided by its Euclidean length.
+        normalize: Whether the vector has then length 1: the last of its modules divides it by its Euclidean length.
         dimensions: How many values are then kept; 0 keeps all.
         lower_case: Whether strings are turned to lower case before tokenizing.
         prompts: What may stand before a text, by name.
@@ -102,6 +102,11 @@ class SentenceConfig:
     def dense_modules(self) -> tuple[Dense, ...]:
         """The modules that have weights."""
         return tuple(one for one in (*self.token_modules, *self.vector_modules) if isinstance(one, Dense))
+
+    @property
+    def vectors_unsupported(self) -> str:
+        """Why there are no sentence vectors, as a clause; "" if there are."""
+        return self.unsupported or ("" if self.strategies else "its folder has no Pooling module")
 
     @property
     def has_modules(self) -> bool:
@@ -255,7 +260,7 @@ class _Reading:
             self._set(token_modules=(*config.token_modules, module))
         else:
             modules = (*config.vector_modules, module)
-            self._set(vector_modules=modules, normalize=config.normalize or kind == "Normalize")
+            self._set(vector_modules=modules, normalize=kind == "Normalize")
 
     def _read_pooling(self, name: str) -> None:
         self._pools = True

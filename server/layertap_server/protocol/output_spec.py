@@ -210,7 +210,7 @@ def _token_embeddings(asked: pb.HiddenStates, model: ModelFacts, sentences: Sent
         )
     ):
         raise InvalidArgumentError(f"{label} has sentence_modules, which apply to the last layer; name no other")
-    _check_supported(sentences)
+    _check_supported(sentences.unsupported)
     return Output(
         kind=OutputKind.HIDDEN_STATES,
         layers=(model.layer_count,),
@@ -228,12 +228,7 @@ def _sentence_vectors(asked: pb.PooledVectors, model: ModelFacts, sentences: Sen
         )
     if asked.dimensions < 0:
         raise InvalidArgumentError(f"{label}.dimensions is {asked.dimensions}; it starts at 1, 0 means all")
-    _check_supported(sentences)
-    if not sentences.strategies:
-        raise FailedPreconditionError(
-            "the model's folder has no Pooling module, so it has no sentence vectors; ask for hidden_states with "
-            "sentence_modules, or for a pooling"
-        )
+    _check_supported(sentences.vectors_unsupported)
     widest = sentences.vector_size(model.hidden_size)
     pool, *joined = (Pool(strategy=strategy, normalize=asked.normalize) for strategy in sentences.strategies)
     return Output(
@@ -246,10 +241,10 @@ def _sentence_vectors(asked: pb.PooledVectors, model: ModelFacts, sentences: Sen
     )
 
 
-def _check_supported(sentences: SentenceConfig) -> None:
-    if sentences.unsupported:
+def _check_supported(reason: str) -> None:
+    if reason:
         raise FailedPreconditionError(
-            f"sentence_modules are not available with this model: {sentences.unsupported}; ask for layers or a pooling"
+            f"sentence_modules are not available with this model: {reason}; ask for layers or a pooling"
         )
 
 
