@@ -7,8 +7,8 @@
 #
 # 1. **Tokens**: `[CLS]`, `[SEP]`, `[PAD]`, ids and the attention mask.
 # 2. **Embeddings**: the last hidden state, the pooler output, all hidden states.
-# 3. **Pictures**: how alike the tokens of a sentence are in each layer, and how the vectors of one word part ways in
-#    two contexts.
+# 3. **Pictures**: how alike the tokens of a sentence are in each layer, how the vectors of one word part ways in two
+#    contexts, and where each token looks.
 
 # %%
 import os
@@ -161,6 +161,25 @@ for layer, size in ((0, 90), (info.layer_count, 260)):
     axis.scatter(*points[:, layer].T, s=size, facecolors="none", edgecolors="black", label=f"layer {layer}")
 axis.set(xlabel="first principal component", ylabel="second principal component")
 legend = figure.legend(fontsize="small", loc="outside lower center", ncols=2)
+
+# %% [markdown]
+# ### Where does a token look?
+#
+# The attention of each layer and head: for each token (a row) how much it takes from each token (a column), which adds
+# up to 1. Four heads of the last layer, of the sentence about the river. Many look at a special token, which is where a
+# head looks that has nothing to add; others look at one word of the sentence from everywhere.
+
+# %%
+attended = client.embed(sentence, attentions="all")
+heads = attended.attentions[-1][0]
+chosen = [round(part * (len(heads) - 1) / 3) for part in range(4)]
+figure, axes = plt.subplots(1, 4, figsize=(13, 3.8), sharey=True, layout="constrained")
+for axis, head in zip(axes, chosen, strict=True):
+    image = axis.imshow(heads[head], vmin=0, vmax=1, cmap="Blues")
+    axis.set_title(f"layer {info.layer_count - 1}, head {head}")
+    axis.set_xticks(range(len(pieces)), pieces, rotation=90)
+    axis.set_yticks(range(len(pieces)), pieces)
+bar = figure.colorbar(image, ax=axes, label="attention")
 
 # %%
 client.close()
