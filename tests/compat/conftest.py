@@ -6,6 +6,7 @@ server is made of: the server runs in a process of `.venv`. `make test-compat` r
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,7 +19,7 @@ from layertap_server.testing import ServerProcess
 
 ROOT = Path(__file__).parents[2]
 
-FLAGS: tuple[str, ...] = ("--kserve",)
+FLAGS: tuple[str, ...] = ("--kserve", "--http-port", "0")
 """Flags that let the server of these tests speak the protocols of other clients."""
 
 
@@ -31,10 +32,10 @@ class Server(ServerProcess):
         return subprocess.Popen([python, *arguments], env=os.environ | dict(environment), **pipes)
 
 
-@pytest.fixture(scope="session")
-def server() -> Iterator[Server]:
-    """A server with the embedded model and all protocols."""
-    server = Server(*FLAGS)
+@contextlib.contextmanager
+def running(*flags: str) -> Iterator[Server]:
+    """Runs a server with the embedded model, and checks that it ends well."""
+    server = Server(*flags)
     try:
         yield server
     except BaseException:
@@ -43,6 +44,35 @@ def server() -> Iterator[Server]:
     code = server.stop()
     assert code == 0, server.log
     assert "Traceback" not in server.log, server.log
+
+
+@pytest.fixture(scope="session")
+def server() -> Iterator[Server]:
+    """A server with all protocols."""
+    with running(*FLAGS) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def openai_url(server: Server) -> str:
+    """Where clients of OpenAI's API find the server."""
+    return url_of(server)
+
+
+@pytest.fixture
+def guarded_url(tmp_path: Path) -> Iterator[str]:
+    """Where they find one that asks for the token "alices-token-0123" and has two places for calls."""
+    tokens = tmp_path / "tokens"
+    tokens.write_text("alice alices-token-0123\n")
+    tokens.chmod(0o600)
+    with running("--http-port", "0", "--token-file", str(tokens), "--max-concurrent-call-count", "2") as server:
+        yield url_of(server)
+
+
+def url_of(server: Server) -> str:
+    """Returns where clients of OpenAI's API find a server."""
+    (line,) = [line for line in server.log.splitlines() if "listens for HTTP" in line]
+    return line.rpartition("address=")[2] + "/v1"
 
 
 @pytest.fixture(scope="session")
