@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -185,6 +186,10 @@ def instead_of_weights(folder: Path, index: Any) -> None:
     write(folder, "model.safetensors.index.json", index)
 
 
+def as_pipe(name: str) -> Callable[[Path], object]:
+    return lambda folder: ((folder / name).unlink(missing_ok=True), os.mkfifo(folder / name))
+
+
 def as_folder(name: str) -> Callable[[Path], object]:
     def spoil(folder: Path) -> None:
         (folder / name).unlink()
@@ -210,6 +215,14 @@ REFUSED: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
     ),
     "absurd blocks": (change(num_hidden_layers=10**9), ("num_hidden_layers", "1024")),
     "absurd sizes": (change(intermediate_size=10**15), ("intermediate_size", "GB")),
+    **{
+        f"a pipe for {name}": (as_pipe(name), (name, "not a regular file"))
+        for name in ("config.json", "vocab.txt", "special_tokens_map.json")
+    },
+    **{
+        f"more {name} than any number": (change(**{name: 10**4000}), (name, "whole number"))
+        for name in ("hidden_size", "num_hidden_layers", "vocab_size", "max_position_embeddings", "intermediate_size")
+    },
     "a config that is a folder": (as_folder("config.json"), ("config.json", "directory")),
     "nested JSON": (file("config.json", "[" * 200_000), ("config.json", "JSON")),
     "a nested index": (lambda folder: instead_of_weights(folder, "[" * 200_000), ("index.json", "JSON")),

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
-from layertap_server.model.files import CheckpointError, read_json, refuse_pointer
+from layertap_server.model.files import CheckpointError, check_file, read_json
 from layertap_server.model.sentence_config import transformer_folder
 from layertap_server.model.settings import ModelSettings, read_settings
 from layertap_server.model.weights import check_weights, find_weights
@@ -162,7 +162,7 @@ def _download(model_id: str, revision: str) -> Path:
 
 def _tokenizer_folder(folder: Path, dummy: bool) -> Path:
     for name in _SMALL_FILES:
-        refuse_pointer(folder / name)
+        check_file(folder / name)
         if (folder / name).is_file() and (folder / name).stat().st_size > _MAX_TOKENIZER_BYTES:
             raise CheckpointError(f"{name} has more than {_MAX_TOKENIZER_BYTES} bytes; fetch the model again")
     if any(all((folder / name).is_file() for name in names) for names in _VOCABULARIES):

@@ -24,7 +24,7 @@ def read_json(path: Path) -> Any:
         FileNotFoundError: if it is not there.
         CheckpointError: if it cannot be read, is too large, or is not JSON.
     """
-    refuse_pointer(path)
+    check_file(path)
     try:
         with path.open("rb") as file:
             content = file.read(MAX_BYTES + 1)
@@ -40,12 +40,14 @@ def read_json(path: Path) -> Any:
         raise CheckpointError(f"{path.name} is not valid JSON ({reason_of(exc)}); fetch the model again") from exc
 
 
-def refuse_pointer(path: Path) -> None:
-    """Checks that a file is itself, and not the pointer that git-lfs leaves in its place.
+def check_file(path: Path) -> None:
+    """Checks that a file is itself: neither the pointer that git-lfs leaves in its place, nor a pipe or a device.
 
     Raises:
-        CheckpointError: if it is a pointer.
+        CheckpointError: if it is something else.
     """
+    if path.exists() and not path.is_file() and not path.is_dir():  # To open a pipe might wait for ever.
+        raise CheckpointError(f"{path.name} is not a regular file; fetch the model again")
     try:
         with path.open("rb") as file:
             begin = file.read(len(_POINTER))

@@ -15,7 +15,7 @@ from typing import Any, Final
 
 import safetensors
 
-from layertap_server.model.files import CheckpointError, refuse_pointer
+from layertap_server.model.files import CheckpointError, check_file
 
 TOKENS: Final = "token_embeddings"
 VECTOR: Final = "sentence_embedding"
@@ -135,7 +135,7 @@ def read_dense(found: Mapping[str, Any], folder: Path, name: str) -> Dense:
         digest="",
     )
     try:
-        refuse_pointer(path)
+        check_file(path)
         with safetensors.safe_open(path, framework="np") as file:
             parts = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118  # The file cannot be iterated.
             shapes = {key: tuple(part.get_shape()) for key, part in parts.items()}

@@ -19,6 +19,7 @@ from layertap_server.model.files import CheckpointError, read_json, reason_of
 _VALUES: Final = ("hidden_act", "layer_norm_eps", "initializer_range", "pad_token_id")
 
 _MAX_LAYERS: Final = 1024
+_MAX_COUNT: Final = 10**18
 _LEARNED: Final = ("prelu", "xielu")
 """The activations of transformers that have weights of their own."""
 
@@ -132,8 +133,10 @@ def _check_settings(settings: Mapping[str, Any], architecture: Architecture) -> 
     key = architecture.key
     for count in architecture.counts:
         value = settings[count]
-        if type(value) is not int or value < 1:
-            raise CheckpointError(f"config.json has {key(count)} {value!r:.80}; it must be a whole number from 1")
+        if type(value) is not int or not 1 <= value <= _MAX_COUNT:
+            raise CheckpointError(
+                f"config.json has {key(count)} {value!r:.80}; it must be a whole number from 1 to {_MAX_COUNT}"
+            )
     activation = settings["hidden_act"]
     if not isinstance(activation, str):
         raise CheckpointError(f"config.json has {key('hidden_act')} {activation!r:.80}; it must be a name")

@@ -9,7 +9,7 @@ from typing import Any, Final
 import safetensors
 
 from layertap_server.model.architectures import Architecture
-from layertap_server.model.files import CheckpointError, read_json, reason_of, refuse_pointer
+from layertap_server.model.files import CheckpointError, check_file, read_json, reason_of
 from layertap_server.model.settings import ModelSettings
 
 INDEX: Final = "model.safetensors.index.json"
@@ -95,7 +95,7 @@ def _tensors(files: Sequence[Path], architecture: Architecture) -> dict[str, tup
     """Returns shape and format of each tensor by its name in BertModel."""
     found: dict[str, tuple[tuple[int, ...], str]] = {}
     for path in files:
-        refuse_pointer(path)
+        check_file(path)
         try:
             with safetensors.safe_open(path, framework="np") as file:
                 for name in file.keys():  # noqa: SIM118  # The file itself cannot be iterated.
