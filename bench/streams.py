@@ -33,7 +33,7 @@ import servers
 from texts import workload
 
 from layertap import Client
-from layertap.results.embedding import StreamResult
+from layertap.results.streamed import StreamResult
 
 VOCABULARY = 30522
 POLL_S = 0.02

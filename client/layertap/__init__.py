@@ -26,8 +26,10 @@ from layertap.errors import (
 )
 from layertap.quantization import quantize_embeddings
 from layertap.results.attentions import Attentions
-from layertap.results.embedding import Embedding, LayerRows, StreamResult, TorchEmbedding
+from layertap.results.embedding import Embedding
+from layertap.results.export import TorchEmbedding
 from layertap.results.hidden_states import HiddenStates
+from layertap.results.streamed import LayerRows, StreamResult
 from layertap.results.tokens import Tokens
 from layertap.results.words import MixedRows, Words
 from layertap.types import LayerMix, Limits, ModelInfo, ModelRef, Pooling, SentenceConfig, Timings, TokenIds

@@ -20,7 +20,7 @@ from layertap._transport import fork
 from layertap._transport.base import BaseClient
 from layertap._transport.settings import Metadata
 from layertap.quantization import Precision
-from layertap.results.embedding import StreamResult
+from layertap.results.streamed import StreamResult
 from layertap.sentence_transformers import (
     EncodeOptions,
     Encoding,

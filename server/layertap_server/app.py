@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Final, TypeVar
 import layertap
 from layertap import wire
 from layertap.errors import LayertapError
+from layertap.types import Limits
 from layertap_server import lifecycle
 from layertap_server.config import Config, ConfigError
 from layertap_server.engine import cpu_threads, device, encoder, runtime
@@ -24,7 +25,6 @@ from layertap_server.model.tokenizer import Tokenizer
 from layertap_server.observability.bounded_streams import dropped_line_count
 from layertap_server.observability.call_log import CallLog
 from layertap_server.observability.metrics import Endpoint, Metrics, Server, State
-from layertap_server.protocol.limits import Limits
 from layertap_server.protocol.model_info import info_of
 from layertap_server.protocol.preprocess import Preprocessor
 from layertap_server.rpc.admission import Admission

@@ -12,6 +12,7 @@ import pytest
 from google.protobuf.message import Message
 from support import Server
 
+from layertap.types import Limits
 from layertap.v1 import embedding_pb2 as pb
 from layertap.v1 import embedding_pb2_grpc
 from layertap_server.model.checkpoint import EMBEDDED_MODEL
@@ -19,7 +20,6 @@ from layertap_server.model.facts import ModelFacts
 from layertap_server.model.sentence_config import SentenceConfig
 from layertap_server.model.tokenizer import Tokenizer
 from layertap_server.observability.call_log import Record
-from layertap_server.protocol.limits import Limits
 from layertap_server.protocol.preprocess import Preprocessor
 
 WITHIN_S = 5.0

@@ -15,7 +15,8 @@ import numpy.typing as npt
 from layertap import wire
 from layertap._protocol.responses import ModelPin, build_whole, check_header, row_counts, tensor_shapes
 from layertap.errors import DataLossError
-from layertap.results.embedding import Embedding, LayerRows
+from layertap.results.embedding import Embedding
+from layertap.results.streamed import LayerRows
 from layertap.types import FloatArray
 from layertap.v1 import embedding_pb2 as pb
 

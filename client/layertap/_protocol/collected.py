@@ -11,7 +11,8 @@ from layertap._protocol.result_builder import build_embedding
 from layertap._protocol.stream_results import TextAnswer
 from layertap._protocol.stream_state import StreamState
 from layertap.errors import DataLossError, ResourceExhaustedError
-from layertap.results.embedding import Embedding, StreamResult
+from layertap.results.embedding import Embedding
+from layertap.results.streamed import StreamResult
 from layertap.v1 import embedding_pb2 as pb
 
 MAX_BYTES: Final = 8 << 30

@@ -25,7 +25,7 @@ from layertap.errors import (
     UnavailableError,
     from_status,
 )
-from layertap.results.embedding import StreamResult
+from layertap.results.streamed import StreamResult
 from layertap.v1 import embedding_pb2 as pb
 
 MAX_UNANSWERED_COUNT: Final = 4096

@@ -26,7 +26,8 @@ from layertap._transport.settings import CallSettings, Connection, StreamSetting
 from layertap._transport.status import CLOSED_DURING_CALL, translate
 from layertap._transport.transport import CLOSED, Part, Reply, request_id
 from layertap.errors import CancelledError, FailedPreconditionError
-from layertap.results.embedding import Embedding, LayerRows, StreamResult
+from layertap.results.embedding import Embedding
+from layertap.results.streamed import LayerRows, StreamResult
 from layertap.types import ModelInfo
 from layertap.v1 import embedding_pb2 as pb
 

@@ -26,7 +26,7 @@ from layertap._transport.duplex import DuplexChannel
 from layertap._transport.settings import Connection, StreamSettings
 from layertap._transport.status import CLOSED_DURING_CALL, translate
 from layertap.errors import CancelledError, DeadlineExceededError, LayertapError, UnavailableError
-from layertap.results.embedding import StreamResult
+from layertap.results.streamed import StreamResult
 from layertap.v1 import embedding_pb2 as pb
 
 Items = Iterable[InputItem] | AsyncIterable[InputItem] | list[pb.Input]

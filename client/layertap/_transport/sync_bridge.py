@@ -19,7 +19,7 @@ from typing import Any, Final, TypeAlias, TypeVar
 from layertap._transport.embed_stream import Groups
 from layertap._transport.status import CLOSED_DURING_CALL
 from layertap.errors import CancelledError
-from layertap.results.embedding import StreamResult
+from layertap.results.streamed import StreamResult
 
 _END_S: Final = 1.0
 _T = TypeVar("_T")

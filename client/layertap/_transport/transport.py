@@ -35,7 +35,8 @@ from layertap._transport.status import REQUEST_ID, translate
 from layertap._transport.sync_bridge import SyncBridge
 from layertap._transport.threads import check_threads
 from layertap.errors import FailedPreconditionError
-from layertap.results.embedding import Embedding, LayerRows, StreamResult
+from layertap.results.embedding import Embedding
+from layertap.results.streamed import LayerRows, StreamResult
 from layertap.types import ModelInfo
 from layertap.v1 import embedding_pb2 as pb
 

@@ -1,15 +1,23 @@
-"""Files that exist as a whole or not at all, whenever the process or the machine stops, and the lock of a folder."""
+"""Files that exist as a whole or not at all, whenever the process or the machine stops; and the lock of a folder.
+
+A sealed file begins with its checksum.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO, Final
 
 from layertap.jobs import JobError
+
+_HEADER: Final = re.compile(rb"layertap job (\d+) ([0-9a-f]{64})\n")
+_CHUNK_BYTES: Final = 1 << 20
 
 TEMPORARY: Final = ".tmp"
 """The suffix of a file that is not whole yet."""
@@ -64,3 +72,28 @@ def locked(path: Path) -> Iterator[None]:
         except OSError as exc:
             raise JobError(f"another process works in {path.parent}; wait until it ends") from exc
         yield
+
+
+def write_sealed(path: Path, layout: int, pieces: list[bytes | memoryview]) -> None:
+    """Writes a file whose first line names its layout and its checksum."""
+    checksum = hashlib.sha256()
+    for piece in pieces:
+        checksum.update(piece)
+    with writing(path) as file:
+        file.write(f"layertap job {layout} {checksum.hexdigest()}\n".encode())
+        for piece in pieces:
+            file.write(piece)
+
+
+def damage(path: Path, layout: int) -> str:
+    """Returns why a file is not as `write_sealed` wrote it, as a phrase; empty: it is."""
+    with path.open("rb") as file:
+        header = _HEADER.fullmatch(file.readline(_CHUNK_BYTES))
+        if header is None:
+            return "is damaged"
+        if int(header[1]) != layout:
+            return "is of another version of layertap"
+        checksum = hashlib.sha256()
+        while chunk := file.read(_CHUNK_BYTES):
+            checksum.update(chunk)
+    return "" if checksum.hexdigest().encode() == header[2] else "is damaged (its checksum differs)"

@@ -9,7 +9,6 @@ known by its manifest, also by a damaged one; nothing in a folder without one is
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import re
 from collections.abc import Callable, Iterator
@@ -36,8 +35,6 @@ _LOCK: Final = "lock"
 _OUTPUT: Final = "output"
 _ERRORS: Final = "errors.jsonl"
 _OWN: Final = re.compile(rf"(part-\d{{8}}|{_OUTPUT}|{_ERRORS}|{MANIFEST}|{_CLEARED})({atomic_files.TEMPORARY})?")
-_HEADER: Final = re.compile(rb"layertap job (\d+) ([0-9a-f]{64})\n")
-_CHUNK_BYTES: Final = 1 << 20
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -162,7 +159,7 @@ class PartBuilder:
             for column in self._columns
             for array in self._arrays[column.name]
         )
-        _write_sealed(path, [json.dumps(head).encode() + b"\n", *arrays])
+        atomic_files.write_sealed(path, LAYOUT, [json.dumps(head).encode() + b"\n", *arrays])
         return facts
 
 
@@ -218,7 +215,9 @@ class Parts:
 
     def note(self, manifest: Manifest) -> None:
         """Writes the manifest."""
-        _write_sealed(self.folder / MANIFEST, [json.dumps(dataclasses.asdict(manifest), indent=1).encode()])
+        atomic_files.write_sealed(
+            self.folder / MANIFEST, LAYOUT, [json.dumps(dataclasses.asdict(manifest), indent=1).encode()]
+        )
         self.manifest = manifest
 
     def add(self, builder: PartBuilder, digest: str) -> None:
@@ -290,14 +289,14 @@ class Parts:
         path = self.folder / MANIFEST
         if not path.exists():
             return None
-        if reason := _unsealed(path):
+        if reason := atomic_files.damage(path, LAYOUT):
             self.damage = f"{path} {reason}; the whole job is done again"
             return None
         return Manifest(**json.loads(path.read_bytes().partition(b"\n")[2]))
 
     def _read_parts(self) -> None:
         while (path := self._path(len(self.facts))).exists():
-            if reason := _unsealed(path):
+            if reason := atomic_files.damage(path, LAYOUT):
                 self.damage = f"{path} {reason}; it and the parts after it are done again"
                 return
             fields = self._head(len(self.facts))["facts"]
@@ -305,27 +304,3 @@ class Parts:
             labels = tuple(Label(**one) for one in fields.pop("labels"))
             row_counts = tuple(fields.pop("row_counts"))
             self.facts.append(Facts(columns=columns, row_counts=row_counts, labels=labels, **fields))
-
-
-def _write_sealed(path: Path, pieces: list[bytes | memoryview]) -> None:
-    checksum = hashlib.sha256()
-    for piece in pieces:
-        checksum.update(piece)
-    with atomic_files.writing(path) as file:
-        file.write(f"layertap job {LAYOUT} {checksum.hexdigest()}\n".encode())
-        for piece in pieces:
-            file.write(piece)
-
-
-def _unsealed(path: Path) -> str:
-    """Returns why a file is not as it was written; empty: it is."""
-    with path.open("rb") as file:
-        header = _HEADER.fullmatch(file.readline(_CHUNK_BYTES))
-        if header is None:
-            return "is damaged"
-        if int(header[1]) != LAYOUT:
-            return "is of another version of layertap"
-        checksum = hashlib.sha256()
-        while chunk := file.read(_CHUNK_BYTES):
-            checksum.update(chunk)
-    return "" if checksum.hexdigest().encode() == header[2] else "is damaged (its checksum differs)"

@@ -13,7 +13,8 @@ from layertap.client import Client
 from layertap.errors import LayertapError, UnavailableError
 from layertap.jobs.items import BadItem, Item, bad
 from layertap.jobs.tasks import Task
-from layertap.results.embedding import Embedding, StreamResult
+from layertap.results.embedding import Embedding
+from layertap.results.streamed import StreamResult
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True, eq=False)

@@ -13,8 +13,9 @@ from layertap._protocol.inputs import InputItem
 from layertap.client import Client
 from layertap.jobs.items import Item
 from layertap.quantization import Precision
-from layertap.results.embedding import Embedding, StreamResult
+from layertap.results.embedding import Embedding
 from layertap.results.export import Column
+from layertap.results.streamed import StreamResult
 from layertap.sentence_transformers import TOKENS, Encoding, OutputValue, PromptedOptions
 from layertap.types import ModelInfo
 

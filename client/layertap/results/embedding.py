@@ -1,15 +1,14 @@
-"""What comes out: hidden states, words, mixes, pools, streamed rows, with their shapes; and what they are elsewhere."""
+"""What one request returns: hidden states, words, mixes and pools, and their forms in other libraries."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import numpy.typing as npt
 
 from layertap import _repr
-from layertap.errors import LayertapError
 from layertap.results import export
 from layertap.results.attentions import Attentions
 from layertap.results.hidden_states import HiddenStates
@@ -20,7 +19,6 @@ from layertap.types import BoolArray, FloatArray, IntArray, ModelRef, Timings
 if TYPE_CHECKING:
     import pandas
     import pyarrow
-    import torch
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True, eq=False, repr=False)
@@ -218,7 +216,7 @@ class Embedding:
         """Hands the table of `to_arrow` to any library that speaks Arrow's PyCapsule interface."""
         return self.to_arrow().__arrow_c_stream__(requested_schema)
 
-    def to_torch(self) -> TorchEmbedding:
+    def to_torch(self) -> export.TorchEmbedding:
         """Returns the arrays as torch tensors that share their memory. The tensor of a read-only array is a copy.
 
         Those of words and mixes are not among them; `torch.from_numpy` takes each.
@@ -227,7 +225,7 @@ class Embedding:
             ModuleNotFoundError: torch is missing; `layertap[torch]` brings it.
         """
         hidden_states = self.hidden_states.to_torch()
-        return TorchEmbedding(
+        return export.TorchEmbedding(
             last_hidden_state=hidden_states[-1] if self.hidden_states.layer_count in self.layers else None,
             pooler_output=None if self._pooler_output is None else export.to_torch(self._pooler_output),
             hidden_states=hidden_states,
@@ -294,102 +292,3 @@ class Embedding:
             ]
             raise TypeError(f"this embedding holds {', '.join(names) or 'no array'}; take the one array that is meant")
         return vectors[0] if vectors else next(iter(self.hidden_states))
-
-
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True, eq=False, repr=False)
-class TorchEmbedding:
-    """The arrays of an embedding as torch tensors, under the names of transformers' model outputs.
-
-    Attributes:
-        last_hidden_state: Shape: [text_count, length, hidden_size]; None if it was not asked for.
-        pooler_output: Shape: [text_count, hidden_size]; None if it was not asked for.
-        hidden_states: The held layers, ascending. Shape of each: [text_count, length, hidden_size].
-        attentions: The held layers of attentions, ascending; None if they were not asked for. Shape of each:
-            [text_count, head_count, length, length].
-        pools: One for each asked-for pooling. Shape: [text_count, pool_size].
-        attention_mask: Shape: [text_count, length].
-    """
-
-    last_hidden_state: torch.Tensor | None
-    pooler_output: torch.Tensor | None
-    hidden_states: tuple[torch.Tensor, ...]
-    attentions: tuple[torch.Tensor, ...] | None
-    pools: tuple[torch.Tensor, ...]
-    attention_mask: torch.Tensor
-
-    def __repr__(self) -> str:
-        """Shapes, never a page of numbers."""
-        arrays = [("last_hidden_state", self.last_hidden_state), ("pooler_output", self.pooler_output)]
-        arrays += [(f"pool_{n}", pool) for n, pool in enumerate(self.pools)]
-        shown = [(name, str(list(array.shape))) for name, array in arrays if array is not None]
-        return _repr.line("TorchEmbedding", [*shown, ("hidden_states", str(len(self.hidden_states)))])
-
-
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class LayerRows:
-    """Some texts of one layer, as they arrived.
-
-    Attributes:
-        layer: The absolute layer.
-        texts: The positions of the covered texts in the request.
-        rows: One array for each of them. Shape: [token_count, hidden_size].
-    """
-
-    layer: int
-    texts: range
-    rows: Sequence[FloatArray]
-
-    def __len__(self) -> int:
-        """The number of texts."""
-        return len(self.texts)
-
-    def __iter__(self) -> Iterator[LayerRows]:
-        """Yields the rows of each text by themselves, as views."""
-        for n, text in enumerate(self.texts):
-            yield LayerRows(layer=self.layer, texts=range(text, text + 1), rows=self.rows[n : n + 1])
-
-    def __repr__(self) -> str:
-        """Shapes, never a page of numbers."""
-        return _repr.line("LayerRows", self._summary())
-
-    def _repr_html_(self) -> str:
-        return _repr.table("LayerRows", self._summary())
-
-    def _summary(self) -> list[tuple[str, str]]:
-        shapes = [list(rows.shape) for rows in self.rows]
-        return [("layer", str(self.layer)), ("texts", str(self.texts)), ("rows", " ".join(_repr.first(shapes)))]
-
-
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class StreamResult:
-    """The answer to one item of `embed_stream`: an embedding of one text, or an error.
-
-    Attributes:
-        index: The position of the item in what was given, from 0.
-        error: Why there is no embedding; None if there is one.
-    """
-
-    index: int
-    error: LayertapError | None
-    _embedding: Embedding | None
-
-    @property
-    def embedding(self) -> Embedding:
-        """The embedding, with text_count 1.
-
-        Raises:
-            LayertapError: The item's own error.
-        """
-        if self._embedding is None:
-            raise self.error or LayertapError("the item has no embedding")
-        return self._embedding
-
-    def __repr__(self) -> str:
-        """Its embedding or error."""
-        what = f"embedding={self._embedding!r}" if self.error is None else f"error={self.error!r}"
-        return f"StreamResult(index={self.index}, {what})"
-
-    def _repr_html_(self) -> str:
-        if self._embedding is not None:
-            return self._embedding._repr_html_()
-        return _repr.table(f"StreamResult {self.index}", [("error", str(self.error))])

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from layertap import optional_deps
+from layertap import _repr, optional_deps
 
 if TYPE_CHECKING:
     import pandas
@@ -37,6 +37,35 @@ class Column:
     name: str
     values: Array | Sequence[str] | Sequence[Sequence[str]]
     counts: npt.NDArray[np.int64] | None = None
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True, eq=False, repr=False)
+class TorchEmbedding:
+    """The arrays of an embedding as torch tensors, under the names of transformers' model outputs.
+
+    Attributes:
+        last_hidden_state: Shape: [text_count, length, hidden_size]; None if it was not asked for.
+        pooler_output: Shape: [text_count, hidden_size]; None if it was not asked for.
+        hidden_states: The held layers, ascending. Shape of each: [text_count, length, hidden_size].
+        attentions: The held layers of attentions, ascending; None if they were not asked for. Shape of each:
+            [text_count, head_count, length, length].
+        pools: One for each asked-for pooling. Shape: [text_count, pool_size].
+        attention_mask: Shape: [text_count, length].
+    """
+
+    last_hidden_state: torch.Tensor | None
+    pooler_output: torch.Tensor | None
+    hidden_states: tuple[torch.Tensor, ...]
+    attentions: tuple[torch.Tensor, ...] | None
+    pools: tuple[torch.Tensor, ...]
+    attention_mask: torch.Tensor
+
+    def __repr__(self) -> str:
+        """Shapes, never a page of numbers."""
+        arrays = [("last_hidden_state", self.last_hidden_state), ("pooler_output", self.pooler_output)]
+        arrays += [(f"pool_{n}", pool) for n, pool in enumerate(self.pools)]
+        shown = [(name, str(list(array.shape))) for name, array in arrays if array is not None]
+        return _repr.line("TorchEmbedding", [*shown, ("hidden_states", str(len(self.hidden_states)))])
 
 
 def as_array(array: Array, dtype: npt.DTypeLike | None, copy: bool | None) -> Array:

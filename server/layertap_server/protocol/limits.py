@@ -1,14 +1,14 @@
-"""The limits in force, and the size law of a message: what each part of an answer takes on the wire.
+"""The size law of a message: what each part of an answer takes on the wire. The only owner of it.
 
-The only owner of both. A size is estimated from counts alone, before anything of the answer is made.
+A size is estimated from counts alone, before anything of the answer is made.
 """
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterable
 from typing import Final
 
+from layertap.types import Limits
 from layertap_server.types import Plan, Text
 
 HEAD_BYTES: Final = 256
@@ -40,26 +40,6 @@ HELD_WORD_BYTES: Final = 40
 
 ID_BYTES: Final = 4
 """What one token id of a Decode request counts against the size of its answer."""
-
-
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Limits:
-    """The limits in force; the fields are those of the contract's Limits, which states their units."""
-
-    max_text_count: int
-    max_character_count: int
-    max_request_bytes: int
-    max_response_bytes: int
-    max_frame_bytes: int
-    max_queue_text_count: int
-    max_queue_token_count: int
-    max_output_bytes: int
-    max_concurrent_call_count: int
-    max_call_output_bytes: int
-    max_queue_bytes: int
-    stall_time_ns: int
-    grace_time_ns: int
-    max_connection_age_ns: int
 
 
 def list_bytes(plan: Plan, text: Text) -> int:

@@ -7,11 +7,11 @@ from collections.abc import Sequence
 
 import layertap
 from layertap import wire
+from layertap.types import Limits
 from layertap.v1 import embedding_pb2 as pb
 from layertap_server.model.facts import ModelFacts
 from layertap_server.model.files import CheckpointError
 from layertap_server.model.sentence_config import SentenceConfig
-from layertap_server.protocol.limits import Limits
 
 
 def info_of(

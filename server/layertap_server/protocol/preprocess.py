@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from typing import Final, TypeVar
 
 from layertap.errors import InvalidArgumentError, LayertapError
+from layertap.types import Limits
 from layertap.v1 import embedding_pb2 as pb
 from layertap_server.model.facts import ModelFacts
 from layertap_server.model.sentence_config import SentenceConfig
@@ -22,7 +23,7 @@ from layertap_server.model.tokenized import Tokenized
 from layertap_server.model.tokenizer import Item, Tokenizer
 from layertap_server.observability.call_log import Record
 from layertap_server.protocol import output_spec, validation
-from layertap_server.protocol.limits import Limits, held_bytes, max_input_bytes
+from layertap_server.protocol.limits import held_bytes, max_input_bytes
 from layertap_server.protocol.offload import LARGE_BYTES, Slices, offload
 from layertap_server.protocol.request_parts import sizes_of
 from layertap_server.types import Plan, Text

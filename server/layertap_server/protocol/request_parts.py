@@ -14,8 +14,8 @@ from typing import Any, Final, Generic, TypeVar, overload
 from google.protobuf.message import DecodeError, Message
 
 from layertap.errors import InvalidArgumentError
+from layertap.types import Limits
 from layertap.v1 import embedding_pb2 as pb
-from layertap_server.protocol.limits import Limits
 from layertap_server.protocol.offload import LARGE_BYTES, parse
 
 MessageT = TypeVar("MessageT", bound=Message)

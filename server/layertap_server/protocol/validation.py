@@ -15,12 +15,13 @@ import numpy as np
 
 from layertap import wire
 from layertap.errors import InvalidArgumentError
+from layertap.types import Limits
 from layertap.v1 import embedding_pb2 as pb
 from layertap_server.model.facts import ModelFacts
 from layertap_server.model.sentence_config import SentenceConfig
 from layertap_server.model.tokenized import Tokenized
 from layertap_server.model.tokenizer import Item
-from layertap_server.protocol.limits import ID_BYTES, LEAST_TOKEN_BYTES, Limits
+from layertap_server.protocol.limits import ID_BYTES, LEAST_TOKEN_BYTES
 from layertap_server.protocol.output_spec import known
 from layertap_server.types import Ids, OutputKind, Plan, Text
 

@@ -9,8 +9,8 @@ from collections.abc import Sequence
 import pytest
 
 from layertap.errors import InvalidArgumentError
+from layertap.types import Limits
 from layertap.v1 import embedding_pb2 as pb
-from layertap_server.protocol.limits import Limits
 from layertap_server.protocol.offload import LARGE_BYTES
 from layertap_server.protocol.request_parts import parse_parts, sizes_of, stream_chunks, stream_id
 

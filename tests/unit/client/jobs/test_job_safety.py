@@ -20,8 +20,9 @@ from layertap.jobs.job import Job, Outcome
 from layertap.jobs.parts import LAYOUT, MANIFEST
 from layertap.jobs.readers import JsonLines
 from layertap.quantization import quantize_embeddings
-from layertap.results.embedding import Embedding, StreamResult
+from layertap.results.embedding import Embedding
 from layertap.results.export import Column
+from layertap.results.streamed import StreamResult
 from layertap.types import ModelRef, Timings
 
 FINGERPRINT = "f" * 64

@@ -1,0 +1,81 @@
+"""What calls yield one by one: the rows of layers as they arrive, and the result of each text of a stream."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+
+from layertap import _repr
+from layertap.errors import LayertapError
+from layertap.results.embedding import Embedding
+from layertap.types import FloatArray
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class LayerRows:
+    """Some texts of one layer, as they arrived.
+
+    Attributes:
+        layer: The absolute layer.
+        texts: The positions of the covered texts in the request.
+        rows: One array for each of them. Shape: [token_count, hidden_size].
+    """
+
+    layer: int
+    texts: range
+    rows: Sequence[FloatArray]
+
+    def __len__(self) -> int:
+        """The number of texts."""
+        return len(self.texts)
+
+    def __iter__(self) -> Iterator[LayerRows]:
+        """Yields the rows of each text by themselves, as views."""
+        for n, text in enumerate(self.texts):
+            yield LayerRows(layer=self.layer, texts=range(text, text + 1), rows=self.rows[n : n + 1])
+
+    def __repr__(self) -> str:
+        """Shapes, never a page of numbers."""
+        return _repr.line("LayerRows", self._summary())
+
+    def _repr_html_(self) -> str:
+        return _repr.table("LayerRows", self._summary())
+
+    def _summary(self) -> list[tuple[str, str]]:
+        shapes = [list(rows.shape) for rows in self.rows]
+        return [("layer", str(self.layer)), ("texts", str(self.texts)), ("rows", " ".join(_repr.first(shapes)))]
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class StreamResult:
+    """The answer to one item of `embed_stream`: an embedding of one text, or an error.
+
+    Attributes:
+        index: The position of the item in what was given, from 0.
+        error: Why there is no embedding; None if there is one.
+    """
+
+    index: int
+    error: LayertapError | None
+    _embedding: Embedding | None
+
+    @property
+    def embedding(self) -> Embedding:
+        """The embedding, with text_count 1.
+
+        Raises:
+            LayertapError: The item's own error.
+        """
+        if self._embedding is None:
+            raise self.error or LayertapError("the item has no embedding")
+        return self._embedding
+
+    def __repr__(self) -> str:
+        """Its embedding or error."""
+        what = f"embedding={self._embedding!r}" if self.error is None else f"error={self.error!r}"
+        return f"StreamResult(index={self.index}, {what})"
+
+    def _repr_html_(self) -> str:
+        if self._embedding is not None:
+            return self._embedding._repr_html_()
+        return _repr.table(f"StreamResult {self.index}", [("error", str(self.error))])
