@@ -270,7 +270,7 @@ def test_outputs_are_refused_with_the_list_of_those_that_there_are(triton: Any, 
         ([text_tensor([])], "text has no texts"),
         ([text_tensor(["a"] * 1001)], "the most is 1000"),
         ([text_tensor([b"a", b"\xff\xfe"])], "text[1] is not UTF-8 from byte 0 on"),
-        ([text_tensor(["x" * (10 << 20)])], "text[0] has 10485760 characters, the most is 100000"),
+        ([text_tensor(["x" * 100_001])], "text[0] has 100001 characters, the most is 100000"),
         ([text_tensor(["a b c " * 400])], "text[0] has"),
         ([tensor("text", np.zeros((2, 2), np.float32), "FP32")], "text must be BYTES"),
         ([tensor("texts", np.array(["a"], object), "BYTES")], "one of the names text, input_ids"),
@@ -289,6 +289,11 @@ def test_outputs_are_refused_with_the_list_of_those_that_there_are(triton: Any, 
 )
 def test_inputs_at_fault_are_refused_by_their_name(triton: Any, model: str, inputs: list[Any], words: str) -> None:
     refused(triton, "INVALID_ARGUMENT", words, model, inputs, outputs=wanted("mean"))
+
+
+def test_ten_megabytes_are_refused_before_they_are_read(triton: Any, model: str) -> None:
+    inputs = [text_tensor(["x" * (10 << 20)])]
+    refused(triton, "RESOURCE_EXHAUSTED", "larger than max", model, inputs, outputs=wanted("mean"))
 
 
 @pytest.mark.parametrize(
