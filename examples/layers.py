@@ -175,11 +175,11 @@ heads = attended.attentions[-1][0]
 chosen = [round(part * (len(heads) - 1) / 3) for part in range(4)]
 figure, axes = plt.subplots(1, 4, figsize=(13, 3.8), sharey=True, layout="constrained")
 for axis, head in zip(axes, chosen, strict=True):
-    image = axis.imshow(heads[head], vmin=0, vmax=1, cmap="Blues")
+    looks = axis.imshow(heads[head], vmin=0, vmax=1, cmap="Blues")
     axis.set_title(f"layer {info.layer_count - 1}, head {head}")
     axis.set_xticks(range(len(pieces)), pieces, rotation=90)
     axis.set_yticks(range(len(pieces)), pieces)
-bar = figure.colorbar(image, ax=axes, label="attention")
+bar = figure.colorbar(looks, ax=axes, label="attention")
 
 # %%
 client.close()

@@ -35,8 +35,10 @@ def test_the_script_runs(real_server: Server, monkeypatch: pytest.MonkeyPatch, t
     assert found["paths"].shape == (4, 7, 384)
     assert abs(found["one_sense"][0] - found["two_senses"][0]) < 0.02
     assert (found["one_sense"][1:] > found["two_senses"][1:] + 0.02).all()
-    assert len(found["plt"].get_fignums()) == 3
+    assert len(found["plt"].get_fignums()) == 4
     assert found["image"].get_clim() == (-1, 1)  # No cosine is shown as another.
+    assert found["looks"].get_clim() == (0, 1)
+    assert np.abs(found["heads"].sum(-1) - 1).max() < 1e-5
     for number in found["plt"].get_fignums():
         figure = found["plt"].figure(number)
         figure.canvas.draw()
@@ -63,6 +65,6 @@ def test_the_notebook_was_run_whole_and_is_small(cells: list[dict[str, Any]]) ->
     outputs = [output for cell in code for output in cell["outputs"]]
     assert {output["output_type"] for output in outputs} <= {"stream", "execute_result", "display_data"}
     assert not [output for output in outputs if output.get("name") == "stderr"]
-    assert sum("image/png" in output.get("data", {}) for output in outputs) == 3
+    assert sum("image/png" in output.get("data", {}) for output in outputs) == 4
     assert NOTEBOOK.stat().st_size < MAX_BYTES
     assert not re.search(r"/tmp/|/home/|/root/|/work/|/Users/|site-packages", NOTEBOOK.read_text())
