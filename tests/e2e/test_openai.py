@@ -11,6 +11,7 @@ import re
 import signal
 import socket
 import ssl
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -56,7 +57,7 @@ def folder(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def server(folder: Path) -> Iterator[Server]:
     flags = ("--model-id", str(folder), "--model-name", "org/tiny", "--max-request-bytes", str(MAX_BYTES))
-    with running("--device", "cpu", "--http-port", "0", *flags) as server:
+    with running("--device", "cpu", "--http-port", "0", "--metrics-port", "0", *flags) as server:
         yield server
 
 
@@ -203,6 +204,30 @@ def test_each_call_is_one_line_of_the_log_under_its_request_id(server: Server) -
     (line,) = [line for line in server.log.decode().splitlines() if "request_id=mine-7" in line]
     assert 'method="POST /v1/embeddings" code=OK client=127.0.0.1' in line and "text_count=2" in line
     assert f"token_count={reply.body['usage']['prompt_tokens']} " in line and "s3cret" not in line
+
+
+def test_metrics_count_the_calls_by_method_and_status(server: Server) -> None:
+    stdout = server.process.stdout
+    assert stdout
+    host, port = address_of(server)
+    assert stdout.readline().decode() == f"clients of OpenAI's API find it at http://{host}:{port}/v1\n"
+    url = stdout.readline().decode().split()[-1]
+
+    def counts() -> dict[str, float]:
+        with urllib.request.urlopen(url, timeout=WAIT_S) as answer:
+            found = re.findall(
+                r'^layertap_request_handled_total{code="(\w+)",method="POST /v1/embeddings"} (\S+)$',
+                answer.read().decode(),
+                re.MULTILINE,
+            )
+        return {code: float(count) for code, count in found}
+
+    assert embed(server, "x").status == 200 and embed(server, []).status == 400
+    before = counts()
+    for texts in ("x", "y", []):
+        embed(server, texts)
+    poll(lambda: counts()["OK"] == before["OK"] + 2)
+    assert counts()["INVALID_ARGUMENT"] == before["INVALID_ARGUMENT"] + 1
 
 
 def test_garbage_is_answered_and_leaves_no_trace(server: Server) -> None:

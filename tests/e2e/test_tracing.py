@@ -120,14 +120,16 @@ def test_a_server_sends_the_spans_of_each_call_joined_to_its_callers(tiny_folder
     assert not any(MARKER.encode() in one.SerializeToString() for one in collector.requests)
 
 
-def recorded(error: LayertapError | None, *, metadata: dict[str, str], share: float = 1.0) -> Sequence[object]:
+def recorded(
+    error: LayertapError | None, *, metadata: dict[str, str], share: float = 1.0, method: str = "Embed"
+) -> Sequence[object]:
     """Returns the spans of one call that ends at once."""
     exporter = InMemorySpanExporter()
     provider = TracerProvider(sampler=ParentBased(TraceIdRatioBased(share)), shutdown_on_exit=False)
     provider.add_span_processor(SimpleSpanProcessor(exporter))
     tracing = Tracing(provider)
     call_log = CallLog([tracing])
-    record = call_log.open("Embed", client="me", metadata=dict(metadata))
+    record = call_log.open(method, client="me", metadata=dict(metadata))
     now = time.monotonic_ns()
     record.tokenize.note(now, now + 1)
     if error is not None:
@@ -148,6 +150,12 @@ def test_errors_are_marked_as_errors(error: LayertapError | None, status: str) -
     assert (part.name, call.name) == ("tokenize", "layertap.v1.EmbeddingService/Embed")
     assert call.status.status_code.name == status and part.status.status_code.name == "UNSET"
     assert call.attributes["rpc.grpc.status_code"] == (0 if error is None else int(error.code))
+
+
+def test_calls_over_http_are_named_by_their_route() -> None:
+    _, call = recorded(None, metadata=JOINED, method="POST /v1/embeddings")
+    assert call.name == "POST /v1/embeddings" and "rpc.system" not in call.attributes
+    assert call.attributes["http.request.method"] == "POST" and call.attributes["http.route"] == "/v1/embeddings"
 
 
 def test_the_caller_and_the_sampler_decide_what_is_recorded() -> None:

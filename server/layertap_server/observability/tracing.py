@@ -35,6 +35,19 @@ def otlp_provider(version: str) -> TracerProvider:
     return provider
 
 
+def _protocol(record: Record) -> tuple[str, dict[str, str | int]]:
+    """Returns the name of a call's span, and what it says of gRPC or HTTP."""
+    verb, _, route = record.method.partition(" ")
+    if route:
+        return record.method, {"http.request.method": verb, "http.route": route}
+    return f"{wire.SERVICE_NAME}/{record.method}", {
+        "rpc.system": "grpc",
+        "rpc.service": wire.SERVICE_NAME,
+        "rpc.method": record.method,
+        "rpc.grpc.status_code": 0 if record.code is None else int(record.code),
+    }
+
+
 class Tracing:
     """Reads the journal and makes spans of it."""
 
@@ -50,16 +63,14 @@ class Tracing:
         """See `call_log.Listener`."""
         # Spans tell the time of day, records a clock that is never set.
         offset_ns = time.time_ns() - time.monotonic_ns()
+        name, protocol = _protocol(record)
         span = self._tracer.start_span(
-            f"{wire.SERVICE_NAME}/{record.method}",
+            name,
             context=self._propagator.extract(record.trace),
             kind=trace.SpanKind.SERVER,
             start_time=record.started_at_ns + offset_ns,
             attributes={
-                "rpc.system": "grpc",
-                "rpc.service": wire.SERVICE_NAME,
-                "rpc.method": record.method,
-                "rpc.grpc.status_code": 0 if record.code is None else int(record.code),
+                **protocol,
                 "layertap.request_id": record.request_id,
                 "layertap.text_count": record.text_count,
                 "layertap.token_count": record.token_count,
