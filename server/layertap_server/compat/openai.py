@@ -194,6 +194,7 @@ class OpenAI:
                 f"the vectors have {byte_count} bytes, the most of one request is "
                 f"{self._limits.max_call_output_bytes}; send fewer texts at once"
             )
+        call.add_bytes(2 * byte_count)  # The rows, and the vectors made of them.
         if self._waker is None:
             self._waker = LoopWaker()  # Of the loop that runs now.
         parts = await rows.collect(self._batcher, self._waker, plan, tokenized, caller, label="input")
