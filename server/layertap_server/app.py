@@ -216,7 +216,11 @@ class App:
         self._handlers = {wire.SERVICE_NAME: self._service.handler()}
         if config.kserve:
             service = kserve.Service(
-                model=self.model, preprocessor=preprocessor, batcher=self.batcher, stopping=self._admission.closed
+                model=self.model,
+                sentences=sentence_config,
+                preprocessor=preprocessor,
+                batcher=self.batcher,
+                stopping=self._admission.closed,
             )
             self._handlers[kserve.SERVICE_NAME] = handler(kserve.SERVICE_NAME, service, self._admission)
         self._http = self._make_http(preprocessor, sentence_config, hooks) if config.http_port >= 0 else None

@@ -137,7 +137,7 @@ def test_metadata_list_all_inputs_and_outputs(triton: Any, model: str) -> None:
     assert outputs.pop("mean_max") == ("FP32", [-1, 768])
     for name in (*(f"hidden_state_{layer}" for layer in range(LAYERS + 1)), "last_hidden_state"):
         assert outputs.pop(name) == ("FP32", [-1, -1, 384])
-    for name in ("pooler_output", *POOLS[:-1]):
+    for name in ("pooler_output", "sentence_embedding", *POOLS[:-1]):
         assert outputs.pop(name) == ("FP32", [-1, 384])
     assert not outputs
 
@@ -178,6 +178,18 @@ def test_token_ids_are_computed_exactly_as_given(triton: Any, client: Client, mo
     narrow = [tensor("input_ids", np.array(ids["input_ids"], np.int32), "INT32")]
     alone = client.embed({"input_ids": ids["input_ids"]}, pooling="mean")
     assert same(triton.infer(model, narrow, outputs=wanted("mean")).as_numpy("mean"), alone.pooled)
+
+
+@pytest.mark.parametrize("normalize", [False, True])
+def test_sentence_vectors_have_the_bits_of_encode(triton: Any, client: Client, model: str, normalize: bool) -> None:
+    texts = [*TEXTS, "a long text " * 200]
+    names, parameters = wanted("sentence_embedding", "token_counts"), {"normalize": normalize}
+    result = triton.infer(model, [text_tensor(texts)], outputs=names, parameters=parameters)
+    assert same(result.as_numpy("sentence_embedding"), client.encode(texts, normalize_embeddings=normalize))
+    assert result.as_numpy("token_counts")[-1] == client.model_info().sentence_config.max_length
+    refused(
+        triton, "INVALID_ARGUMENT", "in FP32", model, [text_tensor(TEXTS)], outputs=names, parameters={"dtype": "FP16"}
+    )
 
 
 def test_texts_may_come_as_a_column(triton: Any, client: Client, model: str) -> None:
@@ -236,10 +248,11 @@ def test_a_compressed_stream_with_a_deadline_is_answered(server: ServerProcess, 
     assert error is None and same(result.as_numpy("mean"), client.embed(TEXTS, pooling="mean").pooled)
 
 
-def test_a_stream_ends_at_its_deadline(server: ServerProcess, model: str) -> None:
+def test_a_stream_ends_at_its_deadline(server: ServerProcess) -> None:
+    answers: queue.Queue[tuple[Any, Any]] = queue.Queue()
     with Sync(server.address) as triton:
-        request = dict(model_name=model, inputs=[text_tensor(["one two " * 100] * 64)], outputs=wanted("mean"))
-        ((result, error),) = triton.stream([request], stream_timeout=0.05)
+        triton.start_stream(callback=lambda result, error: answers.put((result, error)), stream_timeout=0.05)
+        result, error = answers.get(timeout=60)
     assert result is None and error.status() == "StatusCode.DEADLINE_EXCEEDED"
 
 

@@ -16,12 +16,14 @@ from typing import Final, Protocol, TypeVar
 from google.protobuf.message import DecodeError
 
 import layertap
-from layertap import wire
+from layertap import sentence_vectors, wire
 from layertap.errors import InternalError, InvalidArgumentError, LayertapError, NotFoundError, UnavailableError
+from layertap.sentence_vectors import Vectors
 from layertap.v1 import embedding_pb2 as pb
 from layertap_server.compat import kserve_tensors as tensors
 from layertap_server.compat import open_inference_pb2 as kserve
 from layertap_server.model.facts import ModelFacts
+from layertap_server.model.sentence_config import SentenceConfig
 from layertap_server.protocol import rows
 from layertap_server.protocol.offload import LARGE_BYTES, offload, parse
 from layertap_server.protocol.preprocess import Preprocessor
@@ -75,20 +77,27 @@ class Service:
 
     Args:
         model: The model's facts.
+        sentences: How its folder makes one vector of a text.
         preprocessor: The pipeline of requests.
         batcher: The queue and its instances.
         stopping: Whether the server is stopping.
     """
 
     def __init__(
-        self, *, model: ModelFacts, preprocessor: Preprocessor, batcher: Batcher, stopping: asyncio.Event
+        self,
+        *,
+        model: ModelFacts,
+        sentences: SentenceConfig,
+        preprocessor: Preprocessor,
+        batcher: Batcher,
+        stopping: asyncio.Event,
     ) -> None:
         self._model = model
+        self._sentences = sentences
         self._preprocessor = preprocessor
         self._batcher = batcher
         self._stopping = stopping
-        self._outputs = tensors.outputs_of(model)
-        self._names = (*self._outputs, tensors.TOKEN_COUNTS)
+        self._outputs = tensors.outputs_of(model, sentences)
 
     @functools.cached_property
     def _waker(self) -> LoopWaker:
@@ -136,12 +145,15 @@ class Service:
         answer.inputs.add(name=tensors.TEXT, datatype="BYTES", shape=[-1])
         for name in (tensors.INPUT_IDS, *tensors.BESIDE_IDS):
             answer.inputs.add(name=name, datatype="INT64", shape=[-1, -1])
-        for name, output in self._outputs.items():
-            strategy = output.pooled_vectors.strategy
-            width = 2 * size if strategy == pb.POOLING_STRATEGY_MEAN_MAX else size
-            shape = [-1, -1, size] if output.HasField("hidden_states") else [-1, width]
-            answer.outputs.add(name=name, datatype="FP32", shape=shape)
-        answer.outputs.add(name=tensors.TOKEN_COUNTS, datatype="INT64", shape=[-1])
+        for name, outputs in self._outputs.items():
+            width, shape = size, [-1]
+            if name == tensors.SENTENCE:
+                width = self._sentences.dimensions or self._sentences.vector_size(size)
+            elif outputs and outputs[0].pooled_vectors.strategy == pb.POOLING_STRATEGY_MEAN_MAX:
+                width = 2 * size
+            if outputs:
+                shape += [-1, width] if outputs[0].HasField("hidden_states") else [width]
+            answer.outputs.add(name=name, datatype="FP32" if outputs else "INT64", shape=shape)
         return answer.SerializeToString()
 
     async def _infer(self, raw: bytes, caller: Caller) -> bytes:
@@ -204,20 +216,21 @@ class Service:
     async def _answer(self, request: kserve.ModelInferRequest, caller: Caller) -> Sequence[bytes | memoryview]:
         """Returns the answer to one request in pieces."""
         self._check_model(request.model_name, request.model_version)
-        names = self._output_names(request)
-        options = self._options(request, names)
+        asked = {name: self._outputs[name] for name in self._output_names(request)}
+        options, normalize = self._options(request, asked)
         limits = self._preprocessor.limits
         read = functools.partial(tensors.read_inputs, request, max_text_count=limits.max_text_count)
         inputs = await offload(read, in_thread=request.ByteSize() > LARGE_BYTES)
         plan, tokenized = await self._preprocessor.embed(inputs.texts, options, caller.record, label=inputs.label)
-        size = tensors.response_bytes(names, plan, tokenized)
+        size = tensors.response_bytes(plan, tokenized)
         if size > limits.max_response_bytes:
             raise InvalidArgumentError(
                 f"the answer would have {size} bytes, the most is {limits.max_response_bytes} (--max-response-bytes of "
                 "the server); send fewer texts, or ask for fewer layers, at once"
             )
         parts = await rows.collect(self._batcher, self._waker, plan, tokenized, caller, label=inputs.label)
-        pack = functools.partial(tensors.pack, request, names, plan, tokenized, parts)
+        finish = functools.partial(self._finish, normalize=normalize)
+        pack = functools.partial(tensors.pack, request, asked, plan, tokenized, parts, finish)
         return await offload(pack, in_thread=size > LARGE_BYTES)
 
     def _check_model(self, name: str, version: str) -> None:
@@ -225,14 +238,14 @@ class Service:
             raise NotFoundError(f"this server has the model {self._model.model_id}, version {_VERSION}, and no other")
 
     def _output_names(self, request: kserve.ModelInferRequest) -> list[str]:
-        has = f"this model has {', '.join(self._names)}"
+        has = f"this model has {', '.join(self._outputs)}"
         if not request.outputs:
             raise InvalidArgumentError(f"outputs is empty; name at least one: {has}")
-        if len(request.outputs) > len(self._names):
+        if len(request.outputs) > len(self._outputs):
             raise InvalidArgumentError(f"outputs has {len(request.outputs)} entries; name each once: {has}")
         names: list[str] = []
         for n, output in enumerate(request.outputs):
-            if output.name not in self._names:
+            if output.name not in self._outputs:
                 raise InvalidArgumentError(f"outputs[{n}] is unknown; {has}")
             if output.name in names:
                 raise InvalidArgumentError(f"outputs[{n}] names {output.name} again; name each output once")
@@ -246,8 +259,30 @@ class Service:
             raise InvalidArgumentError(f"outputs is {tensors.TOKEN_COUNTS} alone; ask for rows too: {has}")
         return names
 
-    def _options(self, request: kserve.ModelInferRequest, names: Sequence[str]) -> pb.EmbedOptions:
-        """Returns what a request asks for, as options of the contract."""
+    def _finish(self, vectors: Vectors, *, normalize: bool) -> Vectors:
+        """Returns the sentence vectors of poolings. Where the folder has modules, the encoder has made them."""
+        if self._sentences.has_modules:
+            return vectors
+        return sentence_vectors.finish(
+            vectors,
+            model_normalizes=self._sentences.normalize,
+            dimensions=self._sentences.dimensions,
+            normalize=normalize,
+        )
+
+    def _options(
+        self, request: kserve.ModelInferRequest, asked: Mapping[str, Sequence[pb.Output]]
+    ) -> tuple[pb.EmbedOptions, bool]:
+        """Returns what a request asks for as options of the contract, and whether it wants sentence vectors normalized.
+
+        With sentence vectors, what the request leaves open is as the model's folder says.
+        """
+        options = pb.EmbedOptions(truncation=pb.TRUNCATION_ERROR)
+        if tensors.SENTENCE in asked:
+            options.truncation = wire.TRUNCATIONS[self._sentences.truncation]
+            options.max_length = self._sentences.max_length
+            options.prompt_name = self._sentences.default_prompt_name
+            options.lower_case = self._sentences.lower_case
         values = {}
         for name, parameter in request.parameters.items():
             if name not in _PARAMETERS:
@@ -257,8 +292,11 @@ class Service:
                 )
             kind = parameter.WhichOneof("parameter_choice")
             values[name] = getattr(parameter, kind) if kind else None
-        truncation = _one_of("truncation", values.get("truncation", "error"), wire.TRUNCATIONS)
-        dtype = wire.DTYPES[_one_of("dtype", values.get("dtype", "FP32"), tensors.DTYPES)]
+        if "truncation" in values:
+            options.truncation = _one_of("truncation", values["truncation"], wire.TRUNCATIONS)
+        options.dtype = wire.DTYPES[_one_of("dtype", values.get("dtype", "FP32"), tensors.DTYPES)]
+        if options.dtype != pb.DTYPE_FLOAT32 and tensors.SENTENCE in asked:
+            raise InvalidArgumentError(f"{tensors.SENTENCE} is made in FP32; leave parameters.dtype out")
         normalize = values.get("normalize", False)
         if not isinstance(normalize, bool):
             raise InvalidArgumentError("parameters.normalize must be true or false (bool_param)")
@@ -268,14 +306,13 @@ class Service:
                 f"parameters.max_length must be an integer (int64_param) from 2 to {self._model.max_length}, or 0 for "
                 "the model's"
             )
-        options = pb.EmbedOptions(truncation=truncation, dtype=dtype, max_length=max_length)
-        for name in names:
-            if name != tensors.TOKEN_COUNTS:
-                output = options.outputs.add()
-                output.CopyFrom(self._outputs[name])
-                if output.HasField("pooled_vectors"):
+        options.max_length = max_length or options.max_length
+        for name, outputs in asked.items():
+            options.outputs.extend(outputs)
+            for output in options.outputs[len(options.outputs) - len(outputs) :]:
+                if output.HasField("pooled_vectors") and (name != tensors.SENTENCE or self._sentences.has_modules):
                     output.pooled_vectors.normalize = normalize
-        return options
+        return options, normalize
 
 
 def _one_of(name: str, value: object, known: Mapping[str, ValueT]) -> ValueT:

@@ -7,8 +7,9 @@ of a list is checked before an object is made of it.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Final, TypeAlias
 
 import numpy as np
@@ -16,9 +17,11 @@ import numpy.typing as npt
 
 from layertap import wire
 from layertap.errors import InvalidArgumentError
+from layertap.sentence_vectors import Vectors
 from layertap.v1 import embedding_pb2 as pb
 from layertap_server.compat import open_inference_pb2 as kserve
 from layertap_server.model.facts import ModelFacts
+from layertap_server.model.sentence_config import SentenceConfig
 from layertap_server.model.tokenized import Tokenized
 from layertap_server.scheduler.events import RowsReady
 from layertap_server.types import Output, Plan, Unit
@@ -29,6 +32,7 @@ Integers: TypeAlias = npt.NDArray[np.int64]
 TEXT: Final = "text"
 INPUT_IDS: Final = "input_ids"
 TOKEN_COUNTS: Final = "token_counts"
+SENTENCE: Final = "sentence_embedding"
 BESIDE_IDS: Final = ("attention_mask", "token_type_ids")
 INPUTS: Final = (TEXT, INPUT_IDS, *BESIDE_IDS)
 
@@ -55,17 +59,26 @@ class Inputs:
     label: str
 
 
-def outputs_of(model: ModelFacts) -> Mapping[str, pb.Output]:
+def outputs_of(model: ModelFacts, sentences: SentenceConfig) -> Mapping[str, Sequence[pb.Output]]:
     """Returns what a model can be asked for by name; poolings are those of the last layer."""
-    outputs = {
-        _LAYER.format(layer): pb.Output(hidden_states=pb.HiddenStates(layers=[layer]))
+    outputs: dict[str, Sequence[pb.Output]] = {
+        _LAYER.format(layer): [pb.Output(hidden_states=pb.HiddenStates(layers=[layer]))]
         for layer in range(model.layer_count + 1)
     }
-    outputs[_LAST_LAYER] = pb.Output(hidden_states=pb.HiddenStates(layers=[model.layer_count]))
+    outputs[_LAST_LAYER] = outputs[_LAYER.format(model.layer_count)]
     if model.has_pooler_output:
-        outputs["pooler_output"] = pb.Output(pooler_output=pb.PoolerOutput())
+        outputs["pooler_output"] = [pb.Output(pooler_output=pb.PoolerOutput())]
     for name, strategy in wire.POOLING_STRATEGIES.items():
-        outputs[name] = pb.Output(pooled_vectors=pb.PooledVectors(strategy=strategy))
+        outputs[name] = [pb.Output(pooled_vectors=pb.PooledVectors(strategy=strategy))]
+    if not sentences.vectors_unsupported:
+        pools = [
+            pb.PooledVectors(strategy=outputs[one.name.lower()][0].pooled_vectors.strategy)
+            for one in sentences.strategies
+        ]
+        if sentences.has_modules:  # The encoder does the rest too.
+            pools = [pb.PooledVectors(sentence_modules=True, dimensions=sentences.dimensions)]
+        outputs[SENTENCE] = [pb.Output(pooled_vectors=pool) for pool in pools]
+    outputs[TOKEN_COUNTS] = ()
     return outputs
 
 
@@ -175,42 +188,46 @@ def _check_count(tensor: Tensor, found: int, *, exact: bool = True) -> None:
         )
 
 
-def response_bytes(names: Sequence[str], plan: Plan, tokenized: Sequence[Tokenized]) -> int:
-    """Returns how many bytes the tensors of an answer take."""
+def response_bytes(plan: Plan, tokenized: Sequence[Tokenized]) -> int:
+    """Returns at least how many bytes the tensors of an answer take."""
     longest = max(one.text.token_count for one in tokenized)
     rows = sum(plan.row_bytes(output) * (longest if output.unit is Unit.TOKEN else 1) for output in plan.outputs)
-    return len(tokenized) * (rows + _COUNT_BYTES * (TOKEN_COUNTS in names))
+    return len(tokenized) * (rows + _COUNT_BYTES)
 
 
 def pack(
     request: kserve.ModelInferRequest,
-    names: Sequence[str],
+    asked: Mapping[str, Sequence[pb.Output]],
     plan: Plan,
     tokenized: Sequence[Tokenized],
     parts: Sequence[RowsReady],
+    finish: Callable[[Vectors], Vectors],
 ) -> list[bytes | memoryview]:
     """Returns the answer to a request in pieces: a serialized ModelInferResponse once they are joined.
 
     Args:
         request: The request.
-        names: The outputs that it names; those with rows are the plan's, in this order.
+        asked: The outputs that it names, each with those of the plan that it is made of, in the plan's order.
         plan: What was asked of each text.
         tokenized: The texts.
         parts: All their rows.
+        finish: Makes sentence vectors of their poolings.
     """
     datatype = next(name for name, dtype in DTYPES.items() if dtype == plan.dtype)
     message = kserve.ModelInferResponse(model_name=request.model_name, model_version="1", id=request.id)
     pieces: list[bytes | memoryview] = []
+    token_counts = [one.text.token_count for one in tokenized]
     outputs = iter(enumerate(plan.outputs))
-    for name in names:
+    for name, own in asked.items():
+        arrays: list[npt.NDArray[Any]] = []
+        for index, output in itertools.islice(outputs, len(own)):
+            rows = sorted((part for part in parts if part.rows.output_index == index), key=lambda part: part.first_text)
+            arrays.append(_padded(output, plan, rows, token_counts))
         if name == TOKEN_COUNTS:
-            array: npt.NDArray[Any] = np.array([one.text.token_count for one in tokenized], "<i8")
-            message.outputs.add(name=name, datatype="INT64", shape=array.shape)
+            array: npt.NDArray[Any] = np.array(token_counts, "<i8")
         else:
-            index, output = next(outputs)
-            own = sorted((part for part in parts if part.rows.output_index == index), key=lambda part: part.first_text)
-            array = _padded(output, plan, own, [one.text.token_count for one in tokenized])
-            message.outputs.add(name=name, datatype=datatype, shape=array.shape)
+            array = finish(np.concatenate(arrays, axis=1)) if name == SENTENCE else arrays[0]
+        message.outputs.add(name=name, datatype=datatype if own else "INT64", shape=array.shape)
         pieces += (wire.head(6, array.nbytes), array.reshape(-1).view(np.uint8).data)
     return [message.SerializeToString(), *pieces]
 

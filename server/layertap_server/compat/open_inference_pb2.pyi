@@ -575,6 +575,8 @@ class ModelInferRequest(_message.Message):
         max_length: the most tokens of a text; 0, or absent: the model's.
         normalize: whether poolings are divided by their Euclidean length.
         dtype: "FP32" or "FP16", the number format of the answer.
+        Beside the output `sentence_embedding`, which is the vector of sentence-transformers,
+        what is left open is as the model's folder says; its dtype is always FP32.
         """
 
     @_builtins.property
