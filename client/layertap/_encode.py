@@ -89,10 +89,10 @@ class SentenceClient(BaseClient):
         metadata: Metadata = (),
         **options: Unpack[EncodeOptions],
     ) -> npt.NDArray[Any] | list[npt.NDArray[Any]]:
-        """Makes one vector of each text, as `SentenceTransformer.encode` does with the same model.
+        """Returns one vector for each text, as `SentenceTransformer.encode` does with the same model.
 
-        What the model's folder says is done: its poolings, Normalize, max_seq_length (longer texts are cut), lower
-        case, prompts. Many texts go over one stream, so that neither side holds more of them than it works on.
+        The settings of the model's folder apply: its poolings, Normalize, max_seq_length (longer texts are cut),
+        lower case, prompts. Many texts go over one stream, in bounded memory on both sides.
 
         Args:
             sentences: One str, or an iterable of str and pairs, which are tuples of two str.
@@ -108,7 +108,7 @@ class SentenceClient(BaseClient):
             normalize_embeddings: Divides each vector by its length. Off, what the model's own Normalize does remains.
             truncate_dim: Keeps the first values of each vector. None: what the folder says, or all.
             timeout_s: How long an answer may take in seconds; of many texts, how long nothing may come.
-            metadata: What each call carries besides, as pairs or a mapping.
+            metadata: Metadata to send with each call, as pairs or a mapping.
 
         Returns:
             Vectors. Shape: [text_count, dim], or [dim] for one str. With "token_embeddings" a list with one array for
@@ -116,10 +116,10 @@ class SentenceClient(BaseClient):
 
         Raises:
             TypeError: if an option asks for what layertap cannot do, such as tensors (convert_to_tensor) or a device.
-            InvalidArgumentError: An argument or a text is at fault; the message names it.
-            FailedPreconditionError: The model's folder asks for something that layertap cannot do, or the server now
+            InvalidArgumentError: if an argument or a text is wrong; the message names it.
+            FailedPreconditionError: if the model's folder asks for something that layertap cannot do, or the server now
                 serves another model than at the last call.
-            ModuleNotFoundError: A progress bar is wanted and tqdm is not installed.
+            ModuleNotFoundError: if a progress bar is requested and tqdm is not installed.
         """
         check_options(options)
         call = self._connection.call(timeout_s, metadata)
@@ -151,7 +151,7 @@ class SentenceClient(BaseClient):
         metadata: Metadata = (),
         **options: Unpack[TaskOptions],
     ) -> npt.NDArray[Any] | list[npt.NDArray[Any]]:
-        """Makes one vector of each query: `encode` with the prompt that the model's folder has for it."""
+        """Returns one vector for each query: `encode` with the prompt that the model's folder has for it."""
         options["task"] = "query"
         return self.encode(sentences, prompt_name, prompt, metadata=metadata, **options)
 
@@ -164,7 +164,7 @@ class SentenceClient(BaseClient):
         metadata: Metadata = (),
         **options: Unpack[TaskOptions],
     ) -> npt.NDArray[Any] | list[npt.NDArray[Any]]:
-        """Makes one vector of each document: `encode` with the prompt that the model's folder has for it."""
+        """Returns one vector for each document: `encode` with the prompt that the model's folder has for it."""
         options["task"] = "document"
         return self.encode(sentences, prompt_name, prompt, metadata=metadata, **options)
 

@@ -1,8 +1,7 @@
-"""`Client`: what a program without an event loop talks to a server with.
+"""`Client`: the methods that a program without an event loop calls; `async_client` is its twin.
 
-Only I/O: what is sent and how answers are read is in `requests`, `assembler` and `stream`; `async_client` is its twin.
-The connection is made at the first call, not in the constructor, and anew in a forked child. Threads may share a
-client.
+Checks arguments and documents them: `requests` builds what is sent, `transport` makes the calls. The connection is made
+at the first call, not in the constructor, and anew in a forked child. Threads may share a client.
 """
 
 from __future__ import annotations
@@ -64,10 +63,10 @@ class Client(SentenceClient):
             truncation: What happens above max_length: "error", "right" or "left" (the side that is cut).
             max_length: The most tokens of one text; None: the model's.
             timeout_s: The deadline of each request, in seconds.
-            metadata: What each request carries besides, as pairs or a mapping.
+            metadata: Metadata to send with each request, as pairs or a mapping.
 
         Raises:
-            InvalidArgumentError: An input or option is at fault; the message names it.
+            InvalidArgumentError: if an input or option is wrong; the message names it.
         """
         check_names(options, TokenizeOptions)
         call, answers, request_id = self._connection.call(timeout_s, metadata), [], None
@@ -92,10 +91,10 @@ class Client(SentenceClient):
             ids: The ids of one text, of several, or `Tokens`.
             skip_special_tokens: Leaves [CLS], [SEP], [PAD] and the like out.
             timeout_s: The deadline, in seconds.
-            metadata: What the call carries besides, as pairs or a mapping; `x-request-id` names it in the server's log.
+            metadata: Metadata to send, as pairs or a mapping; `x-request-id` names the call in the server's log.
 
         Raises:
-            InvalidArgumentError: An id is outside the vocabulary.
+            InvalidArgumentError: if an id is outside the vocabulary.
         """
         request = requests.decode(ids, skip_special_tokens=skip_special_tokens)
         reply = self._transport.unary(request, self._connection.call(timeout_s, metadata))
@@ -109,7 +108,7 @@ class Client(SentenceClient):
         metadata: Metadata = (),
         **options: Unpack[EmbedOptions],
     ) -> Embedding:
-        """Embeds texts and returns everything that was asked for, from one forward pass.
+        """Embeds texts and returns all requested outputs, from one forward pass.
 
         Args:
             inputs: One str, or an iterable of texts: str, (str, str) pairs, lists of words, token ids, `TokenIds`;
@@ -132,15 +131,15 @@ class Client(SentenceClient):
                 offsets are those of both together; pools leave it out if `model_info().sentence_config` says so.
             prompt_name: The same by its name in `model_info().sentence_config.prompts`.
             timeout_s: The deadline, in seconds.
-            metadata: What the call carries besides, as pairs or a mapping; `x-request-id` names it in the server's log.
+            metadata: Metadata to send, as pairs or a mapping; `x-request-id` names the call in the server's log.
 
         Raises:
-            InvalidArgumentError: An input or option is at fault; the message names it.
-            FailedPreconditionError: The model has no pooler.
-            OutOfRangeError: A value does not fit float16.
-            ResourceExhaustedError: The server is full; retry after `retry_after_s`.
-            DeadlineExceededError: timeout_s has passed.
-            UnavailableError: No server answers.
+            InvalidArgumentError: if an input or option is wrong; the message names it.
+            FailedPreconditionError: if the model has no pooler.
+            OutOfRangeError: if a value does not fit float16.
+            ResourceExhaustedError: if the server is full; retry after `retry_after_s`.
+            DeadlineExceededError: if timeout_s has passed.
+            UnavailableError: if no server answers.
         """
         return self._transport.embed(requests.embed(inputs, options), self._connection.call(timeout_s, metadata))
 
@@ -152,10 +151,10 @@ class Client(SentenceClient):
         metadata: Metadata = (),
         **options: Unpack[LayerOptions],
     ) -> Iterator[LayerRows]:
-        """Embeds texts and yields the rows of each layer as they arrive, while later layers still compute.
+        """Embeds texts and yields the rows of each layer as they arrive, while the server still computes later layers.
 
-        Arguments and errors are those of `embed`. Every text comes once in every layer, whole; layers ascend
-        for each text, and texts of one request may come in several groups.
+        Arguments and errors are those of `embed`. Each text comes once in each layer, whole. The layers of
+        one text ascend; the texts of one request may come in several groups.
         """
         request = requests.embed_layers(inputs, options)
         return self._transport.embed_layers(request, self._connection.call(timeout_s, metadata))
@@ -171,14 +170,14 @@ class Client(SentenceClient):
         metadata: Metadata = (),
         **options: Unpack[EmbedOptions],
     ) -> Iterator[StreamResult]:
-        """Embeds any number of texts over one call, without holding them all, and survives lost connections.
+        """Embeds any number of texts over one call, in bounded memory, and resumes after a lost connection.
 
         Args:
             inputs: An iterable of texts as in `embed`; it is read while earlier texts are sent, never far ahead.
             options: As in `embed`.
             ordered: Whether results come in the order of the inputs, or as they finish.
             on_error: "return" yields a bad item's error as its result; "raise" raises it.
-            item_timeout_s: How long nothing may move while items wait, in seconds. There is no total deadline.
+            item_timeout_s: The longest time without an answer while items wait, in seconds; there is no total deadline.
             reconnect_timeout_s: How long to look for the server after a lost connection, in seconds.
             metadata: As in `embed`.
 
@@ -186,10 +185,10 @@ class Client(SentenceClient):
             One result for each input, exactly once.
 
         Raises:
-            UnavailableError: No server answered, at first or for reconnect_timeout_s.
-            DeadlineExceededError: Nothing moved for item_timeout_s.
-            FailedPreconditionError: A restarted server serves another model.
-            Exception: Whatever `inputs` raised, after the results of all that came before it.
+            UnavailableError: if no server answered, at first or for reconnect_timeout_s.
+            DeadlineExceededError: if no item was answered or read for item_timeout_s.
+            FailedPreconditionError: if a restarted server serves another model.
+            Exception: if `inputs` raises it; it comes after the results of all texts before it.
         """
         state = StreamState(requests.embed_stream(options), ordered=ordered, pin=self._transport.pin)
         check_items(inputs)
@@ -201,11 +200,11 @@ class Client(SentenceClient):
 
         Args:
             timeout_s: How long to wait, in seconds.
-            metadata: What each call carries besides, as pairs or a mapping.
+            metadata: Metadata to send with each call, as pairs or a mapping.
 
         Raises:
-            DeadlineExceededError: It did not in that time; the message says what stood in the way last.
-            UnauthenticatedError: It wants another token.
+            DeadlineExceededError: if it did not in that time; the message gives the last reason.
+            UnauthenticatedError: if the server requires another token.
         """
         call = self._connection.call(timeout_s, metadata)
         readiness = Readiness(call.timeout_s)

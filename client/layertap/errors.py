@@ -7,15 +7,15 @@ a status back into the same exception. Errors are told apart by type or by `code
 |---|---|---|
 | `CancelledError` | CANCELLED | the call was cancelled |
 | `UnknownError` | UNKNOWN | something between client and server gave no better code |
-| `InvalidArgumentError` | INVALID_ARGUMENT | the request is at fault: an input, an option, a limit |
+| `InvalidArgumentError` | INVALID_ARGUMENT | an input or option of the request is wrong or over a limit |
 | `DeadlineExceededError` | DEADLINE_EXCEEDED | the answer did not come within `timeout_s` |
 | `NotFoundError` | NOT_FOUND | nothing goes by that name |
 | `AlreadyExistsError` | ALREADY_EXISTS | it is there already |
 | `PermissionDeniedError` | PERMISSION_DENIED | this caller may not do that |
 | `ResourceExhaustedError` | RESOURCE_EXHAUSTED | the server is full, or a message is over the transport's limit |
-| `FailedPreconditionError` | FAILED_PRECONDITION | the model lacks what was asked for, such as a pooler |
+| `FailedPreconditionError` | FAILED_PRECONDITION | the model lacks what was requested, such as a pooler |
 | `AbortedError` | ABORTED | the call was given up halfway |
-| `OutOfRangeError` | OUT_OF_RANGE | a value does not fit the asked-for wire dtype |
+| `OutOfRangeError` | OUT_OF_RANGE | a value does not fit the requested wire dtype |
 | `UnimplementedError` | UNIMPLEMENTED | the server does not know this RPC |
 | `InternalError` | INTERNAL | a fault of the server |
 | `UnavailableError` | UNAVAILABLE | no server answers, or it is starting or stopping |
@@ -85,7 +85,7 @@ class UnknownError(LayertapError):
 
 
 class InvalidArgumentError(LayertapError):
-    """The request is at fault: an input, an option, a limit."""
+    """An input or option of the request is wrong or over a limit."""
 
     code = StatusCode.INVALID_ARGUMENT
 
@@ -121,7 +121,7 @@ class ResourceExhaustedError(LayertapError):
 
 
 class FailedPreconditionError(LayertapError):
-    """The model lacks what was asked for."""
+    """The model lacks what was requested."""
 
     code = StatusCode.FAILED_PRECONDITION
 
@@ -133,7 +133,7 @@ class AbortedError(LayertapError):
 
 
 class OutOfRangeError(LayertapError):
-    """A value does not fit the asked-for wire dtype."""
+    """A value does not fit the requested wire dtype."""
 
     code = StatusCode.OUT_OF_RANGE
 

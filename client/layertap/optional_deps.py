@@ -15,7 +15,7 @@ def load(module: str, *, extra: str, purpose: str) -> Any:
         purpose: What needs it, as the user called it.
 
     Raises:
-        ModuleNotFoundError: It is not installed.
+        ModuleNotFoundError: if it is not installed.
     """
     try:
         return importlib.import_module(module)

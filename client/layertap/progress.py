@@ -1,7 +1,7 @@
-"""A progress bar for what takes long: how much is done, how fast, and how long the rest will take.
+"""A progress bar for long jobs: how much is done, how fast, and how long the rest will take.
 
-Drawn by tqdm (the extra `progress`) on stderr. Knows nothing of what is being done. Unless it is asked for by name it
-is silent off a terminal, without tqdm, and in the first seconds, within which most jobs end.
+Drawn by tqdm (the extra `progress`) on stderr. Unless the caller requests it, there is none without a terminal, without
+tqdm, or in the first seconds, within which most jobs end.
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ def bar(
     Args:
         total: How many there are in all; None if unknown, which leaves count and rate.
         unit: What is counted, in the singular, such as "text".
-        shown: Whether to show it. None: only on a terminal, for what takes longer than a moment, if tqdm is there.
-        done: How many were done before, by a job that is taken up again; they do not count for the rate.
+        shown: Whether to show it. None: only on a terminal, for jobs of more than a few seconds, if tqdm is installed.
+        done: How many a resumed job had done before; they do not count for the rate.
         label: What stands before the bar.
 
     Yields:
-        What is told how many more are done.
+        A function that advances the bar.
 
     Raises:
-        ModuleNotFoundError: `shown` is True and tqdm is not installed.
+        ModuleNotFoundError: if `shown` is True and tqdm is not installed.
     """
     if shown is None and not on_terminal():
         shown = False
@@ -57,10 +57,10 @@ def bar(
 
 
 def on_terminal() -> bool:
-    """Whether somebody may look."""
+    """Returns whether stderr is a terminal."""
     # A process without a console has no stderr at all.
     return sys.stderr is not None and sys.stderr.isatty()
 
 
 def _ignore(count: int) -> None:
-    """Is told the same, and shows nothing."""
+    """Shows nothing."""

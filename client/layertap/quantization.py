@@ -1,8 +1,8 @@
-"""Embeddings in fewer bits, as sentence-transformers makes them: one byte a value, or one bit.
+"""Quantization of embeddings as in sentence-transformers: one byte for each value, or one bit.
 
-Pure numpy. One byte divides the range that each dimension has over the embeddings at hand into 256 steps, so that the
-same text has other bytes among other texts: where that must not be, as between a corpus and its queries, pass the
-corpus' `ranges`. One bit says whether a value is above 0, and depends on nothing else.
+Pure numpy. A byte divides the range of each dimension, over the given embeddings, into 256 steps. The bytes of a text
+therefore depend on the other texts. To compare a corpus with queries, pass the `ranges` of the corpus for both. A bit
+says whether a value is above 0, and depends on nothing else.
 """
 
 from __future__ import annotations
@@ -23,27 +23,27 @@ Precision: TypeAlias = Literal["float32", "int8", "uint8", "binary", "ubinary"]
 PRECISIONS: Final[tuple[Precision, ...]] = ("float32", "int8", "uint8", "binary", "ubinary")
 
 _BLOCK_ROWS: Final = 4096
-"""How many embeddings are widened at once, whatever their number."""
+"""How many embeddings are converted at once, which bounds memory."""
 
 
 def quantize_embeddings(
     embeddings: npt.ArrayLike, *, precision: Precision = "int8", ranges: npt.ArrayLike | None = None
 ) -> Array:
-    """Returns embeddings in fewer bits.
+    """Returns quantized embeddings.
 
     Args:
         embeddings: Shape: [count, dim] or [dim].
-        precision: "int8" and "uint8" (one byte a value), "binary" and "ubinary" (one bit a value, eight to an int8 or
-            uint8, the first in the highest bit), or "float32".
-        ranges: For one byte a value: the least and the greatest value of each dimension, as in
-            `np.stack([corpus.min(0), corpus.max(0)])`; values beyond are cut. Shape: [2, dim]. None: those of the
-            embeddings, of which there must be two then, and should be hundreds.
+        precision: "int8" and "uint8" (one byte for each value), "binary" and "ubinary" (one bit for each, eight to an
+            int8 or uint8, the first in the highest bit), or "float32".
+        ranges: For bytes: the least and the greatest value of each dimension, as in
+            `np.stack([corpus.min(0), corpus.max(0)])`; values beyond are clipped. Shape: [2, dim]. None: those of the
+            embeddings, which must then be at least two, and should be hundreds.
 
     Returns:
-        Shape: as embeddings; of bits: the last dimension an eighth of that, rounded up.
+        The embeddings. Shape: as embeddings; for bits, the last dimension is an eighth of that, rounded up.
 
     Raises:
-        InvalidArgumentError: The precision is unknown, or the ranges are missing or of another shape.
+        InvalidArgumentError: if the precision is unknown, or the ranges are missing or of another shape.
     """
     check(precision)
     array = np.asarray(embeddings)
@@ -64,7 +64,7 @@ def quantize_embeddings(
 
 
 def quantize_matrices(matrices: Sequence[Array], *, precision: Precision) -> list[Array]:
-    """Returns several matrices in fewer bits, with the ranges of all their rows together.
+    """Returns several quantized matrices, with the ranges of all their rows together.
 
     Args:
         matrices: Shape of each: [token_count, dim].
@@ -76,10 +76,10 @@ def quantize_matrices(matrices: Sequence[Array], *, precision: Precision) -> lis
 
 
 def check(precision: Precision) -> Precision:
-    """Returns a precision if there is such a one.
+    """Returns a precision, after it has checked its name.
 
     Raises:
-        InvalidArgumentError: There is not.
+        InvalidArgumentError: if it is unknown.
     """
     if precision not in PRECISIONS:
         raise InvalidArgumentError(f"precision is {precision!r}; pass one of {', '.join(PRECISIONS)}")

@@ -1,7 +1,7 @@
 """`encode`: what users of sentence-transformers type, as a request of the contract and an array made of its answers.
 
-Pure. The server tells what the model's folder says about sentences (`SentenceConfig`); the options ask for exactly
-that, and what cannot be asked for (joining several pools, normalizing before cutting, fewer bits) is done here, in the
+Pure. The server reports what the model's folder says about sentences (`SentenceConfig`); the options ask for exactly
+that, and what cannot be requested (joining several pools, normalizing before cutting, fewer bits) is done here, in the
 order of sentence-transformers: pool, normalize if the model does, cut, normalize if the caller wants it, quantize. With
 folders that have Dense modules the server does all but the last, since the weights are there.
 """
@@ -35,7 +35,7 @@ TOKENS: Final = "token_embeddings"
 
 _FEW_TEXTS: Final = 32
 _FEW_CHARACTERS: Final = 32 << 10
-"""What is asked for in one request: more would be a stream's, which no deadline can cut off."""
+"""What is requested in one request: more go over a stream, which has no deadline."""
 
 _TASK_PROMPTS: Final = {"query": ("query",), "document": ("document", "passage", "corpus")}
 """The prompts that a task takes where none is named: the first that the model's folder has."""
@@ -95,7 +95,7 @@ def check_options(options: Mapping[str, object]) -> None:
             raise TypeError(f"encode takes no {name}: the server computes, on the device of its --device; leave it out")
 
 
-class _Fixed(TypedDict, total=False):
+class _FixedOptions(TypedDict, total=False):
     """What `check_options` has found to be as it must be."""
 
     convert_to_numpy: Literal[True]
@@ -126,13 +126,13 @@ class Encoding:
         normalize_embeddings: bool | None = None,
         truncate_dim: int | None = None,
         task: Literal["query", "document"] | None = None,
-        **_checked: Unpack[_Fixed],
+        **_checked: Unpack[_FixedOptions],
     ) -> None:
         """Checks the arguments of `Client.encode`, which documents them; `info` is the served model.
 
         Raises:
             TypeError: if output_value is None, which layertap has nothing for.
-            InvalidArgumentError: if an argument is at fault.
+            InvalidArgumentError: if an argument is wrong.
             FailedPreconditionError: if layertap cannot make the model's sentence vectors.
         """
         config = info.sentence_config

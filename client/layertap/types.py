@@ -1,6 +1,6 @@
-"""What a user passes and what the server says of itself: poolings, mixes, token ids, models, limits, times.
+"""Options that users pass, and facts that the server reports: poolings, mixes, token ids, models, limits, times.
 
-Frozen, slotted, picklable; no I/O, no protobuf. The arrays that a server answers are in `results`.
+Frozen, slotted, picklable; no I/O, no protobuf. The arrays of answers are in `results`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from layertap import _repr
 IntArray = npt.NDArray[np.int64]
 BoolArray = npt.NDArray[np.bool_]
 FloatArray = npt.NDArray[np.float32] | npt.NDArray[np.float16]
-"""float32, or float16 where `dtype="float16"` was asked for."""
+"""float32, or float16 where `dtype="float16"` was requested."""
 
 DtypeName: TypeAlias = Literal["float32", "float16", "bfloat16"]
 """A number format on the wire."""
@@ -100,7 +100,7 @@ class TokenIds:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class ModelRef:
-    """Which model answered.
+    """The model that answered.
 
     Attributes:
         model_id: Its name.
@@ -113,7 +113,7 @@ class ModelRef:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True, repr=False)
 class Timings:
-    """Where the time went, in nanoseconds.
+    """How long the parts of the work took, in nanoseconds.
 
     Attributes:
         queue_time_ns: From admission to the start of the first batch.

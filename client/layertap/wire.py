@@ -139,7 +139,7 @@ def read_into(target: FloatArray, data: Buffer | ByteArray, dtype: pb.Dtype.Valu
         dtype: The number format of data.
 
     Raises:
-        DataLossError: data has another size than target needs.
+        DataLossError: if data has another size than target needs.
     """
     if len(data) != target.size * item_bytes(dtype):
         raise DataLossError(
@@ -156,7 +156,7 @@ def to_array(data: Buffer | ByteArray, shape: tuple[int, ...], dtype: pb.Dtype.V
     """Returns wire bytes as an array: a view where they may be kept as they are, else a copy.
 
     Raises:
-        DataLossError: data has another size than the array.
+        DataLossError: if data has another size than the array.
     """
     if isinstance(data, np.ndarray) and dtype != pb.DTYPE_BFLOAT16:
         if data.size != math.prod(shape) * item_bytes(dtype):
@@ -218,7 +218,7 @@ def split(kind: type[MessageT], raw: bytes) -> tuple[MessageT, memoryview]:
         The message without its payload, and the payload; empty where there is none.
 
     Raises:
-        DataLossError: raw is no such message.
+        DataLossError: if raw is no such message.
     """
     view = memoryview(raw)
     message, payload = kind(), view[:0]

@@ -118,7 +118,7 @@ def test_what_was_not_asked_for_is_named(real: Any) -> None:
     embedding = real.embed("x", attentions=[1])
     with pytest.raises(IndexError, match=r"layer 0 are not held \(held: 1\); ask for them with attentions=\[0\]"):
         embedding.attentions[0]
-    with pytest.raises(LookupError, match="attentions were not asked for"):
+    with pytest.raises(LookupError, match="attentions were not requested"):
         _ = real.embed("x").attentions
 
 

@@ -1,4 +1,4 @@
-"""The rules of the server's code that CONTRIBUTING.md states and no linter checks."""
+"""The rules of the code that CONTRIBUTING.md states and no linter checks."""
 
 from __future__ import annotations
 
@@ -9,13 +9,21 @@ from pathlib import Path
 
 import pytest
 
-SERVER = Path(__file__).parents[2] / "server" / "layertap_server"
-MODULES = [path for path in sorted(SERVER.rglob("*.py")) if not path.stem.endswith("_pb2")]
+ROOT = Path(__file__).parents[2]
+CLIENT, SERVER = ROOT / "client" / "layertap", ROOT / "server" / "layertap_server"
+GENERATED = ("_pb2", "_pb2_grpc")
+MODULES = [
+    path
+    for package in (CLIENT, SERVER)
+    for path in sorted(package.rglob("*.py"))
+    if not path.stem.endswith(GENERATED) and path.read_text()
+]
+RESULTS = [*sorted((CLIENT / "results").glob("*.py")), CLIENT / "types.py"]
 MOST_LINES = 400
 
 
 def name_of(path: Path) -> str:
-    return str(path.relative_to(SERVER))
+    return str(path.relative_to(ROOT))
 
 
 def docstrings(tree: ast.Module) -> Iterator[tuple[int, str]]:
@@ -46,7 +54,28 @@ def test_docstrings_state_errors_with_their_condition(path: Path) -> None:
 def test_data_have_slots_and_are_not_dicts_with_known_keys(path: Path) -> None:
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ClassDef):
-            assert "TypedDict" not in [ast.unparse(base) for base in node.bases], f"{path}:{node.lineno}"
+            # The options of a method are one, so that type checkers know them where it passes them on.
+            is_options = node.name.endswith("Options") and CLIENT in path.parents
+            assert is_options or "TypedDict" not in map(ast.unparse, node.bases), f"{path}:{node.lineno}"
             for decorator in map(ast.unparse, node.decorator_list):
                 if decorator.startswith("dataclasses.dataclass"):
                     assert "slots=True" in decorator, f"{path}:{node.lineno} is a dataclass without slots"
+
+
+@pytest.mark.parametrize("path", RESULTS, ids=name_of)
+def test_every_array_of_a_result_has_its_shape(path: Path) -> None:
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ClassDef):
+            described = ast.get_docstring(node) or ""
+            for field in node.body:
+                if isinstance(field, ast.AnnAssign) and _holds_arrays(field.annotation):
+                    name = ast.unparse(field.target)
+                    entry = re.search(rf"^    {name}: (.*\n(?:        .*\n)*)", described + "\n", re.MULTILINE)
+                    assert name.startswith("_") or (entry and "Shape" in entry[1]), f"{path}:{field.lineno}: {name}"
+                elif isinstance(field, ast.FunctionDef) and field.returns and _holds_arrays(field.returns):
+                    text = (ast.get_docstring(field) or "").lower()
+                    assert field.name.startswith("_") or "shape" in text, f"{path}:{field.lineno}: {field.name}"
+
+
+def _holds_arrays(annotation: ast.expr) -> bool:
+    return any(name in ast.unparse(annotation) for name in ("FloatArray", "IntArray", "BoolArray", "Tensor"))

@@ -1,8 +1,8 @@
-"""Answers of the server, put together as the arrays that users hold.
+"""The messages of one EmbedLayers answer, assembled into arrays.
 
-Pure: parsed messages and payloads in, `types` out. Rows are placed by the position their frame names, never by
+Pure: parsed messages and payloads in, results out. Rows are placed by the position their frame names, never by
 arrival, and copied once; rows in shared memory that make a whole tensor not even that. A frame that overlaps another,
-reaches past its tensor or never comes is an error: there is no way to get a wrong array.
+reaches past its tensor or is missing is an error, so that no array is wrong.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from layertap.v1 import embedding_pb2 as pb
 
 
 class EmbedAssembler:
-    """Puts one EmbedLayers answer together.
+    """Assembles one EmbedLayers answer.
 
     Attributes:
         request_id: The name of the call in the server's log; None: unknown.
@@ -45,7 +45,7 @@ class EmbedAssembler:
         """Adds one message of a stream, with its payload and the shared rows it refers to.
 
         Raises:
-            DataLossError: It does not fit what came before.
+            DataLossError: if the message does not fit those before it.
         """
         kind = part.WhichOneof("part")
         if self._summary is not None:
@@ -75,7 +75,7 @@ class EmbedAssembler:
         """Returns the embedding once the stream has ended.
 
         Raises:
-            DataLossError: Something is missing.
+            DataLossError: if something is missing.
         """
         if self._header is None or self._summary is None:
             raise DataLossError("the answer ended without its summary; ask again")
@@ -116,7 +116,7 @@ class EmbedAssembler:
 
 
 class _Rows:
-    """One tensor that fills up, and which of its rows have come.
+    """One tensor, and which of its rows have arrived.
 
     Rows that may be kept where they lie are not copied as long as all of them lie as the tensor would.
     """
@@ -182,12 +182,12 @@ def _payload(
     if not part.HasField("shared_rows"):
         return memoryview(data)
     if view is None or len(part.shared_rows.offsets) != 1:
-        raise DataLossError("a frame lies in shared memory that was not asked for; ask again")
+        raise DataLossError("a frame lies in shared memory that was not requested; ask again")
     return view(part.shared_rows.offsets[0], part.frame.row_count * row_bytes)
 
 
 class LayerAssembler:
-    """Hands out the rows of an EmbedLayers answer as they come, whole texts at a time."""
+    """Returns the rows of an EmbedLayers answer as they arrive, by whole texts."""
 
     def __init__(self, messages: list[pb.Input], options: pb.EmbedOptions, pin: ModelPin | None = None) -> None:
         self._pin = pin or ModelPin()
@@ -199,10 +199,10 @@ class LayerAssembler:
         self._ended = False
 
     def feed(self, part: pb.EmbedLayersResponse, data: wire.Buffer, view: wire.View | None = None) -> list[LayerRows]:
-        """Adds one message as `EmbedAssembler.feed` does; returns the texts that it completed, in runs.
+        """Adds one message as `EmbedAssembler.feed` does; returns the texts that it completed.
 
         Raises:
-            DataLossError: It does not fit what came before.
+            DataLossError: if the message does not fit those before it.
         """
         kind = part.WhichOneof("part")
         if (kind == "header") != (self._header is None) or self._ended:
@@ -217,7 +217,7 @@ class LayerAssembler:
         elif kind == "frame":
             return self._frame(part.frame, _payload(part, data, view, self._row_bytes))
         else:
-            raise DataLossError("the answer has a part that was not asked for; ask again")
+            raise DataLossError("the answer has a part that was not requested; ask again")
         return []
 
     @property
@@ -229,7 +229,7 @@ class LayerAssembler:
         """Checks, once the stream has ended, that nothing is missing.
 
         Raises:
-            DataLossError: Something is.
+            DataLossError: if something is missing.
         """
         if self._header is None or not self._ended:
             raise DataLossError("the answer ended without its summary; ask again")
@@ -240,7 +240,7 @@ class LayerAssembler:
         assert self._header is not None
         output, texts_done = self._header.outputs[0], self._done.get(frame.layer)
         if frame.output_index or texts_done is None or frame.first_text < 0:
-            raise DataLossError(f"a frame names layer {frame.layer}, which was not asked for; ask again")
+            raise DataLossError(f"a frame names layer {frame.layer}, which was not requested; ask again")
         counts = self._header.token_counts
         row_bytes = self._row_bytes
         text, row, left = frame.first_text, frame.first_row, frame.row_count

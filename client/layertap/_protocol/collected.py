@@ -1,4 +1,4 @@
-"""One answer made of a whole stream: what `embed` returns for more texts than one request may hold. Pure."""
+"""The answer of `embed` to more texts than one request may hold: the results of a stream, joined. Pure."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from layertap.results.streamed import StreamResult
 from layertap.v1 import embedding_pb2 as pb
 
 MAX_BYTES: Final = 8 << 30
-"""The largest answer that is collected; more should be read as it comes."""
+"""The largest answer that is collected; `embed_stream` yields larger ones text by text."""
 
 
 class CollectedStream(StreamState):

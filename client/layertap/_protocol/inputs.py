@@ -1,4 +1,4 @@
-"""What users pass as texts, as the contract's inputs.
+"""Texts of users, as the inputs of the contract.
 
 Pure. A `str` is one text; `TokenIds`, `Tokens` and mappings such as transformers' `BatchEncoding` are token ids, one
 row a text; anything else is an iterable of items: str (text), tuple of two str (pair), list or 1-D array of str

@@ -1,6 +1,6 @@
-"""What users ask for, by keyword, as the contract's options.
+"""Keyword options of users, as the options of the contract.
 
-Pure. What is of a wrong type or unknown is refused here, by the argument's own name; the server judges the rest.
+Pure. An option of a wrong type or name is refused here; the server checks the rest.
 """
 
 from __future__ import annotations
@@ -138,7 +138,7 @@ def check_names(options: Mapping[str, object], kind: type) -> None:
     """Checks that all options are among the keys of a `TypedDict`.
 
     Raises:
-        TypeError: One is not.
+        TypeError: if one is not.
     """
     for name in options:
         if name not in kind.__annotations__:

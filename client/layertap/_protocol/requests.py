@@ -1,6 +1,6 @@
-"""What each method of the clients sends and how it reads the answer: everything but the sending.
+"""The requests of all methods of the clients.
 
-Pure: arguments in, requests out; responses in, `types` out. `Client` and `AsyncClient` differ only in how they wait.
+Pure: arguments in, requests out. `responses` reads the answers.
 """
 
 from __future__ import annotations

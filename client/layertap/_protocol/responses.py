@@ -63,7 +63,7 @@ class ModelPin:
 
 
 def has_words(options: pb.EmbedOptions) -> bool:
-    """Returns whether an output with a row for each word is asked for."""
+    """Returns whether an output with a row for each word is requested."""
     return any(output.HasField("word_vectors") for output in options.outputs)
 
 
@@ -95,7 +95,7 @@ def check_header(header: pb.EmbedHeader, options: pb.EmbedOptions, messages: Seq
         messages: The texts that were sent; none for a stream, whose results carry their own counts.
 
     Raises:
-        DataLossError: It is not.
+        DataLossError: if it is not.
     """
     wire.array_dtype(header.dtype)
     text_count = len(messages)
@@ -211,7 +211,7 @@ def read_whole(raw: bytes, kind: type[ResponseT]) -> ResponseT:
 
 
 def read_model_info(message: pb.GetModelInfoResponse) -> ModelInfo:
-    """Reads what `model_info` asked for."""
+    """Reads what `model_info` requested."""
     limits = {field.name: getattr(message.limits, field.name) for field in dataclasses.fields(Limits)}
     special = (
         "limits",
@@ -251,13 +251,13 @@ def check_tokens(request: Message, answer: pb.TokenizeResponse, pin: ModelPin) -
 
 
 def read_tokens(answers: Sequence[pb.TokenizeResponse], request_id: str | None) -> Tokens:
-    """Reads what `tokenize` asked for."""
+    """Reads what `tokenize` requested."""
     texts = [text for one in answers for text in one.texts]
     return build_tokens(texts, answers[0].pad_token_id, request_id=request_id)
 
 
 def read_texts(request: Message, answer: pb.DecodeResponse, pin: ModelPin) -> list[str]:
-    """Reads what `decode` asked for.
+    """Reads what `decode` requested.
 
     Raises:
         DataLossError: if there is not one string for each text.
@@ -266,7 +266,7 @@ def read_texts(request: Message, answer: pb.DecodeResponse, pin: ModelPin) -> li
     pin.check(answer.model_id, answer.fingerprint)
     assert isinstance(request, pb.DecodeRequest)
     if len(answer.texts) != len(request.texts):
-        raise DataLossError(f"{len(request.texts)} texts were asked for, {len(answer.texts)} came; ask again")
+        raise DataLossError(f"{len(request.texts)} texts were requested, {len(answer.texts)} came; ask again")
     return list(answer.texts)
 
 

@@ -34,7 +34,7 @@ def build_embedding(
     """Returns whole arrays, by output index and layer, under the names that users know.
 
     Raises:
-        DataLossError: The tokens or words that were asked for are not those of the texts.
+        DataLossError: if the requested tokens or words are not those of the texts.
     """
     if options.return_tokens and [len(text.input_ids) for text in tokens] != token_counts.tolist():
         raise DataLossError("the tokens of the answer are not those of its texts; ask again")
@@ -156,7 +156,7 @@ def build_tokens(texts: Sequence[pb.TokenizedText], pad_token_id: int, *, reques
     """Returns tokenized texts as rectangular arrays; what lies past a text's tokens is padding.
 
     Raises:
-        DataLossError: A text's lists differ in length.
+        DataLossError: if a text's lists differ in length.
     """
     counts = np.array([len(text.input_ids) for text in texts], np.int64)
     for text, count in zip(texts, counts, strict=True):

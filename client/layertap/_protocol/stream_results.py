@@ -40,7 +40,7 @@ def text_answers(
     Args:
         results: The message.
         header: What the stream promises.
-        options: What each item asked for.
+        options: What each item requests.
         data: The payload of the message.
         offsets: Where each tensor lies in shared memory; negative: in `data`. Empty: all lie in `data`.
         view: Access to shared memory.
@@ -68,7 +68,7 @@ def text_answers(
         for layer in output.layers:
             if len(offsets) > len(arrays) and (offset := offsets[len(arrays)]) >= 0:
                 if view is None:
-                    raise DataLossError("results lie in shared memory that was not asked for; ask again")
+                    raise DataLossError("results lie in shared memory that was not requested; ask again")
                 payload: memoryview | wire.ByteArray = view(offset, size)
             else:
                 payload, data = data[:size], data[size:]

@@ -1,9 +1,9 @@
-"""What an `embed_stream` has sent and not yet heard of: the stream's memory, without any I/O.
+"""The items of an `embed_stream` that were sent and have no answer yet, without any I/O.
 
 Pure. Items come in by `offer`, leave by `take` in messages, and their answers come back by `feed`. After a lost
-connection `lost` puts everything unanswered up for sending again, so that each item is answered exactly once. An item
-that was in flight at too many lost connections, on none of which anything was answered, is answered UNAVAILABLE: it may
-be what brings the server down. A connection that got on and was then lost says nothing of its items.
+connection `lost` marks all items without an answer to be sent again, so that each item is answered exactly once. An
+item that was in flight at too many lost connections, none of which brought any answer, is answered UNAVAILABLE: it may
+be what stops the server. A connection that brought answers before it was lost says nothing about its items.
 """
 
 from __future__ import annotations
@@ -148,7 +148,7 @@ class StreamState:
             if item.lost_count == MAX_LOST_COUNT:
                 error = UnavailableError(
                     f"item {index} was in flight at {MAX_LOST_COUNT} lost connections; send it alone to see whether "
-                    f"it is at fault (last: {reason.details})"
+                    f"it is the cause (last: {reason.details})"
                 )
                 self._answer(index, StreamResult(index=index, error=error, _embedding=None))
         self._unsent = dict(self._unanswered)
@@ -157,8 +157,8 @@ class StreamState:
         """Adds one message of the answer, with its payload and the shared rows it refers to.
 
         Raises:
-            DataLossError: It does not fit what was sent.
-            FailedPreconditionError: Another model answers than before.
+            DataLossError: if the message does not fit what was sent.
+            FailedPreconditionError: if another model answers than before.
         """
         kind = part.WhichOneof("part")
         if (kind == "header") != self._header_due:

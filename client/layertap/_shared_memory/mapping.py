@@ -53,7 +53,7 @@ class Mapping:
         """Opens and maps it.
 
         Raises:
-            OSError: It is not there, or not what the server means; the reason is its message.
+            OSError: if the segment is missing, or is not the one that the server describes; the message says why.
         """
         self.segment_id = segment.segment_id
         self.memory = memory
@@ -82,7 +82,7 @@ class Mapping:
         return SharedCall(self, number)
 
     def end(self, number: int) -> None:
-        """Says that a call reads nothing more."""
+        """Reports that a call reads nothing more."""
         with self._lock:
             self._open.discard(number % len(self._calls))
             self._calls[number % len(self._calls)] = number
@@ -91,7 +91,7 @@ class Mapping:
         """Returns bytes of the segment as an array that holds on to its message.
 
         Raises:
-            DataLossError: They lie outside the segment.
+            DataLossError: if they lie outside the segment.
         """
         if not self._data_offset <= offset <= len(self._bytes) - byte_count or offset % 4 or byte_count < 0:
             raise DataLossError("the answer names a place outside the shared memory; ask again")
@@ -115,19 +115,19 @@ class SharedCall:
         """Returns access to the rows of a message that lie in the segment.
 
         Raises:
-            DataLossError: It names no slot.
+            DataLossError: if the message names no slot.
         """
         if not 0 <= shared.slot < len(self._mapping.slots):
             raise DataLossError("the answer names a slot that is not there; ask again")
         return _Message(self._mapping, shared.slot)
 
     def end(self) -> None:
-        """Says that the call reads nothing more; what it has taken stays."""
+        """Reports that the call reads nothing more; the rows that it has taken stay valid."""
         self._mapping.end(self._number)
 
 
 def take(call: SharedCall | None, part: pb.EmbedLayersResponse | pb.EmbedStreamResponse) -> wire.View | None:
-    """Returns where to find rows that lie in shared memory, if the message has any and the call asked for it."""
+    """Returns where to find rows that lie in shared memory, if the message has any and the call requested it."""
     return call.take(part.shared_rows) if call is not None and part.HasField("shared_rows") else None
 
 

@@ -1,7 +1,7 @@
 """How a client gets shared memory: one ShareMemory call, opened before the first call that can use it, and kept open.
 
 Whatever stands in the way, the client goes on with plain gRPC and says so once. A lease that has ended is renewed at
-the next call; one that could not be had for a reason that will last is not asked for again on the same channel.
+the next call; one that was refused for a lasting reason is not requested again on the same channel.
 """
 
 from __future__ import annotations

@@ -31,8 +31,8 @@ def open_channel(connection: Connection) -> grpc.Channel:
     """Returns a channel, which connects at its first call.
 
     Raises:
-        FailedPreconditionError: gRPC would not work in this forked process.
-        InvalidArgumentError: A file of TLS cannot be used.
+        FailedPreconditionError: if gRPC would not work in this forked process.
+        InvalidArgumentError: if a file of TLS cannot be used.
     """
     fork.check()
     connection.check_token()

@@ -1,7 +1,7 @@
 """A synchronous channel with the methods that a stream needs of an asyncio one, so that one engine serves both.
 
-The asyncio loop of a stream runs in a thread of its own. Here one more thread waits for answers and hands them to
-that loop, at most two ahead of it: gRPC's own flow control then holds the server back.
+The asyncio loop of a stream runs in a thread of its own. Here one more thread waits for answers and gives them to
+that loop, at most two ahead of it: the flow control of gRPC then stops the server.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ class DuplexCall:
         return answer
 
     async def write(self, raw: bytes) -> None:
-        """Hands a request to gRPC; how much may wait there is bounded by what the stream leaves unanswered."""
+        """Gives a request to gRPC; the bound of unanswered items is the bound of what waits there."""
         self._requests.put(raw)
 
     async def done_writing(self) -> None:

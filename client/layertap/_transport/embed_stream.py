@@ -67,9 +67,9 @@ class EmbedStream:
         """Yields answers in groups, as they come.
 
         Raises:
-            DeadlineExceededError: Nothing moved for item_timeout_s.
-            UnavailableError: No server answered, at first or for reconnect_timeout_s.
-            Exception: Whatever the items raised, after the answers to all that came before it.
+            DeadlineExceededError: if no item was answered or read for item_timeout_s.
+            UnavailableError: if no server answered, at first or for reconnect_timeout_s.
+            Exception: if the items raise it; it comes after the answers to all items before it.
         """
         reader = asyncio.create_task(self._read_items())
         lost_at: float | None = None
@@ -162,7 +162,7 @@ class EmbedStream:
         """Returns why a call was not accepted.
 
         gRPC loses the status of a call that ends while it is still sending, and tells of a fault of its own. Of a call
-        that sends next to nothing it does not, so such a one is asked for the reason.
+        that sends next to nothing it does not, so such a one is requested the reason.
         """
         method = self._channel.unary_unary(SERVICE + "GetModelInfo", None, None)
         try:

@@ -32,7 +32,7 @@ def check() -> None:
     """Notes that this process uses gRPC.
 
     Raises:
-        FailedPreconditionError: A parent has used it, and gRPC was not told that it would be forked.
+        FailedPreconditionError: if a parent has used gRPC, which was not told that the process would be forked.
     """
     global _first_process, _survived
     if _first_process is None:

@@ -1,7 +1,7 @@
 """The caller's own iterable, read beside the loop that sends what it gives.
 
 An async iterable is read on the loop. A plain one may block, so a daemon thread reads it: each item is handed over
-before the next is asked for, the thread waits while none are taken, and one that hangs in the caller's code keeps
+before the next is requested, the thread waits while none are taken, and one that hangs in the caller's code keeps
 nothing else from ending.
 """
 
@@ -23,8 +23,8 @@ async def groups(source: Iterable[Any] | AsyncIterable[Any]) -> AsyncGenerator[l
     """Yields the items of an iterable in groups, each as soon as it is there.
 
     Raises:
-        InvalidArgumentError: It is one text or a table.
-        Exception: What the iterable raised, as itself, after all items that came before.
+        InvalidArgumentError: if the iterable is one text or a table.
+        Exception: if the iterable raises it; it comes after all items before it.
     """
     if isinstance(source, AsyncIterable):
         async for item in source:

@@ -215,7 +215,7 @@ def resolve(
     """Returns what a client is to use: its arguments, else LAYERTAP_… variables, else defaults.
 
     Raises:
-        InvalidArgumentError: One of them cannot be what it is.
+        InvalidArgumentError: if an argument or variable has no valid value.
     """
     environment = os.environ
     if timeout_s is None:

@@ -51,7 +51,7 @@ class SyncBridge:
         """Yields what the generator does.
 
         Raises:
-            CancelledError: `cancel` was called.
+            CancelledError: if `cancel` was called.
         """
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="layertap-stream", daemon=True)
@@ -91,7 +91,7 @@ class SyncBridge:
 
         The coroutine is made over there: of one made here, Ctrl-C before the loop has it leaves a warning behind.
         """
-        # A future waits by a lock of Python's own, which Ctrl-C may leave half let go of; this queue is C's.
+        # A future waits by a lock of Python's own, which Ctrl-C may leave half released; this queue is C's.
         outcome: queue.SimpleQueue[_Outcome[_T]] = queue.SimpleQueue()
         loop.call_soon_threadsafe(lambda: loop.create_task(_put_outcome(function, outcome)))
         found = outcome.get()

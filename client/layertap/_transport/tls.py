@@ -35,7 +35,7 @@ class TLS:
         """Checks what belongs together.
 
         Raises:
-            InvalidArgumentError: A certificate is there without its key, or a key without its certificate.
+            InvalidArgumentError: if a certificate has no key, or a key no certificate.
         """
         if (self.cert is None) != (self.key is None):
             given, missing = ("cert", "key") if self.key is None else ("key", "cert")
@@ -45,7 +45,7 @@ class TLS:
         """Returns ca, key and cert in PEM, reading files.
 
         Raises:
-            InvalidArgumentError: A file cannot be read.
+            InvalidArgumentError: if a file cannot be read.
         """
         ca = _system_roots() if self.ca is None else _pem("tls.ca", self.ca)
         return ca, _pem("tls.key", self.key), _pem("tls.cert", self.cert)

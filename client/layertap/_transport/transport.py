@@ -1,6 +1,6 @@
 """The calls of a synchronous client over its one channel, which is opened at the first call and anew in a forked child.
 
-Sends what `requests` makes, hands what comes to `responses` and `assembler`, and raises failures as layertap's errors;
+Sends what `requests` makes, reads answers with `responses` and `assembler`, and raises failures as layertap's errors;
 `async_transport` is its twin. Imported at the first call of a client, because importing gRPC reads the environment.
 """
 

@@ -41,7 +41,7 @@ examples:
   layertap embed corpus.jsonl --words mean --mix mean:-4,-3,-2,-1 -o out.arrow
   zstdcat corpus.jsonl.zst | layertap embed --input-format jsonl --pooling cls -o out.safetensors
 
-OUT holds ids, kept fields, token_counts, truncated, and what was asked for: layer_K, mixed, words_layer_K,
+OUT holds ids, kept fields, token_counts, truncated, and what was requested: layer_K, mixed, words_layer_K,
 words_mixed, attentions_K, pool_N, pooler_output. Rows of tokens and words lie one text after the other in .npz and
 .safetensors (divide them by token_counts and word_counts), in lists in .parquet and .arrow; attentions_K has a row for
 each pair of tokens, with a value for each head. .npy holds one matrix with a row a text, and no ids."""
@@ -188,7 +188,7 @@ def _decode(parser: argparse.ArgumentParser) -> None:
 def _embed(parser: argparse.ArgumentParser) -> None:
     reading = _texts(parser)
     _cutting(parser)
-    what = "all, or numbers such as 0,6 or =-1,-2 [the last, if nothing else is asked for]"
+    what = "all, or numbers such as 0,6 or =-1,-2 [the last, if nothing else is requested]"
     parser.add_argument("--layers", type=parsing.layers, help=what)
     what = f"one row a word instead of a token: {', '.join(wire.WORD_POOLINGS)} of its tokens' rows"
     parser.add_argument("--words", choices=wire.WORD_POOLINGS, metavar="POOLING", help=what)

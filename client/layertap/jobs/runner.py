@@ -50,7 +50,7 @@ class Answers:
 
         Raises:
             LayertapError: if the server refuses all, or is gone.
-            Exception: whatever the items raised.
+            Exception: if the items raise it.
         """
         waiting: deque[tuple[Item | BadItem, Item | BadItem]] = deque()
 
@@ -69,7 +69,7 @@ class Answers:
 
     def _embedding(self, item: Item, result: StreamResult) -> Embedding | BadItem:
         if isinstance(result.error, UnavailableError):
-            # It was in flight each time that the server was lost: alone, it shows whether it is at fault.
+            # It was in flight each time that the server was lost: alone, it shows whether it is the cause.
             self._client.wait_until_ready(timeout_s=self._timeout_s)
             (result,) = self._stream([item.content])
         return result.embedding if result.error is None else _refused(item, result.index, result.error)

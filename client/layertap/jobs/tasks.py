@@ -39,7 +39,7 @@ class Task(Protocol):
         """
 
     def refusal(self, item: Item) -> str:
-        """Returns why an item cannot be asked for; empty: it can."""
+        """Returns why an item cannot be embedded, as a phrase; empty: it can."""
 
     def stream(self, client: Client, contents: Iterable[InputItem], timeout_s: float) -> Iterator[StreamResult]:
         """Embeds contents in their order."""
@@ -80,7 +80,7 @@ class EmbedTask:
         return client.embed_stream(contents, **self.options, item_timeout_s=timeout_s, reconnect_timeout_s=timeout_s)
 
     def columns(self, embedding: Embedding) -> list[Column]:
-        """Returns all that was asked for."""
+        """Returns all that was requested."""
         return embedding.columns()
 
 

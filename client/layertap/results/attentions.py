@@ -1,4 +1,4 @@
-"""The attention probabilities that were asked for: where each token looks, by layer and head."""
+"""The attention probabilities that were requested: where each token looks, by layer and head."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 class Attentions:
-    """The attention probabilities of the layers that were asked for, like transformers' `attentions` tuple.
+    """The attention probabilities of the requested layers, like transformers' `attentions` tuple.
 
     Indexed by layer number, absolute or negative: `attentions[0]` is of the first encoder block, which reads
     `hidden_states[0]`, and `attentions[-1]` of the model's last, whichever are held. Iterates over the held layers in

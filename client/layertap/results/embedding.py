@@ -23,16 +23,16 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True, eq=False, repr=False)
 class Embedding:
-    """What one request gave, as transformers would name it. Arrays are C-contiguous and writable.
+    """The result of one request, under the names of transformers. Arrays are C-contiguous and writable.
 
     Attributes:
-        hidden_states: The layers that were asked for; see `HiddenStates`.
-        pools: One array for each asked-for pooling, in request order. Shape: [text_count, pool_size].
+        hidden_states: The requested layers; see `HiddenStates`.
+        pools: One array for each requested pooling, in the order of the request. Shape: [text_count, pool_size].
         token_counts: Shape: [text_count]; rows of each text.
         truncated: Shape: [text_count]; whether tokens were cut.
         attention_mask: Shape: [text_count, length]; as sent for token ids, else 1 for each token.
-        model: Which model answered.
-        timings: Where the time went.
+        model: The model that answered.
+        timings: How long the parts of the work took.
         request_id: The name of the call in the server's log; None: the server did not say, or it was a stream.
     """
 
@@ -60,7 +60,7 @@ class Embedding:
         """The last layer, padded. Shape: [text_count, length, hidden_size].
 
         Raises:
-            IndexError: It was not asked for.
+            IndexError: if it was not requested.
         """
         return self.hidden_states[-1]
 
@@ -69,10 +69,10 @@ class Embedding:
         """The model's pooler. Shape: [text_count, hidden_size].
 
         Raises:
-            LookupError: It was not asked for.
+            LookupError: if it was not requested.
         """
         if self._pooler_output is None:
-            raise LookupError("pooler_output was not asked for; pass pooler_output=True")
+            raise LookupError("pooler_output was not requested; pass pooler_output=True")
         return self._pooler_output
 
     @property
@@ -80,11 +80,11 @@ class Embedding:
         """The vectors of the only pooling. Shape: [text_count, pool_size].
 
         Raises:
-            LookupError: There is not exactly one pooling.
+            LookupError: if there is not exactly one pooling.
         """
         if len(self.pools) != 1:
             hint = "read them from .pools" if self.pools else 'pass pooling="mean" or another strategy'
-            raise LookupError(f"{len(self.pools)} poolings were asked for; {hint}")
+            raise LookupError(f"{len(self.pools)} poolings were requested; {hint}")
         return self.pools[0]
 
     @property
@@ -92,12 +92,12 @@ class Embedding:
         """The mix of layers, one row a token.
 
         Raises:
-            LookupError: It was not asked for, or comes one row a word.
+            LookupError: if it was not requested, or comes one row a word.
         """
         if self._mixed is None:
             if self._words is not None:
-                raise LookupError("no mix was asked for one row a token; that of words is .words.mixed")
-            raise LookupError('no mix was asked for; pass mix=LayerMix("mean", layers=[-4, -3, -2, -1]) or another')
+                raise LookupError("no mix was requested one row a token; that of words is .words.mixed")
+            raise LookupError('no mix was requested; pass mix=LayerMix("mean", layers=[-4, -3, -2, -1]) or another')
         return self._mixed
 
     @property
@@ -105,21 +105,21 @@ class Embedding:
         """The words of the texts, with a vector each.
 
         Raises:
-            LookupError: They were not asked for.
+            LookupError: if they were not requested.
         """
         if self._words is None:
-            raise LookupError('words were not asked for; pass words="mean" or another way to pool their pieces')
+            raise LookupError('words were not requested; pass words="mean" or another way to pool their pieces')
         return self._words
 
     @property
     def attentions(self) -> Attentions:
-        """The attention probabilities of the layers that were asked for; see `Attentions`.
+        """The attention probabilities of the requested layers; see `Attentions`.
 
         Raises:
-            LookupError: if they were not asked for.
+            LookupError: if they were not requested.
         """
         if self._attentions is None:
-            raise LookupError('attentions were not asked for; pass attentions="all" or layer numbers')
+            raise LookupError('attentions were not requested; pass attentions="all" or layer numbers')
         return self._attentions
 
     @property
@@ -127,26 +127,26 @@ class Embedding:
         """The tokens of the texts.
 
         Raises:
-            LookupError: They were not asked for.
+            LookupError: if they were not requested.
         """
         if self._tokens is None:
-            raise LookupError("tokens were not asked for; pass return_tokens=True")
+            raise LookupError("tokens were not requested; pass return_tokens=True")
         return self._tokens
 
     def ragged(self, layer: int) -> list[FloatArray]:
         """Returns views of one layer, one a text. Shape of each: [token_count, hidden_size].
 
         Raises:
-            IndexError: The layer is not held.
+            IndexError: if the layer is not held.
         """
         return self.hidden_states.ragged(layer)
 
     def to_tuple(self) -> tuple[Any, ...]:
-        """Returns (last_hidden_state, pooler_output, hidden_states, attentions), less what was not asked for.
+        """Returns the requested ones of (last_hidden_state, pooler_output, hidden_states, attentions).
 
-        As in transformers `hidden_states`, a tuple of the held layers, is there only if more than the last was asked
-        for: `hidden, pooled = client.embed(text, layers=-1, pooler_output=True).to_tuple()`. `attentions` is a tuple of
-        its held layers.
+        As in transformers `hidden_states`, a tuple of the held layers, is there only if more than the last was
+        requested: `hidden, pooled = client.embed(text, layers=-1, pooler_output=True).to_tuple()`. `attentions` is a
+        tuple of its held layers.
         """
         last = self.hidden_states.layer_count
         parts: list[Any] = [self.last_hidden_state] if last in self.layers else []
@@ -192,28 +192,28 @@ class Embedding:
         return html if self._tokens is None else f"{html}\n{self._tokens._repr_html_()}"
 
     def __array__(self, dtype: npt.DTypeLike | None = None, copy: bool | None = None) -> npt.NDArray[Any]:
-        """Returns the one array there is, if one output was asked for. Shape: [text_count, …].
+        """Returns the only array, if one output was requested. Shape: [text_count, …].
 
         Raises:
-            TypeError: There are several arrays.
-            ValueError: `copy` is False and the dtype is another.
+            TypeError: if there are several arrays.
+            ValueError: if `copy` is False and the dtype is another.
         """
         return export.as_array(self._only(), dtype, copy)
 
     def __dlpack__(self, **options: Any) -> Any:
-        """Hands the one array there is to a library that speaks DLPack, in place.
+        """Gives the only array to a library that reads DLPack, without a copy.
 
         Raises:
-            TypeError: There are several arrays.
+            TypeError: if there are several arrays.
         """
         return self._only().__dlpack__(**options)
 
     def __dlpack_device__(self) -> tuple[int, int]:
-        """Says that it lies in the CPU's memory."""
+        """Returns the device of DLPack: the memory of the CPU."""
         return self._only().__dlpack_device__()
 
     def __arrow_c_stream__(self, requested_schema: object = None) -> object:
-        """Hands the table of `to_arrow` to any library that speaks Arrow's PyCapsule interface."""
+        """Gives the table of `to_arrow` to any library that reads Arrow's PyCapsule interface."""
         return self.to_arrow().__arrow_c_stream__(requested_schema)
 
     def to_torch(self) -> export.TorchEmbedding:
@@ -222,7 +222,7 @@ class Embedding:
         Those of words and mixes are not among them; `torch.from_numpy` takes each.
 
         Raises:
-            ModuleNotFoundError: torch is missing; `layertap[torch]` brings it.
+            ModuleNotFoundError: if torch is missing; `layertap[torch]` brings it.
         """
         hidden_states = self.hidden_states.to_torch()
         return export.TorchEmbedding(
@@ -240,10 +240,10 @@ class Embedding:
         Columns: token_counts, truncated, layer_K for each held layer and mixed (a List of FixedSizeList), word_counts,
         word_offsets, words_layer_K and words_mixed (likewise), token_pair_counts and attentions_K (likewise: of each
         query and key, one value for each head), pool_N and pooler_output (FixedSizeList), and tokens (a List of
-        strings), as far as they were asked for. The schema's metadata has model_id and fingerprint.
+        strings), as far as they were requested. The schema's metadata has model_id and fingerprint.
 
         Raises:
-            ModuleNotFoundError: pyarrow is missing; `layertap[arrow]` brings it.
+            ModuleNotFoundError: if pyarrow is missing; `layertap[arrow]` brings it.
         """
         return export.to_arrow(self.columns(), dataclasses.asdict(self.model))
 
@@ -253,7 +253,7 @@ class Embedding:
         Cells of layer_K have Shape: [token_count, hidden_size], of pool_N and pooler_output Shape: [size].
 
         Raises:
-            ModuleNotFoundError: pandas is missing; `layertap[pandas]` brings it.
+            ModuleNotFoundError: if pandas is missing; `layertap[pandas]` brings it.
         """
         return export.to_pandas(self.columns())
 
@@ -262,7 +262,7 @@ class Embedding:
         return vectors if self._pooler_output is None else [*vectors, ("pooler_output", self._pooler_output)]
 
     def columns(self) -> list[export.Column]:
-        """Returns all that was asked for as columns of a table, one row a text, counts first."""
+        """Returns all requested outputs as columns of a table, one row for each text, counts first."""
         return [
             export.Column(name="token_counts", values=self.token_counts),
             export.Column(name="truncated", values=self.truncated),

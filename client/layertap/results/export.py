@@ -1,7 +1,7 @@
-"""Arrays as other libraries hold them: torch tensors, Arrow tables, pandas frames.
+"""Arrays in the forms of other libraries: torch tensors, Arrow tables, pandas frames.
 
-Rules: values are shared, not copied, wherever the other library can share them. A table has one row a text (of
-`Tokens`: one a token) and its columns are named after the attributes. Nothing is imported before it is asked for.
+The memory of values is shared, not copied, wherever the other library can share it. A table has one row a text (of
+`Tokens`: one a token) and its columns are named after the attributes. A library is imported when it is first needed.
 """
 
 from __future__ import annotations
@@ -44,12 +44,12 @@ class TorchEmbedding:
     """The arrays of an embedding as torch tensors, under the names of transformers' model outputs.
 
     Attributes:
-        last_hidden_state: Shape: [text_count, length, hidden_size]; None if it was not asked for.
-        pooler_output: Shape: [text_count, hidden_size]; None if it was not asked for.
+        last_hidden_state: Shape: [text_count, length, hidden_size]; None if it was not requested.
+        pooler_output: Shape: [text_count, hidden_size]; None if it was not requested.
         hidden_states: The held layers, ascending. Shape of each: [text_count, length, hidden_size].
-        attentions: The held layers of attentions, ascending; None if they were not asked for. Shape of each:
+        attentions: The held layers of attentions, ascending; None if they were not requested. Shape of each:
             [text_count, head_count, length, length].
-        pools: One for each asked-for pooling. Shape: [text_count, pool_size].
+        pools: One for each requested pooling. Shape: [text_count, pool_size].
         attention_mask: Shape: [text_count, length].
     """
 
@@ -69,10 +69,10 @@ class TorchEmbedding:
 
 
 def as_array(array: Array, dtype: npt.DTypeLike | None, copy: bool | None) -> Array:
-    """Answers numpy's `__array__` protocol for an object that is this array.
+    """Returns what numpy's `__array__` protocol requires of an object that holds this array.
 
     Raises:
-        ValueError: `copy` is False and the dtype is another.
+        ValueError: if `copy` is False and the dtype is another.
     """
     wanted = array.dtype if dtype is None else np.dtype(dtype)
     if wanted == array.dtype and not copy:

@@ -1,7 +1,7 @@
-"""The layers that were asked for, each of every text.
+"""The requested layers, each with the rows of all texts.
 
-Rows are kept *ragged* (texts one after the other, divided by `token_counts`), because that is how they travel and how
-they use least memory; the padded arrays that transformers would give are made when asked for.
+Rows are kept *ragged* (texts one after the other, divided by `token_counts`), which is how they are sent
+and what needs least memory; the padded arrays that transformers would return are made at their first use.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 class HiddenStates:
-    """The token rows of the layers that were asked for, like transformers' `hidden_states` tuple.
+    """The token rows of the requested layers, like transformers' `hidden_states` tuple.
 
     Indexed by layer number, absolute or negative: `hidden_states[0]` is the embedding output and
     `hidden_states[-1]` the last layer of the *model*, whichever layers are held. Slices run over layer
@@ -51,7 +51,7 @@ class HiddenStates:
         """Returns one layer, padded. Shape: [text_count, length, hidden_size].
 
         Raises:
-            IndexError: The layer is not held.
+            IndexError: if the layer is not held.
         """
         if isinstance(layer, slice):
             return tuple(self[k] for k in range(self.layer_count + 1)[layer])
@@ -83,7 +83,7 @@ class HiddenStates:
         """Returns the held layers as one array. Shape: [held layers, text_count, length, hidden_size].
 
         Raises:
-            ValueError: `copy` is False, and there is not exactly one held layer of that dtype.
+            ValueError: if `copy` is False, and there is not exactly one held layer of that dtype.
         """
         if len(self) == 1:
             return export.as_array(next(iter(self))[None], dtype, copy)
@@ -97,7 +97,7 @@ class HiddenStates:
         Shape of each: [text_count, length, hidden_size]. The tensor of a read-only array is a copy.
 
         Raises:
-            ModuleNotFoundError: torch is missing; `layertap[torch]` brings it.
+            ModuleNotFoundError: if torch is missing; `layertap[torch]` brings it.
         """
         return tuple(export.to_torch(states) for states in self)
 

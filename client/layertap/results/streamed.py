@@ -13,7 +13,7 @@ from layertap.types import FloatArray
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class LayerRows:
-    """Some texts of one layer, as they arrived.
+    """The rows of some texts in one layer, as they arrived.
 
     Attributes:
         layer: The absolute layer.
@@ -51,7 +51,7 @@ class StreamResult:
     """The answer to one item of `embed_stream`: an embedding of one text, or an error.
 
     Attributes:
-        index: The position of the item in what was given, from 0.
+        index: The position of the item among the inputs, from 0.
         error: Why there is no embedding; None if there is one.
     """
 
@@ -64,7 +64,7 @@ class StreamResult:
         """The embedding, with text_count 1.
 
         Raises:
-            LayertapError: The item's own error.
+            LayertapError: if the item has no embedding: its own error.
         """
         if self._embedding is None:
             raise self.error or LayertapError("the item has no embedding")

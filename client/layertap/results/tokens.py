@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 class Tokens:
     """Texts as tokens, rectangular. `length` is that of the longest text, or `pad_to` if that is more.
 
-    A `Tokens` can be embedded. Padding that `pad_to` asked for counts as rows of its text and is
+    A `Tokens` can be embedded. Padding that `pad_to` requested counts as rows of its text and is
     computed; padding that is there only to make the arrays rectangular is not.
 
     Attributes:
@@ -85,7 +85,7 @@ class Tokens:
         """Returns an Arrow table with one row a token; see `to_pandas`.
 
         Raises:
-            ModuleNotFoundError: pyarrow is missing; `layertap[arrow]` brings it.
+            ModuleNotFoundError: if pyarrow is missing; `layertap[arrow]` brings it.
         """
         return export.to_arrow(self._columns(), {})
 
@@ -96,12 +96,12 @@ class Tokens:
         and start and end, which are offset_mapping's.
 
         Raises:
-            ModuleNotFoundError: pandas is missing; `layertap[pandas]` brings it.
+            ModuleNotFoundError: if pandas is missing; `layertap[pandas]` brings it.
         """
         return export.to_pandas(self._columns())
 
     def __arrow_c_stream__(self, requested_schema: object = None) -> object:
-        """Hands the table of `to_arrow` to any library that speaks Arrow's PyCapsule interface."""
+        """Gives the table of `to_arrow` to any library that reads Arrow's PyCapsule interface."""
         return self.to_arrow().__arrow_c_stream__(requested_schema)
 
     def _columns(self) -> list[export.Column]:

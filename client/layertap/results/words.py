@@ -1,4 +1,4 @@
-"""The words of texts with one vector each, and the rows of several layers that were mixed into one."""
+"""The words of texts with one vector each, and the rows of mixes of layers."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ class MixedRows:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True, eq=False, repr=False)
 class Words:
-    """The words of the texts: where they are, and one vector each for every layer that was asked for.
+    """The words of the texts: where they are, and one vector each for each requested layer.
 
     Indexed by layer number like `HiddenStates`: `words[-1]` are the vectors of the model's last layer, padded.
     Each item: Shape: [text_count, most words of a text, row_size], rows past a text's own words are 0.
@@ -100,17 +100,17 @@ class Words:
         """The mix of layers, one row a word.
 
         Raises:
-            LookupError: It was not asked for.
+            LookupError: if it was not requested.
         """
         if self._mixed is None:
-            raise LookupError('no mix was asked for; pass mix=LayerMix("mean", layers=[-4, -3, -2, -1]) or another')
+            raise LookupError('no mix was requested; pass mix=LayerMix("mean", layers=[-4, -3, -2, -1]) or another')
         return self._mixed
 
     def __getitem__(self, layer: int) -> FloatArray:
         """Returns the vectors of one layer, padded. Shape: [text_count, most words of a text, row_size].
 
         Raises:
-            IndexError: The layer is not held.
+            IndexError: if the layer is not held.
         """
         return self._states[layer]
 
@@ -118,7 +118,7 @@ class Words:
         """Returns views of one layer, one a text. Shape of each: [word_count, row_size].
 
         Raises:
-            IndexError: The layer is not held.
+            IndexError: if the layer is not held.
         """
         return self._states.ragged(layer)
 

@@ -420,5 +420,5 @@ def test_frames_in_memory_that_was_not_asked_for_are_refused() -> None:
     assembler = EmbedAssembler(answer.messages, answer.options)
     assembler.feed(pb.EmbedLayersResponse(header=answer.header), b"")
     part = pb.EmbedLayersResponse(frame=pb.Frame(row_count=3), shared_rows=pb.SharedRows(offsets=[0]))
-    with pytest.raises(DataLossError, match="not asked for"):
+    with pytest.raises(DataLossError, match="not requested"):
         assembler.feed(part, b"")
