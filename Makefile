@@ -39,7 +39,7 @@ generate = $(protoc) --python_out=$(1) --grpc_python_out=$(1) --mypy_out=quiet:$
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: bench-compute bench-callers bench-fuzz bench-gpu bench-jobs bench-load bench-streams bench-wire gpu-wheels help install model protos protos-fresh lint format check test test-unit test-model test-e2e test-heavy test-cpus test-floors test-newest test-compat demo docs notebook serve bench clean
+.PHONY: bench-compute bench-callers bench-fidelity bench-fuzz bench-gpu bench-jobs bench-load bench-streams bench-wire gpu-wheels help install model protos protos-fresh lint format check test test-unit test-model test-e2e test-heavy test-cpus test-floors test-newest test-compat demo docs notebook serve bench clean
 
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z][a-z-]*:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -154,6 +154,9 @@ bench-fuzz: $(INSTALL_STAMP) $(MODEL_STAMP)  ## A hundred thousand calls that no
 
 bench-jobs: $(INSTALL_STAMP)  ## A million short texts to Parquet: the memory of the command line, and its rate
 	$(BIN)/python bench/jobs.py $(ARGS)
+
+bench-fidelity: $(INSTALL_STAMP)  ## How far each model type and output is from transformers and sentence-transformers
+	$(BIN)/python bench/fidelity.py $(ARGS)
 
 bench-gpu: $(INSTALL_STAMP)  ## Fidelity, bits, ceilings and throughput on a GPU (13 min)
 	$(BIN)/python bench/gpu.py $(ARGS)

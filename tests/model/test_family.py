@@ -122,6 +122,17 @@ def test_token_ids_are_computed_as_given(client: Client, oracle: Oracle) -> None
     check(client, found, [oracle.run(one.input_ids, one.attention_mask, one.token_type_ids) for one in given])
 
 
+def test_attentions_equal_those_of_transformers(client: Client, oracle: Oracle) -> None:
+    masked = TokenIds([5, 6, 7, 8, 9, 10], [1, 0, 1, 1, 0, 1])
+    found = client.embed([*INPUTS, masked], attentions="all").attentions
+    encoded = [oracle.ids(item) for item in INPUTS]
+    wanted = [oracle.attentions(one["input_ids"], None, one.get("token_type_ids")) for one in encoded]
+    wanted.append(oracle.attentions(masked.input_ids, masked.attention_mask))
+    for n, layers in enumerate(wanted):
+        for layer, probabilities in enumerate(layers):
+            assert worst(found.ragged(layer)[n], probabilities) <= BOUND, (n, layer)
+
+
 @pytest.mark.parametrize("side", ["right", "left"])
 def test_long_texts_are_cut_as_transformers_cuts(client: Client, oracle: Oracle, side: Any) -> None:
     found = embed(client, LONG, truncation=side, max_length=CUT, return_tokens=True)

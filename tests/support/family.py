@@ -74,10 +74,16 @@ TOKENIZERS: Mapping[str, Callable[[], Any]] = {
 }
 
 
-def save(kind: str, folder: Path, *, seed: int = 0, pooler: bool = True, **settings: Any) -> Path:
+def save(kind: str, folder: Path, *, seed: int = 0, pooler: bool = True, spread: float = 0.3, **settings: Any) -> Path:
     """Saves a model of a type with its tokenizer; all weights differ from their neutral values.
 
-    `pooler` says whether a type that may have a pooler has one.
+    Args:
+        kind: The type.
+        folder: Where to.
+        seed: Of the weights.
+        pooler: Whether a type that may have a pooler has one.
+        spread: The standard deviation of matrices and embeddings.
+        settings: What config.json says otherwise, under BERT's keys or the type's own.
     """
     tokenizer = TOKENIZERS[kind]()
     given = {
@@ -93,7 +99,7 @@ def save(kind: str, folder: Path, *, seed: int = 0, pooler: bool = True, **setti
     with torch.no_grad():
         for name, weight in model.named_parameters():
             is_scale = "norm" in name.lower() and name.endswith("weight")
-            weight.copy_(is_scale + torch.randn(weight.shape) * (0.1 if is_scale else 0.3))
+            weight.copy_(is_scale + torch.randn(weight.shape) * (0.1 if is_scale else spread))
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder

@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 
 from layertap_server.config import Config, flag
+from layertap_server.model.architectures import MODEL_TYPES
+from layertap_server.parity.compare import BOUNDS
 
 ROOT = Path(__file__).parents[2]
 PAGES = [*ROOT.glob("*.md"), *sorted((ROOT / "docs").rglob("*.md"))]
@@ -40,6 +42,22 @@ def test_every_limit_of_the_config_is_in_the_documents() -> None:
     page = (ROOT / "docs/operate/limits-and-sizing.md").read_text()
     limits = {name for name in FLAGS if name.startswith("--max-") and "batch" not in name}
     assert limits <= set(re.findall(r"--[a-z-]+", page))
+
+
+def test_the_fidelity_table_has_every_model_type_and_output_within_the_bound() -> None:
+    page = (ROOT / "docs/benchmarks.md").read_text()
+    rows = re.findall(r"^\| `([a-z-]+)` \| (.+?) \| (\S+e-\d+|has none) \|$", page, re.MULTILINE)
+    outputs = [output for kind, output, _ in rows if kind == "bert"]
+    assert len(outputs) >= 8
+    assert [(kind, output) for kind, output, _ in rows] == [(kind, one) for kind in MODEL_TYPES for one in outputs]
+    for kind, output, difference in rows:
+        bound = 1e-5 if "encode" in output else BOUNDS["float32"]
+        assert difference == "has none" or 0 < float(difference) <= bound, (kind, output)
+
+
+def test_the_page_of_models_names_every_model_type() -> None:
+    page = (ROOT / "docs/operate/models.md").read_text()
+    assert all(f"`{kind}`" in page for kind in MODEL_TYPES)
 
 
 def test_flags_in_the_documents_exist() -> None:

@@ -110,6 +110,9 @@ _ARCHITECTURES: Final[Mapping[str, Architecture]] = {
     "xlm-roberta": _ROBERTA,
 }
 
+MODEL_TYPES: Final = tuple(_ARCHITECTURES)
+"""The model types that are served, in alphabetical order."""
+
 
 def architecture_of(settings: Mapping[str, Any]) -> Architecture:
     """Returns the architecture that the settings of a model name.
@@ -121,6 +124,6 @@ def architecture_of(settings: Mapping[str, Any]) -> Architecture:
     if isinstance(kind, str) and kind in _ARCHITECTURES:
         return _ARCHITECTURES[kind]
     raise CheckpointError(
-        f"config.json says model_type {kind!r:.80}; layertap serves {', '.join(_ARCHITECTURES)}, whose blocks are "
+        f"config.json says model_type {kind!r:.80}; layertap serves {', '.join(MODEL_TYPES)}, whose blocks are "
         "those of BERT; choose a checkpoint of one of these"
     )
