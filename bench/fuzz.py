@@ -1,7 +1,9 @@
 """Sends a server what nobody would: random bytes, mutated messages, random texts, ids, masks and options, all RPCs.
 
-The cases are those of tests/fuzzing.py, in any number, against a tiny model with shared memory on. Each call must end,
-with a code that the contract names, and afterwards the server must answer a good call as before and have grown little.
+The cases are those of tests/support/fuzzing.py, in any number, against a tiny model with shared memory on; the
+lengths of some are of a heavy tail. Each call must end, with a code that the contract names, and afterwards the
+server must answer a good call as before and have grown little. Health is asked all the time: what it waits is what
+holds the event loop.
 Whatever else happens is printed with its seed and ends the run.
 """
 
@@ -18,6 +20,7 @@ from pathlib import Path
 
 import numpy as np
 import servers
+from load import health
 
 from layertap import Client
 
@@ -45,6 +48,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", type=int, default=100_000)
     parser.add_argument("--seed", type=int, default=0, help="of the first case; the others follow")
+    parser.add_argument(
+        "--heavy", type=float, default=0.05, help="share of calls with long lists, half of them gzipped"
+    )
     parser.add_argument("--concurrency", type=int, default=16, help="calls at once")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
@@ -55,15 +61,17 @@ def main() -> None:
             Client(server.address) as client,
         ):
             wanted = client.embed(GOOD, layers="all").hidden_states
-            fuzzer = Fuzzer(server.address)
-            started, grown = time.perf_counter(), 0.0
+            fuzzer = Fuzzer(server.address, heavy_share=arguments.heavy)
+            started, grown, most = time.perf_counter(), 0.0, 0.0
             step = max(arguments.cases // 10, 1)
             before = None
-            for first in range(arguments.seed, arguments.seed + arguments.cases, step):
-                count = min(step, arguments.seed + arguments.cases - first)
-                asyncio.run(fuzzer.run(count, seed=first, concurrency=arguments.concurrency))
-                before = before or server.memory_mb
-                grown = server.memory_mb - before
+            with health(server.address) as waits_s:
+                for first in range(arguments.seed, arguments.seed + arguments.cases, step):
+                    count = min(step, arguments.seed + arguments.cases - first)
+                    asyncio.run(fuzzer.run(count, seed=first, concurrency=arguments.concurrency))
+                    before = before or server.memory_mb
+                    grown = server.memory_mb - before
+                    most = max(most, server.peak_memory_mb - before)
             seconds = time.perf_counter() - started
             found = client.embed(GOOD, layers="all").hidden_states
             if not all(np.abs(one - other).max() < 1e-5 for one, other in zip(found, wanted, strict=True)):
@@ -73,7 +81,9 @@ def main() -> None:
         table.setdefault(rpc, Counter())[code] += count
     total = fuzzer.codes.total()
     print(f"fuzz: {total} calls in {seconds:.0f} s, seeds {arguments.seed} to {arguments.seed + total - 1}")
-    print(f"  server: {grown:+.1f} MB after the first tenth")
+    print(f"  server: {grown:+.1f} MB after the first tenth, at most {most:+.1f} MB")
+    median, p99, longest = np.percentile(waits_s, [50, 99, 100]) * 1e3
+    print(f"  health (it waits for the event loop): median {median:.1f} ms, p99 {p99:.1f} ms, at most {longest:.0f} ms")
     for rpc, codes in table.items():
         print(f"  {rpc}: {', '.join(f'{count} {code}' for code, count in codes.most_common())}")
 

@@ -18,8 +18,9 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import grpc
 import numpy as np
@@ -165,7 +166,12 @@ def health_halves(address: str, seconds: float) -> None:
         _work(connection, seconds, 60)
 
 
+def nothing(address: str, seconds: float) -> None:
+    time.sleep(seconds)
+
+
 KINDS: dict[str, tuple[str, Callable[[str, float], None]]] = {
+    "nothing": ("nothing: the machine alone", nothing),
     "padding": ("Tokenize of 1,000 empty texts, pad_to=100,000", padding),
     "decode": ("Decode of 60 M ids", decode),
     "lists": ("60 M layers, gzipped", lists),
@@ -274,10 +280,25 @@ def watched(server: Server) -> Iterator[list[int]]:
     thread.join()
 
 
-def measure(kind: str, arguments: argparse.Namespace) -> str:
+def attack(kind: str, address: str, seconds: float, ends: Any) -> None:
+    """Tries one kind, in a process of its own; says when it has imported what it needs, and waits for leave."""
+    ends.send("ready")
+    ends.recv()
+    KINDS[kind][1](address, seconds)
+
+
+def table(kinds: Iterable[str], *, seconds: float, limit_gb: int = 6, server_python: str = sys.executable) -> None:
+    """Tries kinds one after the other, and prints the table."""
+    print("| what is sent | memory at most | and after | another caller's Embed, p99 | health, p99 |")
+    print("|---|---|---|---|---|")
+    for kind in kinds:
+        print(measure(kind, seconds, limit_gb, server_python), flush=True)
+
+
+def measure(kind: str, seconds: float, limit_gb: int, server_python: str) -> str:
     """Tries one kind; returns a line of the table."""
-    title, attack = KINDS[kind]
-    server = Server(arguments.server_python, arguments.limit_gb << 30)
+    title, _ = KINDS[kind]
+    server = Server(server_python, limit_gb << 30)
     try:
         with (
             grpc.insecure_channel(server.address) as channel,
@@ -287,13 +308,16 @@ def measure(kind: str, arguments: argparse.Namespace) -> str:
             request = pb.EmbedRequest(inputs=[pb.Input(text="I love Paris")], options=POOLED)
             for _ in range(50):
                 stub.Embed(request, timeout=60)
+            ours, theirs = SPAWN.Pipe()
+            process = SPAWN.Process(target=attack, args=(kind, server.address, seconds, theirs), daemon=True)
+            process.start()
+            ours.recv()
             before = server.memory
             with watched(server) as most:
                 callers = Probe(lambda: stub.Embed(request, timeout=30))
                 probes = Probe(lambda: health.Check(health_pb2.HealthCheckRequest(), timeout=30))
-                process = SPAWN.Process(target=attack, args=(server.address, arguments.seconds), daemon=True)
-                process.start()
-                process.join(timeout=arguments.seconds + 60)
+                ours.send("go")
+                process.join(timeout=seconds + 60)
                 process.kill()
                 called, checked = callers.stop(), probes.stop()
             grown = f"{(most[0] - before) / 2**20:,.0f} MB" if server.alive else "the server has ended"
@@ -310,10 +334,8 @@ def main() -> None:
     parser.add_argument("--limit-gb", type=int, default=6, help="the address space of the server, in GiB")
     parser.add_argument("--server-python", default=sys.executable, help="the Python that runs the server")
     arguments = parser.parse_args()
-    print("| what is sent | memory at most | and after | another caller's Embed, p99 | health, p99 |")
-    print("|---|---|---|---|---|")
-    for kind in list(filter(None, arguments.only.split(","))) or list(KINDS):
-        print(measure(kind, arguments), flush=True)
+    kinds = list(filter(None, arguments.only.split(","))) or list(KINDS)
+    table(kinds, seconds=arguments.seconds, limit_gb=arguments.limit_gb, server_python=arguments.server_python)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ overload  ten times the capacity from many connections: how much of the capacity
 flood     a client who sends all it can, beside one who only fills the server: what is left to that one.
 mixed     all kinds of calls with cancels, disconnects, refusals and deadlines: drift of memory, threads, descriptors.
 metrics   the server's counters against what the generators have counted, after the same mix.
+hostile   callers who try to take the server's memory or time, beside one who makes short calls: see hostile.py.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ from typing import Any
 
 import grpc
 import grpc.aio
+import hostile
 import numpy as np
 import psutil
 import servers
@@ -395,7 +397,17 @@ def metrics(arguments: argparse.Namespace) -> None:
     print(f"  all other codes: {'equal' if not wrong else f'server and generators differ: {wrong}'}")
 
 
-SCENARIOS = {"overload": overload, "flood": flood, "mixed": mixed, "metrics": metrics}
+def hostile_callers(arguments: argparse.Namespace) -> None:
+    hostile.table(hostile.KINDS, seconds=min(arguments.seconds, 15.0))
+
+
+SCENARIOS = {
+    "overload": overload,
+    "flood": flood,
+    "mixed": mixed,
+    "metrics": metrics,
+    "hostile": hostile_callers,
+}
 
 
 def main() -> None:

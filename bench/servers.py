@@ -23,6 +23,12 @@ class Server(ServerProcess):
     def memory_mb(self) -> float:
         return psutil.Process(self.process.pid).memory_info().rss / 2**20
 
+    @property
+    def peak_memory_mb(self) -> float:
+        """The most memory that it has taken."""
+        status = Path(f"/proc/{self.process.pid}/status").read_text()
+        return int(status.split("VmHWM:")[1].split()[0]) / 2**10
+
     def __enter__(self) -> Server:
         return self
 

@@ -37,7 +37,7 @@ def test_whatever_is_sent_ends_with_a_code_of_the_contract(server: Server) -> No
         @settings(max_examples=20, deadline=None, database=None, suppress_health_check=list(HealthCheck))
         @given(seed=st.integers(0, 2**40))
         def fuzz(seed: int) -> None:
-            fuzzer = Fuzzer(server.address)
+            fuzzer = Fuzzer(server.address, heavy_share=0.02)
             asyncio.run(fuzzer.run(100, seed=seed))
             codes.update(fuzzer.codes)
 

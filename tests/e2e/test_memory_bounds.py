@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import re
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -15,11 +16,13 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from support import Server, poll, running
 from support.http2 import Connection
+from support.memory import sums
 
 from layertap import Client
 from layertap.v1 import embedding_pb2 as pb
 from layertap.v1 import embedding_pb2_grpc
 
+TOKENIZE = "/layertap.v1.EmbeddingService/Tokenize"
 EMBED = "/layertap.v1.EmbeddingService/Embed"
 LAYERS = "/layertap.v1.EmbeddingService/EmbedLayers"
 STREAM = "/layertap.v1.EmbeddingService/EmbedStream"
@@ -29,17 +32,33 @@ MARGIN = 64 << 20
 """What a server may grow by besides: its allocator's own."""
 
 
+FLAGS = {
+    "max-concurrent-call-count": CALLS,
+    "max-request-bytes": REQUEST_BYTES,
+    "max-response-bytes": 1 << 20,
+    "max-queue-bytes": REQUEST_BYTES,
+    "max-output-bytes": 32 << 20,
+    "max-call-output-bytes": 8 << 20,
+    "max-connection-count": 20,
+}
+
+
 @pytest.fixture(scope="module")
 def server(tiny_folder: Path) -> Iterator[Server]:
+    """A server with small limits. All tests together take no more memory than the page about limits says."""
     with running(
-        *("--device", "cpu", "--model-id", str(tiny_folder), "--log-level", "error"),
-        *("--max-concurrent-call-count", str(CALLS), "--max-request-bytes", str(REQUEST_BYTES)),
-        *("--max-queue-bytes", str(REQUEST_BYTES), "--stall-timeout-s", str(STALL_S)),
-        *("--idle-timeout-s", str(IDLE_S), "--max-connection-count", "20"),
+        *("--device", "cpu", "--model-id", str(tiny_folder), "--log-level", "error", "--instances", "2"),
+        *(part for flag, value in FLAGS.items() for part in (f"--{flag}", str(value))),
+        *("--stall-timeout-s", str(STALL_S), "--idle-timeout-s", str(IDLE_S)),
     ) as started:
         with Client(started.address) as client:
             client.embed("warm")
+        at_rest = memory(started)
         yield started
+        others = {"max-shared-memory-call-count": 16, "shared-memory-bytes": 0}
+        most = sum(byte_count for byte_count, _ in sums(FLAGS | others))
+        peak = int(re.search(r"VmHWM:\s+(\d+)", Path(f"/proc/{started.process.pid}/status").read_text())[1]) << 10
+        assert peak < at_rest + most
 
 
 def memory(server: Server) -> int:
@@ -86,6 +105,16 @@ def test_requests_outside_of_admission_are_bounded_too(server: Server, method: s
         for _ in range(5):
             request = health_pb2.HealthCheckRequest()
             assert health_pb2_grpc.HealthStub(channel).Check(request, timeout=5).status
+
+
+def test_answers_of_one_message_that_are_not_read_give_their_places_back(server: Server) -> None:
+    texts = [pb.Input(text="paris " * 300)] * 40
+    request = pb.TokenizeRequest(inputs=texts).SerializeToString()
+    with Connection(server.address) as hostile:
+        for _ in range(20):
+            hostile.open(TOKENIZE, request)
+        hostile.wait(4 * STALL_S, count=20)
+        assert len(hostile.ended) == 20
 
 
 def test_what_a_call_does_not_read_stays_with_its_caller(server: Server) -> None:
@@ -142,7 +171,7 @@ def test_unread_streams_leave_the_last_quarter_of_the_queue_to_others(server: Se
 
 def test_large_messages_of_streams_count_and_all_are_answered(server: Server) -> None:
     """Each is as large as the memory for all requests; they come one after the other."""
-    texts = ["word " * 300] * 600
+    texts = ["x" * 1500] * 600
     before = memory(server)
 
     def embedded() -> list[int]:

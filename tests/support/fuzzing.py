@@ -152,6 +152,48 @@ def mutated(raw: bytes, chance: random.Random) -> bytes:
     return bytes(data)
 
 
+def heavy(rpc: str, chance: random.Random) -> list[bytes]:
+    """Returns what one call sends where one of its lists or strings is long: its length is of a heavy tail."""
+    count = min(int(1000 * chance.paretovariate(0.7)), 4_000_000)
+    ids = bytes(min(count, 1 << 20))
+    kind = chance.randrange(6)
+    entry, entries = pb.Input(text="a"), 1
+    if kind == 0:
+        entry = pb.Input(text=chance.choice(("a ", "word ", "\u00e9", "-")) * (count // 4))
+    elif kind == 1:
+        entry = pb.Input(words=pb.Words(words=[chance.choice(("", "a"))] * min(count, 400_000)))
+    elif kind == 2:
+        entry = pb.Input(token_ids=pb.TokenIds.FromString(_field(1, ids)))
+    elif kind == 3:
+        entry, entries = chance.choice((pb.Input(), pb.Input(text=""), pb.Input(text="a"))), count
+    options = pb.EmbedOptions(outputs=[pb.Output(pooled_vectors=pb.PooledVectors())], truncation=pb.TRUNCATION_RIGHT)
+    raw_options = options.SerializeToString()
+    if kind == 4:
+        raw_options += _field(chance.choice((1, 7, 1000)), bytes(count))
+    elif kind == 5:
+        raw_options = _field(1, _field(1, _field(1, ids)))
+    if rpc == "Decode":
+        return [_field(1, entry.token_ids.SerializeToString()) * min(entries, 1 << 20)]
+    if rpc == "EmbedStream":
+        inputs = (
+            _field(1, _field(2, entry.SerializeToString()) + b"\x08" + _varint(n)) for n in range(min(entries, 30_000))
+        )
+        return [_field(1, _field(1, raw_options)), _field(2, b"".join(inputs))]
+    return [_field(1, entry.SerializeToString()) * entries + _field(2, raw_options)]
+
+
+def _field(number: int, value: bytes) -> bytes:
+    return _varint(number << 3 | 2) + _varint(len(value)) + value
+
+
+def _varint(value: int) -> bytes:
+    made = bytearray()
+    while value > 0x7F:
+        made.append(value & 0x7F | 0x80)
+        value >>= 7
+    return bytes([*made, value])
+
+
 def requests(rpc: str, chance: random.Random, segment: pb.ShareMemoryResponse | None) -> list[bytes]:
     """Returns what one call sends."""
     kind = REQUESTS.get(rpc, pb.EmbedRequest)
@@ -185,8 +227,15 @@ class Fuzzer:
         codes: How often each RPC ended with each code.
     """
 
-    def __init__(self, address: str) -> None:
+    def __init__(self, address: str, *, heavy_share: float = 0.0) -> None:
+        """Makes no call yet.
+
+        Args:
+            address: The server's.
+            heavy_share: How many calls have long lists and strings; half of those are compressed.
+        """
         self._address = address
+        self._heavy_share = heavy_share
         self.codes: Counter[tuple[str, str]] = Counter()
 
     async def run(self, count: int, *, seed: int, concurrency: int = 16) -> None:
@@ -214,9 +263,11 @@ class Fuzzer:
             if segment is not None:
                 _scribble(*segment, chance)
             rpc = chance.choice(RPCS)
-            sent = requests(rpc, chance, segment[0] if segment else None)
+            is_heavy = chance.random() < self._heavy_share and rpc not in ("ShareMemory", "NoSuchRpc")
+            sent = heavy(rpc, chance) if is_heavy else requests(rpc, chance, segment[0] if segment else None)
             leaves_after = chance.choice((None, None, None, None, 0, 1, 3))
-            code, details = await _call(channel, rpc, sent, leaves_after)
+            compression = grpc.Compression.Gzip if is_heavy and chance.random() < 0.5 else None
+            code, details = await _call(channel, rpc, sent, leaves_after, compression)
             if details == _SENDING:
                 self.codes[rpc, "ended while sending"] += 1
                 continue
@@ -227,10 +278,14 @@ class Fuzzer:
 
 
 async def _call(
-    channel: grpc.aio.Channel, rpc: str, sent: Sequence[bytes], leaves_after: int | None
+    channel: grpc.aio.Channel,
+    rpc: str,
+    sent: Sequence[bytes],
+    leaves_after: int | None,
+    compression: grpc.Compression | None = None,
 ) -> tuple[grpc.StatusCode, str]:
     """Makes one call; a caller may leave after so many answers. A lease, which never ends, is always left."""
-    call = channel.stream_stream(SERVICE + rpc, None, None)(timeout=CASE_TIMEOUT_S)
+    call = channel.stream_stream(SERVICE + rpc, None, None)(timeout=CASE_TIMEOUT_S, compression=compression)
     if rpc == "ShareMemory":
         leaves_after = 1
     with contextlib.suppress(grpc.RpcError, asyncio.CancelledError, asyncio.InvalidStateError):

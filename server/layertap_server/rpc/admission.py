@@ -171,6 +171,7 @@ class Admission:
                     answered = await method(await caller.read_first(), caller)
                     if isinstance(answered, bytes):
                         call.record.sent_bytes += len(answered)
+                        call.end_in(self._stall_timeout_s)
                     return answered
             except LayertapError as exc:
                 error = exc

@@ -141,6 +141,11 @@ class AdmittedCall:
             self.ending = error
             self._task.cancel()
 
+    def end_in(self, seconds: float) -> None:
+        """Ends the call after so many seconds, unless gRPC has sent its only message by then."""
+        timer = asyncio.get_running_loop().call_later(seconds, self._task.cancel)
+        self._task.add_done_callback(lambda _: timer.cancel())
+
     def close(self) -> None:
         """Gives back what the call holds."""
         self.set_busy()
