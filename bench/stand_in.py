@@ -39,9 +39,8 @@ class StandIn(Encoder):
         self.device = torch.device("cpu")
         self._values = tensors.block(4096).reshape(-1)
 
-    @property
-    def has_pooler(self) -> bool:
-        return True
+    has_pooler = batch_invariant = True
+    thread_count = max_thread_count = 1
 
     def encode(self, batch: Sequence[Run]) -> Iterator[Rows]:
         if self._batch_s:
