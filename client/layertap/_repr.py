@@ -11,6 +11,8 @@ from typing import Any, Final
 
 import numpy as np
 
+from layertap.errors import printable
+
 _TOKENS_SHOWN: Final = 12
 _TEXTS_SHOWN: Final = 3
 _IDS_SHOWN: Final = 16
@@ -46,7 +48,7 @@ def first(items: Sequence[Any]) -> list[str]:
 
 def line(name: str, parts: Iterable[tuple[str, str]]) -> str:
     """Returns what `repr` gives: a type and its parts."""
-    return f"{name}({', '.join(f'{part}={shown}' for part, shown in parts)})"
+    return printable(f"{name}({', '.join(f'{part}={shown}' for part, shown in parts)})")
 
 
 def table(title: str, rows: Iterable[tuple[str, str | Sequence[object]]]) -> str:

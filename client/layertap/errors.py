@@ -63,10 +63,11 @@ class LayertapError(Exception):
     code: ClassVar[StatusCode] = StatusCode.UNKNOWN
 
     def __init__(self, details: str, *, retry_after_s: float | None = None, request_id: str | None = None) -> None:
+        details = printable(details)  # It may have what another server, or the folder of a model, says.
         super().__init__(details)
         self.details = details
         self.retry_after_s = retry_after_s
-        self.request_id = request_id
+        self.request_id = None if request_id is None else printable(request_id)
 
     def __str__(self) -> str:
         return self.details if self.request_id is None else f"{self.details} (request {self.request_id})"
@@ -166,6 +167,13 @@ class UnauthenticatedError(LayertapError):
     """The credentials are missing or wrong."""
 
     code = StatusCode.UNAUTHENTICATED
+
+
+def printable(text: str) -> str:
+    """Returns a text in which everything that does not print is escaped, so that it cannot steer a terminal."""
+    if text.isprintable():
+        return text
+    return "".join(one if one.isprintable() else one.encode("unicode_escape").decode() for one in text)
 
 
 _BY_CODE: dict[StatusCode, type[LayertapError]] = {kind.code: kind for kind in LayertapError.__subclasses__()}

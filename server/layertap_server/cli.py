@@ -17,6 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final, NoReturn
 
 import layertap
+from layertap.errors import printable
 from layertap_server import signals
 from layertap_server.config import Config, ConfigError, flag, variable
 from layertap_server.observability import log_format
@@ -207,5 +208,5 @@ def _announce(address: str, http_url: str, metrics_url: str) -> None:
 
 
 def _fail(message: str) -> int:
-    print(f"layertap-server: {log_format.escaped(message)}", file=sys.stderr)
+    print(f"layertap-server: {printable(message)}", file=sys.stderr)
     return 2

@@ -37,7 +37,7 @@ def translate(
     if not isinstance(exc, grpc.RpcError):
         return CancelledError(CLOSED_DURING_CALL)
     code = StatusCode(exc.code().value[0])
-    details = _printable(exc.details() or code.name)
+    details = (exc.details() or code.name)[:_DETAILS_LENGTH]
     # Not by `dict`, which fails on older gRPC: its Metadata has `keys` but yields pairs.
     ended: Iterable[Any] = exc.trailing_metadata() or ()
     trailing: dict[str, Any] = {name: value for name, value in ended}
@@ -65,11 +65,6 @@ def translate(
     )
 
 
-def _printable(details: str) -> str:
-    """Returns a server's text without what would act on a terminal."""
-    return "".join(one if one.isprintable() else repr(one)[1:-1] for one in details[:_DETAILS_LENGTH])
-
-
 def _unreachable(details: str, connection: Connection) -> str:
     """Returns why a connection failed. For what goes wrong in TLS gRPC has no codes, only its words."""
     target, tls = connection.target, connection.tls
@@ -94,7 +89,7 @@ def _unreachable(details: str, connection: Connection) -> str:
             f"{target} cannot be reached by way of the proxy that the variable {proxy} names; add its host to no_proxy "
             "to connect without it"
         )
-    elif "last error" not in details or "Connection refused" in details:
+    elif "last error" not in details or "Connection refused" in details or "No such file" in details:
         hint = f"no server answers at {target} (start one with layertap-server, or check the target)"
     elif tls is None:
         hint = f"{target} ends the connection at once; if it speaks TLS, pass tls=True or tls=TLS(ca=…)"

@@ -14,7 +14,7 @@ from typing import Any, Final, Literal, cast
 
 from layertap import optional_deps, wire
 from layertap.client import Client
-from layertap.errors import InvalidArgumentError
+from layertap.errors import InvalidArgumentError, printable
 from layertap.jobs.items import Fields
 from layertap.jobs.readers import FORMATS, Arguments, Csv, JsonLines, Lines, Source
 from layertap.types import LayerMix, MixName
@@ -128,14 +128,6 @@ def token_ids(value: str) -> list[int]:
     return [int(part) for part in value.replace(",", " ").split()]
 
 
-def escaped(text: object) -> str:
-    """Returns a text in which everything that does not print is escaped, so that it cannot steer a terminal."""
-    found = str(text)
-    if found.isprintable():
-        return found
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in found)
-
-
 def say(line: str) -> None:
     """Prints a line to stdout.
 
@@ -144,7 +136,7 @@ def say(line: str) -> None:
     """
     if sys.stdout is None:
         raise OSError("stdout is closed; redirect it to a file")
-    print(escaped(line))
+    print(printable(line))
 
 
 def say_json(**fields: Any) -> None:
@@ -170,7 +162,7 @@ def warn(message: str) -> None:
     """Prints a line to stderr, if there is one."""
     if sys.stderr is not None:
         with contextlib.suppress(OSError):  # Nothing is left to say it with; the exit code says it.
-            print(f"layertap: {escaped(message)}", file=sys.stderr)
+            print(f"layertap: {printable(message)}", file=sys.stderr)
 
 
 def drop_stdout() -> None:

@@ -20,6 +20,8 @@ from collections.abc import Callable
 from pathlib import PurePath
 from typing import Any, Final
 
+from layertap.errors import printable
+
 _PLAIN: Final = re.compile(r"[!#-<>-~]+", re.ASCII)
 """What needs no quotes: visible, and neither a quote nor an equals sign."""
 
@@ -93,12 +95,12 @@ class TextFormatter(logging.Formatter):
     def formatMessage(self, record: logging.LogRecord) -> str:
         """Returns the line without what may follow it, such as a traceback."""
         fields: dict[str, Any] = getattr(record, "fields", {})
-        line = escaped(super().formatMessage(record))
+        line = printable(super().formatMessage(record))
         return line + "".join(f" {name}={_shown(value)}" for name, value in fields.items())
 
     def formatException(self, ei: Any) -> str:
         """Returns the lines of a traceback."""
-        return "\n".join(map(escaped, super().formatException(ei).split("\n")))
+        return "\n".join(map(printable, super().formatException(ei).split("\n")))
 
 
 class JsonFormatter(logging.Formatter):
@@ -117,13 +119,6 @@ class JsonFormatter(logging.Formatter):
         if record.exc_info:
             line["traceback"] = self.formatException(record.exc_info)
         return json.dumps(line)
-
-
-def escaped(text: str) -> str:
-    """Returns a text in which everything that does not print is escaped, so that it cannot steer a terminal."""
-    if text.isprintable():
-        return text
-    return "".join(one if one.isprintable() else one.encode("unicode_escape").decode() for one in text)
 
 
 def _is_of(record: logging.LogRecord, names: tuple[str, ...]) -> bool:

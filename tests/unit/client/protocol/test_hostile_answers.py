@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import pickle
 from typing import Any
 
 import grpc
 import numpy as np
 import pytest
 
-from layertap import DataLossError, FailedPreconditionError, LayertapError, ResourceExhaustedError, wire
+from layertap import (
+    DataLossError,
+    FailedPreconditionError,
+    InvalidArgumentError,
+    LayertapError,
+    ResourceExhaustedError,
+    wire,
+)
 from layertap._protocol import requests, responses
 from layertap._protocol.assembler import EmbedAssembler, LayerAssembler
 from layertap._protocol.inputs import to_messages
@@ -126,6 +134,14 @@ def test_a_retry_hint_that_is_no_number_is_none(pushback: str) -> None:
 def test_a_servers_text_reaches_no_terminal_raw() -> None:
     error = translate(Failure("a\x1b[2Jb" + "c" * 100_000), resolve("127.0.0.1:1"), None)
     assert error.details.startswith("a\\x1b[2Jb") and len(error.details) < 5000
+
+
+@pytest.mark.parametrize("kind", [InvalidArgumentError, DataLossError])
+def test_no_error_has_control_characters_wherever_they_come_from(kind: type[LayertapError]) -> None:
+    error = kind("model a\x1b[2J\u202eb\n", request_id="c\x9bd")
+    assert str(error) == r"model a\x1b[2J\u202eb\n (request c\x9bd)" and error.args == (error.details,)
+    assert str(pickle.loads(pickle.dumps(error))) == str(error)
+    assert kind("Zürich 東京 🙂").details == "Zürich 東京 🙂"
 
 
 def test_bounds_leave_room_for_every_real_tokenizer() -> None:

@@ -193,3 +193,8 @@ def test_showing_pads_nothing() -> None:
     states = embedding(layers=(0, 1)).hidden_states
     repr(states), states._repr_html_()
     assert not states._padded
+
+
+def test_a_representation_has_no_control_characters_of_a_server() -> None:
+    info = dataclasses.replace(INFO, model_id="a\x1b[2J", fingerprint="\x1b[31m" * 20)
+    assert repr(info).isprintable()
