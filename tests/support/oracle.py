@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 import transformers
 
 from layertap_server.engine.weight_reader import dummy_weights
 from layertap_server.model.settings import ModelSettings
+from layertap_server.parity import reference
 
 POOLINGS = {
     "mean": lambda rows: rows.mean(0),
@@ -24,18 +24,8 @@ POOLINGS = {
 """Each pooling by its definition: from rows, shape [row_count, hidden_size], to one vector."""
 
 
-class Oracle:
-    """What transformers computes."""
-
-    def __init__(self, model: transformers.PreTrainedModel, tokenizer_folder: Path) -> None:
-        self.model = model.float().eval()
-        self.has_token_types = bool(getattr(model.config, "type_vocab_size", 0))
-        self.tokenizer = transformers.AutoTokenizer.from_pretrained(str(tokenizer_folder))
-
-    @classmethod
-    def load(cls, folder: Path, tokenizer_folder: Path | None = None) -> Oracle:
-        model = transformers.AutoModel.from_pretrained(str(folder), attn_implementation="eager")
-        return cls(model, tokenizer_folder or folder)
+class Oracle(reference.Oracle):
+    """What transformers computes, for the inputs of tests."""
 
     def ids(self, item: Any) -> dict[str, list[int]]:
         """Tokenizes one text, pair or list of words."""
@@ -43,29 +33,11 @@ class Oracle:
             return dict(self.tokenizer(*item))
         return dict(self.tokenizer(item, is_split_into_words=isinstance(item, list)))
 
-    def run(
-        self, ids: Sequence[int], mask: Sequence[int] | None = None, types: Sequence[int] | None = None
-    ) -> tuple[list[np.ndarray], Any]:
-        """Returns all hidden states of one text, each [token_count, hidden_size], and its pooler output, if any."""
-        out = self._forward(ids, mask, types)
-        pooler_output = out.get("pooler_output")
-        return [layer[0].numpy() for layer in out.hidden_states], (
-            None if pooler_output is None else pooler_output[0].numpy()
-        )
-
     def attentions(
         self, ids: Sequence[int], mask: Sequence[int] | None = None, types: Sequence[int] | None = None
     ) -> list[np.ndarray]:
         """Returns the attention probabilities of all blocks, each [head_count, token_count, token_count]."""
-        return [layer[0].numpy() for layer in self._forward(ids, mask, types).attentions]
-
-    @torch.inference_mode()
-    def _forward(self, ids: Sequence[int], mask: Sequence[int] | None, types: Sequence[int] | None) -> Any:
-        given = {"input_ids": ids, "attention_mask": [1] * len(ids) if mask is None else mask}
-        if self.has_token_types:
-            given["token_type_ids"] = [0] * len(ids) if types is None else types
-        tensors = {name: torch.tensor([list(values)]) for name, values in given.items()}
-        return self.model(**tensors, output_hidden_states=True, output_attentions=True)
+        return [layer[0].numpy() for layer in self.forward(ids, mask, types, attentions=True).attentions]
 
     def text(self, item: Any) -> tuple[list[np.ndarray], Any]:
         """Tokenizes and runs one text."""

@@ -155,7 +155,7 @@ def _run(args: argparse.Namespace) -> int:
             reference,  # Imported here, so that a missing server is reported at once, without torch.
         )
 
-        judge = reference.Oracle(found)
+        judge = reference.Oracle.load(found.weights_folder, found.tokenizer_folder)
         where = f"{info.model_id} in {info.compute_dtype} on {', '.join(info.devices)} at {args.target}"
         print(f"{where}, beside transformers {reference.VERSION} in float32 (eager)", flush=True)
         bound = BOUNDS[info.compute_dtype] if args.bound is None else args.bound
