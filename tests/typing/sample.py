@@ -19,6 +19,7 @@ import layertap
 from layertap import (
     TLS,
     AsyncClient,
+    Attentions,
     Client,
     Embedding,
     HiddenStates,
@@ -221,6 +222,9 @@ def use(target: str, extras: bool) -> None:
             corpus(), layers="all", pooler_output=True, pooling=["cls", best], dtype="float16", return_tokens=True
         )
         look_at_results(embedding)
+        attentions = client.embed("I love Paris", attentions=[-1]).attentions
+        assert_type(attentions, Attentions)
+        assert attentions[-1].shape == (1, 12, 5, 5)
         ids = np.array([[101, 1045, 2293, 102], [101, 7592, 102, 0]])
         if extras:
             look_at_interop(embedding)
