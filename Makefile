@@ -39,7 +39,7 @@ generate = $(protoc) --python_out=$(1) --grpc_python_out=$(1) --mypy_out=quiet:$
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: bench-compute bench-callers bench-fidelity bench-fuzz bench-gpu bench-jobs bench-load bench-streams bench-wire gpu-wheels help install model protos protos-fresh lint format check test test-unit test-model test-e2e test-heavy test-cpus test-floors test-newest test-compat demo docs notebook serve bench clean
+.PHONY: bench-compat bench-compute bench-callers bench-fidelity bench-fuzz bench-gpu bench-jobs bench-load bench-streams bench-wire gpu-wheels help install model protos protos-fresh lint format check test test-unit test-model test-e2e test-heavy test-cpus test-floors test-newest test-compat demo docs notebook serve bench clean
 
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z][a-z-]*:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -148,6 +148,9 @@ bench-streams: $(INSTALL_STAMP) $(MODEL_STAMP)  ## Long streams: memory, stopped
 
 bench-load: $(INSTALL_STAMP) $(MODEL_STAMP)  ## Ten times the capacity, a flooding client, ten minutes of mixed traffic, metrics
 	$(BIN)/python bench/load.py $(ARGS)
+
+bench-compat: $(INSTALL_STAMP) $(MODEL_STAMP) $(COMPAT_STAMP)  ## The same vectors through clients of other projects (5 min)
+	PYTHONPATH=client:server .compat/bin/python bench/compat.py $(ARGS)
 
 bench-fuzz: $(INSTALL_STAMP) $(MODEL_STAMP)  ## A hundred thousand calls that nobody would make
 	$(BIN)/python bench/fuzz.py $(ARGS)
