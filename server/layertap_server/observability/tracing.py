@@ -2,7 +2,7 @@
 
 Spans are made of a call's record when it has ended, so a call under way costs nothing more. A phase that a call came
 through several times is one span, from its first beginning to its last end. The only module that knows opentelemetry;
-where spans go, under which name and how many of them is told by the standard OTEL_… variables.
+the standard OTEL_… variables set where spans go, under which name, and how many of them.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def _protocol(record: Record) -> tuple[str, dict[str, str | int]]:
 
 
 class Tracing:
-    """Reads the journal and makes spans of it."""
+    """Makes spans of the records of calls."""
 
     def __init__(self, provider: TracerProvider) -> None:
         self._provider = provider

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
+import textwrap
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -70,3 +74,29 @@ def test_a_descriptor_that_does_not_block_is_waited_for(pipe: tuple[int, int]) -
     for _ in range(200):
         stream.write("x" * 9_999 + "\n")
     assert read(pipe[0], 2_000_000).count(b"\n") == 200 and stream.dropped_line_count == 0
+
+
+@pytest.mark.parametrize("closed", [(1, 2), (0, 1, 2), (2,)])
+def test_no_file_gets_the_number_of_a_stream_that_is_closed(closed: tuple[int, ...], tmp_path: Path) -> None:
+    code = """
+        import os, sys
+        from layertap_server.observability.bounded_streams import bounded_streams
+        with bounded_streams(), open(sys.argv[1], "w") as file:
+            print("printed"), print("logged", file=sys.stderr)
+            file.write(str(file.fileno()))
+    """
+    shut = " ".join(f"{number}>&-" for number in closed)
+    command = [
+        "sh",
+        "-c",
+        f'exec "$@" {shut}',
+        "sh",
+        sys.executable,
+        "-c",
+        textwrap.dedent(code),
+        str(tmp_path / "file"),
+    ]
+    done = subprocess.run(command, capture_output=True, timeout=WAIT_S)
+    assert done.returncode == 0, done.stderr
+    assert int((tmp_path / "file").read_text()) > 2
+    assert done.stdout == (b"" if 1 in closed else b"printed\n")
