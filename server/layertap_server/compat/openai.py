@@ -42,6 +42,8 @@ from layertap_server.types import Plan
 
 _EMBEDDINGS: Final = "/v1/embeddings"
 _MODELS: Final = "/v1/models"
+_NUMBER_COST: Final = 4
+"""How many times as long numbers take to write as base64 does, about."""
 METHODS: Final = (f"POST {_EMBEDDINGS}", f"GET {_MODELS}")
 """What the log and the metrics call the calls."""
 
@@ -198,7 +200,7 @@ class OpenAI:
         if self._waker is None:
             self._waker = LoopWaker()  # Of the loop that runs now.
         parts = await rows.collect(self._batcher, self._waker, plan, tokenized, caller, label="input")
-        is_large = byte_count > LARGE_BYTES
+        is_large = byte_count * (1 if request.is_base64 else _NUMBER_COST) > LARGE_BYTES
         vectors = await offload(lambda: self._vectors(parts, plan, request), in_thread=is_large)
         answer = messages.answer(vectors, is_base64=request.is_base64, model_id=self._model_id, token_count=token_count)
         await self._send(exchange, caller.record, _each(answer) if is_large else b"".join(answer))

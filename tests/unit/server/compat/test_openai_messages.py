@@ -96,6 +96,26 @@ def test_what_is_no_request_is_refused_by_name_and_without_its_text(body: bytes,
     assert SECRET not in caught.value.details and messages.status(caught.value) == 400
 
 
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.sampled_from(["input", MODEL, "base64"]),
+    lambda inner: st.lists(inner) | st.dictionaries(st.sampled_from(["input", "model", "dimensions", "x"]), inner),
+)
+
+
+@given(
+    JSON.map(lambda value: json.dumps(value).encode())
+    | st.binary()
+    | st.binary().map(lambda tail: b'{"input":["' + tail)
+)
+def test_whatever_is_sent_is_read_or_refused(body: bytes) -> None:
+    try:
+        found = read(body)
+    except LayertapError as exc:
+        assert messages.status(exc) in (400, 404)
+    else:
+        assert json.loads(body)["input"] in (found.texts, found.texts[0])
+
+
 def test_deep_and_long_lists_are_refused_at_their_first_bracket() -> None:
     for inside in (b"[" * 10_000_000, b"[]," * 3_000_000, b"{},", b"1," * 5_000_000):
         with pytest.raises(InvalidArgumentError):
