@@ -80,3 +80,9 @@ def client(server: Server) -> Iterator[Client]:
     """The client of layertap, whose answers are what other clients must get."""
     with Client(server.address) as client:
         yield client
+
+
+@pytest.fixture(scope="session")
+def model(client: Client) -> str:
+    """The name that clients know the model by."""
+    return client.model_info().model_id

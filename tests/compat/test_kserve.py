@@ -74,11 +74,6 @@ def triton(request: pytest.FixtureRequest, server: ServerProcess) -> Iterator[An
     client.close()
 
 
-@pytest.fixture(scope="module")
-def model(client: Client) -> str:
-    return client.model_info().model_id
-
-
 def tensor(name: str, array: Any, datatype: str) -> Any:
     array = np.asarray(array)
     found = tritonclient.grpc.InferInput(name, list(array.shape), datatype)
