@@ -287,44 +287,56 @@ def attack(kind: str, address: str, seconds: float, ends: Any) -> None:
     KINDS[kind][1](address, seconds)
 
 
-def table(kinds: Iterable[str], *, seconds: float, limit_gb: int = 6, server_python: str = sys.executable) -> None:
-    """Tries kinds one after the other, and prints the table."""
+def table(
+    kinds: Iterable[str],
+    *,
+    seconds: float,
+    limit_gb: int = 6,
+    server_python: str = sys.executable,
+    shared: bool = False,
+) -> None:
+    """Tries kinds one after the other, each on a server of its own unless it is shared, and prints the table."""
     print("| what is sent | memory at most | and after | another caller's Embed, p99 | health, p99 |")
     print("|---|---|---|---|---|")
-    for kind in kinds:
-        print(measure(kind, seconds, limit_gb, server_python), flush=True)
+    server: Server | None = None
+    try:
+        for kind in kinds:
+            if server is not None and not (shared and server.alive):
+                server.stop()
+                server = None
+            server = server or Server(server_python, limit_gb << 30)
+            print(measure(kind, seconds, server), flush=True)
+    finally:
+        if server is not None:
+            server.stop()
 
 
-def measure(kind: str, seconds: float, limit_gb: int, server_python: str) -> str:
+def measure(kind: str, seconds: float, server: Server) -> str:
     """Tries one kind; returns a line of the table."""
     title, _ = KINDS[kind]
-    server = Server(server_python, limit_gb << 30)
-    try:
-        with (
-            grpc.insecure_channel(server.address) as channel,
-            grpc.insecure_channel(server.address, [("grpc.use_local_subchannel_pool", 1)]) as other,
-        ):
-            stub, health = embedding_pb2_grpc.EmbeddingServiceStub(channel), health_pb2_grpc.HealthStub(other)
-            request = pb.EmbedRequest(inputs=[pb.Input(text="I love Paris")], options=POOLED)
-            for _ in range(50):
-                stub.Embed(request, timeout=60)
-            ours, theirs = SPAWN.Pipe()
-            process = SPAWN.Process(target=attack, args=(kind, server.address, seconds, theirs), daemon=True)
-            process.start()
-            ours.recv()
-            before = server.memory
-            with watched(server) as most:
-                callers = Probe(lambda: stub.Embed(request, timeout=30))
-                probes = Probe(lambda: health.Check(health_pb2.HealthCheckRequest(), timeout=30))
-                ours.send("go")
-                process.join(timeout=seconds + 60)
-                process.kill()
-                called, checked = callers.stop(), probes.stop()
-            grown = f"{(most[0] - before) / 2**20:,.0f} MB" if server.alive else "the server has ended"
-            left = f"{(server.memory - before) / 2**20:,.0f} MB"
-            return f"| {title} | {grown} | {left} | {called} | {checked} |"
-    finally:
-        server.stop()
+    with (
+        grpc.insecure_channel(server.address) as channel,
+        grpc.insecure_channel(server.address, [("grpc.use_local_subchannel_pool", 1)]) as other,
+    ):
+        stub, health = embedding_pb2_grpc.EmbeddingServiceStub(channel), health_pb2_grpc.HealthStub(other)
+        request = pb.EmbedRequest(inputs=[pb.Input(text="I love Paris")], options=POOLED)
+        for _ in range(50):
+            stub.Embed(request, timeout=60)
+        ours, theirs = SPAWN.Pipe()
+        process = SPAWN.Process(target=attack, args=(kind, server.address, seconds, theirs), daemon=True)
+        process.start()
+        ours.recv()
+        before = server.memory
+        with watched(server) as most:
+            callers = Probe(lambda: stub.Embed(request, timeout=30))
+            probes = Probe(lambda: health.Check(health_pb2.HealthCheckRequest(), timeout=30))
+            ours.send("go")
+            process.join(timeout=seconds + 60)
+            process.kill()
+            called, checked = callers.stop(), probes.stop()
+        grown = f"{(most[0] - before) / 2**20:,.0f} MB" if server.alive else "the server has ended"
+        left = f"{(server.memory - before) / 2**20:,.0f} MB"
+        return f"| {title} | {grown} | {left} | {called} | {checked} |"
 
 
 def main() -> None:
@@ -333,9 +345,16 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=15.0, help="how long each kind goes on at most")
     parser.add_argument("--limit-gb", type=int, default=6, help="the address space of the server, in GiB")
     parser.add_argument("--server-python", default=sys.executable, help="the Python that runs the server")
+    parser.add_argument("--shared", action="store_true", help="tries all kinds on one server, as long as it lives")
     arguments = parser.parse_args()
     kinds = list(filter(None, arguments.only.split(","))) or list(KINDS)
-    table(kinds, seconds=arguments.seconds, limit_gb=arguments.limit_gb, server_python=arguments.server_python)
+    table(
+        kinds,
+        seconds=arguments.seconds,
+        limit_gb=arguments.limit_gb,
+        server_python=arguments.server_python,
+        shared=arguments.shared,
+    )
 
 
 if __name__ == "__main__":

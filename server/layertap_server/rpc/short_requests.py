@@ -91,7 +91,7 @@ class ShortRequests:
                 return message if handler.request_deserializer is None else handler.request_deserializer(message)
         except Exception:  # protobuf's own; it is no message.
             pass
-        await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "the request has no message of its kind; send one")
+        await _abort(context, grpc.StatusCode.INVALID_ARGUMENT, "the request has no message of its kind; send one")
 
     @contextlib.contextmanager
     def _place(self) -> Iterator[asyncio.Event]:
@@ -115,6 +115,14 @@ class ShortRequests:
         if not ended.is_set() or task is None:
             raise asyncio.CancelledError
         task.uncancel()
-        await context.abort(
-            grpc.StatusCode.RESOURCE_EXHAUSTED, "too many requests of this kind are on their way; send it at once"
-        )
+        details = "too many requests of this kind are on their way; send it at once"
+        await _abort(context, grpc.StatusCode.RESOURCE_EXHAUSTED, details)
+
+
+async def _abort(context: Any, code: grpc.StatusCode, details: str) -> None:
+    try:
+        await context.abort(code, details)
+    except grpc.aio.AbortError:
+        raise
+    except Exception as exc:  # The call is gone, and gRPC would call that a fault of ours.
+        raise asyncio.CancelledError from exc
