@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import socket
 import subprocess
 import sys
 from typing import Any
@@ -12,6 +13,7 @@ import pytest
 import layertap
 from layertap_server.cli import main, parse
 from layertap_server.config import Config, ConfigError, flag, variable
+from layertap_server.listening import open_listener
 
 FIELDS = dataclasses.fields(Config)
 NUMBERS = [field for field in FIELDS if isinstance(field.default, (int, float)) and not isinstance(field.default, bool)]
@@ -289,3 +291,16 @@ def test_a_value_of_another_kind_is_refused_with_what_it_must_be(
     assert f"argument {given}: {expected}; see" in capsys.readouterr().err
     with pytest.raises(ConfigError, match=f"{variable(given[2:].replace('-', '_'))} {expected}"):
         parse([], {variable(given[2:].replace("-", "_")): value})
+
+
+def test_http_needs_an_address_and_its_packages(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ConfigError, match=r"--http-port.* --host is a unix socket"):
+        Config(http_port=0, host="unix:/s")
+    config = Config(port=0, http_port=0)
+    monkeypatch.setitem(sys.modules, "uvicorn", None)
+    with pytest.raises(ConfigError, match=r"--http-port needs packages .*layertap\[server,http\]"):
+        open_listener(config)
+    monkeypatch.undo()
+    assert open_listener(config).address == "127.0.0.1:0"
+    with socket.create_server(("127.0.0.1", 0)) as taken, pytest.raises(ConfigError, match="--http-port"):
+        open_listener(Config(port=0, http_port=taken.getsockname()[1]))
