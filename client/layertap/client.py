@@ -58,8 +58,8 @@ class Client(SentenceClient):
 
         Args:
             inputs: One str, or an iterable of texts: str, (str, str) pairs, or lists of words.
-            pad_to: Appends [PAD] until each text has this many tokens.
-            add_special_tokens: Whether [CLS] and [SEP] are added.
+            pad_to: Appends padding until each text has this many tokens.
+            add_special_tokens: Whether the special tokens of the tokenizer, such as [CLS] and [SEP], are added.
             truncation: What happens above max_length: "error", "right" or "left" (the side that is cut).
             max_length: The most tokens of one text; None: the model's.
             timeout_s: The deadline of each request, in seconds.
@@ -89,7 +89,7 @@ class Client(SentenceClient):
 
         Args:
             ids: The ids of one text, of several, or `Tokens`.
-            skip_special_tokens: Leaves [CLS], [SEP], [PAD] and the like out.
+            skip_special_tokens: Leaves special tokens out, such as [CLS], [SEP] and [PAD].
             timeout_s: The deadline, in seconds.
             metadata: Metadata to send, as pairs or a mapping; `x-request-id` names the call in the server's log.
 

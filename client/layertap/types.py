@@ -66,7 +66,7 @@ class Pooling:
             (sum / sqrt(count)) or "mean_max" ([mean; max], twice as wide).
         layer: The layer that is pooled, -L-1 to L, or a `LayerMix`.
         include_special_tokens: Whether the tokens that the tokenizer adds, such as [CLS] and [SEP], take part.
-            [UNK] always does.
+            That for unknown words always does.
         normalize: Divides the vector by its Euclidean length, after `dimensions`.
         dimensions: Keeps the first values only; None keeps all.
     """

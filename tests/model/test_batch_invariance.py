@@ -33,6 +33,13 @@ SHAPES = {
     "32 wide": {"hidden_size": 32, "num_attention_heads": 4, "intermediate_size": 64},
     "40 wide": {"hidden_size": 40, "num_attention_heads": 4, "intermediate_size": 72},
     "40 wide, silu": {"hidden_size": 40, "num_attention_heads": 4, "intermediate_size": 72, "hidden_act": "silu"},
+    "electra": {
+        "model_type": "electra",
+        "embedding_size": 24,
+        "hidden_size": 40,
+        "num_attention_heads": 4,
+        "intermediate_size": 72,
+    },
     "embedded": {},
     "base": {"hidden_size": 768, "num_attention_heads": 12, "intermediate_size": 3072},
 }
@@ -111,7 +118,8 @@ def _texts(random: np.random.Generator, count: int) -> list[Text]:
     return texts
 
 
-def _plan(random: np.random.Generator, size: int, last: int) -> Plan:
+def _plan(random: np.random.Generator, encoder: Encoder) -> Plan:
+    size, last = encoder.hidden_size, encoder.layer_count
     deepest = int(random.integers(0, last + 1))
     chosen = tuple(sorted({int(random.integers(0, deepest + 1)), deepest}))
     mix = Mix(mixing=Mixing.WEIGHTED, layers=chosen, weights=(0.3, 1.7)[: len(chosen)])
@@ -126,7 +134,7 @@ def _plan(random: np.random.Generator, size: int, last: int) -> Plan:
             pool=Pool(strategy=strategy, normalize=bool(random.integers(2))),
         ),
         Output(kind=OutputKind.WORD_VECTORS, layers=chosen, row_size=size, word_pooling=WordPooling.MEAN),
-        Output(kind=OutputKind.POOLER_OUTPUT, layers=(last,), row_size=size),
+        *([Output(kind=OutputKind.POOLER_OUTPUT, layers=(last,), row_size=size)] if encoder.has_pooler else []),
         Output(kind=OutputKind.ATTENTIONS, layers=(min(deepest, last - 1),), row_size=2, heads=(1, 3)),
     ]
     picked = random.permutation(len(outputs))[: int(random.integers(1, 4))]
@@ -149,12 +157,8 @@ def _bits(encode: Encode, batch: list[Run]) -> list[list[dict[tuple[int, int], b
 def test_a_text_has_the_same_bits_alone_and_in_any_batch(encoder: Encoder) -> None:
     assert encoder.batch_invariant
     random = np.random.default_rng(1)
-    size, last = encoder.hidden_size, encoder.layer_count
     batches = [
-        [
-            Run(plan=_plan(random, size, last), texts=_texts(random, number))
-            for number in random.integers(1, 6, run_count)
-        ]
+        [Run(plan=_plan(random, encoder), texts=_texts(random, number)) for number in random.integers(1, 6, run_count)]
         for run_count in random.integers(1, 5, BATCHES).tolist()
     ]
     one_instance = cpu_threads.make([encoder], cpu_threads.share(instance_count=1, thread_count=1))

@@ -8,7 +8,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
+from support import family
 from support.oracle import Oracle
 from support.simulated_gpu import SimulatedGpu, TransferCount
 from torch.nn import functional as F
@@ -16,8 +18,9 @@ from torch.nn import functional as F
 from layertap_server.engine.encoder import Encoder
 from layertap_server.engine.fast_path import better
 from layertap_server.engine.upload import Upload
-from layertap_server.model import checkpoint
+from layertap_server.model import checkpoint, sentence_modules
 from layertap_server.model.checkpoint import Checkpoint
+from layertap_server.model.sentence_config import SentenceConfig
 from layertap_server.parity.compare import BOUNDS
 from layertap_server.types import (
     Mix,
@@ -162,6 +165,50 @@ def test_every_way_of_attention_gives_what_transformers_gives(
     masks = [[1, 0, 1, 1, 0], [0] * 6, [0, 1], [1] * 30 + [0] * 3]
     texts += [_text(len(mask), mask=mask) for mask in masks]
     _agrees(encoder, texts, tiny_oracle, BOUNDS[dtype])
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("kind", [kind for kind in family.TOKENIZERS if kind != "bert"])
+def test_every_model_type_gives_what_transformers_gives(tmp_path: Path, kind: str, dtype: str) -> None:
+    folder = family.save(kind, tmp_path, spread=0.1)
+    found = checkpoint.find(model_id=str(folder), revision="", name="", load_format="safetensors", seed=0)
+    dense = sentence_modules.Dense(
+        of_tokens=True,
+        in_size=HIDDEN_SIZE,
+        out_size=3,
+        has_bias=True,
+        activation="Tanh",
+        has_residual=False,
+        weights=tmp_path / "dense.safetensors",
+        digest="",
+    )
+    weights = {"linear.weight": torch.randn(3, HIDDEN_SIZE), "linear.bias": torch.randn(3)}
+    safetensors.torch.save_file(weights, dense.weights)
+    sentences = SentenceConfig(max_length=64, token_modules=(dense, sentence_modules.Normalize(of_tokens=True)))
+    gpu = SimulatedGpu(prefers_fast=False)
+    encoder = Encoder(found, device="cpu", dtype=dtype, runtime=gpu, sentences=sentences)
+    random, pad = np.random.default_rng(0), found.settings.pad_token_id
+    ids = [random.integers(0, found.settings.vocab_size, count).astype(np.int32) for count in (1, 5, 5, 60)]
+    ids.append(np.array([7, pad, 8, pad], np.int32))
+    texts = [Text(one) for one in ids] + [Text(ids[1], attention_mask=np.array([1, 0, 1, 1, 0], np.int32))]
+    oracle = Oracle.load(folder)
+    _agrees(encoder, texts[:5], oracle, BOUNDS[dtype])
+    _agrees(encoder, texts, oracle, BOUNDS[dtype])
+    rows_output = _output(OutputKind.HIDDEN_STATES, LAYER_COUNT, size=3, applies_modules=True)
+    pool = Pool(strategy=Strategy.MEAN)
+    vector_output = _output(OutputKind.POOLED_VECTORS, LAYER_COUNT, size=3, pool=pool, applies_modules=True)
+    uploads = gpu.uploads
+    rows, vectors = (
+        np.frombuffer(one.data, np.float32).reshape(-1, 3)
+        for one in encoder.encode([_run(texts[:5], rows_output, vector_output)])
+    )
+    assert gpu.uploads == uploads + 1
+    last = torch.from_numpy(np.concatenate([oracle.run(text.input_ids)[0][-1] for text in texts[:5]]))
+    wanted = F.normalize(torch.tanh(last @ weights["linear.weight"].T + weights["linear.bias"]), dim=1)
+    assert np.abs(rows - wanted.numpy()).max() <= 2 * BOUNDS[dtype]
+    counts = [text.token_count for text in texts[:5]]
+    means = np.stack([part.mean(0) for part in np.split(wanted.numpy(), np.cumsum(counts)[:-1])])
+    assert np.abs(vectors - means).max() <= 2 * BOUNDS[dtype]
 
 
 @pytest.mark.parametrize("lengths", [[1], [64], [13, 2, 30], [60, 5], [200, 100], [3] * 64, [700]], ids=str)

@@ -175,13 +175,17 @@ def _tokenize(parser: argparse.ArgumentParser) -> None:
     _texts(parser)
     _cutting(parser)
     parser.add_argument("--pad-to", type=int, metavar="N", help="pad each text to so many tokens")
-    parser.add_argument("--no-special-tokens", action="store_true", help="leave [CLS] and [SEP] out")
+    parser.add_argument(
+        "--no-special-tokens", action="store_true", help="leave out special tokens such as [CLS] and [SEP]"
+    )
     _server(parser).set_defaults(run=commands.tokenize)
 
 
 def _decode(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("ids", nargs="*", metavar="ID", help="the ids of one text; none: a text each line of stdin")
-    parser.add_argument("--keep-special-tokens", action="store_true", help="show [CLS], [SEP] and [PAD] too")
+    parser.add_argument(
+        "--keep-special-tokens", action="store_true", help="show special tokens too, such as [CLS], [SEP] and [PAD]"
+    )
     _server(parser).set_defaults(run=commands.decode)
 
 
@@ -206,7 +210,7 @@ def _embed(parser: argparse.ArgumentParser) -> None:
     pooling.add_argument("--pooling", action="append", choices=wire.POOLING_STRATEGIES, metavar="STRATEGY", help=what)
     what = "the layer that is pooled, or a mix as in --mix [the last]"
     pooling.add_argument("--pooling-layer", type=parsing.layer_or_mix, default=-1, metavar="K", help=what)
-    pooling.add_argument("--pool-no-special-tokens", action="store_true", help="leave [CLS] and [SEP] out of pools")
+    pooling.add_argument("--pool-no-special-tokens", action="store_true", help="leave special tokens out of pools")
     pooling.add_argument("--normalize", action="store_true", help="to length 1, after --dimensions")
     pooling.add_argument("--dimensions", type=int, metavar="N", help="keep the first N values")
     _writing(parser, reading)

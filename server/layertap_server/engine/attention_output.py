@@ -58,7 +58,9 @@ class AttentionOutput:
         found, start = [], 0
         for count, masked in self._texts:
             text = slice(start, start + count)
-            scores = queries[:, text] @ keys[:, text].transpose(1, 2)
+            # In memory of their own: a product of rows that begin elsewhere can have other bits.
+            query, key = queries[:, text].contiguous(), keys[:, text].contiguous()
+            scores = query @ key.transpose(1, 2)
             if masked is not None:
                 # Masked scores become equally low, so that a text whose mask is all zeros attends to all alike.
                 scores += masked.tensor * torch.finfo(torch.float32).min

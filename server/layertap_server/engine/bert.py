@@ -321,7 +321,7 @@ class Bert:
             plain,
             gelu=fused,
             epsilon=self._epsilon,
-            norm=self._embed.norm,
+            norm=self._blocks[0].output_norm,
             up=self._blocks[0].intermediate,
             runtime=self._runtime,
         )
