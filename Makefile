@@ -13,6 +13,7 @@ MODEL_STAMP := .models/.fetched
 TOOLS_STAMP := .tools/.installed
 PEERS_STAMP := .bench/.installed
 COMPAT_STAMP := .compat/.installed
+DIST_STAMP := .dist/.installed
 EXAMPLES_STAMP := .venv/.examples
 DOCS_STAMP := .venv/.docs
 OLDEST_STAMP := .floors/oldest/.installed
@@ -25,6 +26,8 @@ MODEL_SHA256 := 53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db
 # This version decides the oldest grpcio and protobuf that users may have: its output runs on
 # grpcio from 1.71.2 and protobuf from 5.29 up to 7; a newer compiler would demand newer ones.
 GRPC_TOOLS := grpcio-tools==1.71.2
+# What builds the package and lists what it consists of, pinned as all that judges it.
+DIST_TOOLS := build==1.6.1 hatchling==1.33.0 cyclonedx-bom==7.5.0 pip-licenses==5.5.5
 PROTO_FILES := $(wildcard protos/layertap/*/*.proto)
 GENERATED := client/layertap/v1
 # The messages of other projects' protocols are for the server alone, which needs no stubs for them.
@@ -39,7 +42,7 @@ generate = $(protoc) --python_out=$(1) --grpc_python_out=$(1) --mypy_out=quiet:$
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: bench-compat bench-compute bench-callers bench-fidelity bench-fuzz bench-gpu bench-jobs bench-load bench-streams bench-wire gpu-wheels help install model protos protos-fresh lint format check test test-unit test-model test-e2e test-heavy test-cpus test-floors test-newest test-compat demo docs notebook serve bench clean
+.PHONY: dist test-deploy bench-compat bench-compute bench-callers bench-fidelity bench-fuzz bench-gpu bench-jobs bench-load bench-streams bench-wire gpu-wheels help install model protos protos-fresh lint format check test test-unit test-model test-e2e test-heavy test-cpus test-floors test-newest test-compat demo docs notebook serve bench clean
 
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z][a-z-]*:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -117,11 +120,19 @@ test-newest: $(INSTALL_STAMP) $(MODEL_STAMP) $(NEWEST_STAMP)  ## Run the client 
 test-compat: $(INSTALL_STAMP) $(MODEL_STAMP) $(COMPAT_STAMP)  ## Run clients of other projects against a server (5 min at most)
 	PYTHONPATH=client:server .compat/bin/python -m pytest --confcutdir=tests/compat tests/compat $(ARGS)
 
+test-deploy: dist $(MODEL_STAMP)  ## Install what make dist builds, and run it as the README says
+	$(BIN)/python -m pytest --confcutdir=tests/deploy tests/deploy $(ARGS)
+
 demo: $(INSTALL_STAMP) $(MODEL_STAMP)  ## Start a server, do the main job as a user would, stop it
 	$(BIN)/python examples/demo.py $(ARGS)
 
 notebook: $(INSTALL_STAMP) $(MODEL_STAMP) $(EXAMPLES_STAMP)  ## Make examples/layers.ipynb anew, and run it
 	$(BIN)/python examples/execute.py
+
+dist: $(INSTALL_STAMP) $(DIST_STAMP)  ## Build wheel, sdist, SBOM and list of licences into dist
+	@rm -rf dist
+	.dist/bin/python -m build --no-isolation
+	$(BIN)/python release/inventory.py
 
 docs: $(DOCS_STAMP)  ## Build the documentation into .docs/site; a broken link fails
 	PYTHONPATH=client:server NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
@@ -169,7 +180,7 @@ gpu-wheels:  ## Fetch into .wheels what bench/gpu.py needs on a machine that has
 		grpcio-health-checking==1.71.2 grpcio-reflection==1.71.2
 
 clean:  ## Remove all that make has made
-	rm -rf .venv .models .tools .bench .wheels .floors .compat .docs build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis \
+	rm -rf .venv .models .tools .bench .wheels .floors .compat .dist .docs build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis \
 		.import_linter_cache
 	find client server tests bench examples -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
 
@@ -206,6 +217,12 @@ $(PEERS_STAMP): bench/peers.txt constraints.txt
 $(COMPAT_STAMP): tests/compat/requirements.txt
 	$(PYTHON) -m venv .compat
 	.compat/bin/python -m pip --disable-pip-version-check install -q -r tests/compat/requirements.txt
+	@touch $@
+
+$(DIST_STAMP): Makefile
+	@rm -rf .dist
+	$(PYTHON) -m venv .dist
+	.dist/bin/python -m pip --disable-pip-version-check install -q $(DIST_TOOLS)
 	@touch $@
 
 $(EXAMPLES_STAMP): $(INSTALL_STAMP)

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 hypothesis.settings.register_profile("repeatable", derandomize=True, deadline=None)
 hypothesis.settings.load_profile("repeatable")
 
-collect_ignore = ["compat"]  # These tests run in an environment of their own: `make test-compat`.
+collect_ignore = ["compat", "deploy"]  # Each has a command of its own: `make test-compat`, `make test-deploy`.
 
 
 @pytest.fixture(scope="session", autouse=True)
