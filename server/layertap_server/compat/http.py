@@ -104,12 +104,16 @@ class Exchange:
         await self._write({"type": "http.response.body", "body": b"", "more_body": False})
         return size
 
+    async def cut(self) -> None:
+        """Closes the connection at once, so that a caller does not take a part of an answer for the whole."""
+        await self._transport.cut()
+
     async def _write(self, message: Mapping[str, Any]) -> None:
         try:
             async with asyncio.timeout(self._stall_timeout_s):
                 await self._send(message)
         except TimeoutError as exc:
-            await self._transport.cut()
+            await self.cut()
             raise DeadlineExceededError(
                 f"the answer was not read for {self._stall_timeout_s:g} s; read faster, or ask for less"
             ) from exc

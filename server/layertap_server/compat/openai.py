@@ -143,6 +143,7 @@ class OpenAI:
             await self._route(exchange)
         except LayertapError as exc:
             if exchange.is_answered:
+                await exchange.cut()
                 return
             headers = messages.error_headers(exc)
             if exc.request_id is not None:
