@@ -153,10 +153,10 @@ def item(message: pb.Input, label: str, model: ModelFacts, limits: Limits, *, pr
 
 
 def check_fits(text: Text, label: str, model: ModelFacts) -> None:
-    """Checks that the model can compute a text, whatever the tokenizer made of it. Its ids are checked at start.
+    """Checks that the model can compute a text, whatever the tokenizer made of it.
 
     Raises:
-        InvalidArgumentError: if it has no tokens, too many, or a type outside the model's.
+        InvalidArgumentError: if it has no tokens, too many, or an id or a type outside the model's.
     """
     if not text.token_count:
         raise InvalidArgumentError(
@@ -165,6 +165,11 @@ def check_fits(text: Text, label: str, model: ModelFacts) -> None:
     if text.token_count > model.max_length:
         raise InvalidArgumentError(
             f"{label} has {text.token_count} tokens, this model has {model.max_length} positions; shorten it"
+        )
+    if (highest := int(text.input_ids.max())) >= model.vocab_size:
+        raise InvalidArgumentError(
+            f"{label} has token id {highest}, this model's vocabulary ends at {model.vocab_size - 1}: its tokenizer "
+            "does not belong to it; leave the text out, or serve the model with its own tokenizer"
         )
     types = text.token_type_ids
     if types is not None and model.type_vocab_size and types.max() >= model.type_vocab_size:
