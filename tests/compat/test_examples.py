@@ -18,9 +18,9 @@ from layertap_server.testing import ServerProcess
 ROOT = Path(__file__).parents[2]
 
 
-def run(name: str, *arguments: str) -> str:
+def run(script: str | Path, *arguments: str) -> str:
     environment = os.environ | {"PYTHONPATH": f"{ROOT / 'client'}", "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, "-W", "error", str(ROOT / "examples" / name), *arguments]
+    command = [sys.executable, "-W", "error", str(ROOT / "examples" / script), *arguments]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=110)
     assert done.returncode == 0, done.stderr
     return done.stdout
@@ -46,17 +46,15 @@ def test_data_sets_and_loaders_get_vectors_in_their_own_processes(server: Server
     assert all(re.fullmatch(r"batch: \(4, \d+, 384\)", line) for line in lines[1:])
 
 
-def test_the_code_of_the_page_runs(server: ServerProcess, model: str) -> None:
-    blocks = re.findall(
-        r"^```py\n(.*?)^```$", (ROOT / "docs/guide/other-clients.md").read_text(), re.MULTILINE | re.DOTALL
-    )
-    assert len(blocks) == 4
-    names: dict[str, object] = {}
-    for block in blocks:
-        exec(block.replace("127.0.0.1:50051", server.address), names)
-    assert model in blocks[0]
-    assert names["result"].as_numpy("hidden_state_3").shape == (2, 5, 384)  # type: ignore[attr-defined]
-    assert [len(batch) for batch in names["loader"]] == [2, 2, 2]  # type: ignore[attr-defined]
+PAGE = (ROOT / "docs/guide/other-clients.md").read_text()
+BLOCKS = re.findall(r"^```py\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL)
+
+
+@pytest.mark.parametrize("block", BLOCKS, ids=["tritonclient", "langchain", "sklearn", "datasets"])
+def test_the_code_of_the_page_runs(server: ServerProcess, tmp_path: Path, block: str) -> None:
+    script = tmp_path / "page.py"
+    script.write_text(block.replace("127.0.0.1:50051", server.address))
+    run(script)
 
 
 def test_vectors_of_a_data_set_are_those_of_encode_and_are_kept(client: Client) -> None:
