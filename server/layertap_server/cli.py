@@ -13,6 +13,7 @@ import gc
 import os
 import re
 import sys
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final, NoReturn
 
@@ -73,6 +74,7 @@ def run(config: Config, make_app: Callable[[Config], App]) -> int:
 
     wire.keep_pages()
     sys.setswitchinterval(_SWITCH_INTERVAL_S)
+    server = None
     try:
         server = make_app(config)
         gc.collect()
@@ -85,6 +87,11 @@ def run(config: Config, make_app: Callable[[Config], App]) -> int:
         return _fail(str(exc))
     except EngineLostError as exc:
         _fail(str(exc))
+        signals.leave(1)
+    except Exception:
+        if server is None:
+            raise
+        traceback.print_exc()
         signals.leave(1)
     signals.leave(0)
 

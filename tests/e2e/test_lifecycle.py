@@ -119,11 +119,13 @@ def test_neither_an_unread_log_nor_a_silent_collector_delays_calls_or_the_end_af
             ended(server)
 
 
-def test_threads_that_hang_do_not_keep_the_process(tmp_path: Path) -> None:
-    server = Server(script=ROOT / "tests/support/hanging.py")
+@pytest.mark.parametrize(("flags", "code"), [((), 0), (("--fail",), 1)], ids=["stopped", "failed"])
+def test_threads_that_hang_do_not_keep_the_process(flags: tuple[str, ...], code: int) -> None:
+    server = Server(*flags, script=ROOT / "tests/support/hanging.py")
     try:
-        assert server.process.wait(WAIT_S) == 0
+        assert server.process.wait(WAIT_S) == code
         server.stop()
+        assert (b"it fails while it serves" in server.log) is bool(code)
     finally:
         ended(server)
 

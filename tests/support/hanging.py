@@ -1,4 +1,4 @@
-"""A stand-in for the server that stops while threads of it hang, as a tokenizer may with a long text."""
+"""A stand-in for the server that stops, or with --fail fails, while threads of it hang, as a tokenizer may."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from layertap_server.config import Config
 class HangingApp:
     """Serves nothing, and leaves two threads behind that never end."""
 
-    metrics_url = ""
+    http_url = metrics_url = ""
 
     def __init__(self, config: Config) -> None:
         self._executor = concurrent.futures.ThreadPoolExecutor(1)
@@ -24,6 +24,8 @@ class HangingApp:
         asyncio.get_running_loop().run_in_executor(None, threading.Event().wait)
         self._executor.submit(threading.Event().wait)
         ready("127.0.0.1:0")
+        if "--fail" in sys.argv:
+            raise RuntimeError("it fails while it serves")
 
 
 if __name__ == "__main__":
