@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import os
 from pathlib import Path
 from typing import Final
 
 from layertap import __version__, quantization, wire
 from layertap._transport.settings import DEFAULT_TARGET
-from layertap.cli import commands, parsing
+from layertap.cli import commands, completion, parsing
 from layertap.jobs.job import DEFAULT_PART_ITEMS
 from layertap.jobs.readers import FORMATS
 from layertap.sentence_transformers import SENTENCE, TOKENS
@@ -70,6 +71,15 @@ _HEALTH: Final = """\
 example:
   layertap health --timeout-s 2 || restart"""
 
+_COMPLETION: Final = """\
+bash, in ~/.bashrc:
+  source <(layertap completion bash)
+
+zsh, in ~/.zshrc:
+  source <(layertap completion zsh)
+
+The script is fixed once it is made: a file that it is written to starts faster than the command."""
+
 _ALL: Final = """\
 examples:
   layertap tokenize 'I love Paris'
@@ -122,6 +132,9 @@ def build() -> argparse.ArgumentParser:
     _encode(command("encode", "get one vector a text, as sentence-transformers does", _ENCODE))
     _server(command("info", "show the served model and the limits", _INFO)).set_defaults(run=commands.info)
     _server(command("health", "exit with 0 if the server serves", _HEALTH)).set_defaults(run=commands.health)
+    completing = command("completion", "print a script that completes commands and flags in a shell", _COMPLETION)
+    completing.add_argument("shell", choices=completion.SHELLS)
+    completing.set_defaults(run=functools.partial(completion.show, commands_of.choices))
     return parser
 
 
