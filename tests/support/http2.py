@@ -64,7 +64,7 @@ class Connection:
         self._socket.sendall(_PREFACE + _frame(_SETTINGS, 0, 0))
         self._window = self.initial_window = 65_535
         self._windows: dict[int, int] = {}
-        self._unsent: dict[int, bytes] = {}
+        self._unsent: dict[int, memoryview] = {}
         self._received = b""
         self.closed = False
         self.ended: dict[int, bytes] = {}
@@ -106,7 +106,7 @@ class Connection:
             bytes([compressed]) + struct.pack(">I", length) + message
             for length, message in zip(lengths, messages, strict=True)
         )
-        self._unsent[stream] = b"".join(parts)
+        self._unsent[stream] = memoryview(b"".join(parts))
         return stream
 
     def pump(self, seconds: float) -> None:
@@ -129,7 +129,7 @@ class Connection:
         size = min(len(left), _MAX_FRAME_BYTES, self._window, self._windows[stream])
         if size <= 0:
             return False
-        self._socket.sendall(_frame(_DATA, 0, stream, left[:size]))
+        self._socket.sendall(_frame(_DATA, 0, stream, bytes(left[:size])))
         self._unsent[stream] = left[size:]
         self._window -= size
         self._windows[stream] -= size
