@@ -14,6 +14,7 @@ TOOLS_STAMP := .tools/.installed
 PEERS_STAMP := .bench/.installed
 COMPAT_STAMP := .compat/.installed
 DIST_STAMP := .dist/.installed
+CLUSTER_STAMP := .cluster/.installed
 EXAMPLES_STAMP := .venv/.examples
 DOCS_STAMP := .venv/.docs
 OLDEST_STAMP := .floors/oldest/.installed
@@ -42,7 +43,7 @@ generate = $(protoc) --python_out=$(1) --grpc_python_out=$(1) --mypy_out=quiet:$
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: dist test-deploy bench-compat bench-compute bench-callers bench-fidelity bench-fuzz bench-gpu bench-jobs bench-load bench-streams bench-wire gpu-wheels help install model protos protos-fresh lint format check test test-unit test-model test-e2e test-heavy test-cpus test-floors test-newest test-compat demo docs notebook serve bench clean
+.PHONY: dist test-deploy bench-compat bench-compute bench-callers bench-fidelity bench-fuzz bench-gpu bench-jobs bench-load bench-streams bench-wire gpu-wheels help install model protos protos-fresh lint format check test test-unit test-model test-e2e test-heavy test-cpus test-floors test-newest test-compat test-cluster demo docs notebook serve bench clean
 
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z][a-z-]*:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -123,6 +124,9 @@ test-compat: $(INSTALL_STAMP) $(MODEL_STAMP) $(COMPAT_STAMP)  ## Run clients of 
 test-deploy: dist $(MODEL_STAMP)  ## Install what make dist builds, and run it as the README says
 	$(BIN)/python -m pytest --confcutdir=tests/deploy tests/deploy $(ARGS)
 
+test-cluster: $(INSTALL_STAMP) $(MODEL_STAMP) $(CLUSTER_STAMP)  ## Run servers behind Envoy, and hold manifests against their schemas
+	PYTHONPATH=client:server .cluster/bin/python -m pytest --confcutdir=tests/cluster tests/cluster $(ARGS)
+
 demo: $(INSTALL_STAMP) $(MODEL_STAMP)  ## Start a server, do the main job as a user would, stop it
 	$(BIN)/python examples/demo.py $(ARGS)
 
@@ -180,7 +184,7 @@ gpu-wheels:  ## Fetch into .wheels what bench/gpu.py needs on a machine that has
 		grpcio-health-checking==1.71.2 grpcio-reflection==1.71.2
 
 clean:  ## Remove all that make has made
-	rm -rf .venv .models .tools .bench .wheels .floors .compat .dist .docs build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis \
+	rm -rf .venv .models .tools .bench .wheels .floors .compat .cluster .dist .docs build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis \
 		.import_linter_cache
 	find client server tests bench examples -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
 
@@ -223,6 +227,11 @@ $(DIST_STAMP): Makefile
 	@rm -rf .dist
 	$(PYTHON) -m venv .dist
 	.dist/bin/python -m pip --disable-pip-version-check install -q $(DIST_TOOLS)
+	@touch $@
+
+$(CLUSTER_STAMP): tests/cluster/requirements.txt
+	$(PYTHON) -m venv .cluster
+	.cluster/bin/python -m pip --disable-pip-version-check install -q -r tests/cluster/requirements.txt
 	@touch $@
 
 $(EXAMPLES_STAMP): $(INSTALL_STAMP)

@@ -30,7 +30,8 @@ if TYPE_CHECKING:
 hypothesis.settings.register_profile("repeatable", derandomize=True, deadline=None)
 hypothesis.settings.load_profile("repeatable")
 
-collect_ignore = ["compat", "deploy"]  # Each has a command of its own: `make test-compat`, `make test-deploy`.
+# Each has a command of its own: `make test-compat`, `test-deploy`, `test-cluster`.
+collect_ignore = ["compat", "deploy", "cluster"]
 
 
 @pytest.fixture(scope="session", autouse=True)
