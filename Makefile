@@ -43,7 +43,7 @@ generate = $(protoc) --python_out=$(1) --grpc_python_out=$(1) --mypy_out=quiet:$
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: dist test-deploy bench-compat bench-compute bench-callers bench-fidelity bench-fuzz bench-gpu bench-jobs bench-load bench-streams bench-wire gpu-wheels help install model protos protos-fresh lint format check test test-unit test-model test-e2e test-heavy test-cpus test-floors test-newest test-compat test-cluster demo docs notebook serve bench clean
+.PHONY: bench-imports coverage dist test-deploy bench-compat bench-compute bench-callers bench-fidelity bench-fuzz bench-gpu bench-jobs bench-load bench-streams bench-wire gpu-wheels help install model protos protos-fresh lint format check test test-unit test-model test-e2e test-heavy test-cpus test-floors test-newest test-compat test-cluster demo docs notebook serve bench clean
 
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z][a-z-]*:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -106,6 +106,12 @@ test-e2e: $(INSTALL_STAMP) $(MODEL_STAMP)  ## Run the tests that start real serv
 test-heavy: $(INSTALL_STAMP) $(MODEL_STAMP)  ## Run the tests that take long: kills at any step of a file job
 	$(BIN)/python -m pytest -m heavy $(ARGS)
 
+coverage: $(INSTALL_STAMP) $(MODEL_STAMP)  ## Run the tests of make test and list the lines that none of them runs
+	@rm -rf .coverage
+	$(BIN)/python -m coverage run -m pytest -m "not heavy" -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(ARGS)
+	@$(BIN)/python -m coverage combine -q
+	@$(BIN)/python -m coverage report
+
 NUMBERS := tests/model/test_batch_invariance.py tests/model/test_engine.py
 
 test-cpus: $(INSTALL_STAMP) $(MODEL_STAMP)  ## Run the tests of numbers and bits as on two older kinds of CPU (2 min)
@@ -161,6 +167,9 @@ bench-wire: $(INSTALL_STAMP) $(MODEL_STAMP) $(PEERS_STAMP)  ## Layers on the wir
 bench-streams: $(INSTALL_STAMP) $(MODEL_STAMP)  ## Long streams: memory, stopped readers, crashes, bad items, health
 	$(BIN)/python bench/streams.py $(ARGS)
 
+bench-imports: $(INSTALL_STAMP)  ## How long importing the client takes
+	$(BIN)/python bench/imports.py $(ARGS)
+
 bench-load: $(INSTALL_STAMP) $(MODEL_STAMP)  ## Ten times the capacity, a flooding client, ten minutes of mixed traffic, metrics
 	$(BIN)/python bench/load.py $(ARGS)
 
@@ -184,7 +193,7 @@ gpu-wheels:  ## Fetch into .wheels what bench/gpu.py needs on a machine that has
 		grpcio-health-checking==1.71.2 grpcio-reflection==1.71.2
 
 clean:  ## Remove all that make has made
-	rm -rf .venv .models .tools .bench .wheels .floors .compat .cluster .dist .docs build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis \
+	rm -rf .venv .models .tools .bench .wheels .floors .compat .cluster .coverage .dist .docs build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis \
 		.import_linter_cache
 	find client server tests bench examples -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
 
