@@ -33,6 +33,25 @@ the 5 ms that are Python's own, a loop with many callers would starve them."""
 _EXTRA_MISSING = "the server's packages are missing ({name}): pip install 'layertap[server]'"
 
 
+_EXAMPLES: Final = """\
+examples:
+  layertap-server
+  layertap-server --model-id ./my-bert --host unix:/run/layertap.sock
+  layertap-server --model-id bert-base-uncased --host 0.0.0.0 --tls-cert cert.pem --tls-key key.pem --token-file tokens
+  layertap-server parity --help
+
+Each flag is also an environment variable: --max-batch-tokens is LAYERTAP_MAX_BATCH_TOKENS. A flag wins over its
+variable. `layertap-server parity` compares a running server with transformers.
+
+SIGTERM, SIGINT and SIGHUP stop the server: it refuses new calls and finishes those that it has.
+
+exit codes:
+  0    stopped by a signal
+  1    the engine has failed
+  2    a flag, a file or the model cannot be used
+  130  Ctrl-C before it served"""
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the server, or `parity`; returns the exit code."""
     argv = sys.argv[1:] if argv is None else argv
@@ -127,8 +146,8 @@ def _parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="layertap-server",
         description="Serves tokens and every layer of a BERT over gRPC.",
-        epilog="Each flag is also an environment variable: --max-batch-tokens is LAYERTAP_MAX_BATCH_TOKENS. "
-        "`layertap-server parity --help` tells how to compare a running server with transformers.",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
         argument_default=argparse.SUPPRESS,
         usage="%(prog)s [--flag value ...]",
     )

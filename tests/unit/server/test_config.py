@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import socket
 import subprocess
 import sys
@@ -245,6 +246,14 @@ def test_help_tells_of_every_flag_its_type_default_unit_and_reason(capsys: pytes
         assert field.metadata["unit"] in about
         assert f"default: {field.default or ('empty' if field.default == '' else field.default)}]" in about
     assert "LAYERTAP_MAX_BATCH_TOKENS" in told
+
+
+def test_the_examples_of_the_help_parse(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parse(["--help"], {})
+    examples = re.findall(r"^  layertap-server(.*)$", capsys.readouterr().out, re.MULTILINE)
+    served = [parse(example.split(), {}) for example in examples if "parity" not in example]
+    assert [config.model_id for config in served] == ["", "./my-bert", "bert-base-uncased"]
 
 
 def test_an_unknown_flag_ends_with_code_2_and_names_it(capsys: pytest.CaptureFixture[str]) -> None:
