@@ -29,6 +29,7 @@ _STREAM_INPUT: Final = 2
 _MAX_FIELDS: Final = 4096
 """How many fields may stand beside the texts of a large request."""
 _LENGTH_DELIMITED: Final = 2
+_INPUTS_TAG: Final = bytes((_STREAM_INPUTS << 3 | _LENGTH_DELIMITED,))
 
 
 class Parts(Sequence[EntryT], Generic[EntryT]):
@@ -148,6 +149,24 @@ def stream_chunks(raw: bytes, *, count: int, byte_count: int) -> Iterator[Parts[
         raise _no(pb.EmbedStreamRequest) from exc
     if spans:
         yield Parts(pb.StreamInput, raw, spans)
+
+
+def stream_inputs(raw: bytes, *, count: int) -> Sequence[pb.StreamInput] | None:
+    """Returns the texts of a message of EmbedStream, parsed at once. None: it has more, or anything else in it.
+
+    Raises:
+        InvalidArgumentError: if one of them is no text.
+    """
+    if not raw.startswith(_INPUTS_TAG):
+        return None
+    try:
+        size, start = _varint(raw, 1, len(raw))
+        if start + size != len(raw):
+            return None
+        inputs = pb.StreamInputs.FromString(raw[start:]).inputs
+    except DecodeError as exc:
+        raise _no(pb.EmbedStreamRequest) from exc
+    return inputs if len(inputs) <= count else None
 
 
 def stream_id(raw: bytes) -> int:

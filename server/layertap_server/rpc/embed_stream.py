@@ -17,6 +17,7 @@ import dataclasses
 import logging
 import time
 from collections import defaultdict
+from collections.abc import Sequence
 from typing import Final, TypeAlias
 
 from layertap.errors import InternalError, InvalidArgumentError, LayertapError, UnavailableError
@@ -25,10 +26,9 @@ from layertap_server.model.tokenized import Tokenized
 from layertap_server.model.tokenizer import Tokenizer
 from layertap_server.protocol.limits import HELD_TEXT_BYTES, held_bytes
 from layertap_server.protocol.preprocess import Preprocessor
-from layertap_server.protocol.request_parts import Parts, check_size, stream_chunks, stream_id
+from layertap_server.protocol.request_parts import Parts, check_size, stream_chunks, stream_id, stream_inputs
 from layertap_server.protocol.stream_responses import Result, failures_of, split_run
 from layertap_server.protocol.stream_responses import messages as messages_of
-from layertap_server.rpc.admitted_call import AdmittedCall
 from layertap_server.rpc.caller import Caller
 from layertap_server.scheduler.call import Call
 from layertap_server.scheduler.events import CallFailed, Event, EventQueue, RowsReady, RunDone
@@ -86,11 +86,6 @@ class _Entry:
     result: Result | None = None
     held_bytes: int = 0
 
-    def hold(self, byte_count: int, call: AdmittedCall) -> None:
-        """Counts what the text takes of the memory for requests, in place of what it took before."""
-        call.add_stream_bytes(byte_count - self.held_bytes)
-        self.held_bytes = byte_count
-
 
 class Stream:
     """The state of one call."""
@@ -127,6 +122,7 @@ class Stream:
         self._entries: dict[int, _Entry] = {}
         self._queued: dict[int, int] = {}
         self._queued_count = 0
+        self._entered_bytes = 0
         self._parts: defaultdict[int, list[RowsReady]] = defaultdict(list)
         self._finished: list[int] = []
         self._all_read: _AllRead | None = None
@@ -176,14 +172,34 @@ class Stream:
         if raw is None:
             return False
         self._caller.call.add_stream_bytes(len(raw))
-        for chunk in stream_chunks(raw, count=_CHUNK_TEXTS, byte_count=_CHUNK_BYTES):
-            while self._has_enough(call):
-                await self._wait()
-            if self._stopping.is_set():
-                return False
-            await self._admit(chunk, call)
+        if not await self._admit_message(raw, call):
+            return False
         self._caller.call.add_stream_bytes(-len(raw))
         return True
+
+    async def _admit_message(self, raw: bytes, call: Call) -> bool:
+        """Returns whether all texts of a message could be taken in, as there was room, before the server stopped."""
+        if len(raw) <= min(_CHUNK_BYTES, self._preprocessor.max_input_bytes):
+            # To find the texts by their lengths, and to parse each alone, would take longer than all else of a text.
+            if not await self._room(call):
+                return False
+            inputs = stream_inputs(raw, count=_CHUNK_TEXTS)
+            if inputs:
+                for text in inputs:
+                    self._enter(text.id)
+                await self._admit(inputs, call)
+                return True
+        for chunk in stream_chunks(raw, count=_CHUNK_TEXTS, byte_count=_CHUNK_BYTES):
+            if not await self._room(call):
+                return False
+            await self._admit([one for n in range(len(chunk)) if (one := self._parse(chunk, n)) is not None], call)
+        return True
+
+    async def _room(self, call: Call) -> bool:
+        """Waits until more texts may be taken in; returns whether they may, which a server that stops refuses."""
+        while self._has_enough(call):
+            await self._wait()
+        return not self._stopping.is_set()
 
     def _has_enough(self, call: Call) -> bool:
         """Returns whether texts that are not yet answered should become fewer before more are taken in."""
@@ -221,38 +237,47 @@ class Stream:
     def _note_idle(self) -> None:
         self._caller.set_idle(self._reading and not self._entries)
 
-    async def _admit(self, parts: Parts[pb.StreamInput], call: Call) -> None:
-        """Tokenizes and queues texts; a text at fault gets its own error."""
-        inputs = [one for n in range(len(parts)) if (one := self._enter(parts, n)) is not None]
+    async def _admit(self, inputs: Sequence[pb.StreamInput], call: Call) -> None:
+        """Tokenizes and queues texts that have entered; a text at fault gets its own error."""
+        self._caller.call.add_stream_bytes(self._entered_bytes)
+        self._entered_bytes = 0
         started_at_ns = time.monotonic_ns()
         results = await self._preprocessor.embed_each(
             [one.input for one in inputs], self._options, [f"item {one.id}" for one in inputs], self._record
         )
         tokenize_time_ns = time.monotonic_ns() - started_at_ns
         texts = []
+        held = 0
         for one, result in zip(inputs, results, strict=True):
             if isinstance(result, LayertapError):
                 self.inbox.put(_Refused(one.id, result))
                 continue
             entry = self._entries[one.id]
-            entry.hold(held_bytes(result.text, encoded=result.encoding is not None), self._caller.call)
+            size = held_bytes(result.text, encoded=result.encoding is not None)
+            held += size - entry.held_bytes
+            entry.held_bytes = size
             entry.tokenized, entry.tokenize_time_ns = result, tokenize_time_ns
             self._queued[self._queued_count] = one.id
             self._queued_count += 1
             texts.append(result.text)
+        self._caller.call.add_stream_bytes(held)
         while not call.add(texts, waits=True):
             await self._wait()
         self._record.take(texts)
 
-    def _enter(self, parts: Parts[pb.StreamInput], index: int) -> pb.StreamInput | None:
-        """Returns a text of a message, which from here on is to be answered; None: it is refused."""
+    def _enter(self, number: int) -> None:
+        """Notes a text, which from here on is to be answered, by its id."""
+        if number in self._entries:
+            raise InvalidArgumentError(f"id {number} is in use by a text that is not yet answered; number texts anew")
+        self._entries[number] = _Entry(held_bytes=HELD_TEXT_BYTES)
+        self._entered_bytes += HELD_TEXT_BYTES
+
+    def _parse(self, parts: Parts[pb.StreamInput], index: int) -> pb.StreamInput | None:
+        """Returns a text of a large message, which has entered; None: it is refused."""
         most, size = self._preprocessor.max_input_bytes, parts.sizes[index]
         one = parts[index] if size <= most else None
         number = stream_id(parts.raw(index)) if one is None else one.id
-        if number in self._entries:
-            raise InvalidArgumentError(f"id {number} is in use by a text that is not yet answered; number texts anew")
-        entry = self._entries[number] = _Entry()
-        entry.hold(HELD_TEXT_BYTES, self._caller.call)
+        self._enter(number)
         if one is None:
             try:
                 check_size(size, f"item {number}", self._preprocessor.limits, most)
@@ -277,6 +302,7 @@ class Stream:
         parts = self._parts.pop(done.first_text)
         failures = failures_of(parts)
         run = _Run(len(done.texts))
+        timings: pb.Timings | None = None
         for position, rows in enumerate(split_run(parts, self.plan)):
             number = self._queued.pop(done.first_text + position)
             entry = self._entries[number]
@@ -284,11 +310,12 @@ class Stream:
             if error := failures.get(position):
                 self._finish(number, Result(id=number, error=type(error)(f"item {number}: {error.details}")))
                 continue
-            timings = pb.Timings(
-                queue_time_ns=done.queue_time_ns,
-                tokenize_time_ns=entry.tokenize_time_ns,
-                compute_time_ns=done.compute_time_ns,
-            )
+            if timings is None or timings.tokenize_time_ns != entry.tokenize_time_ns:
+                timings = pb.Timings(
+                    queue_time_ns=done.queue_time_ns,
+                    tokenize_time_ns=entry.tokenize_time_ns,
+                    compute_time_ns=done.compute_time_ns,
+                )
             result = Result(
                 id=number, tokenized=entry.tokenized, parts=rows, timings=timings, run=run, position=position
             )
@@ -314,8 +341,15 @@ class Stream:
             # A caller that has an answer may use its id again, so the id is free before the answer leaves.
             entries = [self._entries.pop(result.id) for result in sent]
             await self._caller.write(message)
+            self._caller.call.add_stream_bytes(-sum(entry.held_bytes for entry in entries))
+            byte_count = 0
             for entry in entries:
-                entry.hold(0, self._caller.call)
-                if entry.run is not None and entry.tokenized is not None:
-                    entry.run.left -= 1
-                    call.release(call.bytes_of(entry.tokenized.text), run_done=not entry.run.left)
+                if entry.run is None or entry.tokenized is None:
+                    continue
+                entry.run.left -= 1
+                byte_count += call.bytes_of(entry.tokenized.text)
+                if not entry.run.left:
+                    call.release(byte_count, run_done=True)
+                    byte_count = 0
+            if byte_count:
+                call.release(byte_count)

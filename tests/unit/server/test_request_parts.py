@@ -12,7 +12,7 @@ from layertap.errors import InvalidArgumentError
 from layertap.types import Limits
 from layertap.v1 import embedding_pb2 as pb
 from layertap_server.protocol.offload import LARGE_BYTES
-from layertap_server.protocol.request_parts import parse_parts, sizes_of, stream_chunks, stream_id
+from layertap_server.protocol.request_parts import parse_parts, sizes_of, stream_chunks, stream_id, stream_inputs
 
 LIMITS = Limits(
     **{field.name: 1 << 20 for field in pb.Limits.DESCRIPTOR.fields if field.name != "max_text_count"},
@@ -113,6 +113,22 @@ def test_a_message_of_a_stream_comes_in_chunks() -> None:
     first, second = stream_chunks(raw, count=256, byte_count=20_000)
     assert list(first) == [large] and list(second) == [texts[0]]
     assert stream_id(first.raw(0)) == -7
+
+
+def test_a_message_of_few_texts_is_parsed_at_once_and_any_other_is_not() -> None:
+    texts = [pb.StreamInput(id=n, input=one) for n, one in enumerate(inputs(100, random.Random(3)))]
+    raw = pb.EmbedStreamRequest(inputs=pb.StreamInputs(inputs=texts)).SerializeToString()
+    assert (
+        stream_inputs(raw, count=100)
+        == texts
+        == [one for part in stream_chunks(raw, count=7, byte_count=999) for one in part]
+    )
+    assert stream_inputs(raw, count=99) is None
+    options = pb.EmbedStreamRequest(options=pb.StreamOptions()).SerializeToString()
+    for other in (b"", options, options + raw, raw + options, raw + UNKNOWN, raw + raw, raw[:-1]):
+        assert stream_inputs(other, count=200) is None
+    with pytest.raises(InvalidArgumentError):
+        stream_inputs(b"\x12\x02\x0a\x05", count=100)
 
 
 @pytest.mark.parametrize("raw", [b"", b"\x0a\x00", b"\x0a\x00\x12\x00", b"\x12\x02\x0a", b"\x12\x00" * 5000])
