@@ -159,7 +159,7 @@ class Tokenizer:
             Tokenized(text=item) if isinstance(item, Text) else item if isinstance(item, LayertapError) else None
             for item in items
         ]
-        for pretokenized in (False, True):
+        for pretokenized in sorted({isinstance(item, list) for item in items}):
             chosen = [
                 (n, item)
                 for n, item in enumerate(items)

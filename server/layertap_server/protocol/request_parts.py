@@ -93,7 +93,10 @@ async def parse_parts(
     """
     name = kind.DESCRIPTOR.fields_by_number[_ENTRIES].name
     if len(raw) <= LARGE_BYTES:
-        message = await parse(kind, raw)
+        try:
+            message = kind.FromString(raw)
+        except DecodeError as exc:
+            raise _no(kind) from exc
         return message, getattr(message, name)
     rest: list[bytes] = []
     spans: list[tuple[int, int]] = []

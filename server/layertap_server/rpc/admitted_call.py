@@ -53,8 +53,10 @@ class RequestMemory:
 
     def give_back(self, client: str, byte_count: int, stream_byte_count: int) -> None:
         """Gives back all that a call holds."""
-        self._requests.add(client, -byte_count)
-        self.add_stream(client, -stream_byte_count)
+        if byte_count:
+            self._requests.add(client, -byte_count)
+        if stream_byte_count:
+            self.add_stream(client, -stream_byte_count)
 
     def has_stream_room(self, client: str) -> bool:
         """Returns whether streams of a client may hold more; one that holds nothing always may."""

@@ -13,6 +13,7 @@ Rules:
 from __future__ import annotations
 
 import contextvars
+import functools
 import hmac
 import logging
 import os
@@ -165,8 +166,13 @@ def client_of(context: grpc.aio.ServicerContext[Any, Any]) -> str:
         for value in certificate.get(key, ()):
             if name := value.decode(errors="replace").strip():
                 return name
-    peer = urllib.parse.unquote(context.peer())
-    scheme, _, address = peer.partition(":")
+    return _host_of(context.peer())
+
+
+@functools.lru_cache(1024)
+def _host_of(peer: str) -> str:
+    """Returns the address of a peer as gRPC writes it, without its port; "unix" for all of unix sockets."""
+    scheme, _, address = urllib.parse.unquote(peer).partition(":")
     return scheme if scheme.startswith("unix") else address.rpartition(":")[0]
 
 

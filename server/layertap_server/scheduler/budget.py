@@ -5,8 +5,6 @@ Pure; the batcher changes it, under its lock.
 
 from __future__ import annotations
 
-from collections import Counter
-
 from layertap.errors import ResourceExhaustedError
 from layertap_server.scheduler.hooks import Hooks
 from layertap_server.types import RETRY_FULL_S
@@ -26,24 +24,25 @@ class Budget:
     def __init__(self, limit: int) -> None:
         self.limit = limit
         self.used = 0
-        self._used_by: Counter[str] = Counter()
+        self._used_by: dict[str, int] = {}
 
     def used_by(self, client: str) -> int:
         """Returns what one client uses."""
-        return self._used_by[client]
+        return self._used_by.get(client, 0)
 
     def has_room(self, client: str, amount: int) -> bool:
         """Returns whether a client may use so much more."""
-        own, quarter = self._used_by[client], self.limit // 4
+        own, quarter = self._used_by.get(client, 0), self.limit // 4
         is_light = not own or own + amount <= quarter
         return self.used + amount <= (self.limit if is_light else self.limit - quarter)
 
     def add(self, client: str, amount: int) -> None:
         """Counts what a client uses, or with a negative amount gives back."""
         self.used += amount
-        self._used_by[client] += amount
-        if not self._used_by[client]:
-            del self._used_by[client]
+        if own := self._used_by.get(client, 0) + amount:
+            self._used_by[client] = own
+        else:
+            self._used_by.pop(client, None)
 
 
 class QueueBudget:
