@@ -58,8 +58,8 @@ class AdmittedCall(Protocol):
     def add_bytes(self, byte_count: int) -> None:
         """Counts bytes of its request."""
 
-    def set_idle(self, timeout_s: float, error: LayertapError) -> None:
-        """Notes that it waits for its caller, which after so many seconds ends it with this error."""
+    def set_idle(self, timeout_s: float, error: Callable[[], LayertapError]) -> None:
+        """Notes that it waits for its caller, which after so many seconds ends it with an error that `error` makes."""
 
     def set_busy(self) -> None:
         """Notes that it waits no longer."""
@@ -226,7 +226,7 @@ class OpenAI:
         length = exchange.headers.get("content-length", "")
         check(int(length) if length.isdecimal() else 0)
         late = f"the request did not come whole within {self._stall_timeout_s:g} s; send it faster, or send less"
-        call.set_idle(self._stall_timeout_s, DeadlineExceededError(late))
+        call.set_idle(self._stall_timeout_s, lambda: DeadlineExceededError(late))
         body = await exchange.read(count)
         call.set_busy()
         request = await offload(

@@ -26,7 +26,7 @@ from layertap.errors import (
 )
 from layertap_server.observability.call_log import REQUEST_ID, CallLog
 from layertap_server.rpc import auth
-from layertap_server.rpc.admitted_call import AdmittedCall, RequestMemory
+from layertap_server.rpc.admitted_call import AdmittedCall, IdleCalls, RequestMemory
 from layertap_server.rpc.caller import Caller, CallerLeftError, Context, why_left
 from layertap_server.scheduler.hooks import Hooks
 from layertap_server.types import RETRY_FULL_S, RETRY_STOPPING_S
@@ -69,6 +69,7 @@ class Admission:
             hooks: Called for refusals.
         """
         self._memory = RequestMemory(max_request_bytes, hooks)
+        self._idle_calls = IdleCalls()
         self._max_call_count = max_call_count
         self._stall_timeout_s = stall_timeout_s
         self._idle_timeout_s = idle_timeout_s
@@ -127,7 +128,7 @@ class Admission:
         task = asyncio.current_task()
         assert task is not None
         record = self._call_log.open(name, client=client, metadata=metadata)
-        call = AdmittedCall(record, task, self._memory)
+        call = AdmittedCall(record, task, self._memory, self._idle_calls)
         self._calls[task] = call
         task.add_done_callback(self._leave)
         try:

@@ -8,13 +8,17 @@ from __future__ import annotations
 
 import asyncio
 import time
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Final
 
 from layertap.errors import LayertapError, ResourceExhaustedError
 from layertap_server.observability.call_log import Record
 from layertap_server.scheduler.budget import Budget
 from layertap_server.scheduler.hooks import Hooks
 from layertap_server.types import RETRY_FULL_S
+
+_LEAST_WAIT_S: Final = 0.05
+"""The shortest time between two looks at the calls that are idle."""
 
 
 class RequestMemory:
@@ -69,6 +73,37 @@ class RequestMemory:
             await self._freed.wait()
 
 
+class IdleCalls:
+    """Ends calls that are idle for too long, with one timer for all: one for each would cost every short call."""
+
+    def __init__(self) -> None:
+        self._deadlines: dict[AdmittedCall, float] = {}
+        self._timer: asyncio.TimerHandle | None = None
+
+    def add(self, call: AdmittedCall, timeout_s: float) -> None:
+        """Ends a call in so many seconds, unless it is removed before."""
+        loop = asyncio.get_running_loop()
+        self._deadlines[call] = deadline = loop.time() + timeout_s
+        if self._timer is None or deadline < self._timer.when():
+            if self._timer is not None:
+                self._timer.cancel()
+            self._timer = loop.call_at(deadline, self._end_late, loop)
+
+    def remove(self, call: AdmittedCall) -> None:
+        """Ends a call no more."""
+        self._deadlines.pop(call, None)
+
+    def _end_late(self, loop: asyncio.AbstractEventLoop) -> None:
+        now = loop.time()
+        self._timer = None
+        for call in [call for call, deadline in self._deadlines.items() if deadline <= now]:
+            del self._deadlines[call]
+            call.end_idle()
+        if self._deadlines:
+            at = max(min(self._deadlines.values()), now + _LEAST_WAIT_S)
+            self._timer = loop.call_at(at, self._end_late, loop)
+
+
 class AdmittedCall:
     """A call under way.
 
@@ -77,14 +112,15 @@ class AdmittedCall:
         ending: The error that it ends with, once it has been ended from outside.
     """
 
-    def __init__(self, record: Record, task: asyncio.Task[Any], memory: RequestMemory) -> None:
+    def __init__(self, record: Record, task: asyncio.Task[Any], memory: RequestMemory, idle_calls: IdleCalls) -> None:
         self.record = record
         self.ending: LayertapError | None = None
         self._task = task
         self._memory = memory
+        self._idle_calls = idle_calls
+        self._idle_error: Callable[[], LayertapError] | None = None
         self._byte_count = self._stream_byte_count = 0
         self._idle_since: float | None = None
-        self._timer: asyncio.TimerHandle | None = None
 
     @property
     def client(self) -> str:
@@ -124,18 +160,22 @@ class AdmittedCall:
         """Waits until a stream may read more."""
         await self._memory.stream_room(self.client)
 
-    def set_idle(self, timeout_s: float, error: LayertapError) -> None:
-        """Notes that the call is idle; after so many seconds it ends with this error."""
-        self.set_busy()
+    def set_idle(self, timeout_s: float, error: Callable[[], LayertapError]) -> None:
+        """Notes that the call is idle; after so many seconds it ends with an error, which `error` then makes."""
         self._idle_since = time.monotonic()
-        self._timer = asyncio.get_running_loop().call_later(timeout_s, self.end, error)
+        self._idle_error = error
+        self._idle_calls.add(self, timeout_s)
 
     def set_busy(self) -> None:
         """Notes that the call is no longer idle."""
-        self._idle_since = None
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
+        if self._idle_since is not None:
+            self._idle_since = self._idle_error = None
+            self._idle_calls.remove(self)
+
+    def end_idle(self) -> None:
+        """Ends the call, which has been idle for too long."""
+        if self._idle_error is not None:
+            self.end(self._idle_error())
 
     def end(self, error: LayertapError) -> None:
         """Ends the call with an error."""

@@ -63,10 +63,7 @@ class Caller:
             InvalidArgumentError: if there is none.
             ResourceExhaustedError: if the requests of all calls would have too many bytes.
         """
-        late = DeadlineExceededError(
-            f"the request did not come whole within {self._stall_timeout_s:g} s; send it faster, or in parts"
-        )
-        self.call.set_idle(self._stall_timeout_s, late)
+        self.call.set_idle(self._stall_timeout_s, self._late_error)
         message = await self.read()
         self.call.set_busy()
         if message is None:
@@ -85,11 +82,18 @@ class Caller:
         if not idle:
             self.call.set_busy()
         elif not self.call.is_idle:
-            error = UnavailableError(
-                f"the stream was idle for {self._idle_timeout_s:g} s; open it again when there is more to send",
-                retry_after_s=RETRY_ELSEWHERE_S,
-            )
-            self.call.set_idle(self._idle_timeout_s, error)
+            self.call.set_idle(self._idle_timeout_s, self._idle_error)
+
+    def _late_error(self) -> LayertapError:
+        return DeadlineExceededError(
+            f"the request did not come whole within {self._stall_timeout_s:g} s; send it faster, or in parts"
+        )
+
+    def _idle_error(self) -> LayertapError:
+        return UnavailableError(
+            f"the stream was idle for {self._idle_timeout_s:g} s; open it again when there is more to send",
+            retry_after_s=RETRY_ELSEWHERE_S,
+        )
 
     async def write(self, message: bytes) -> None:
         """Sends one message; waits while the caller does not read, but not for ever."""
