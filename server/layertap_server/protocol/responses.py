@@ -8,9 +8,10 @@ messages of EmbedStream are made in `stream_responses`.
 from __future__ import annotations
 
 import bisect
+import functools
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
-from typing import TypeVar
+from typing import Any, Final, TypeVar
 
 from layertap import wire
 from layertap.v1 import embedding_pb2 as pb
@@ -24,6 +25,9 @@ from layertap_server.shared_memory.segment import Lending
 from layertap_server.types import Plan, Unit
 
 MessageT = TypeVar("MessageT", pb.TokenizedText, pb.SplitText)
+
+_CACHED_OUTPUT_COUNT: Final = 16
+"""Plans with more outputs are not kept with their headers: what a request can make the cache hold is bounded."""
 
 _UNITS = {
     Unit.TOKEN: pb.ROW_UNIT_TOKEN,
@@ -54,10 +58,25 @@ def header(
             )
             for output in plan.outputs
         ],
-        token_counts=[one.text.token_count for one in tokenized],
-        truncated=[one.truncated for one in tokenized],
-        word_counts=[one.text.word_count for one in tokenized] if plan.has_words else (),
+        **_of_texts(plan, tokenized),
     )
+
+
+def _of_texts(plan: Plan, tokenized: Sequence[Tokenized]) -> dict[str, Any]:
+    """Returns the fields of a header that tell of its texts."""
+    return {
+        "token_counts": [one.text.token_count for one in tokenized],
+        "truncated": [one.truncated for one in tokenized],
+        "word_counts": [one.text.word_count for one in tokenized] if plan.has_words else (),
+    }
+
+
+def _header_of_plan(model: ModelFacts, plan: Plan, named_prompt: str) -> bytes:
+    """Returns the fields of a header that are the same for all texts, serialized."""
+    return header(model, plan, named_prompt=named_prompt).SerializeToString()
+
+
+_cached_header: Final = functools.lru_cache(64)(_header_of_plan)
 
 
 def timings(record: Record) -> pb.Timings:
@@ -192,16 +211,16 @@ def embedded(
     named_prompt: str,
 ) -> bytes:
     """Returns the whole answer of Embed, serialized."""
-    message = pb.EmbedResponse(
-        header=header(model, plan, texts, named_prompt=named_prompt),
-        tensors=tensors(parts, plan),
-        timings=timings(record),
-    )
+    message = pb.EmbedResponse(tensors=tensors(parts, plan), timings=timings(record))
     if plan.return_tokens:
         message.tokens.extend(tokens(one, tokenizer) for one in texts)
     if plan.has_words:
         message.words.extend(map(words, texts))
-    return message.SerializeToString()
+    is_small = len(plan.outputs) <= _CACHED_OUTPUT_COUNT
+    of_plan = (_cached_header if is_small else _header_of_plan)(model, plan, named_prompt)
+    of_texts = pb.EmbedHeader(**_of_texts(plan, texts)).SerializeToString()
+    head = wire.head(pb.EmbedResponse.HEADER_FIELD_NUMBER, len(of_plan) + len(of_texts))
+    return b"".join((head, of_plan, of_texts, message.SerializeToString()))
 
 
 def tensors(parts: Sequence[RowsReady], plan: Plan) -> Iterator[pb.LayerTensor]:

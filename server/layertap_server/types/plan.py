@@ -212,6 +212,11 @@ class Plan:
     mix_token_bytes: int = dataclasses.field(init=False)
     has_words: bool = dataclasses.field(init=False)
     excludes_special_tokens: bool = dataclasses.field(init=False)
+    _hash: int = dataclasses.field(init=False, repr=False, compare=False)
+
+    def __hash__(self) -> int:
+        """Returns what was computed once: the hash of an enumeration is slow."""
+        return self._hash
 
     def __post_init__(self) -> None:
         """Adds up the outputs, once for all texts."""
@@ -225,6 +230,7 @@ class Plan:
         object.__setattr__(self, "has_words", any(output.unit is Unit.WORD for output in self.outputs))
         pools = [pool for output in self.outputs for pool in output.pools]
         object.__setattr__(self, "excludes_special_tokens", any(pool.exclude_special_tokens for pool in pools))
+        object.__setattr__(self, "_hash", hash((self.outputs, self.dtype, self.return_tokens)))
 
     @property
     def depth(self) -> int:
