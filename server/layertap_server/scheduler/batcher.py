@@ -24,7 +24,7 @@ from collections.abc import Callable, Sequence
 
 from layertap.errors import DeadlineExceededError, UnavailableError
 from layertap_server.scheduler.budget import Budget, QueueBudget
-from layertap_server.scheduler.call import BatchPart, Call
+from layertap_server.scheduler.call import BatchPart, Call, WaitingText
 from layertap_server.scheduler.events import CallFailed, Event, QueueRoom
 from layertap_server.scheduler.fair_queue import FairQueue
 from layertap_server.scheduler.hooks import Hooks, NoHooks
@@ -196,10 +196,11 @@ class Batcher:
             self._waiting.check(call.client, len(texts), token_count)
             if call.closed or not texts:
                 return True
+            arrival = next(self._arrivals)
             if not call.waiting:
-                call.arrival = next(self._arrivals)
+                call.arrival = arrival
                 self._queue.add(call)
-            call.waiting.extend((text, now) for text in texts)
+            call.waiting.extend(WaitingText(text, now, arrival) for text in texts)
             self._count_waiting(call, len(texts), token_count)
             self._wake()
             return True
@@ -258,7 +259,7 @@ class Batcher:
         passed_over: list[Call] = []
         now = time.monotonic()
         while (call := self._queue.first) is not None:
-            text, admitted_at_ns = call.waiting[0]
+            text, admitted_at_ns, _ = call.waiting[0]
             byte_count, mix_bytes = call.bytes_of(text), call.plan.mix_token_bytes * text.token_count
             if call.expires_at is not None and call.expires_at <= now:
                 self._drop_waiting(call)
@@ -288,6 +289,10 @@ class Batcher:
             call.waiting.popleft()
             if not call.waiting:
                 self._queue.remove(call)
+            elif call.waiting[0].arrival != call.arrival:  # What a stream has sent since then comes after other calls.
+                self._queue.remove(call)
+                call.arrival = call.waiting[0].arrival
+                self._queue.add(call)
             self._queue.rotate(call.client, call.connection)
         for call in reversed(passed_over):
             self._queue.put_back(call)

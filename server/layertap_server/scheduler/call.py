@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 from collections import deque
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from layertap_server.scheduler.events import Event
 from layertap_server.types import Allocator, Plan, Text
@@ -27,12 +27,26 @@ class Queue(Protocol):
         """Removes a call."""
 
 
+class WaitingText(NamedTuple):
+    """A text in the queue.
+
+    Attributes:
+        text: The text.
+        admitted_at_ns: When it was queued, by time.monotonic_ns.
+        arrival: The number of what it was queued with, among all that was queued.
+    """
+
+    text: Text
+    admitted_at_ns: int
+    arrival: int
+
+
 class Call:
     """One caller's texts, from admission to the last answer. Made by `Batcher.open`.
 
     Attributes:
-        waiting: Texts in the queue, each with the time when it was queued, by time.monotonic_ns.
-        arrival: The number of the call among all that were queued.
+        waiting: Texts in the queue.
+        arrival: That of its first waiting text.
         next_text: The position of the first waiting text.
         held_bytes: Output bytes that are reserved or not yet sent.
         held_run_count: Runs that hold them.
@@ -55,7 +69,7 @@ class Call:
         self.connection = connection
         self.deliver = deliver
         self.expires_at = expires_at
-        self.waiting: deque[tuple[Text, int]] = deque()
+        self.waiting: deque[WaitingText] = deque()
         self.waiting_token_count = 0
         self.arrival = 0
         self.next_text = 0

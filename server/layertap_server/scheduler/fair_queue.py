@@ -3,7 +3,8 @@
 Rules:
 - A client that opens many connections gets no more for it, and two programs that come as one client do not hold each
   other up. What a client is, `rpc.auth` decides.
-- Calls of one connection are served first come, first served.
+- Calls of one connection are served first come, first served, by their texts: a stream that always has texts waiting
+  does not hold up the calls that come after it.
 - Each operation costs the same however many calls wait, but for a binary search among those of one connection.
 
 Pure; the batcher changes it, under its lock.

@@ -206,10 +206,27 @@ def test_one_client_is_served_in_the_order_of_arrival(make: Make, engine: Engine
     second = Caller(batcher).add(4, 5)
     first.add(6)
     engine.let_go(10)
-    assert engine.next_batch() == [[1, 2, 3, 6]]
-    assert engine.next_batch() == [[4, 5]]
+    assert engine.next_batch() == [[1, 2, 3], [4]]
+    assert engine.next_batch() == [[5], [6]]
     assert first.next().first_text == 0
     assert second.next().first_text == 0
+
+
+def test_a_stream_with_texts_always_waiting_holds_up_no_call_of_its_connection(make: Make, engine: Engine) -> None:
+    batcher = make(max_batch_tokens=2)
+    stream, call = Caller(batcher, reads=True), Caller(batcher, reads=True)
+    stream.add(1)
+    assert engine.next_batch() == [[1]]  # The only instance is busy now; the rest waits.
+    stream.add(2, 3, 4)
+    call.add(50, 51)
+    stream.add(5, 6)
+    call.add(52)
+    found = []
+    for _ in range(4):
+        engine.let_go()
+        found.append(engine.next_batch())
+    engine.let_go()
+    assert found == [[[2, 3]], [[4], [50]], [[51], [5]], [[6], [52]]]
 
 
 def test_texts_of_a_call_are_numbered_on_through_its_batches(make: Make, engine: Engine) -> None:
