@@ -15,12 +15,11 @@ from cluster.servers import Server
 
 @pytest.fixture
 def servers() -> Iterator[list[Server]]:
-    """Three servers with the embedded model; those that a test has not ended are killed."""
+    """Three servers with the embedded model; those that still run are killed."""
     with ThreadPoolExecutor() as starts:
         started = list(starts.map(lambda _: Server("--instances", "1", "--grace-s", "20"), range(3)))
     try:
         yield started
     finally:
         for server in started:
-            if server.process.poll() is None:
-                server.kill()
+            server.kill()

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import json
+import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.request
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -141,3 +144,42 @@ def test_calls_of_every_kind_pass_and_are_spread(client: Client, envoy: Envoy, s
     layers = {rows.layer for rows in client.embed_layers(TEXTS[:8])}
     assert layers == set(wanted.layers) and client.tokenize("a b").token_counts.tolist() == [4]
     assert [item.index for item in client.embed_stream(TEXTS[:100], pooling="mean")] == list(range(100))
+
+
+def _stream(client: Client, wanted: np.ndarray, done: list[Any]) -> None:
+    indices = []
+    for item in client.embed_stream(TEXTS, pooling="mean"):
+        _same(item.embedding.pooled[0], wanted[item.index])
+        indices.append(item.index)
+    done.append(indices)
+
+
+def test_nothing_is_lost_while_servers_die_leave_and_come(
+    client: Client, envoy: Envoy, servers: list[Server], tmp_path: Path
+) -> None:
+    with Client(servers[0].address) as direct:
+        wanted = np.concatenate([item.embedding.pooled for item in direct.embed_stream(TEXTS, pooling="mean")])
+    done: list[Any] = []
+    streams = [threading.Thread(target=_stream, args=(client, wanted, done)) for _ in range(3)]
+    for thread in streams:
+        thread.start()
+    killed, drained, kept = servers
+    _same(client.embed(TEXTS[0], pooling="mean").pooled[0], wanted[0])
+    killed.kill()
+    envoy.wait(2)
+    _same(client.embed(TEXTS[1], pooling="mean").pooled[0], wanted[1])
+    added = Server("--instances", "1", "--grace-s", "20")
+    try:
+        servers.append(added)
+        envoy.serve([drained, kept, added])
+        envoy.wait(3)
+        drained.signal(signal.SIGTERM)
+        for n in range(50):
+            _same(client.embed(TEXTS[n], pooling="mean").pooled[0], wanted[n])
+        for thread in streams:
+            thread.join(timeout=WAIT_S)
+        assert done == [list(range(len(TEXTS)))] * 3
+        assert drained.stop() == 0
+    finally:
+        for server in (kept, added):
+            server.stop()
