@@ -95,7 +95,7 @@ test: $(INSTALL_STAMP) $(MODEL_STAMP)  ## Run all tests but the heavy ones (4 mi
 	$(BIN)/python -m pytest -m "not heavy" -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 test-unit: $(INSTALL_STAMP) $(MODEL_STAMP)  ## Run the tests that need neither torch nor a server (20 s)
-	$(BIN)/python -m pytest tests/unit $(ARGS)
+	$(BIN)/python -m pytest tests/unit -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 test-model: $(INSTALL_STAMP) $(MODEL_STAMP)  ## Run the tests that compare numbers with transformers'
 	$(BIN)/python -m pytest tests/model $(ARGS)
