@@ -271,6 +271,15 @@ def test_a_full_server_refuses_at_once_and_says_when_to_come_again(narrow: Serve
     assert embed(narrow, "x").status == 200
 
 
+def test_what_texts_become_counts_in_the_memory_of_requests(folder: Path) -> None:
+    texts = ["paris " * 10] * 1000  # 64 KB as they come.
+    bounds = ("--max-request-bytes", "128KiB", "--max-queue-bytes", "512KiB")
+    with running("--model-id", str(folder), "--model-name", "org/tiny", "--http-port", "0", *bounds) as server:
+        reply = embed(server, texts)
+        assert reply.status == 429 and "the requests under way take" in reply.error["message"], reply
+        assert embed(server, "x").status == 200
+
+
 def test_a_request_that_does_not_come_whole_ends(narrow: Server) -> None:
     with socket.create_connection(address_of(narrow), WAIT_S) as caller, caller.makefile("rb") as answers:
         caller.sendall(b"POST /v1/embeddings HTTP/1.1\r\nhost: x\r\ncontent-length: 100\r\n\r\n{")

@@ -26,7 +26,7 @@ from layertap_server.model.facts import ModelFacts
 from layertap_server.model.sentence_config import SentenceConfig
 from layertap_server.protocol import rows
 from layertap_server.protocol.offload import LARGE_BYTES, offload, parse
-from layertap_server.protocol.preprocess import Preprocessor
+from layertap_server.protocol.preprocess import Hold, Preprocessor
 from layertap_server.scheduler.batcher import Batcher
 from layertap_server.scheduler.events import LoopWaker
 from layertap_server.types import RETRY_ELSEWHERE_S
@@ -46,7 +46,10 @@ _IN_FLIGHT: Final = 2
 
 
 class Call(Protocol):
-    """The memory that the requests of a stream take."""
+    """The memory that the requests of a call take."""
+
+    def add_bytes(self, byte_count: int) -> None:
+        """Counts bytes until the call ends."""
 
     async def stream_room(self) -> None:
         """Waits until there is some."""
@@ -157,7 +160,7 @@ class Service:
         return answer.SerializeToString()
 
     async def _infer(self, raw: bytes, caller: Caller) -> bytes:
-        return b"".join(await self._answer(await parse(kserve.ModelInferRequest, raw), caller))
+        return b"".join(await self._answer(await parse(kserve.ModelInferRequest, raw), caller, caller.call.add_bytes))
 
     async def _infer_stream(self, raw: bytes, caller: Caller) -> None:
         """Answers requests in their order; the server's end ends it once what has been read is answered."""
@@ -199,21 +202,31 @@ class Service:
     async def _answer_in_stream(self, raw: bytes, caller: Caller) -> bytes:
         """Returns the answer to one request of a stream, which may be its error."""
         request = kserve.ModelInferRequest()
+        held: list[int] = []
+
+        def hold(byte_count: int) -> None:
+            held.append(byte_count)
+            caller.call.add_stream_bytes(byte_count)
+
         try:
             request = await parse(kserve.ModelInferRequest, raw)
-            pieces = await self._answer(request, caller)
+            pieces = await self._answer(request, caller, hold)
             return b"".join((wire.head(2, sum(map(len, pieces))), *pieces))
         except LayertapError as exc:
             error = exc
         except Exception:
             log.exception("a request of a stream failed")
             error = InternalError("the server failed; its log has the reason")
+        finally:
+            caller.call.add_stream_bytes(-sum(held))
         caller.record.failed_text_count += 1
         head = kserve.ModelInferResponse(model_name=request.model_name, id=request.id)
         message = f"{error.code.name}: {error.details}"
         return kserve.ModelStreamInferResponse(error_message=message, infer_response=head).SerializeToString()
 
-    async def _answer(self, request: kserve.ModelInferRequest, caller: Caller) -> Sequence[bytes | memoryview]:
+    async def _answer(
+        self, request: kserve.ModelInferRequest, caller: Caller, hold: Hold
+    ) -> Sequence[bytes | memoryview]:
         """Returns the answer to one request in pieces."""
         self._check_model(request.model_name, request.model_version)
         asked = {name: self._outputs[name] for name in self._output_names(request)}
@@ -221,7 +234,9 @@ class Service:
         limits = self._preprocessor.limits
         read = functools.partial(tensors.read_inputs, request, max_text_count=limits.max_text_count)
         inputs = await offload(read, in_thread=request.ByteSize() > LARGE_BYTES)
-        plan, tokenized = await self._preprocessor.embed(inputs.texts, options, caller.record, label=inputs.label)
+        plan, tokenized = await self._preprocessor.embed(
+            inputs.texts, options, caller.record, hold=hold, label=inputs.label
+        )
         size = tensors.response_bytes(plan, tokenized)
         if size > limits.max_response_bytes:
             raise InvalidArgumentError(

@@ -188,7 +188,9 @@ class OpenAI:
         request = await self._read(exchange, call)
         inputs = [pb.Input(text=text) for text in request.texts]
         options = self._options_of(request)
-        plan, tokenized = await self._preprocessor.embed(inputs, options, caller.record, label="input")
+        plan, tokenized = await self._preprocessor.embed(
+            inputs, options, caller.record, hold=call.add_bytes, label="input"
+        )
         del inputs  # The texts are tokens from here on.
         token_count = sum(one.text.token_count for one in tokenized)
         byte_count = plan.byte_counts.text * len(tokenized)

@@ -110,7 +110,7 @@ class Preprocessor:
         options: pb.EmbedOptions,
         record: Record,
         *,
-        hold: Hold = lambda _: None,
+        hold: Hold,
         label: str = "inputs",
     ) -> tuple[Plan, list[Tokenized]]:
         """Returns the plan and the texts of a request that fails as a whole.
@@ -148,7 +148,7 @@ class Preprocessor:
         return await self._run(work, inputs, record)
 
     async def tokenize(
-        self, request: pb.TokenizeRequest, inputs: Sequence[pb.Input], record: Record, *, hold: Hold = lambda _: None
+        self, request: pb.TokenizeRequest, inputs: Sequence[pb.Input], record: Record, *, hold: Hold
     ) -> list[Tokenized]:
         """Returns the texts of a Tokenize request.
 
