@@ -273,7 +273,7 @@ def test_a_full_server_refuses_at_once_and_says_when_to_come_again(narrow: Serve
 
 def test_what_texts_become_counts_in_the_memory_of_requests(folder: Path) -> None:
     texts = ["paris " * 10] * 1000  # 64 KB as they come.
-    bounds = ("--max-request-bytes", "128KiB", "--max-queue-bytes", "512KiB")
+    bounds = ("--max-request-bytes", "128KiB", "--max-queue-bytes", "2MiB")
     with running("--model-id", str(folder), "--model-name", "org/tiny", "--http-port", "0", *bounds) as server:
         reply = embed(server, texts)
         assert reply.status == 429 and "the requests under way take" in reply.error["message"], reply
