@@ -116,12 +116,15 @@ def test_texts_of_one_request_are_tokenized_in_slices_that_other_callers_come_be
 ) -> None:
     long = pb.EmbedOptions(outputs=LAST.outputs, truncation=pb.TRUNCATION_RIGHT)
 
+    async def embed(texts: list[pb.Input], *, client: str) -> None:
+        record = Record(method="Embed", request_id=client, client=client)
+        await preprocessor.embed(texts, long, record, hold=lambda _bytes: None)
+
     async def run() -> bool:
         texts = [pb.Input(text="many words " * 5_000)] * 100
-        slow = asyncio.create_task(preprocessor.embed(texts, long, Record(method="Embed", request_id="1", client="a")))
+        slow = asyncio.create_task(embed(texts, client="a"))
         await asyncio.sleep(0)
-        short = [pb.Input(text="word " * 2_000)]
-        await preprocessor.embed(short, long, Record(method="Embed", request_id="2", client="b"))
+        await embed([pb.Input(text="word " * 2_000)], client="b")
         first = not slow.done()
         slow.cancel()
         await asyncio.gather(slow, return_exceptions=True)
