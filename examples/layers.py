@@ -7,16 +7,15 @@
 #
 # 1. **Tokens**: `[CLS]`, `[SEP]`, `[PAD]`, ids and the attention mask.
 # 2. **Embeddings**: the last hidden state, the pooler output, all hidden states.
-# 3. **Pictures**: how alike the tokens of a sentence are in each layer, how the vectors of one word part ways in two
-#    contexts, and where each token looks.
+# 3. **Pictures**: how each token changes from layer to layer, how alike the tokens of a sentence are, how one word
+#    parts ways in two contexts, and where each token looks.
 
 # %%
 import os
 
-import matplotlib.pyplot as plt
 import numpy as np
 
-from layertap import Client, TokenIds
+from layertap import Client, TokenIds, analysis, plot
 
 client = Client(os.environ.get("LAYERTAP_TARGET", "127.0.0.1:50051"))
 info = client.model_info()
@@ -95,31 +94,28 @@ print(f"largest difference with [PAD] seen:   {np.abs(seen - alone).max():.2f}")
 # %% [markdown]
 # ## 3. Pictures
 #
+# `layertap.plot` makes each picture with one call on an `Embedding`; `layertap.analysis` has the numbers in it, under
+# the same names. `layertap explore` shows the same in the browser, for sentences as you type them.
+#
+# ### How does each token change?
+#
+# The cosine of each token's row to its own row in layer 0: 1 where the model has not moved it yet. Words leave layer by
+# layer as they take up their neighbours; `[CLS]` keeps its direction to the last block.
+
+# %%
+sentence = "The bank by the river closed when the river rose."
+spoken = client.embed(sentence, layers="all", attentions="all", return_tokens=True)
+changes = plot.tokens_by_layers(spoken)
+
+# %% [markdown]
 # ### How alike are the tokens of a sentence?
 #
 # The cosine of each pair of tokens, from -1 to 1, in four layers. At first tokens are alike if they are the same word;
 # layer by layer each takes up more of the whole sentence, until all have much in common.
 
-
 # %%
-def cosines(rows, others):
-    """Returns the cosine of each row with each other row. Shape: [row_count, other_count]."""
-    rows, others = (array / np.linalg.norm(array, axis=-1, keepdims=True) for array in (rows, others))
-    return rows @ others.T
-
-
-sentence = "The bank by the river closed when the river rose."
-spoken = client.embed(sentence, layers="all", return_tokens=True)
-pieces = spoken.tokens.tokens[0]
 shown = [round(part * info.layer_count / 3) for part in range(4)]
-figure, axes = plt.subplots(1, 4, figsize=(13, 3.8), sharey=True, layout="constrained")
-for axis, layer in zip(axes, shown, strict=True):
-    rows = spoken.ragged(layer)[0]
-    image = axis.imshow(cosines(rows, rows), vmin=-1, vmax=1, cmap="RdBu_r")
-    axis.set_title(f"layer {layer}")
-    axis.set_xticks(range(len(pieces)), pieces, rotation=90)
-    axis.set_yticks(range(len(pieces)), pieces)
-bar = figure.colorbar(image, ax=axes, label="cosine (blue: below 0)")
+panels = plot.similarity(spoken, layers=shown)
 
 # %% [markdown]
 # ### One word, two contexts
@@ -130,37 +126,29 @@ bar = figure.colorbar(image, ax=axes, label="cosine (blue: below 0)")
 # %%
 river = ["She sat on the bank of the river.", "The boat drifted to the bank of the stream."]
 money = ["He paid the cash into the bank.", "She asked the bank for a loan."]
-contexts = client.embed([*river, *money], layers="all", return_tokens=True)
-places = [text.index("bank") for text in contexts.tokens.tokens]
-# The path of the word through the layers, in each sentence. Shape: [text_count, layers, hidden_size].
-paths = np.stack([[contexts.ragged(layer)[n][place] for layer in contexts.layers] for n, place in enumerate(places)])
-
-alike = np.stack([cosines(paths[:, layer], paths[:, layer]) for layer in contexts.layers])
-one_sense = (alike[:, 0, 1] + alike[:, 2, 3]) / 2
-two_senses = alike[:, :2, 2:].mean((1, 2))
-figure, axis = plt.subplots(figsize=(7, 3.6), layout="constrained")
-axis.plot(contexts.layers, one_sense, "o-", label="the same sense: river and river, money and money")
-axis.plot(contexts.layers, two_senses, "s-", label="two senses: river and money")
-axis.set(xlabel="layer", ylabel='cosine of "bank" and "bank"', xticks=contexts.layers)
-legend = figure.legend(loc="outside lower center")
+poolings = analysis.each_layer("mean", info.layer_count)
+contexts = client.embed([*river, *money], layers="all", pooling=poolings, return_tokens=True)
+banks = [(n, tokens.index("bank")) for n, tokens in enumerate(contexts.tokens.tokens)]
+pairs = {
+    "the same sense: river and river": (banks[0], banks[1]),
+    "the same sense: money and money": (banks[2], banks[3]),
+    "two senses: river and money": (banks[0], banks[2]),
+    "two senses: money and river": (banks[3], banks[1]),
+}
+words = plot.token_trajectory(contexts, pairs=list(pairs.values()), labels=list(pairs))
 
 # %% [markdown]
-# The same as a map. What the four vectors of a layer have in common is taken away; what is left is shown along the two
-# directions in which it differs most (its principal components). Along the first of them all paths start in the middle:
-# in layer 0 nothing but the place in the sentence sets them apart. Then the rivers go one way, and the money the other.
+# The same for the sentences as wholes: the mean of all rows of a sentence, in each layer.
 
 # %%
-apart = paths - paths.mean(0)
-_, _, directions = np.linalg.svd(apart.reshape(-1, info.hidden_size), full_matrices=False)
-points = apart @ directions[:2].T
-figure, axis = plt.subplots(figsize=(7, 5), layout="constrained")
-for path, text, style in zip(points, [*river, *money], ["o-", "o--", "s-", "s--"], strict=True):
-    axis.plot(*path.T, style, color="tab:blue" if text in river else "tab:orange", label=text)
-# Rings in place of labels, which would cover lines.
-for layer, size in ((0, 90), (info.layer_count, 260)):
-    axis.scatter(*points[:, layer].T, s=size, facecolors="none", edgecolors="black", label=f"layer {layer}")
-axis.set(xlabel="first principal component", ylabel="second principal component")
-legend = figure.legend(fontsize="small", loc="outside lower center", ncols=2)
+wholes = plot.trajectory(contexts, pairs=[(0, 1), (2, 3), (0, 2), (3, 1)])
+
+# %% [markdown]
+# And as a map: the tokens of a river and of a money sentence along the two directions in which tokens of all layers
+# differ most (their principal components). The axes are the same in each layer, so that what has moved has moved.
+
+# %%
+maps = plot.projection(contexts, layers=[0, info.layer_count // 2, info.layer_count], texts=[0, 2])
 
 # %% [markdown]
 # ### Where does a token look?
@@ -170,16 +158,8 @@ legend = figure.legend(fontsize="small", loc="outside lower center", ncols=2)
 # head looks that has nothing to add; others look at one word of the sentence from everywhere.
 
 # %%
-attended = client.embed(sentence, attentions="all")
-heads = attended.attentions[-1][0]
-chosen = [round(part * (len(heads) - 1) / 3) for part in range(4)]
-figure, axes = plt.subplots(1, 4, figsize=(13, 3.8), sharey=True, layout="constrained")
-for axis, head in zip(axes, chosen, strict=True):
-    looks = axis.imshow(heads[head], vmin=0, vmax=1, cmap="Blues")
-    axis.set_title(f"layer {info.layer_count - 1}, head {head}")
-    axis.set_xticks(range(len(pieces)), pieces, rotation=90)
-    axis.set_yticks(range(len(pieces)), pieces)
-bar = figure.colorbar(looks, ax=axes, label="attention")
+chosen = [round(part * (info.attention_head_count - 1) / 3) for part in range(4)]
+looks = plot.attention(spoken, layer=-1, heads=chosen)
 
 # %%
 client.close()
