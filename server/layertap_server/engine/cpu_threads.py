@@ -5,7 +5,7 @@ the device computes the other's. On the CPU several instances with one thread ea
 that is faster than one instance with several threads. A small batch of one caller that comes while all instances are
 idle gets all cores, if it falls to the first instance, which the batcher wakes first. Only one instance may have a team
 of threads: the threads of OpenMP wait for each other awake, which pays only while the process has no more of them than
-cores. A team is only as large as gives the same bits.
+cores, and while these are free; see `thread_team`. A team is only as large as gives the same bits.
 """
 
 from __future__ import annotations
@@ -14,10 +14,12 @@ import dataclasses
 import functools
 import logging
 import os
+import time
 from collections.abc import Iterator, Sequence
 from typing import Final
 
 from layertap_server.engine.encoder import Encoder
+from layertap_server.engine.thread_team import ThreadTeam
 from layertap_server.types import Encode, Rows, Run
 
 log = logging.getLogger(__name__)
@@ -82,13 +84,18 @@ class _CpuInstances:
         self._encoder = encoder
         self._thread_count = thread_count
         self._busy: set[int] = set()  # Each instance changes its own entry alone, so no two can disagree on a count.
+        self._team = ThreadTeam()
 
     def encode(self, instance: int, batch: Sequence[Run]) -> Iterator[Rows]:
         token_count = sum(text.token_count for text in batch[0].texts)
         lone = instance == 0 and not self._busy and len(batch) == 1 and token_count <= _LONE_TOKENS
         self._busy.add(instance)
+        started_at, computed_s = time.perf_counter(), time.thread_time()
         try:
-            self._encoder.use_threads(self._encoder.max_thread_count if lone else self._thread_count)
+            has_team = lone and self._team.pays
+            self._encoder.use_threads(self._encoder.max_thread_count if has_team else self._thread_count)
             yield from self._encoder.encode(batch)
         finally:
             self._busy.discard(instance)
+            if lone:
+                self._team.note(wall_s=time.perf_counter() - started_at, cpu_s=time.thread_time() - computed_s)
