@@ -15,6 +15,7 @@ PEERS_STAMP := .bench/.installed
 COMPAT_STAMP := .compat/.installed
 DIST_STAMP := .dist/.installed
 CLUSTER_STAMP := .cluster/.installed
+LOCK_STAMP := .lock/.installed
 EXAMPLES_STAMP := .venv/.examples
 DOCS_STAMP := .venv/.docs
 OLDEST_STAMP := .floors/oldest/.installed
@@ -27,8 +28,7 @@ MODEL_SHA256 := 53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db
 # This version decides the oldest grpcio and protobuf that users may have: its output runs on
 # grpcio from 1.71.2 and protobuf from 5.29 up to 7; a newer compiler would demand newer ones.
 GRPC_TOOLS := grpcio-tools==1.71.2
-# What builds the package and lists what it consists of, pinned as all that judges it.
-DIST_TOOLS := build==1.6.1 hatchling==1.33.0 cyclonedx-bom==7.5.0 pip-licenses==5.5.5
+LOCK_TOOLS := uv==0.13.9
 PROTO_FILES := $(wildcard protos/layertap/*/*.proto)
 GENERATED := client/layertap/v1
 # The messages of other projects' protocols are for the server alone, which needs no stubs for them.
@@ -41,9 +41,15 @@ generate = $(protoc) --python_out=$(1) --grpc_python_out=$(1) --mypy_out=quiet:$
 	--mypy_grpc_out=quiet:$(1) $(PROTO_FILES) \
 	&& $(protoc) --python_out=$(1) --mypy_out=quiet:$(1) $(COMPAT_PROTO_FILES)
 
+# Installs the locked packages $(2) into the environment $(1), no others, and none of other bytes. Of torch pip takes
+# the build it finds: the one for CPUs where a machine has that at hand, or the default one, with what that needs.
+locked = $(1)/bin/python -m pip --disable-pip-version-check install -q --no-deps --require-hashes $(patsubst %,-r locks/%.txt,$(2))
+torch = $(call locked,$(1),torch) && { $(1)/bin/python -c 'import importlib.metadata as installed, sys; \
+	sys.exit("+cpu" not in installed.version("torch"))' || $(call locked,$(1),cuda); }
+
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: bench-imports coverage dist test-deploy bench-compat bench-compute bench-callers bench-fidelity bench-fuzz bench-gpu bench-jobs bench-load bench-streams bench-wire gpu-wheels help install model protos protos-fresh lint format check test test-unit test-model test-e2e test-heavy test-cpus test-floors test-newest test-compat test-cluster demo docs notebook serve bench clean
+.PHONY: bench-imports coverage dist lock test-deploy bench-compat bench-compute bench-callers bench-fidelity bench-fuzz bench-gpu bench-jobs bench-load bench-streams bench-wire gpu-wheels help install model protos protos-fresh lint format check test test-unit test-model test-e2e test-heavy test-cpus test-floors test-newest test-compat test-cluster demo docs notebook serve bench clean
 
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z][a-z-]*:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -144,6 +150,9 @@ dist: $(INSTALL_STAMP) $(DIST_STAMP)  ## Build wheel, sdist, SBOM and list of li
 	.dist/bin/python -m build --no-isolation
 	$(BIN)/python release/inventory.py
 
+lock: $(LOCK_STAMP)  ## Write locks/ anew: what each environment consists of, with hashes (ARGS=--upgrade)
+	$(BIN)/python release/lock.py $(ARGS)
+
 docs: $(DOCS_STAMP)  ## Build the documentation into .docs/site; a broken link fails
 	PYTHONPATH=client:server NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
 
@@ -193,7 +202,7 @@ gpu-wheels:  ## Fetch into .wheels what bench/gpu.py needs on a machine that has
 		grpcio-health-checking==1.71.2 grpcio-reflection==1.71.2
 
 clean:  ## Remove all that make has made
-	rm -rf .venv .models .tools .bench .wheels .floors .compat .cluster .coverage .dist .docs build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis \
+	rm -rf .venv .models .tools .bench .wheels .floors .compat .cluster .coverage .dist .docs .lock build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis \
 		.import_linter_cache
 	find client server tests bench examples -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
 
@@ -206,8 +215,10 @@ $(VENV_STAMP):
 	$(PYTHON) -m venv .venv
 	@touch $@
 
-$(INSTALL_STAMP): pyproject.toml constraints.txt $(VENV_STAMP)
-	$(PIP) install -q -c constraints.txt -e '.[server,otel,dev]'
+$(INSTALL_STAMP): pyproject.toml locks/dev.txt locks/torch.txt locks/cuda.txt $(VENV_STAMP)
+	@$(call torch,.venv)
+	$(call locked,.venv,dev)
+	$(PIP) install -q --no-deps --no-build-isolation -e .
 	@touch $@
 
 # The package is checked while it lies aside and is moved into place only when it is right.
@@ -227,28 +238,35 @@ $(PEERS_STAMP): bench/peers.txt constraints.txt
 	.bench/bin/python -m pip --disable-pip-version-check install -q -c constraints.txt torch transformers -r bench/peers.txt
 	@touch $@
 
-$(COMPAT_STAMP): tests/compat/requirements.txt
+$(COMPAT_STAMP): locks/compat.txt locks/torch.txt locks/cuda.txt
 	$(PYTHON) -m venv .compat
-	.compat/bin/python -m pip --disable-pip-version-check install -q -r tests/compat/requirements.txt
+	@$(call torch,.compat)
+	$(call locked,.compat,compat)
 	@touch $@
 
-$(DIST_STAMP): Makefile
+$(DIST_STAMP): locks/dist.txt
 	@rm -rf .dist
 	$(PYTHON) -m venv .dist
-	.dist/bin/python -m pip --disable-pip-version-check install -q $(DIST_TOOLS)
+	$(call locked,.dist,dist)
 	@touch $@
 
-$(CLUSTER_STAMP): tests/cluster/requirements.txt
+$(CLUSTER_STAMP): locks/cluster.txt
 	$(PYTHON) -m venv .cluster
-	.cluster/bin/python -m pip --disable-pip-version-check install -q -r tests/cluster/requirements.txt
+	$(call locked,.cluster,cluster)
 	@touch $@
 
-$(EXAMPLES_STAMP): $(INSTALL_STAMP)
-	$(PIP) install -q -c constraints.txt -e '.[examples]'
+$(LOCK_STAMP): Makefile $(VENV_STAMP)
+	@rm -rf .lock
+	$(PYTHON) -m venv .lock
+	.lock/bin/python -m pip --disable-pip-version-check install -q $(LOCK_TOOLS)
 	@touch $@
 
-$(DOCS_STAMP): $(INSTALL_STAMP)
-	$(PIP) install -q -c constraints.txt -e '.[docs]'
+$(EXAMPLES_STAMP): locks/examples.txt $(INSTALL_STAMP)
+	$(call locked,.venv,examples)
+	@touch $@
+
+$(DOCS_STAMP): locks/docs.txt $(INSTALL_STAMP)
+	$(call locked,.venv,docs)
 	@touch $@
 
 # Laid over .venv, whose other packages then want other versions than these: nothing runs there that minds.
