@@ -41,11 +41,10 @@ generate = $(protoc) --python_out=$(1) --grpc_python_out=$(1) --mypy_out=quiet:$
 	--mypy_grpc_out=quiet:$(1) $(PROTO_FILES) \
 	&& $(protoc) --python_out=$(1) --mypy_out=quiet:$(1) $(COMPAT_PROTO_FILES)
 
-# Installs the locked packages $(2) into the environment $(1), no others, and none of other bytes. Of torch pip takes
-# the build it finds: the one for CPUs where a machine has that at hand, or the default one, with what that needs.
+# Installs the locked packages $(2) into the environment $(1), no others, and none whose bytes differ.
 locked = $(1)/bin/python -m pip --disable-pip-version-check install -q --no-deps --require-hashes $(patsubst %,-r locks/%.txt,$(2))
-torch = $(call locked,$(1),torch) && { $(1)/bin/python -c 'import importlib.metadata as installed, sys; \
-	sys.exit("+cpu" not in installed.version("torch"))' || $(call locked,$(1),cuda); }
+# torch's build for CPUs where pip finds it, and else the default one with the libraries it needs.
+torch = { $(call locked,$(1),cpu) 2>/dev/null || $(call locked,$(1),cuda); }
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
@@ -215,7 +214,7 @@ $(VENV_STAMP):
 	$(PYTHON) -m venv .venv
 	@touch $@
 
-$(INSTALL_STAMP): pyproject.toml locks/dev.txt locks/torch.txt locks/cuda.txt $(VENV_STAMP)
+$(INSTALL_STAMP): pyproject.toml locks/dev.txt locks/cpu.txt locks/cuda.txt $(VENV_STAMP)
 	@$(call torch,.venv)
 	$(call locked,.venv,dev)
 	$(PIP) install -q --no-deps --no-build-isolation -e .
@@ -238,7 +237,7 @@ $(PEERS_STAMP): bench/peers.txt constraints.txt
 	.bench/bin/python -m pip --disable-pip-version-check install -q -c constraints.txt torch transformers -r bench/peers.txt
 	@touch $@
 
-$(COMPAT_STAMP): locks/compat.txt locks/torch.txt locks/cuda.txt
+$(COMPAT_STAMP): locks/compat.txt locks/cpu.txt locks/cuda.txt
 	$(PYTHON) -m venv .compat
 	@$(call torch,.compat)
 	$(call locked,.compat,compat)

@@ -3,8 +3,8 @@
 Run by `make lock`, and needed after a change of what an environment asks for. What is locked already keeps its version;
 `make lock ARGS=--upgrade` takes the newest, `make lock ARGS='-P NAME'` that of one package.
 
-- torch lies apart, for it comes in two builds under one version. The default build for Linux needs the libraries in
-  locks/cuda.txt, the build for CPUs does not: `make` installs them only where pip has taken the former.
+- torch lies apart, for it comes in two builds. `make` takes the one for CPUs (locks/cpu.txt) where a machine has it at
+  hand, and else the default one with the libraries that it needs on Linux (locks/cuda.txt).
 - What goes into one environment is locked against locks/dev.txt, so that versions agree.
 - No index is named: pip takes the files from where it is set up to, and the hashes say whether they are right.
 """
@@ -45,9 +45,8 @@ def main() -> None:
         entries = _compiled(LOCKS / f"{name}.txt", source, arguments)
         apart |= {entry for entry in entries if APART.match(entry)}
         _write(name, entries - apart)
-    (torch,) = (entry for entry in apart if entry.startswith("torch=="))
-    _write("cuda", apart - {torch})
-    _write("torch", {torch.rstrip() + "".join(f" \\\n    --hash=sha256:{one}" for one in _cpu(torch)) + "\n"})
+    _write("cuda", apart)
+    _write("cpu", _cpu(*(entry for entry in apart if entry.startswith("torch=="))))
 
 
 def _compiled(lock: Path, source: str, arguments: list[str]) -> set[str]:
@@ -72,18 +71,17 @@ def _compiled(lock: Path, source: str, arguments: list[str]) -> set[str]:
     return {*re.split(r"^(?=\w)", lock.read_text(), flags=re.MULTILINE)[1:]}
 
 
-def _cpu(entry: str) -> list[str]:
-    """Returns the hashes of torch's builds for CPUs: those locked at this version, and the one that pip finds."""
-    version = re.match(r"torch==(\S+)", entry)[1]
-    old = LOCKS / "torch.txt"
-    locked = old.read_text() if old.exists() else ""
-    found = {*re.findall(r"sha256:(\w+)", locked)} if f"torch=={version} " in locked else set()
+def _cpu(entry: str) -> set[str]:
+    """Returns the entry of the same version's build for CPUs: that which pip finds here, or which is locked already."""
+    pin = re.match(r"torch==\S+", entry)[0] + "+cpu"
+    text = (LOCKS / "cpu.txt").read_text()
+    hashes = set(re.findall(r"sha256:\w+", text)) if pin in text else set()
     with tempfile.TemporaryDirectory() as folder:
-        pip = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", folder, f"torch=={version}"]
-        subprocess.run(pip, check=True)
-        (wheel,) = Path(folder).iterdir()
-        found.add(hashlib.sha256(wheel.read_bytes()).hexdigest())
-    return sorted(found - {*re.findall(r"sha256:(\w+)", entry)})
+        subprocess.run([sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", folder, pin])
+        hashes |= {f"sha256:{hashlib.sha256(wheel.read_bytes()).hexdigest()}" for wheel in Path(folder).iterdir()}
+    if not hashes:
+        sys.exit(f"{pin} is nowhere to be found: locks/cpu.txt was not written")
+    return {" \\\n    ".join([pin, *(f"--hash={one}" for one in sorted(hashes))]) + "\n"}
 
 
 def _write(name: str, entries: set[str]) -> None:

@@ -46,7 +46,7 @@ def _lines(path: str) -> list[str]:
     ],
 )
 def test_what_is_asked_for_is_locked(lock: str, wanted: list[str]) -> None:
-    locked = _locked(lock, "torch")
+    locked = _locked(lock, "cuda")
     for requirement in map(Requirement, wanted):
         versions = locked.get(canonicalize_name(requirement.name), set())
         assert versions, f"{requirement} is not in locks/{lock}.txt: run `make lock`"
@@ -58,6 +58,10 @@ def test_what_shares_an_environment_or_is_shipped_has_the_versions_that_are_test
     tested, found = _locked("dev"), _locked(lock)
     assert found.keys() & tested.keys() >= {"numpy", "grpcio", "protobuf"}
     assert all(found[name] == tested[name] for name in found.keys() & tested.keys())
+
+
+def test_torch_is_locked_in_both_builds() -> None:
+    assert {f"{version}+cpu" for version in _locked("cuda")["torch"]} == _locked("cpu")["torch"]
 
 
 @pytest.mark.parametrize("path", LOCKS, ids=lambda path: path.stem)
