@@ -48,7 +48,7 @@ torch = { $(call locked,$(1),cpu) 2>/dev/null || $(call locked,$(1),cuda); }
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: bench-imports coverage dist lock test-deploy bench-compat bench-compute bench-callers bench-fidelity bench-fuzz bench-gpu bench-jobs bench-load bench-streams bench-wire gpu-wheels help install model protos protos-fresh lint format check test test-unit test-model test-e2e test-heavy test-cpus test-floors test-newest test-compat test-cluster demo docs notebook serve bench clean
+.PHONY: bench-imports coverage dist lock test-deploy bench-compat bench-compute bench-callers bench-fidelity bench-fuzz bench-gpu bench-host bench-jobs bench-load bench-streams bench-wire gpu-wheels help install model protos protos-fresh lint format check test test-unit test-model test-e2e test-heavy test-cpus test-floors test-newest test-compat test-cluster demo docs notebook serve bench clean
 
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z][a-z-]*:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -177,6 +177,9 @@ bench-streams: $(INSTALL_STAMP) $(MODEL_STAMP)  ## Long streams: memory, stopped
 
 bench-imports: $(INSTALL_STAMP)  ## How long importing the client takes
 	$(BIN)/python bench/imports.py $(ARGS)
+
+bench-host: $(INSTALL_STAMP) $(MODEL_STAMP)  ## CPU time of server and client for a text, a call, a gigabyte (3 min)
+	$(BIN)/python bench/host.py $(ARGS)
 
 bench-load: $(INSTALL_STAMP) $(MODEL_STAMP)  ## Ten times the capacity, a flooding client, ten minutes of mixed traffic, metrics
 	$(BIN)/python bench/load.py $(ARGS)

@@ -47,6 +47,10 @@ class Peer:
             raise SystemExit(f"{' '.join(map(str, command))} did not start")
         self.address = line[-1]
 
+    @property
+    def process_id(self) -> int:
+        return self._process.pid
+
     def stop(self) -> None:
         self._process.terminate()
         self._process.wait(timeout=60)
