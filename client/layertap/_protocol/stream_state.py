@@ -30,7 +30,7 @@ from layertap.v1 import embedding_pb2 as pb
 
 MAX_UNANSWERED_COUNT: Final = 4096
 MAX_UNANSWERED_BYTES: Final = 8 << 20
-"""How far sending may run ahead of the answers."""
+"""How far sending may run ahead of the answers. It goes on when a quarter is answered, so that messages stay full."""
 
 MAX_MESSAGE_COUNT: Final = 256
 MAX_MESSAGE_BYTES: Final = 256 << 10
@@ -77,6 +77,7 @@ class StreamState:
         self._offered_count = 0
         self._unanswered: dict[int, _Item] = {}
         self._unanswered_bytes = 0
+        self._is_full = False
         self._unsent: dict[int, _Item] = {}
         self._ready: dict[int, StreamResult] = {}
         self._next_index = 0
@@ -84,8 +85,7 @@ class StreamState:
     @property
     def has_room(self) -> bool:
         """Whether another item may be offered."""
-        waiting = len(self._unanswered) + len(self._ready)
-        return waiting < MAX_UNANSWERED_COUNT and self._unanswered_bytes < MAX_UNANSWERED_BYTES
+        return not self._is_full
 
     @property
     def unanswered_count(self) -> int:
@@ -121,10 +121,11 @@ class StreamState:
             message = to_message(item, index)
         except InvalidArgumentError as exc:
             self._ready[index] = StreamResult(index=index, error=exc, _embedding=None)
-            return
-        entry = _Item(message, message.ByteSize())
-        self._unanswered[index] = self._unsent[index] = entry
-        self._unanswered_bytes += entry.size
+        else:
+            entry = _Item(message, message.ByteSize())
+            self._unanswered[index] = self._unsent[index] = entry
+            self._unanswered_bytes += entry.size
+        self._note_room()
 
     def take(self) -> pb.EmbedStreamRequest:
         """Returns the next message to send."""
@@ -184,12 +185,22 @@ class StreamState:
         if not self._ordered:
             results = list(self._ready.values())
             self._ready.clear()
-            return results
-        results = []
-        while self._next_index in self._ready:
-            results.append(self._ready.pop(self._next_index))
-            self._next_index += 1
+        else:
+            results = []
+            while self._next_index in self._ready:
+                results.append(self._ready.pop(self._next_index))
+                self._next_index += 1
+        self._note_room()
         return results
+
+    def _note_room(self) -> None:
+        """Notes whether sending has run too far ahead; once it has, until a quarter of that is answered and read."""
+        waiting = len(self._unanswered) + len(self._ready)
+        quarters = 3 if self._is_full else 4
+        self._is_full = (
+            4 * waiting >= quarters * MAX_UNANSWERED_COUNT
+            or 4 * self._unanswered_bytes >= quarters * MAX_UNANSWERED_BYTES
+        )
 
     def _open(self, header: pb.EmbedHeader) -> None:
         self._pin.check(header.model_id, header.fingerprint)

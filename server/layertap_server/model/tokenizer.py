@@ -10,7 +10,6 @@ import dataclasses
 import functools
 import json
 import logging
-import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final, TypeAlias, cast
@@ -20,83 +19,26 @@ import tokenizers
 import transformers
 from tokenizers import normalizers
 
-from layertap.errors import InvalidArgumentError, LayertapError
+from layertap.errors import LayertapError
 from layertap_server.model import sentence_config
 from layertap_server.model.checkpoint import Checkpoint
 from layertap_server.model.facts import ModelFacts
 from layertap_server.model.files import CheckpointError, reason_of
 from layertap_server.model.sentence_config import SentenceConfig
 from layertap_server.model.tokenized import Tokenized
+from layertap_server.model.tokenizer_engine import Detail, String, TokenizerEngine
 from layertap_server.types import Text
 
 log = logging.getLogger(__name__)
 
-Item: TypeAlias = "str | tuple[str, str] | list[str] | Text"
+Item: TypeAlias = "String | Text"
 """A string, a pair, words, or token ids that need no tokenizing."""
+
+_UNREAD: Final = Tokenized(text=Text(np.empty(0, np.int32)))
+"""Stands for a text until it is tokenized."""
 
 _UNBOUNDED: Final = 1 << 40
 """A model_max_length above this is transformers' way to say that the tokenizer has none."""
-
-
-class _Engine:
-    """One way of tokenizing, with and without truncation."""
-
-    def __init__(self, whole: tokenizers.Tokenizer, *, has_token_types: bool) -> None:
-        self._whole = whole
-        self._has_token_types = has_token_types
-        # Truncation is a state of a tokenizer: a second one, behind a lock, is for texts that need it.
-        self._cutter = _copy(whole)
-        self._cutter_lock = threading.Lock()
-
-    def encode_each(
-        self, items: Sequence[Item], labels: Sequence[str], pretokenized: bool, add_special_tokens: bool
-    ) -> Sequence[tokenizers.Encoding | LayertapError]:
-        """Tokenizes texts; one that the tokenizer fails on harms no other."""
-        try:
-            return self.encode(items, pretokenized, add_special_tokens)
-        except Exception as exc:  # The library raises `Exception` itself, such as for an unknown token that it lacks.
-            if len(items) == 1:
-                log.warning("the tokenizer failed on a text: %s", reason_of(exc))
-                return [
-                    InvalidArgumentError(
-                        f"the model's tokenizer cannot tokenize {labels[0]} (its vocabulary may lack the unknown "
-                        "token); leave the text out, or send token_ids"
-                    )
-                ]
-        return [
-            one
-            for item, label in zip(items, labels, strict=True)
-            for one in self.encode_each([item], [label], pretokenized, add_special_tokens)
-        ]
-
-    def tokenized(self, encoding: tokenizers.Encoding, item: Item, truncated: bool) -> Tokenized:
-        types = encoding.type_ids if self._has_token_types else ()
-        text = Text(np.array(encoding.ids, np.int32), token_type_ids=np.array(types, np.int32) if any(types) else None)
-        given_word_count = len(item) if isinstance(item, list) else None
-        return Tokenized(text=text, truncated=truncated, encoding=encoding, given_word_count=given_word_count)
-
-    def encode(
-        self, items: Sequence[Item], pretokenized: bool, add_special_tokens: bool
-    ) -> Sequence[tokenizers.Encoding]:
-        if len(items) == 1:  # Without other threads, and without letting go of the interpreter for a few microseconds.
-            first, second = items[0] if isinstance(items[0], tuple) else (items[0], None)
-            return [self._whole.encode(first, second, pretokenized, add_special_tokens)]
-        return self._whole.encode_batch(items, is_pretokenized=pretokenized, add_special_tokens=add_special_tokens)
-
-    def cut(
-        self, item: Item, label: str, max_length: int, direction: str, add_special_tokens: bool
-    ) -> Tokenized | LayertapError:
-        special = self._cutter.num_special_tokens_to_add(isinstance(item, tuple)) if add_special_tokens else 0
-        if max_length < special:
-            return InvalidArgumentError(
-                f"{label} needs {special} special tokens, max_length is {max_length}; raise max_length"
-            )
-        with self._cutter_lock:
-            self._cutter.enable_truncation(max_length, strategy="longest_first", direction=direction)
-            (encoding,) = self._cutter.encode_batch(
-                [item], is_pretokenized=isinstance(item, list), add_special_tokens=add_special_tokens
-            )
-        return self.tokenized(encoding, item, True)
 
 
 class Tokenizer:
@@ -122,7 +64,7 @@ class Tokenizer:
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         self._has_token_types = "token_type_ids" in loaded.model_input_names
-        self._engine = _Engine(self._tokenizer, has_token_types=self._has_token_types)
+        self._engine = TokenizerEngine(self._tokenizer, has_token_types=self._has_token_types)
         self.pad_token_id: int = loaded.pad_token_id if loaded.pad_token_id is not None else 0
         added = self._added_ids()
         self._highest_id = max([*added, *self._tokenizer.get_vocab(with_added_tokens=True).values()], default=-1)
@@ -140,6 +82,7 @@ class Tokenizer:
         truncation: str,
         add_special_tokens: bool = True,
         lower_case: bool = False,
+        detail: Detail = Detail.EVERYTHING,
     ) -> list[Tokenized | LayertapError]:
         """Tokenizes texts.
 
@@ -150,39 +93,35 @@ class Tokenizer:
             truncation: "error", "right" or "left".
             add_special_tokens: Whether the tokenizer adds its special tokens.
             lower_case: Whether strings are turned to lower case before anything else.
+            detail: What is asked of each beside ids and types.
 
         Returns:
             For each text its tokens, or why it is refused.
         """
         engine = self._lowering if lower_case else self._engine
-        results: list[Tokenized | LayertapError | None] = [
-            Tokenized(text=item) if isinstance(item, Text) else item if isinstance(item, LayertapError) else None
+
+        def encoded(part: Sequence[String], part_labels: Sequence[str]) -> list[Tokenized | LayertapError]:
+            return engine.encode(
+                part,
+                part_labels,
+                max_length=max_length,
+                truncation=truncation,
+                add_special_tokens=add_special_tokens,
+                detail=detail,
+            )
+
+        results: list[Tokenized | LayertapError] = [
+            Tokenized(text=item) if isinstance(item, Text) else item if isinstance(item, LayertapError) else _UNREAD
             for item in items
         ]
-        for pretokenized in sorted({isinstance(item, list) for item in items}):
-            chosen = [
-                (n, item)
-                for n, item in enumerate(items)
-                if not isinstance(item, (Text, LayertapError)) and isinstance(item, list) == pretokenized
-            ]
-            if not chosen:
-                continue
-            encodings = engine.encode_each(
-                [item for _, item in chosen], [labels[n] for n, _ in chosen], pretokenized, add_special_tokens
-            )
-            for (n, item), encoding in zip(chosen, encodings, strict=True):
-                if isinstance(encoding, LayertapError):
-                    results[n] = encoding
-                elif (count := len(encoding)) <= max_length:
-                    results[n] = engine.tokenized(encoding, item, False)
-                elif truncation == "error":
-                    results[n] = InvalidArgumentError(
-                        f"{labels[n]} has {count} tokens, max_length is {max_length}; shorten it, or cut it with "
-                        "truncation right or left"
-                    )
-                else:
-                    results[n] = engine.cut(item, labels[n], max_length, truncation, add_special_tokens)
-        return [result for result in results if result is not None]
+        for as_words in (False, True):
+            places = [n for n, one in enumerate(results) if one is _UNREAD and isinstance(items[n], list) == as_words]
+            found = encoded([cast("String", items[n]) for n in places], [labels[n] for n in places]) if places else []
+            if len(found) == len(results):
+                return found
+            for n, one in zip(places, found, strict=True):
+                results[n] = one
+        return results
 
     def sentence_config(self, checkpoint: Checkpoint) -> SentenceConfig:
         """Returns what a model's folder says about sentences, where it is silent with what its tokenizer says."""
@@ -269,18 +208,18 @@ class Tokenizer:
         Counted on the prompt alone, as sentence-transformers counts it.
         """
         engine = self._lowering if lower_case else self._engine
-        (encoding,) = engine.encode([prompt], False, True)
-        closed = not set(encoding.ids[-1:]).isdisjoint(self.special_token_ids)
-        return min(len(encoding), max_length) - closed
+        ids = engine.ids(prompt)
+        closed = not set(ids[-1:]).isdisjoint(self.special_token_ids)
+        return min(len(ids), max_length) - closed
 
     @functools.cached_property
-    def _lowering(self) -> _Engine:
+    def _lowering(self) -> TokenizerEngine:
         """The same tokenizer behind a turn to lower case."""
         lowering = _copy(self._tokenizer)
         normalizer = lowering.normalizer
         first = normalizers.Lowercase()
         lowering.normalizer = normalizers.Sequence([first, normalizer]) if normalizer else first
-        return _Engine(lowering, has_token_types=self._has_token_types)
+        return TokenizerEngine(lowering, has_token_types=self._has_token_types)
 
     def decode(self, texts: Sequence[Sequence[int]], *, skip_special_tokens: bool) -> list[str]:
         """Turns token ids back into strings, as transformers' batch_decode does."""

@@ -20,9 +20,10 @@ from layertap.v1 import embedding_pb2 as pb
 from layertap_server.model.facts import ModelFacts
 from layertap_server.model.sentence_config import SentenceConfig
 from layertap_server.model.tokenized import Tokenized
-from layertap_server.model.tokenizer import Item, Tokenizer
+from layertap_server.model.tokenizer import Tokenizer
+from layertap_server.model.tokenizer_engine import Detail
 from layertap_server.observability.call_log import Record
-from layertap_server.protocol import output_spec, validation
+from layertap_server.protocol import output_spec, token_ids, validation
 from layertap_server.protocol.limits import held_bytes, max_input_bytes
 from layertap_server.protocol.offload import LARGE_BYTES, Slices, offload
 from layertap_server.protocol.request_parts import sizes_of
@@ -57,6 +58,7 @@ class Options:
         max_length: The most tokens of a text.
         truncation: "error", "right" or "left".
         lower_case: Whether strings are turned to lower case first.
+        detail: What the tokenizer is asked for beside ids.
     """
 
     plan: Plan
@@ -64,6 +66,7 @@ class Options:
     max_length: int
     truncation: str
     lower_case: bool
+    detail: Detail
 
 
 class Preprocessor:
@@ -172,7 +175,7 @@ class Preprocessor:
 
         def work(part: slice) -> list[Tokenized]:
             nonlocal token_count
-            items = [self._item(one, label) for one, label in zip(inputs[part], labels[part], strict=True)]
+            items = validation.items(inputs[part], labels[part], self.model, self.limits)
             for label, item in zip(labels[part], items, strict=True):
                 if isinstance(item, Text):
                     raise InvalidArgumentError(f"{label} is token ids already; send text, or ask Decode for its string")
@@ -217,7 +220,7 @@ class Preprocessor:
         def work(part: slice) -> list[str]:
             nonlocal byte_count
             ids = [
-                validation.ids(text, f"texts[{part.start + n}]", self.model).tolist()
+                token_ids.ids(text, f"texts[{part.start + n}]", self.model).tolist()
                 for n, text in enumerate(texts[part])
             ]
             found = self._tokenizer.decode(ids, skip_special_tokens=request.skip_special_tokens)
@@ -246,6 +249,11 @@ class Preprocessor:
             max_length=max_length,
             truncation=validation.truncation(options.truncation),
             lower_case=options.lower_case,
+            detail=Detail.EVERYTHING
+            if plan.return_tokens or plan.has_words
+            else Detail.SPECIAL_TOKENS
+            if plan.excludes_special_tokens
+            else Detail.NOTHING,
         )
 
     async def _run(
@@ -262,21 +270,19 @@ class Preprocessor:
         return results
 
     def _results(self, inputs: Sequence[pb.Input], labels: Sequence[str], options: Options) -> list[Result]:
-        items = [self._item(one, label, options.prompt) for one, label in zip(inputs, labels, strict=True)]
         results = self._tokenizer.encode(
-            items,
+            validation.items(inputs, labels, self.model, self.limits, prompt=options.prompt),
             labels=labels,
             max_length=options.max_length,
             truncation=options.truncation,
             lower_case=options.lower_case,
+            detail=options.detail,
         )
+        if options.detail is Detail.NOTHING:
+            texts = [result.text for result in results if isinstance(result, Tokenized)]
+            if texts and validation.all_fit(options.plan, texts, self.model, self.limits):
+                return results
         return [self._checked(options.plan, one, label) for one, label in zip(results, labels, strict=True)]
-
-    def _item(self, message: pb.Input, label: str, prompt: str = "") -> Item | LayertapError:
-        try:
-            return validation.item(message, label, self.model, self.limits, prompt=prompt)
-        except LayertapError as exc:
-            return exc
 
     def _checked(self, plan: Plan, result: Result, label: str) -> Result:
         if isinstance(result, LayertapError):

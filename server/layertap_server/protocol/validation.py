@@ -2,7 +2,7 @@
 
 A fault is refused by its field or item, the limit and the next step, never by the text itself. Rules:
 - The length of a list is checked before an object is made of it.
-- `item` checks what a caller sent, `check_tokenized` what the tokenizer made of it; what an output may ask for is
+- `items` checks what a caller sent, `check_tokenized` what the tokenizer made of it; what an output may ask for is
   checked in `output_spec`.
 """
 
@@ -14,16 +14,17 @@ from typing import Final
 import numpy as np
 
 from layertap import wire
-from layertap.errors import InvalidArgumentError
+from layertap.errors import InvalidArgumentError, LayertapError
 from layertap.types import Limits
 from layertap.v1 import embedding_pb2 as pb
 from layertap_server.model.facts import ModelFacts
 from layertap_server.model.sentence_config import SentenceConfig
 from layertap_server.model.tokenized import Tokenized
 from layertap_server.model.tokenizer import Item
+from layertap_server.protocol import token_ids
 from layertap_server.protocol.limits import ID_BYTES, LEAST_TOKEN_BYTES
 from layertap_server.protocol.output_spec import known
-from layertap_server.types import Ids, OutputKind, Plan, Text
+from layertap_server.types import OutputKind, Plan, Text
 
 MAX_PROMPT_CHARACTERS: Final = 10_000
 """Characters of a prompt, which may have to be tokenized alone before any text is read."""
@@ -114,24 +115,47 @@ def check_answered_tokens(count: int, limits: Limits) -> None:
         )
 
 
-def item(message: pb.Input, label: str, model: ModelFacts, limits: Limits, *, prompt: str = "") -> Item:
-    """Returns one text with its prompt, ready for the tokenizer.
+def items(
+    messages: Sequence[pb.Input], labels: Sequence[str], model: ModelFacts, limits: Limits, *, prompt: str = ""
+) -> list[Item | LayertapError]:
+    """Returns texts with their prompt, ready for the tokenizer, and of those at fault why."""
+    found: list[Item | LayertapError] = []
+    given: dict[int, pb.TokenIds] = {}
+    for n, message in enumerate(messages):
+        try:
+            one = _item(message, labels[n], limits, prompt)
+        except LayertapError as exc:
+            one = exc
+        if isinstance(one, pb.TokenIds):
+            given[n] = one
+        else:
+            found.append(one)
+    texts = token_ids.texts([*given.values()], [labels[n] for n in given], model)
+    if len(texts) == len(messages):
+        return [*texts]
+    for n, text in zip(given, texts, strict=True):
+        found.insert(n, text)
+    return found
+
+
+def _item(message: pb.Input, label: str, limits: Limits, prompt: str) -> Item | LayertapError | pb.TokenIds:
+    """Returns one text with its prompt; of token ids the message as it is.
 
     Raises:
         InvalidArgumentError: if it is at fault; the error names its label.
     """
     kind = message.WhichOneof("kind")
-    if prompt and kind in _WITHOUT_PROMPT:
-        raise InvalidArgumentError(
-            f"{label} is {_WITHOUT_PROMPT[kind]}, before which no prompt can be put; send a plain string, or leave "
-            "the prompt out"
-        )
-    if kind == "token_ids":
-        return _token_ids(message.token_ids, label, model)
     found: Item
     if kind == "text":
         found = prompt + message.text
         size = len(found)
+    elif prompt and kind in _WITHOUT_PROMPT:
+        raise InvalidArgumentError(
+            f"{label} is {_WITHOUT_PROMPT[kind]}, before which no prompt can be put; send a plain string, or leave "
+            "the prompt out"
+        )
+    elif kind == "token_ids":
+        return message.token_ids
     elif kind == "pair":
         found = message.pair.first, message.pair.second
         size = len(found[0]) + len(found[1])
@@ -150,6 +174,30 @@ def item(message: pb.Input, label: str, model: ModelFacts, limits: Limits, *, pr
             f"{label} has {size} characters, the most is {limits.max_character_count}; split it into several texts"
         )
     return found
+
+
+def all_fit(plan: Plan, texts: Sequence[Text], model: ModelFacts, limits: Limits) -> bool:
+    """Returns whether texts are plainly within all that `check_fits` and `check_tokenized` check of each.
+
+    False says nothing: a text with a mask or types, and a plan with words, special tokens or a prompt, need more.
+    """
+    if (
+        plan.has_words
+        or plan.excludes_special_tokens
+        or any(pool.first_row for one in plan.outputs for pool in one.pools)
+    ):
+        return False
+    if any(text.attention_mask is not None or text.token_type_ids is not None for text in texts):
+        return False
+    counts = [len(text.input_ids) for text in texts]
+    longest = texts[counts.index(max(counts))]
+    return (
+        min(counts) > 0
+        and longest.token_count <= model.max_length
+        and max(plan.byte_counts.of(longest), plan.mix_token_bytes * longest.token_count)
+        <= limits.max_call_output_bytes
+        and int(np.concatenate([text.input_ids for text in texts]).max()) < model.vocab_size
+    )
 
 
 def check_fits(text: Text, label: str, model: ModelFacts) -> None:
@@ -245,51 +293,3 @@ def check_decode(texts: Sequence[pb.TokenIds], limits: Limits) -> list[int]:
             "send them in several requests"
         )
     return counts
-
-
-def ids(message: pb.TokenIds, label: str, model: ModelFacts) -> Ids:
-    """Returns token ids that the model knows.
-
-    Raises:
-        InvalidArgumentError: if one is outside the vocabulary.
-    """
-    found = np.array(message.input_ids, np.int32)
-    if len(found) and not (found.min() >= 0 and found.max() < model.vocab_size):
-        position = int(np.flatnonzero((found < 0) | (found >= model.vocab_size))[0])
-        raise InvalidArgumentError(
-            f"{label}.input_ids[{position}] is outside the vocabulary; ids run from 0 to {model.vocab_size - 1}"
-        )
-    return found
-
-
-def _token_ids(message: pb.TokenIds, label: str, model: ModelFacts) -> Text:
-    count = len(message.input_ids)
-    if not count:
-        raise InvalidArgumentError(
-            f"{label} has no input_ids; for the empty text send the ids of the special tokens that Tokenize adds to it"
-        )
-    if count > model.max_length:
-        raise InvalidArgumentError(
-            f"{label} has {count} token ids, the most is {model.max_length}; token ids are never cut, send fewer"
-        )
-    mask = _beside(message.attention_mask, "attention_mask", 2, count, label)
-    types = _beside(message.token_type_ids, "token_type_ids", max(1, model.type_vocab_size), count, label)
-    return Text(
-        ids(message, label, model),
-        attention_mask=mask if mask is not None and not mask.all() else None,
-        token_type_ids=types if types is not None and types.any() else None,
-    )
-
-
-def _beside(values: Sequence[int], name: str, end: int, length: int, label: str) -> Ids | None:
-    """Returns numbers that come one a token, if they were sent."""
-    if not values:
-        return None
-    if len(values) != length:
-        raise InvalidArgumentError(f"{label}.{name} has {len(values)} entries, input_ids {length}; make them equal")
-    array = np.array(values, np.int32)
-    if not (array.min() >= 0 and array.max() < end):
-        raise InvalidArgumentError(
-            f"{label}.{name} has an entry outside its range; entries must be from 0 to {end - 1}"
-        )
-    return array

@@ -1,0 +1,245 @@
+"""One configuration of the tokenizers library: strings, pairs and words in, ids out, all texts of a group at once.
+
+Rules:
+- Offsets and words are made only where an answer needs them: the library is then slower by a fifth. Ids are the same.
+- The ids of a group are one array; each text has a view of it.
+- Thread-safe. A text that the library fails on harms no other.
+"""
+
+from __future__ import annotations
+
+import array
+import dataclasses
+import enum
+import logging
+import threading
+from collections.abc import Sequence
+from typing import Final, TypeAlias
+
+import numpy as np
+import tokenizers
+
+from layertap.errors import InvalidArgumentError, LayertapError
+from layertap_server.model.files import reason_of
+from layertap_server.model.tokenized import Tokenized
+from layertap_server.types import Ids, Text
+
+log = logging.getLogger(__name__)
+
+String: TypeAlias = "str | tuple[str, str] | list[str]"
+"""A string, a pair, or words."""
+
+_PROBE: Final = "a b a b"
+
+_SHORT: Final = 128
+"""Characters up to which a lone text is tokenized on this thread, without letting go of the interpreter."""
+
+
+class Detail(enum.Enum):
+    """What is asked of a text beside its ids and types."""
+
+    NOTHING = enum.auto()
+    SPECIAL_TOKENS = enum.auto()
+    """Which tokens are special."""
+    EVERYTHING = enum.auto()
+    """The tokenizer's own result, with offsets and words."""
+
+
+class TokenizerEngine:
+    """One way of tokenizing, with and without truncation."""
+
+    def __init__(self, whole: tokenizers.Tokenizer, *, has_token_types: bool) -> None:
+        """Prepares the tokenizer.
+
+        Args:
+            whole: The tokenizer, without truncation.
+            has_token_types: Whether the model is given its token types.
+        """
+        self._whole = whole
+        self._has_token_types = has_token_types
+        # Truncation is a state of a tokenizer: a second one, behind a lock, is for texts that need it.
+        self._cutter = tokenizers.Tokenizer.from_str(whole.to_str())
+        self._cutter.encode_special_tokens = whole.encode_special_tokens
+        self._cutter_lock = threading.Lock()
+        self._frames = {special: self._frame(special) for special in (False, True)}
+
+    def encode(
+        self,
+        items: Sequence[String],
+        labels: Sequence[str],
+        *,
+        max_length: int,
+        truncation: str,
+        add_special_tokens: bool,
+        detail: Detail,
+    ) -> list[Tokenized | LayertapError]:
+        """Returns for each text its tokens, or why it is refused.
+
+        Args:
+            items: The texts: all of them words, or none.
+            labels: What to call each in an error.
+            max_length: The most tokens of one text, special tokens counted.
+            truncation: "error", "right" or "left".
+            add_special_tokens: Whether special tokens are added.
+            detail: What else is asked of each.
+        """
+        results: list[Tokenized | LayertapError] = []
+        encodings = self._encode_each(items, labels, add_special_tokens, detail)
+        texts = self._texts(items, encodings, add_special_tokens)
+        for encoding, text, item, label in zip(encodings, texts, items, labels, strict=True):
+            if isinstance(encoding, LayertapError):
+                results.append(encoding)
+            elif text.token_count <= max_length:
+                results.append(_tokenized(text, item, encoding, detail))
+            elif truncation == "error":
+                results.append(
+                    InvalidArgumentError(
+                        f"{label} has {text.token_count} tokens, max_length is {max_length}; shorten it, or cut it "
+                        "with truncation right or left"
+                    )
+                )
+            else:
+                results.append(self._cut(item, text, label, max_length, truncation, add_special_tokens, detail))
+        return results
+
+    def ids(self, text: str) -> list[int]:
+        """Returns the ids of one string, special tokens included."""
+        return self._whole.encode(text).ids
+
+    def _encode_each(
+        self, items: Sequence[String], labels: Sequence[str], add_special_tokens: bool, detail: Detail
+    ) -> Sequence[tokenizers.Encoding | LayertapError]:
+        try:
+            return self._encode(self._whole, items, add_special_tokens, detail)
+        except Exception as exc:  # The library raises `Exception` itself, such as for an unknown token that it lacks.
+            if len(items) == 1:
+                log.warning("the tokenizer failed on a text: %s", reason_of(exc))
+                return [
+                    InvalidArgumentError(
+                        f"the model's tokenizer cannot tokenize {labels[0]} (its vocabulary may lack the unknown "
+                        "token); leave the text out, or send token_ids"
+                    )
+                ]
+        return [
+            one
+            for item, label in zip(items, labels, strict=True)
+            for one in self._encode_each([item], [label], add_special_tokens, detail)
+        ]
+
+    def _frame(self, add_special_tokens: bool) -> _Frame:
+        """Returns what stands around a text, if cuts of it are proved equal to those of the tokenizer."""
+        try:
+            one = self._whole.encode(_PROBE, add_special_tokens=add_special_tokens)
+            own = [n for n, special in enumerate(one.special_tokens_mask) if not special]
+            frame = _Frame(before=own[0], after=len(one.ids) - 1 - own[-1], has_types=any(one.type_ids))
+            for direction in ("right", "left"):
+                for length in range(frame.size, len(one.ids)):
+                    self._cutter.enable_truncation(length, strategy="longest_first", direction=direction)
+                    cut = self._cutter.encode(_PROBE, add_special_tokens=add_special_tokens)
+                    if cut.ids != frame.cut(np.array(one.ids, np.int32), length, direction).tolist():
+                        return _Frame(can_cut=False, has_types=True)
+        except Exception:  # The library raises `Exception` itself, such as for an unknown token that it lacks.
+            return _Frame(can_cut=False, has_types=True)
+        return frame
+
+    @staticmethod
+    def _encode(
+        tokenizer: tokenizers.Tokenizer, items: Sequence[String], add_special_tokens: bool, detail: Detail
+    ) -> Sequence[tokenizers.Encoding]:
+        is_words = isinstance(items[0], list)
+        if len(items) == 1 and isinstance(items[0], str) and len(items[0]) <= _SHORT:
+            return [tokenizer.encode(items[0], None, False, add_special_tokens)]
+        # The fast one may give the second text of a pair the type 0.
+        whole = detail is Detail.EVERYTHING or any(isinstance(item, tuple) for item in items)
+        encode = tokenizer.encode_batch if whole else tokenizer.encode_batch_fast
+        return encode(items, is_pretokenized=is_words, add_special_tokens=add_special_tokens)
+
+    def _texts(
+        self,
+        items: Sequence[String],
+        encodings: Sequence[tokenizers.Encoding | LayertapError],
+        add_special_tokens: bool,
+    ) -> list[Text]:
+        """Returns texts with their ids, and their types unless all are 0; without ids for what failed."""
+        ids = _views([[] if isinstance(one, LayertapError) else one.ids for one in encodings])
+        has_types = self._frames[add_special_tokens].has_types or any(isinstance(one, tuple) for one in items)
+        if not (self._has_token_types and has_types):
+            return [Text(own) for own in ids]
+        types = _views([[] if isinstance(one, LayertapError) else one.type_ids for one in encodings])
+        return [Text(own, token_type_ids=of if of.any() else None) for own, of in zip(ids, types, strict=True)]
+
+    def _cut(
+        self,
+        item: String,
+        whole: Text,
+        label: str,
+        max_length: int,
+        direction: str,
+        add_special_tokens: bool,
+        detail: Detail,
+    ) -> Tokenized | LayertapError:
+        special = self._cutter.num_special_tokens_to_add(isinstance(item, tuple)) if add_special_tokens else 0
+        if max_length < special:
+            return InvalidArgumentError(
+                f"{label} needs {special} special tokens, max_length is {max_length}; raise max_length"
+            )
+        frame = self._frames[add_special_tokens]
+        if detail is Detail.NOTHING and frame.can_cut and not isinstance(item, tuple) and whole.token_type_ids is None:
+            return Tokenized(text=Text(frame.cut(whole.input_ids, max_length, direction)), truncated=True)
+        with self._cutter_lock:
+            self._cutter.enable_truncation(max_length, strategy="longest_first", direction=direction)
+            (encoding,) = self._encode(self._cutter, [item], add_special_tokens, detail)
+        (text,) = self._texts([item], [encoding], add_special_tokens)
+        return _tokenized(text, item, encoding, detail, truncated=True)
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class _Frame:
+    """What a tokenizer puts around the tokens of one text that is no pair, whatever the text.
+
+    Attributes:
+        before: How many special tokens stand before them.
+        after: How many stand after them.
+        has_types: Whether types may be other than 0. They depend on nothing but the place in a pair.
+        can_cut: Whether `cut` does what the tokenizer does.
+    """
+
+    before: int = 0
+    after: int = 0
+    has_types: bool
+    can_cut: bool = True
+
+    @property
+    def size(self) -> int:
+        """How many special tokens there are."""
+        return self.before + self.after
+
+    def cut(self, ids: Ids, length: int, direction: str) -> Ids:
+        """Returns so many of the ids of a longer text; the special ones stay."""
+        end = len(ids) - self.after
+        if direction == "left":
+            return np.concatenate([ids[: self.before], ids[end - (length - self.size) :]])
+        return np.concatenate([ids[: length - self.after], ids[end:]])
+
+
+def _views(lists: Sequence[list[int]]) -> list[Ids]:
+    """Returns lists of numbers as views of one array."""
+    numbers = array.array("i")
+    for one in lists:
+        numbers.fromlist(one)
+    whole = np.frombuffer(numbers, np.int32)
+    views, start = [], 0
+    for one in lists:
+        end = start + len(one)
+        views.append(whole[start:end])
+        start = end
+    return views
+
+
+def _tokenized(
+    text: Text, item: String, encoding: tokenizers.Encoding, detail: Detail, *, truncated: bool = False
+) -> Tokenized:
+    if detail is Detail.NOTHING:
+        return Tokenized(text=text, truncated=truncated)
+    given_word_count = len(item) if isinstance(item, list) else None
+    return Tokenized(text=text, truncated=truncated, encoding=encoding, given_word_count=given_word_count)
