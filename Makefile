@@ -141,6 +141,10 @@ test-cluster: $(INSTALL_STAMP) $(MODEL_STAMP) $(CLUSTER_STAMP)  ## Run servers b
 demo: $(INSTALL_STAMP) $(MODEL_STAMP)  ## Start a server, do the main job as a user would, stop it
 	$(BIN)/python examples/demo.py $(ARGS)
 
+.PHONY: explore
+explore: $(INSTALL_STAMP) $(MODEL_STAMP)  ## Serve the embedded model, and open the page that shows its layers
+	$(BIN)/python examples/explore.py $(ARGS)
+
 notebook: $(INSTALL_STAMP) $(MODEL_STAMP) $(EXAMPLES_STAMP)  ## Make examples/layers.ipynb anew, and run it
 	$(BIN)/python examples/execute.py
 

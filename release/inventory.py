@@ -13,7 +13,7 @@ from pathlib import Path
 
 from environment import ROOT, make
 
-EXTRAS = ("arrow", "http", "otel", "pandas", "progress", "server", "torch")
+EXTRAS = ("arrow", "explore", "http", "otel", "pandas", "plot", "progress", "server", "torch")
 TOOLS = ROOT / ".dist/bin"
 
 

@@ -154,6 +154,33 @@ def projection(embedding: Embedding, *, texts: Sequence[int] | None = None, laye
     )
 
 
+def differences(embedding: Embedding, other: Embedding, *, text: int = 0) -> tuple[Float32, Float32]:
+    """Returns how far the tokens of a text are from themselves in another embedding, as with another attention mask.
+
+    Compares the layers that both hold, and the positions that both have.
+
+    Args:
+        embedding: What `embed(layers="all")` returned.
+        other: The same for the same token ids.
+        text: The text.
+
+    Returns:
+        The cosine of each token with itself, and the largest difference of one value. Shape of both:
+        [layer, token_count].
+
+    Raises:
+        LookupError: if no layer is held by both.
+    """
+    layers = [layer for layer in embedding.layers if layer in other.layers]
+    if not layers:
+        raise LookupError('the embeddings hold no layer in common; pass layers="all" to both')
+    pairs = [(embedding.ragged(layer)[text], other.ragged(layer)[text]) for layer in layers]
+    count = min(len(pairs[0][0]), len(pairs[0][1]))
+    rows, others = (np.stack([pair[n][:count] for pair in pairs]) for n in (0, 1))
+    found = np.clip((_units(rows) * _units(others)).sum(-1), -1, 1)
+    return _float32(found), _float32(np.abs(rows.astype(np.float32) - others.astype(np.float32)).max(-1, initial=0))
+
+
 def nearest(vectors: npt.ArrayLike, query: npt.ArrayLike, *, count: int = 10) -> tuple[npt.NDArray[np.int64], Float32]:
     """Returns the positions of the vectors nearest to one, nearest first, and their cosines. Shape of both: [count].
 

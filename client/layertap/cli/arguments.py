@@ -15,6 +15,14 @@ from layertap.jobs.job import DEFAULT_PART_ITEMS
 from layertap.jobs.readers import FORMATS
 from layertap.sentence_transformers import SENTENCE, TOKENS
 
+_EXPLORE: Final = """\
+examples:
+  layertap explore
+  layertap explore --target gpu-box:50051 --no-browser
+
+The page shows tokens, layers as they arrive, how tokens change, likeness, maps, attentions and neighbours, live. It
+needs the extra explore. Ctrl-C ends it."""
+
 _TOKENIZE: Final = """\
 examples:
   layertap tokenize 'I love Paris' --pad-to 7
@@ -132,18 +140,20 @@ def build() -> argparse.ArgumentParser:
     _encode(command("encode", "get one vector a text, as sentence-transformers does", _ENCODE))
     _server(command("info", "show the served model and the limits", _INFO)).set_defaults(run=commands.info)
     _server(command("health", "exit with 0 if the server serves", _HEALTH)).set_defaults(run=commands.health)
+    _explore(command("explore", "open a page in the browser that shows what the model does with a sentence", _EXPLORE))
     completing = command("completion", "print a script that completes commands and flags in a shell", _COMPLETION)
     completing.add_argument("shell", choices=completion.SHELLS)
     completing.set_defaults(run=functools.partial(completion.show, commands_of.choices))
     return parser
 
 
-def _server(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+def _server(parser: argparse.ArgumentParser, *, prints_json: bool = True) -> argparse.ArgumentParser:
     target = os.environ.get("LAYERTAP_TARGET") or DEFAULT_TARGET
     parser.add_argument("--target", default=target, help="the server, as host:port [%(default)s]")
     timeout_s = os.environ.get("LAYERTAP_TIMEOUT_S") or "60"
     parser.add_argument("--timeout-s", type=float, default=timeout_s, help="wait so long for an answer [%(default)s]")
-    parser.add_argument("--json", action="store_true", help="print one JSON object a line")
+    if prints_json:
+        parser.add_argument("--json", action="store_true", help="print one JSON object a line")
     return parser
 
 
@@ -242,6 +252,14 @@ def _encode(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output-value", choices=(SENTENCE, TOKENS), default=SENTENCE, metavar="WHAT", help=what)
     _writing(parser, reading)
     _server(parser).set_defaults(run=commands.encode)
+
+
+def _explore(parser: argparse.ArgumentParser) -> None:
+    what = "where the page listens, on 127.0.0.1 alone; 0: any free port [%(default)s]"
+    parser.add_argument("--port", type=int, default=0, metavar="N", help=what)
+    what = "open the page in the browser; its address is printed either way [%(default)s]"
+    parser.add_argument("--browser", action=argparse.BooleanOptionalAction, default=True, help=what)
+    _server(parser, prints_json=False).set_defaults(run=commands.explore)
 
 
 def _count(value: str) -> int:

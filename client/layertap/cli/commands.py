@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import webbrowser
 from typing import Any, Final
 
 import grpc
@@ -105,6 +106,24 @@ def health(args: argparse.Namespace) -> int:
     status = _HEALTH[min(answer[1], 3) if answer[:1] == b"\x08" else 0]
     parsing.mention(f'{{"status": "{status}"}}' if args.json else status)
     return 0 if status == "SERVING" else 1
+
+
+def explore(args: argparse.Namespace) -> int:
+    """Serves the page that shows layers until it is interrupted."""
+    from layertap.explore import server  # No other command needs it.
+
+    def opened(address: str) -> None:
+        parsing.mention(address)
+        if args.browser:
+            webbrowser.open(address)
+
+    try:
+        server.run(args.target, timeout_s=args.timeout_s, port=args.port, opened=opened)
+    except InvalidArgumentError as exc:
+        raise parsing.UsageError(str(exc)) from exc
+    except OSError as exc:
+        raise parsing.UsageError(f"port {args.port} cannot be opened: {exc.strerror}; choose another --port") from exc
+    return 0
 
 
 def embed(args: argparse.Namespace) -> int:

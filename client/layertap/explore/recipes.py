@@ -1,0 +1,58 @@
+"""The lines of Python that give the numbers of a picture: what "copy as Python" copies.
+
+Each picture's arrays have the names that these lines give them; `name_0` and `name_1` are those of a list `name`. The
+tests run the lines and compare.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Final
+
+from layertap.explore.requests import Cut
+from layertap.types import PoolingName
+
+_SENTENCES_SHOWN: Final = 50
+"""More sentences are not written out: the lines read them from a file."""
+
+ALL_LAYERS: Final = 'embedding = client.embed(texts, layers="all"{options}, return_tokens=True)'
+
+
+def lines(target: str, texts: Sequence[str], *rest: str, cut: Cut, imports: str = "Client, analysis") -> str:
+    """Returns a program.
+
+    Args:
+        target: The server.
+        texts: The texts that `texts` stands for.
+        rest: The lines after those that make a client; `{options}` stands for what cuts texts.
+        cut: How long a text may be.
+        imports: What comes from layertap.
+    """
+    opening = [f"from layertap import {imports}", "", f"client = Client({target!r})", f"texts = {list(texts)!r}"]
+    return "\n".join([*opening, *(line.replace("{options}", options(cut)) for line in rest), ""])
+
+
+def options(cut: Cut) -> str:
+    """Returns arguments of a call, with the comma before them."""
+    length = "" if cut.max_length is None else f", max_length={cut.max_length}"
+    return length if cut.truncation == "error" else f", truncation={cut.truncation!r}{length}"
+
+
+def poolings(strategy: PoolingName, layer_count: int, has_special: bool) -> str:
+    """Returns the expression of one pooling for each layer."""
+    special = "" if has_special else ", include_special_tokens=False"
+    return f"analysis.each_layer({strategy!r}, {layer_count}{special})"
+
+
+def tokens(pad_to: int | None, has_special: bool) -> str:
+    """Returns the line that tokenizes."""
+    padding = "" if pad_to is None else f", pad_to={pad_to}"
+    special = "" if has_special else ", add_special_tokens=False"
+    return "tokens = client.tokenize(texts" + padding + special + "{options})"
+
+
+def sentences(found: Sequence[str]) -> str:
+    """Returns the line that has the sentences, or reads them."""
+    if len(found) > _SENTENCES_SHOWN:
+        return 'sentences = open("sentences.txt", encoding="utf-8").read().splitlines()'
+    return f"sentences = {list(found)!r}"
