@@ -65,6 +65,7 @@ class Engine:
 
         self._config = cli.parse(["--model-id", str(folder), *flags], os.environ)
         self._app = app.App(self._config)
+        self._app.prepare()
 
     def __call__(self, texts: list[str], max_length: int) -> np.ndarray:
         from layertap_server.scheduler.events import Event, RowsReady, RunDone

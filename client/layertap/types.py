@@ -244,6 +244,7 @@ class ModelInfo:
         padding_side: Where the tokenizer's own configuration pads; layertap always pads on the right.
         special_tokens: The ids of the tokens that the tokenizer's configuration names, such as "cls_token".
         has_token_type_ids: Whether the tokenizer tells the strings of a pair apart by token types.
+        process_count: Processes of the server; each connection belongs to one of them. 0: the server does not say.
     """
 
     model_id: str
@@ -268,6 +269,7 @@ class ModelInfo:
     padding_side: SideName
     special_tokens: Mapping[str, int]
     has_token_type_ids: bool
+    process_count: int
 
     def __repr__(self) -> str:
         """Its name and shapes; `_repr_html_` and the fields have all."""

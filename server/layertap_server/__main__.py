@@ -11,10 +11,10 @@ def main() -> int:
     """Runs the command in this process; returns its exit code."""
     signals.install()
     from layertap_server import cli
-    from layertap_server.observability.bounded_streams import bounded_streams
+    from layertap_server.observability.bounded_streams import open_descriptors
 
-    with bounded_streams():
-        return cli.main()
+    open_descriptors()
+    return cli.main()
 
 
 if __name__ == "__main__":

@@ -1,4 +1,7 @@
-"""The only wiring: check the address, find the model, load, warm, serve, drain."""
+"""The only wiring: load the model, warm the engine, serve, drain.
+
+`App` loads, `prepare` makes all that has threads, `serve` listens. Between the first two a process may be forked.
+"""
 
 from __future__ import annotations
 
@@ -8,9 +11,8 @@ import dataclasses
 import functools
 import logging
 import os
-import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Final, TypeVar
+from typing import TYPE_CHECKING, Final
 
 import layertap
 from layertap import wire
@@ -18,10 +20,11 @@ from layertap.errors import LayertapError
 from layertap.types import Limits
 from layertap_server import lifecycle
 from layertap_server.config import Config, ConfigError
-from layertap_server.engine import cpu_threads, device, encoder, runtime
-from layertap_server.listening import open_listener
-from layertap_server.model import checkpoint
-from layertap_server.model.tokenizer import Tokenizer
+from layertap_server.engine import cpu_threads, runtime
+from layertap_server.engine.encoder import Encoder
+from layertap_server.listening import open_endpoint, open_listener
+from layertap_server.loading import find_model, timed
+from layertap_server.model.facts import ModelFacts
 from layertap_server.observability.bounded_streams import dropped_line_count
 from layertap_server.observability.call_log import CallLog
 from layertap_server.observability.metrics import Endpoint, Metrics, Server, State
@@ -39,12 +42,9 @@ from layertap_server.shared_memory.lease import Sharing
 
 if TYPE_CHECKING:
     from layertap_server.compat.http import HttpServer
-    from layertap_server.model.sentence_config import SentenceConfig
     from layertap_server.observability.tracing import Tracing
 
 log = logging.getLogger(__name__)
-
-T = TypeVar("T")
 
 _CPU_BATCH_TOKENS: Final = 1024
 _CUDA_BATCH_TOKENS: Final = 32_768
@@ -57,27 +57,32 @@ class EngineLostError(Exception):
 
 
 class App:
-    """One server: a model on its devices, a queue, and a port.
+    """One process of a server: a model on its devices, a queue, and a port.
 
     Attributes:
-        model: The shape of the model.
-        tokenizer: Its tokenizer.
-        batcher: The queue and its instances.
         http_url: Where it answers HTTP, once it serves; empty: nowhere.
         metrics_url: Where the metrics are, once it serves; empty: nowhere.
+        tokenizer: The tokenizer of the model.
+        model: The shape of the model, once prepared.
+        batcher: The queue and its instances, once prepared.
+        metrics: What is counted, once prepared; None: nothing.
     """
+
+    model: ModelFacts
+    batcher: Batcher
+    metrics: Metrics | None
 
     def __init__(
         self,
         config: Config,
         *,
         listener: Listener | None = None,
-        make_encoder: Callable[..., encoder.Encoder] = encoder.Encoder,
+        make_encoder: Callable[..., Encoder] = Encoder,
     ) -> None:
-        """Loads and warms the model.
+        """Loads the model. With several processes it leaves no thread behind, so that they can be forked of it.
 
         Args:
-            config: Every knob.
+            config: Every knob, for the whole server.
             listener: Where to listen; None: as the config says.
             make_encoder: What makes an encoder of a checkpoint, a device and a dtype.
 
@@ -85,89 +90,56 @@ class App:
             CheckpointError: if the model cannot be served.
             ConfigError: if a knob does not suit the model or the machine.
         """
-        self._config = config
+        self._config, self._share = config, config.share
         self.http_url = self.metrics_url = ""
         self._listener = listener or open_listener(config)
-        found = _timed(
-            "found the model",
-            lambda: checkpoint.find(
-                model_id=config.model_id,
-                revision=config.revision,
-                name=config.model_name,
-                load_format=config.load_format,
-                seed=config.seed,
-            ),
-        )
-        self.tokenizer = _timed("loaded the tokenizer", lambda: Tokenizer(found.tokenizer_folder))
-        self.tokenizer.check_fits(found)
-        devices = device.devices(config.device)
-        dtype = device.compute_dtype(config.dtype, devices)
+        self._make_encoder = make_encoder
+        self._found = find_model(config)
+        self.tokenizer = self._found.tokenizer
+        self._process = 1
+        self._serving = self._prepared = False
+        self._endpoint: Endpoint | None = None
+        self._http: HttpServer | None = None
         log.info(
             "layertap-server starts",
             extra={
                 "fields": {
                     "version": layertap.__version__,
-                    "model_id": found.name,
-                    "devices": ",".join(devices),
-                    "dtype": dtype,
+                    "model_id": self._found.checkpoint.name,
+                    "devices": ",".join(self._found.devices),
+                    "dtype": self._found.dtype,
                     "address": self._listener.address,
                 }
             },
         )
-        sentence_config = self.tokenizer.sentence_config(found)
-        if sentence_config.unsupported:
-            log.warning("no sentence vectors with this model: %s", sentence_config.unsupported)
-        threads = cpu_threads.share(instance_count=config.instances, thread_count=config.instance_threads)
-        encoders = _timed(
-            f"loaded the weights on {', '.join(devices)}",
-            lambda: [
-                make_encoder(
-                    found,
-                    device=device,
-                    dtype=dtype,
-                    sentences=sentence_config,
-                    thread_count=threads.thread_count,
-                    max_thread_count=threads.lone_thread_count,
-                )
-                for device in devices
-            ],
-        )
-        fingerprint = _timed(
-            "took the fingerprint",
-            lambda: found.fingerprint(
-                tokenizer=self.tokenizer.description, sentences=sentence_config.description, dtype=dtype
-            ),
-        )
-        self.model = self.tokenizer.model_facts(found, fingerprint=fingerprint, has_pooler=encoders[0].has_pooler)
-        config.check_output_bytes((self.model.layer_count + 1) * self.model.max_length * self.model.hidden_size * 4)
-        batch_tokens = config.max_batch_tokens or (_CPU_BATCH_TOKENS if devices == ["cpu"] else _CUDA_BATCH_TOKENS)
-        self._serving = False
-        methods = wire.RPC_NAMES
-        if config.kserve:
-            from layertap_server.compat import kserve
+        self._encoders: list[Encoder] = []
+        # A GPU is of the process that uses it.
+        if self._found.on_cpu or config.processes == 1:
+            self._encoders = self._found.encoders(make_encoder, before_fork=config.processes > 1)
 
-            methods += (*kserve.UNARY, *kserve.STREAMS)
-        if config.http_port >= 0:
-            from layertap_server.compat import openai
+    def prepare(self, *, process: int = 1) -> None:
+        """Makes the queue, its instances and the services, and warms the engine. Does nothing a second time.
 
-            methods += openai.METHODS
-        self._metrics: Metrics | None = None
-        if config.metrics_port >= 0:
-            self._metrics = Metrics(
-                Server(
-                    version=layertap.__version__,
-                    model_id=found.name,
-                    fingerprint=fingerprint,
-                    methods=methods,
-                    max_batch_tokens=batch_tokens,
-                    max_output_bytes=config.max_output_bytes,
-                )
-            )
-        hooks = self._metrics or NoHooks()
+        Args:
+            process: Which of the processes of the server this is, from 1.
+
+        Raises:
+            CheckpointError: if the weights do not fit the configuration.
+            ConfigError: if a knob does not suit the model or the machine.
+        """
+        if self._prepared:
+            return
+        self._prepared, self._process = True, process
+        config, found = self._share, self._found
+        encoders = self._encoders = self._encoders or found.encoders(self._make_encoder, before_fork=False)
+        model = self.model = found.facts(has_pooler=encoders[0].has_pooler)
+        config.check_output_bytes((model.layer_count + 1) * model.max_length * model.hidden_size * 4)
+        batch_tokens = config.max_batch_tokens or (_CPU_BATCH_TOKENS if found.on_cpu else _CUDA_BATCH_TOKENS)
+        self.metrics = self._make_metrics(batch_tokens) if config.metrics_port >= 0 else None
+        hooks = self.metrics or NoHooks()
         self._tracing = _tracing() if config.traces == "otlp" else None
-        self._encoders = encoders
         self.batcher = Batcher(
-            cpu_threads.make(encoders, threads),
+            cpu_threads.make(encoders, found.threads),
             max_batch_tokens=batch_tokens,
             max_batch_bytes=config.max_batch_bytes,
             min_share_tokens=config.min_share_tokens,
@@ -182,49 +154,44 @@ class App:
         self._sharing = Sharing(
             byte_count=config.shared_memory_bytes,
             max_count=config.max_shared_memory_call_count,
-            pin=runtime.pin if encoders[0].device.type == "cuda" else None,
+            pin=None if found.on_cpu else runtime.pin,
         )
         self._admission = Admission(
             max_call_count=config.max_concurrent_call_count,
             max_request_bytes=config.max_queue_bytes,
             stall_timeout_s=config.stall_timeout_s,
             idle_timeout_s=config.idle_timeout_s,
-            call_log=CallLog([reader for reader in (self._metrics, self._tracing) if reader is not None]),
+            call_log=CallLog([reader for reader in (self.metrics, self._tracing) if reader is not None]),
             hooks=hooks,
         )
-        limits = _limits(config)
         preprocessor = Preprocessor(
-            model=self.model, limits=limits, sentences=sentence_config, tokenizer=self.tokenizer
+            model=model, limits=_limits(config), sentences=found.sentences, tokenizer=self.tokenizer
         )
-        self._service = EmbeddingService(
+        service = EmbeddingService(
             preprocessor=preprocessor,
             tokenizer=self.tokenizer,
             batcher=self.batcher,
-            model=self.model,
+            model=model,
             sharing=self._sharing,
             info=info_of(
-                self.model,
-                limits=limits,
-                devices=devices,
-                dtype=dtype,
-                sentence_config=sentence_config,
+                model,
+                limits=_limits(dataclasses.replace(self._config, max_call_output_bytes=config.max_call_output_bytes)),
+                devices=found.devices,
+                dtype=found.dtype,
+                sentence_config=found.sentences,
                 batch_invariant=all(one.batch_invariant for one in encoders),
+                process_count=config.processes,
+                process=process,
             ),
             lookahead_tokens=batch_tokens * (self.batcher.instance_count + 1),
             admission=self._admission,
         )
-        self._handlers = {wire.SERVICE_NAME: self._service.handler()}
+        self._handlers = {wire.SERVICE_NAME: service.handler()}
         if config.kserve:
-            service = kserve.Service(
-                model=self.model,
-                sentences=sentence_config,
-                preprocessor=preprocessor,
-                batcher=self.batcher,
-                stopping=self._admission.closed,
-            )
-            self._handlers[kserve.SERVICE_NAME] = handler(kserve.SERVICE_NAME, service, self._admission)
-        self._http = self._make_http(preprocessor, sentence_config, hooks) if config.http_port >= 0 else None
-        _timed("warmed the engine", self._warm)
+            self._add_kserve(preprocessor)
+        if config.http_port >= 0:
+            self._http = self._make_http(preprocessor, hooks)
+        timed("warmed the engine", self._warm)
 
     async def serve(
         self,
@@ -243,12 +210,14 @@ class App:
             stop_signal: Returns what is done when the server is to stop.
 
         Raises:
-            ConfigError: if the address cannot be listened on.
+            CheckpointError: if the weights do not fit the configuration, and `prepare` was not called.
+            ConfigError: if the address cannot be listened on; without `prepare` also as that raises it.
             EngineLostError: if no instance is left.
         """
+        self.prepare()
         config = self._config
-        endpoint = self._show_metrics()
-        server = self._listener.make_server(self._metrics or NoHooks())
+        self._show_metrics()
+        server = self._listener.make_server(self.metrics or NoHooks())
         server.add_generic_rpc_handlers(tuple(self._handlers.values()))
         health = add_standard_services(server, *self._handlers) if standard_services else HealthService(())
         try:
@@ -278,8 +247,8 @@ class App:
             end_watches=health.end_watches,
             grace_s=config.grace_s,
         )
-        if endpoint:
-            endpoint.close()
+        if self._endpoint:
+            self._endpoint.close()
         if self._tracing:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(asyncio.to_thread(self._tracing.close), _LAST_SPANS_S)
@@ -287,14 +256,48 @@ class App:
             raise EngineLostError("the engine has failed, the log says how; start the server again")
         log.info("stopped")
 
-    def _make_http(self, preprocessor: Preprocessor, sentences: SentenceConfig, hooks: Hooks) -> HttpServer:
+    def _make_metrics(self, batch_tokens: int) -> Metrics:
+        config = self._share
+        methods = wire.RPC_NAMES
+        if config.kserve:
+            from layertap_server.compat import kserve
+
+            methods += (*kserve.UNARY, *kserve.STREAMS)
+        if config.http_port >= 0:
+            from layertap_server.compat import openai
+
+            methods += openai.METHODS
+        return Metrics(
+            Server(
+                version=layertap.__version__,
+                model_id=self.model.model_id,
+                fingerprint=self.model.fingerprint,
+                methods=methods,
+                max_batch_tokens=batch_tokens,
+                max_output_bytes=config.max_output_bytes,
+            )
+        )
+
+    def _add_kserve(self, preprocessor: Preprocessor) -> None:
+        from layertap_server.compat import kserve
+
+        service = kserve.Service(
+            model=self.model,
+            sentences=self._found.sentences,
+            preprocessor=preprocessor,
+            batcher=self.batcher,
+            stopping=self._admission.closed,
+        )
+        self._handlers[kserve.SERVICE_NAME] = handler(kserve.SERVICE_NAME, service, self._admission)
+
+    def _make_http(self, preprocessor: Preprocessor, hooks: Hooks) -> HttpServer:
         from layertap_server.compat.http import HttpServer
         from layertap_server.compat.openai import OpenAI
 
-        config = self._config
+        config = self._share
         api = OpenAI(
             model=self.model,
-            sentences=sentences,
+            sentences=self._found.sentences,
             preprocessor=preprocessor,
             batcher=self.batcher,
             admit=self._admission.call,
@@ -307,6 +310,7 @@ class App:
                 api.answer,
                 host=config.host,
                 port=config.http_port,
+                shares_port=config.processes > 1,
                 context=self._listener.http_context(),
                 max_connection_count=config.max_connection_count,
                 stall_timeout_s=config.stall_timeout_s,
@@ -317,29 +321,22 @@ class App:
     async def _start_http(self) -> None:
         if self._http is None:
             return
-        config = self._config
         try:
             self.http_url = await self._http.start()
         except OSError as exc:
             raise ConfigError(
-                f"cannot listen on {config.host} for HTTP: {exc.strerror or exc}; try --http-port 0"
+                f"cannot listen on {self._config.host} for HTTP: {exc.strerror or exc}; try --http-port 0"
             ) from exc
         log.info("layertap-server listens for HTTP", extra={"fields": {"address": self.http_url}})
 
-    def _show_metrics(self) -> Endpoint | None:
-        if self._metrics is None:
-            return None
+    def _show_metrics(self) -> None:
+        if self.metrics is None:
+            return
+        self.metrics.follow(self._state)
         config = self._config
-        self._metrics.follow(self._state)
-        try:
-            endpoint = self._metrics.serve(config.metrics_host, config.metrics_port)
-        except OSError as exc:
-            raise ConfigError(
-                f"cannot show metrics on {config.metrics_host}:{config.metrics_port}: {exc.strerror or exc}; "
-                "is the port taken? try --metrics-port 0"
-            ) from exc
-        self.metrics_url = endpoint.url
-        return endpoint
+        if config.processes == 1:  # Else the sums of all processes are shown by the process that started them.
+            self._endpoint = open_endpoint(self.metrics.registry, config)
+            self.metrics_url = self._endpoint.url
 
     def _state(self) -> State:
         batcher = self.batcher
@@ -386,10 +383,3 @@ def _tracing() -> Tracing:
     except ModuleNotFoundError as exc:
         raise ConfigError(f"--traces otlp needs packages ({exc.name}): pip install 'layertap[server,otel]'") from exc
     return Tracing(otlp_provider(layertap.__version__))
-
-
-def _timed(what: str, work: Callable[[], T]) -> T:
-    started = time.monotonic()
-    result = work()
-    log.info("%s in %.2f s", what, time.monotonic() - started)
-    return result

@@ -18,10 +18,12 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final, NoReturn
 
 import layertap
+from layertap import wire
 from layertap.errors import printable
 from layertap_server import signals
 from layertap_server.config import Config, ConfigError, flag, variable
 from layertap_server.observability import log_format
+from layertap_server.observability.bounded_streams import bounded_streams
 
 if TYPE_CHECKING:
     from layertap_server.app import App
@@ -61,41 +63,52 @@ def main(argv: Sequence[str] | None = None) -> int:
         config = parse(argv, os.environ)
     except ConfigError as exc:
         return _fail(str(exc))
-    log_format.set_up(level=config.log_level, form=config.log_format)
+    log_format.set_up(level=config.log_level, form=config.log_format, process=None if config.processes == 1 else 0)
     # gRPC's C core would add lines of its own to ours; what it has to say comes back as errors.
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     try:
         from layertap_server.listening import open_listener
 
         listener = open_listener(config)
-        # Only now, since it imports torch, which takes seconds: a wrong address is refused at once.
-        from layertap_server.app import App
     except ConfigError as exc:
         return _fail(str(exc))
     except ModuleNotFoundError as exc:
         return _fail(_EXTRA_MISSING.format(name=exc.name))
-    return run(config, functools.partial(App, listener=listener))
+
+    def make_app(config: Config) -> App:
+        # Only now, since it imports torch, which takes seconds: a wrong address is refused at once.
+        from layertap_server.app import App
+
+        return App(config, listener=listener if config.processes == 1 else None)
+
+    return run(config, make_app)
 
 
 def run(config: Config, make_app: Callable[[Config], App]) -> int:
-    """Serves until a signal stops the server, then ends the process: with 0, or with 1 if the engine has failed.
+    """Serves until a signal stops the server, then ends the process: with 0, or with 1 if the server has failed.
 
     Returns:
         The exit code 2, if the server cannot start.
 
     Args:
         config: Every knob.
-        make_app: What makes a server of them.
+        make_app: What makes a server of them, or each process of it.
     """
-    from layertap import wire
-    from layertap_server.app import EngineLostError
-    from layertap_server.model.checkpoint import CheckpointError
-
     wire.keep_pages()
     sys.setswitchinterval(_SWITCH_INTERVAL_S)
+    if config.processes > 1:
+        return _run_processes(config, make_app)
+    with bounded_streams():
+        return _run_here(config, make_app)
+
+
+def _run_here(config: Config, make_app: Callable[[Config], App]) -> int:
+    from layertap_server.model.files import CheckpointError
+
     server = None
     try:
         server = make_app(config)
+        server.prepare()
         gc.collect()
         gc.freeze()  # What is there now stays; looking through it for garbage would hold up every thread.
         # Not asyncio.run, which would wait for threads after the server has stopped.
@@ -104,15 +117,41 @@ def run(config: Config, make_app: Callable[[Config], App]) -> int:
         )
     except (ConfigError, CheckpointError) as exc:
         return _fail(str(exc))
-    except EngineLostError as exc:
-        _fail(str(exc))
-        signals.leave(1)
-    except Exception:
-        if server is None:
+    except ModuleNotFoundError as exc:
+        if server is not None:
             raise
-        traceback.print_exc()
+        return _fail(_EXTRA_MISSING.format(name=exc.name))
+    except Exception as exc:
+        from layertap_server.app import EngineLostError
+
+        if isinstance(exc, EngineLostError):
+            _fail(str(exc))
+        elif server is None:
+            raise
+        else:
+            traceback.print_exc()
         signals.leave(1)
     signals.leave(0)
+
+
+def _run_processes(config: Config, make_app: Callable[[Config], App]) -> int:
+    from layertap_server.processes import launch
+
+    def load(config: Config) -> App:
+        from layertap_server.model.files import CheckpointError
+
+        try:
+            return make_app(config)
+        except CheckpointError as exc:
+            raise ConfigError(str(exc)) from exc
+        except ModuleNotFoundError as exc:
+            raise ConfigError(_EXTRA_MISSING.format(name=exc.name)) from exc
+
+    try:
+        code = launch.run(config, load, _announce)
+    except ConfigError as exc:
+        return _fail(str(exc))
+    signals.leave(code)
 
 
 def _parity(argv: Sequence[str]) -> int:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import ipaddress
+import sys
 from typing import Any
 
 
@@ -24,11 +25,16 @@ def _knob(
     choices: tuple[str, ...] = (),
     least: float | None = None,
     most: float | None = None,
+    shared: bool = False,
 ) -> Any:
-    """Returns a field; the largest value of one with a unit is, unless stated, a day or 1 << 40."""
+    """Returns a field; the largest value of one with a unit is, unless stated, a day or 1 << 40.
+
+    A shared one is of the whole server: each of several processes gets its part of it.
+    """
     if unit and most is None:
         most = 86_400 if unit == "seconds" else 1 << 40
     metadata = {"reason": reason, "group": group, "unit": unit, "choices": choices, "least": least, "most": most}
+    metadata["shared"] = shared
     return dataclasses.field(default=default, metadata=metadata)
 
 
@@ -68,13 +74,23 @@ class Config:
         choices=("float32", "auto", "bfloat16", "float16"),
     )
     instances: int = _device(
-        0, "Engine threads on the CPU. 0: one for each core; cuda has two for each device.", least=0, most=1024
+        0,
+        "Engine threads of each process on the CPU. 0: one for each core; cuda has two for each device.",
+        least=0,
+        most=1024,
     )
     instance_threads: int = _device(
         0,
         "CPU threads each instance computes with; one where more change the bits. 0: the cores, shared out.",
         least=0,
         most=1024,
+    )
+    processes: int = _device(
+        1,
+        "Processes that listen on one port, each with its own instances and its share of the cores. Limits of the "
+        "whole server are shared out to them. More than one needs Linux and an address that is no unix socket.",
+        least=1,
+        most=256,
     )
     host: str = _listening(
         "127.0.0.1",
@@ -150,18 +166,21 @@ class Config:
         least=1,
     )
     max_queue_text_count: int = _batching(
-        8192, "Texts that may wait; above it callers are refused at once.", unit="texts", least=1
+        8192, "Texts that may wait; above it callers are refused at once.", unit="texts", least=1, shared=True
     )
-    max_queue_token_count: int = _batching(1 << 20, "Tokens that may wait, likewise.", unit="tokens", least=1)
+    max_queue_token_count: int = _batching(
+        1 << 20, "Tokens that may wait, likewise.", unit="tokens", least=1, shared=True
+    )
     max_queue_bytes: int = _batching(
         256 << 20,
         "What the requests of calls under way take, with all that is made of them; above it callers are refused at "
         "once, and streams wait.",
         unit="bytes",
         least=1 << 16,
+        shared=True,
     )
     max_output_bytes: int = _memory(
-        512 << 20, "Computed but unsent tensors, all calls together.", unit="bytes", least=1
+        512 << 20, "Computed but unsent tensors, all calls together.", unit="bytes", least=1, shared=True
     )
     max_call_output_bytes: int = _memory(128 << 20, "Computed but unsent tensors of one call.", unit="bytes", least=1)
     shared_memory_bytes: int = _memory(
@@ -172,11 +191,23 @@ class Config:
         least=0,
     )
     max_shared_memory_call_count: int = _memory(
-        16, "Clients that memory is shared with at once; the others get bytes.", unit="calls", least=1, most=100_000
+        16,
+        "Clients that memory is shared with at once; the others get bytes.",
+        unit="calls",
+        least=1,
+        most=100_000,
+        shared=True,
     )
-    max_concurrent_call_count: int = _batching(256, "Calls under way at once.", unit="calls", least=1, most=1_000_000)
+    max_concurrent_call_count: int = _batching(
+        256, "Calls under way at once.", unit="calls", least=1, most=1_000_000, shared=True
+    )
     max_connection_count: int = _listening(
-        256, "Connections at once; more are closed as they come.", unit="connections", least=1, most=1_000_000
+        256,
+        "Connections at once; more are closed as they come.",
+        unit="connections",
+        least=1,
+        most=1_000_000,
+        shared=True,
     )
     grace_s: float = _stopping(
         30.0, "How long running calls may take to finish after SIGTERM.", unit="seconds", least=0
@@ -233,6 +264,26 @@ class Config:
         "text", "text is for people; json is one object a line, for programs.", choices=("text", "json")
     )
 
+    @property
+    def share(self) -> Config:
+        """What each process gets of these settings.
+
+        Raises:
+            ConfigError: if that is too little for one full request.
+        """
+        if self.processes == 1:
+            return self
+        parts = {
+            field.name: getattr(self, field.name) // self.processes
+            for field in dataclasses.fields(self)
+            if field.metadata["shared"]
+        }
+        parts["max_call_output_bytes"] = min(self.max_call_output_bytes, parts["max_output_bytes"])
+        try:
+            return dataclasses.replace(self, **parts)
+        except ConfigError as exc:
+            raise ConfigError(f"shared out to {self.processes} processes, {exc}") from exc
+
     def __post_init__(self) -> None:
         """Checks every knob.
 
@@ -276,6 +327,13 @@ class Config:
             return False
 
     def _check_listening(self) -> None:
+        if self.processes > 1 and self.host.startswith(("unix:", "unix-abstract:")):
+            raise ConfigError(
+                f"--processes is {self.processes}, but --host is a unix socket, on which gRPC listens in one process "
+                "only; give --host an address such as 127.0.0.1, or leave --processes out"
+            )
+        if self.processes > 1 and sys.platform != "linux":
+            raise ConfigError(f"--processes is {self.processes}, but only Linux shares a port fairly; leave it out")
         if self.http_port >= 0 and self.host.startswith(("unix:", "unix-abstract:")):
             raise ConfigError("--http-port is given, but --host is a unix socket; give --host an address")
         if bool(self.tls_cert) != bool(self.tls_key):
@@ -297,8 +355,9 @@ class Config:
         """
         for name in ("max_output_bytes", "max_call_output_bytes"):
             if getattr(self, name) < longest_text_bytes:
+                shared = f"shared out to {self.processes} processes, " if self.processes > 1 else ""
                 raise ConfigError(
-                    f"{flag(name)} is {getattr(self, name)}, "
+                    f"{shared}{flag(name)} is {getattr(self, name)}, "
                     f"but one longest text with all layers takes {longest_text_bytes}; raise it"
                 )
 

@@ -24,19 +24,24 @@ _WATCH_S: Final = 1.0
 """How often the instances are checked."""
 
 
-def stop_signal() -> asyncio.Future[None]:
-    """Returns a future that is done at the first signal that stops the server; the next one ends the process at once.
+def stop_signal(*, once: bool = True) -> asyncio.Future[None]:
+    """Returns a future that is done at the first signal that stops the server.
 
     Signals are caught from the call on.
+
+    Args:
+        once: Whether the next one ends the process at once; else it has no effect.
     """
     loop = asyncio.get_running_loop()
     received = loop.create_future()
 
     def stop() -> None:
-        for number in numbers:
-            loop.remove_signal_handler(number)
-        signals.install()
-        received.set_result(None)
+        if once:
+            for number in numbers:
+                loop.remove_signal_handler(number)
+            signals.install()
+        if not received.done():
+            received.set_result(None)
 
     numbers = signals.stopping()
     for number in numbers:

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+from typing import TYPE_CHECKING
 
 from layertap_server.config import Config, ConfigError
 from layertap_server.rpc.server import Listener, ListenError, ListenSettings, check_port
+
+if TYPE_CHECKING:
+    from layertap_server.observability.metrics import Endpoint, Registry
 
 
 def open_listener(config: Config) -> Listener:
@@ -28,7 +32,29 @@ def open_listener(config: Config) -> Listener:
     return listener
 
 
+def open_endpoint(registry: Registry, config: Config) -> Endpoint:
+    """Shows metrics where the settings say.
+
+    Args:
+        registry: The metrics.
+        config: Every knob.
+
+    Raises:
+        ConfigError: if the address cannot be listened on.
+    """
+    from layertap_server.observability.metrics import Endpoint
+
+    try:
+        return Endpoint(registry, config.metrics_host, config.metrics_port)
+    except OSError as exc:
+        raise ConfigError(
+            f"cannot show metrics on {config.metrics_host}:{config.metrics_port}: {exc.strerror or exc}; "
+            "is the port taken? try --metrics-port 0"
+        ) from exc
+
+
 def listen_settings(config: Config) -> ListenSettings:
     """Returns how a server with these settings listens."""
     names = {field.name for field in dataclasses.fields(ListenSettings)}
-    return ListenSettings(**{name: getattr(config, name) for name in names})
+    share = config.share
+    return ListenSettings(**{name: getattr(share, name) for name in names})

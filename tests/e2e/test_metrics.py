@@ -25,7 +25,7 @@ from layertap._protocol.options import embed_options
 from layertap._protocol.requests import SERVICE
 from layertap.v1 import embedding_pb2 as pb
 from layertap_server.observability.call_log import CallLog
-from layertap_server.observability.metrics import Metrics
+from layertap_server.observability.metrics import Endpoint, Metrics
 from layertap_server.observability.metrics import Server as Facts
 
 WAIT_S = 30.0
@@ -305,7 +305,7 @@ def test_a_closed_endpoint_listens_no_more_and_leaves_no_thread() -> None:
     metrics = Metrics(facts)
     call_log = CallLog([metrics])
     call_log.close(call_log.open("Embed", client="me", metadata={}))
-    endpoint = metrics.serve("127.0.0.1", 0)
+    endpoint = Endpoint(metrics.registry, "127.0.0.1", 0)
     assert Exposed(endpoint.url)("request_handled_total", method="Embed", code="OK") == 1
     endpoint.close()
     with pytest.raises(urllib.error.URLError):

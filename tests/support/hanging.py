@@ -20,6 +20,9 @@ class HangingApp:
     def __init__(self, config: Config) -> None:
         self._executor = concurrent.futures.ThreadPoolExecutor(1)
 
+    def prepare(self) -> None:
+        pass
+
     async def serve(self, *, ready: Callable[[str], None]) -> None:
         asyncio.get_running_loop().run_in_executor(None, threading.Event().wait)
         self._executor.submit(threading.Event().wait)

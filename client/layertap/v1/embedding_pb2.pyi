@@ -359,6 +359,8 @@ class GetModelInfoResponse(_message.Message):
     PADDING_SIDE_FIELD_NUMBER: _builtins.int
     SPECIAL_TOKENS_FIELD_NUMBER: _builtins.int
     HAS_TOKEN_TYPE_IDS_FIELD_NUMBER: _builtins.int
+    PROCESS_COUNT_FIELD_NUMBER: _builtins.int
+    PROCESS_NUMBER_FIELD_NUMBER: _builtins.int
     model_id: _builtins.str
     """The name of the model; never a path."""
     fingerprint: _builtins.str
@@ -405,6 +407,14 @@ class GetModelInfoResponse(_message.Message):
     has_token_type_ids: _builtins.bool
     """Whether the tokenizer's configuration has token_type_ids among its
     model_input_names. False: the token types of strings, pairs and words are all 0.
+    """
+    process_count: _builtins.int
+    """How many processes of the server listen at its address. Each connection belongs to
+    one of them; calls over several connections use several.
+    """
+    process_number: _builtins.int
+    """Which of them has answered, from 1 to process_count: the only field in which the
+    answers of one server differ.
     """
     @_builtins.property
     def devices(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
@@ -457,10 +467,12 @@ class GetModelInfoResponse(_message.Message):
         padding_side: Global___PaddingSide.ValueType = ...,
         special_tokens: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
         has_token_type_ids: _builtins.bool = ...,
+        process_count: _builtins.int = ...,
+        process_number: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["limits", b"limits", "sentence_config", b"sentence_config"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attention_head_count", b"attention_head_count", "batch_invariant", b"batch_invariant", "compute_dtype", b"compute_dtype", "default_max_length", b"default_max_length", "devices", b"devices", "fingerprint", b"fingerprint", "has_pooler_output", b"has_pooler_output", "has_token_type_ids", b"has_token_type_ids", "hidden_size", b"hidden_size", "layer_count", b"layer_count", "limits", b"limits", "max_length", b"max_length", "model_id", b"model_id", "model_type", b"model_type", "pad_token_id", b"pad_token_id", "padding_side", b"padding_side", "sentence_config", b"sentence_config", "server_version", b"server_version", "special_token_ids", b"special_token_ids", "special_tokens", b"special_tokens", "type_vocab_size", b"type_vocab_size", "vocab_size", b"vocab_size"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attention_head_count", b"attention_head_count", "batch_invariant", b"batch_invariant", "compute_dtype", b"compute_dtype", "default_max_length", b"default_max_length", "devices", b"devices", "fingerprint", b"fingerprint", "has_pooler_output", b"has_pooler_output", "has_token_type_ids", b"has_token_type_ids", "hidden_size", b"hidden_size", "layer_count", b"layer_count", "limits", b"limits", "max_length", b"max_length", "model_id", b"model_id", "model_type", b"model_type", "pad_token_id", b"pad_token_id", "padding_side", b"padding_side", "process_count", b"process_count", "process_number", b"process_number", "sentence_config", b"sentence_config", "server_version", b"server_version", "special_token_ids", b"special_token_ids", "special_tokens", b"special_tokens", "type_vocab_size", b"type_vocab_size", "vocab_size", b"vocab_size"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -2036,7 +2048,9 @@ class Limits(_message.Message):
     max_frame_bytes: _builtins.int
     """Bytes of one streamed message."""
     max_queue_text_count: _builtins.int
-    """Texts waiting in the queue."""
+    """Texts waiting in the queue. This and all that is said of all calls together is of the
+    whole server, and shared out to its processes where it has several.
+    """
     max_queue_token_count: _builtins.int
     """Tokens waiting in the queue."""
     max_output_bytes: _builtins.int

@@ -200,6 +200,7 @@ class HttpServer:
         handle: Answers one request; raises nothing but CancelledError.
         host: A host name or an address.
         port: The port; 0: any free one.
+        shares_port: Whether other processes listen on it too.
         context: Its TLS. None: plaintext.
         max_connection_count: How many connections there may be at once.
         stall_timeout_s: How long a connection may be without a request, or a part of an answer unread, in seconds.
@@ -211,12 +212,13 @@ class HttpServer:
         *,
         host: str,
         port: int,
+        shares_port: bool,
         context: ssl.SSLContext | None,
         max_connection_count: int,
         stall_timeout_s: float,
     ) -> None:
         self._handle = handle
-        self._host, self._port = host.strip("[]"), port
+        self._host, self._port, self._shares_port = host.strip("[]"), port, shares_port
         self._context = context
         self._stall_timeout_s = stall_timeout_s
         self._state = ServerState()
@@ -248,7 +250,7 @@ class HttpServer:
             OSError: if the address cannot be listened on.
         """
         loop = asyncio.get_running_loop()
-        sockets = _listening(self._host, self._port)
+        sockets = _listening(self._host, self._port, shares_port=self._shares_port)
         for one in sockets:
             server = await loop.create_server(
                 self._connect,
@@ -295,14 +297,16 @@ class HttpServer:
                 await connection.cut()
 
 
-def _listening(host: str, port: int) -> list[socket.socket]:
+def _listening(host: str, port: int, *, shares_port: bool) -> list[socket.socket]:
     """Returns a socket for each address of a host, all on one port."""
     found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
     sockets: list[socket.socket] = []
     try:
         for family, address in dict.fromkeys((family, str(where[0])) for family, _, _, _, where in found):
             both = family == socket.AF_INET6 and address == "::" and socket.has_dualstack_ipv6()
-            sockets.append(socket.create_server((address, port), family=family, dualstack_ipv6=both))
+            sockets.append(
+                socket.create_server((address, port), family=family, reuse_port=shares_port, dualstack_ipv6=both)
+            )
             port = sockets[0].getsockname()[1]
     except OSError:
         for one in sockets:

@@ -27,7 +27,7 @@ from layertap_server.engine.device_attention import DeviceAttention
 from layertap_server.engine.device_steps import Steps, device_steps, plain_steps
 from layertap_server.engine.embeddings import Embeddings
 from layertap_server.engine.graphs import GraphInput, Graphs, Pass
-from layertap_server.engine.invariance import NO_PADDING, Invariance, Probe, Rowwise
+from layertap_server.engine.invariance import NO_PADDING, Invariance, Probe, Rowwise, RunProbe, run_here
 from layertap_server.engine.linear import Linears, dense
 from layertap_server.engine.packing import PackedBatch
 from layertap_server.engine.runtime import Runtime
@@ -97,6 +97,7 @@ class Bert:
         packing: bool | None = None,
         thread_count: int = 1,
         max_thread_count: int = 1,
+        run_probe: RunProbe = run_here,
     ) -> None:
         """Moves the weights to the device, taking each out of `weights`, and probes for batch invariance.
 
@@ -110,6 +111,7 @@ class Bert:
             packing: Whether weights are laid out for oneDNN; None: if it pays.
             thread_count: CPU threads of each instance.
             max_thread_count: CPU threads that a lone caller should get.
+            run_probe: Runs the probe for batch invariance, which starts threads.
 
         Raises:
             CheckpointError: if a weight is missing or has another shape, or the activation is unknown.
@@ -184,7 +186,7 @@ class Bert:
         )
         # The probe computes rows as it pads them itself.
         self.invariance = Invariance(padding=NO_PADDING, holds=False, thread_count=1, max_thread_count=1)
-        self.invariance = self._probe(thread_count, max_thread_count)
+        self.invariance = run_probe(lambda: self._probe(thread_count, max_thread_count))
 
     @property
     def has_pooler(self) -> bool:

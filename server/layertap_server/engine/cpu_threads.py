@@ -45,14 +45,15 @@ class CpuThreads:
     lone_thread_count: int
 
 
-def share(*, instance_count: int = 0, thread_count: int = 0) -> CpuThreads:
-    """Returns how the cores are shared.
+def share(*, instance_count: int = 0, thread_count: int = 0, process_count: int = 1) -> CpuThreads:
+    """Returns how the cores of one process are shared.
 
     Args:
         instance_count: Instances on the CPU; 0 chooses by the number of cores.
         thread_count: Threads of each instance; 0 shares the cores between the instances.
+        process_count: Processes that share the cores of the machine.
     """
-    cores = len(os.sched_getaffinity(0))
+    cores = max(1, len(os.sched_getaffinity(0)) // process_count)
     instance_count = instance_count or min(cores, _MAX_CPU_INSTANCES)
     thread_count = thread_count or max(1, cores // instance_count)
     return CpuThreads(

@@ -22,6 +22,7 @@ from layertap_server.engine.bert import Bert
 from layertap_server.engine.device import memory as device_memory
 from layertap_server.engine.device import named_errors
 from layertap_server.engine.host_copy import DTYPES, ChosenRows, HostCopy
+from layertap_server.engine.invariance import RunProbe, run_here
 from layertap_server.engine.layer_mix import Mixes
 from layertap_server.engine.output_groups import OutputGroup, output_groups, wanted_layers
 from layertap_server.engine.packing import PackedBatch
@@ -55,6 +56,7 @@ class Encoder:
         packing: bool | None = None,
         thread_count: int = 1,
         max_thread_count: int = 1,
+        run_probe: RunProbe = run_here,
     ) -> None:
         """Loads the weights.
 
@@ -68,6 +70,7 @@ class Encoder:
             packing: Whether weights are laid out for oneDNN on the CPU; None: if it pays.
             thread_count: CPU threads of each instance; see `use_threads`.
             max_thread_count: CPU threads that a lone caller should get.
+            run_probe: Runs the probe for batch invariance, which starts threads.
 
         Raises:
             CheckpointError: if the weights do not fit the configuration.
@@ -93,6 +96,7 @@ class Encoder:
                 packing=packing,
                 thread_count=thread_count,
                 max_thread_count=max_thread_count,
+                run_probe=run_probe,
             )
         if runtime is not None:
             runtime.reached().synchronize()  # Other streams do not wait for this thread's.

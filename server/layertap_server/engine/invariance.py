@@ -72,6 +72,15 @@ class Invariance:
     max_thread_count: int
 
 
+RunProbe = Callable[[Callable[[], Invariance]], Invariance]
+"""Runs a probe, here or in another process with the same weights."""
+
+
+def run_here(probe: Callable[[], Invariance]) -> Invariance:
+    """Returns what a probe finds in this process."""
+    return probe()
+
+
 @dataclasses.dataclass(frozen=True, slots=True)
 class Rowwise:
     """A part of the model beside its blocks that computes each row by itself, such as its pooler.

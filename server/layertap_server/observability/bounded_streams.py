@@ -117,18 +117,21 @@ def dropped_line_count() -> int:
     return sum(one.dropped_line_count for one in streams if isinstance(one, BoundedStream))
 
 
-@contextlib.contextmanager
-def bounded_streams() -> Iterator[None]:
-    """Replaces standard output and standard error in a `with` block.
+def open_descriptors() -> None:
+    """Makes standard streams that are closed the null device.
 
-    Standard streams that are closed become the null device, or the next file or connection would get their number and
-    what is printed.
+    Else the next file or connection would get their number, and what is printed.
     """
     for descriptor in range(3):
         try:
             os.fstat(descriptor)
         except OSError:
             os.open(os.devnull, os.O_RDWR)
+
+
+@contextlib.contextmanager
+def bounded_streams() -> Iterator[None]:
+    """Replaces standard output and standard error in a `with` block."""
     before = sys.stdout, sys.stderr
     bounded = BoundedStream(1), BoundedStream(2)
     sys.stdout, sys.stderr = bounded

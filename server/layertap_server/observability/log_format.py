@@ -18,7 +18,7 @@ import time
 import traceback
 from collections.abc import Callable
 from pathlib import PurePath
-from typing import Any, Final
+from typing import Any, Final, TextIO
 
 from layertap.errors import printable
 
@@ -34,19 +34,35 @@ _SECRET_LOGGERS: Final = ("grpc", "opentelemetry.util")
 """The loggers whose messages may have metadata in them; opentelemetry.util's have OTEL_EXPORTER_OTLP_HEADERS."""
 
 
-def set_up(*, level: str, form: str) -> None:
+def set_up(*, level: str, form: str, process: int | None = None) -> None:
     """Sends all that is logged to stderr.
 
     Args:
         level: The least that is shown: "debug", "info", "warning" or "error".
         form: "text" or "json".
+        process: Which process of the server this is, for each line; None: it has only one.
     """
-    handler = logging.StreamHandler(sys.stderr)
+    handler = StandardErrorHandler()
     handler.setFormatter(JsonFormatter() if form == "json" else TextFormatter())
+    if process is not None:
+        handler.addFilter(ProcessFilter(process))
     handler.addFilter(SecretFilter())
     handler.addFilter(PeerFilter())
-    logging.basicConfig(level=level.upper(), handlers=[handler])
+    logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
     logging.captureWarnings(True)
+
+
+class StandardErrorHandler(logging.StreamHandler[TextIO]):
+    """Writes to what is `sys.stderr` at the time, which is replaced once the process needs no forks any more."""
+
+    @property
+    def stream(self) -> TextIO:
+        """Standard error."""
+        return sys.stderr
+
+    @stream.setter
+    def stream(self, value: TextIO) -> None:
+        """Does nothing."""
 
 
 class SecretFilter(logging.Filter):
@@ -60,6 +76,19 @@ class SecretFilter(logging.Filter):
             return False
         record.msg, record.args = f"{record.name} reports a fault{_where(record)}", ()
         record.exc_info = record.exc_text = record.stack_info = None
+        return True
+
+
+class ProcessFilter(logging.Filter):
+    """Adds the number of the process to the fields of each record."""
+
+    def __init__(self, process: int) -> None:
+        super().__init__()
+        self._process = process
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Changes the record; leaves none out."""
+        record.fields = {"process": self._process, **getattr(record, "fields", {})}
         return True
 
 

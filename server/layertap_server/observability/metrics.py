@@ -18,8 +18,11 @@ from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
 from layertap_server.observability.call_log import Record
+from layertap_server.observability.metrics_sum import Snapshot
 from layertap_server.scheduler.call import BatchPart
 from layertap_server.scheduler.hooks import REASONS
+
+Registry = prometheus_client.CollectorRegistry
 
 _DURATIONS_S: Final = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 _COUNTS: Final = tuple(2**n for n in range(12))
@@ -124,13 +127,17 @@ class Metrics:
         self._following = True
         self.registry.register(_States(state, self._max_output_bytes))
 
-    def serve(self, host: str, port: int) -> Endpoint:
-        """Serves the metrics over HTTP, in threads of their own.
-
-        Raises:
-            OSError: if the address cannot be listened on.
-        """
-        return Endpoint(self.registry, host, port)
+    def snapshot(self) -> Snapshot:
+        """Returns what is counted now, for another process to sum."""
+        return [
+            (
+                one.name,
+                one.documentation,
+                one.type,
+                [(sample.name, sample.labels, sample.value) for sample in one.samples],
+            )
+            for one in self.registry.collect()
+        ]
 
     def started(self, record: Record) -> None:
         """See `call_log.Listener`."""
@@ -177,13 +184,13 @@ class Metrics:
 
 
 class Endpoint:
-    """The HTTP server of the metrics.
+    """The HTTP server of the metrics, in threads of its own.
 
     Attributes:
         url: Where it is.
     """
 
-    def __init__(self, registry: prometheus_client.CollectorRegistry, host: str, port: int) -> None:
+    def __init__(self, registry: Registry, host: str, port: int) -> None:
         """Listens.
 
         Raises:

@@ -22,6 +22,8 @@ def info_of(
     dtype: str,
     sentence_config: SentenceConfig,
     batch_invariant: bool,
+    process_count: int,
+    process: int,
 ) -> bytes:
     """Returns the answer to GetModelInfo, serialized.
 
@@ -51,6 +53,8 @@ def info_of(
         padding_side=wire.PADDING_SIDES[model.padding_side],
         special_tokens=model.special_tokens,
         has_token_type_ids=model.has_token_type_ids,
+        process_count=process_count,
+        process_number=process,
     ).SerializeToString()
     if len(answer) > limits.max_response_bytes:
         raise CheckpointError(

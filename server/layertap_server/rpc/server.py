@@ -47,6 +47,7 @@ class ListenSettings:
     Attributes:
         host: A host name, an IPv4 or IPv6 address (with or without brackets), `unix:/path` or `unix-abstract:name`.
         port: The port; 0: any free one.
+        processes: How many processes listen on it.
         is_local: Whether only this host can reach the address.
         tls_cert: The path of the certificate in PEM; empty: plaintext.
         tls_key: The path of its key in PEM.
@@ -63,6 +64,7 @@ class ListenSettings:
 
     host: str
     port: int
+    processes: int
     is_local: bool
     tls_cert: str
     tls_key: str
@@ -100,7 +102,7 @@ class Listener:
         self._credentials = self._read_tls(tls.credentials)
         if settings.is_unix:
             _free_socket_file(settings.host)
-        else:
+        elif settings.processes == 1:
             check_port(settings.host, settings.port, flag="--port")
 
     @property
@@ -158,7 +160,7 @@ class Listener:
             else:
                 port = server.add_secure_port(address, self._credentials)
         except RuntimeError as exc:
-            if not settings.is_unix:
+            if not settings.is_unix and settings.processes == 1:
                 check_port(settings.host, settings.port, flag="--port")
             hint = "the path may be too long" if settings.is_unix else "the reason is unknown; try --port 0"
             raise ListenError(f"cannot listen on {address}: {hint}") from exc
@@ -258,8 +260,8 @@ def _options(settings: ListenSettings) -> list[tuple[str, int]]:
         # By its own measure of a fast connection gRPC would let a caller send 512 MiB to each call that reads nothing.
         ("grpc.http2.bdp_probe", 0),
         ("grpc.http2.lookahead_bytes", WINDOW_BYTES),
-        # Two servers on one port would share its callers in silence.
-        ("grpc.so_reuseport", 0),
+        # Two servers on one port would share its callers in silence; the processes of one server do so on purpose.
+        ("grpc.so_reuseport", int(settings.processes > 1)),
         ("grpc.keepalive_time_ms", int(settings.keepalive_time_s * 1000)),
         ("grpc.keepalive_timeout_ms", int(settings.keepalive_timeout_s * 1000)),
         ("grpc.http2.ping_timeout_ms", int(settings.keepalive_timeout_s * 1000)),

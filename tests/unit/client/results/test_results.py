@@ -88,6 +88,7 @@ INFO = ModelInfo(
     padding_side="right",
     special_tokens={"cls_token": 101},
     has_token_type_ids=True,
+    process_count=1,
     sentence_config=SentenceConfig(
         poolings=("mean",),
         normalize=True,

@@ -80,7 +80,8 @@ def test_a_descriptor_that_does_not_block_is_waited_for(pipe: tuple[int, int]) -
 def test_no_file_gets_the_number_of_a_stream_that_is_closed(closed: tuple[int, ...], tmp_path: Path) -> None:
     code = """
         import os, sys
-        from layertap_server.observability.bounded_streams import bounded_streams
+        from layertap_server.observability.bounded_streams import bounded_streams, open_descriptors
+        open_descriptors()
         with bounded_streams(), open(sys.argv[1], "w") as file:
             print("printed"), print("logged", file=sys.stderr)
             file.write(str(file.fileno()))

@@ -1,0 +1,141 @@
+"""A model on its way into a server: its files, its tokenizer, its devices, and the encoders that have its weights.
+
+With several processes all of this happens once, in the process that the others are forked from. So nothing here may
+leave a thread behind or touch a GPU there: what must do so runs in a child, and encoders of a GPU are made after the
+fork.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import time
+from collections.abc import Callable
+from typing import TypeVar
+
+from layertap_server.config import Config
+from layertap_server.engine import cpu_threads, device
+from layertap_server.engine.cpu_threads import CpuThreads
+from layertap_server.engine.encoder import Encoder
+from layertap_server.forked import in_child
+from layertap_server.model import checkpoint
+from layertap_server.model.checkpoint import Checkpoint
+from layertap_server.model.facts import ModelFacts
+from layertap_server.model.sentence_config import SentenceConfig
+from layertap_server.model.tokenizer import Tokenizer
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class FoundModel:
+    """A model that can be served, before its weights are read.
+
+    Attributes:
+        checkpoint: Its folder.
+        tokenizer: Its tokenizer.
+        sentences: What its folder says about sentences.
+        devices: Where to compute.
+        dtype: What to compute in.
+        fingerprint: Its fingerprint.
+        threads: How the cores of this process are shared.
+    """
+
+    checkpoint: Checkpoint
+    tokenizer: Tokenizer
+    sentences: SentenceConfig
+    devices: list[str]
+    dtype: str
+    fingerprint: str
+    threads: CpuThreads
+
+    @property
+    def on_cpu(self) -> bool:
+        """Whether the CPU computes."""
+        return self.devices == ["cpu"]
+
+    def encoders(self, make_encoder: Callable[..., Encoder], *, before_fork: bool) -> list[Encoder]:
+        """Reads the weights; returns an encoder for each device.
+
+        Args:
+            make_encoder: What makes an encoder of a checkpoint, a device and a dtype.
+            before_fork: Whether this process is to be forked.
+
+        Raises:
+            CheckpointError: if the weights do not fit the configuration.
+        """
+        probing = {"run_probe": in_child} if before_fork else {}
+        return timed(
+            f"loaded the weights on {', '.join(self.devices)}",
+            lambda: [
+                make_encoder(
+                    self.checkpoint,
+                    device=device,
+                    dtype=self.dtype,
+                    sentences=self.sentences,
+                    thread_count=self.threads.thread_count,
+                    max_thread_count=self.threads.lone_thread_count,
+                    **probing,
+                )
+                for device in self.devices
+            ],
+        )
+
+    def facts(self, *, has_pooler: bool) -> ModelFacts:
+        """Returns what requests need to know of it."""
+        return self.tokenizer.model_facts(self.checkpoint, fingerprint=self.fingerprint, has_pooler=has_pooler)
+
+
+def find_model(config: Config) -> FoundModel:
+    """Finds the model that the settings name.
+
+    Raises:
+        CheckpointError: if it cannot be served, or a device is not there.
+    """
+    found = timed(
+        "found the model",
+        lambda: checkpoint.find(
+            model_id=config.model_id,
+            revision=config.revision,
+            name=config.model_name,
+            load_format=config.load_format,
+            seed=config.seed,
+        ),
+    )
+    tokenizer = timed("loaded the tokenizer", lambda: Tokenizer(found.tokenizer_folder))
+    tokenizer.check_fits(found)
+
+    def choose() -> tuple[list[str], str]:
+        devices = device.devices(config.device)
+        return devices, device.compute_dtype(config.dtype, devices)
+
+    # A process that has asked for its GPUs cannot be forked any more.
+    devices, dtype = in_child(choose) if config.processes > 1 else choose()
+    sentences = tokenizer.sentence_config(found)
+    if sentences.unsupported:
+        log.warning("no sentence vectors with this model: %s", sentences.unsupported)
+    fingerprint = timed(
+        "took the fingerprint",
+        lambda: found.fingerprint(tokenizer=tokenizer.description, sentences=sentences.description, dtype=dtype),
+    )
+    return FoundModel(
+        checkpoint=found,
+        tokenizer=tokenizer,
+        sentences=sentences,
+        devices=devices,
+        dtype=dtype,
+        fingerprint=fingerprint,
+        threads=cpu_threads.share(
+            instance_count=config.instances, thread_count=config.instance_threads, process_count=config.processes
+        ),
+    )
+
+
+def timed(what: str, work: Callable[[], T]) -> T:
+    """Returns what some work returns, and logs how long it took."""
+    started = time.monotonic()
+    result = work()
+    log.info("%s in %.2f s", what, time.monotonic() - started)
+    return result

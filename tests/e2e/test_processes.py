@@ -1,0 +1,266 @@
+"""Servers of several processes: one address, one log, one set of metrics, and no call lost when one of them dies."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import signal
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from prometheus_client.parser import text_string_to_metric_families
+from support import Server, faulty, forks, poll, running
+from support.faulty import Demand
+
+from layertap import Client, UnavailableError
+from layertap_server.testing import ServerProcess, running_server
+
+WAIT_S = 60.0
+SERVING = health_pb2.HealthCheckResponse.SERVING
+SCRIPT = Path(faulty.__file__)
+
+
+@pytest.fixture(scope="module")
+def two(tiny_folder: Path) -> Iterator[Server]:
+    flags = ("--device", "cpu", "--model-id", str(tiny_folder), "--processes", "2", "--metrics-port", "0")
+    with running(*flags, "--log-format", "json", "--max-concurrent-call-count", "100") as server:
+        yield server
+
+
+@contextlib.contextmanager
+def connections(server: Server, count: int) -> Iterator[list[Client]]:
+    """Clients with a connection of their own each, which reach both processes."""
+    with contextlib.ExitStack() as stack:
+        options = [("grpc.use_local_subchannel_pool", 1)]
+        yield [
+            stack.enter_context(Client(server.address, options=[*options, ("layertap.test", n)])) for n in range(count)
+        ]
+
+
+def lines(server: Server) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in server.log.splitlines()]
+
+
+def members(server: ServerProcess) -> dict[int, int]:
+    """Returns the ids of the processes that serve, by their numbers."""
+    children = Path(f"/proc/{server.process.pid}/task/{server.process.pid}/children").read_text().split()
+    # The first is the process that the others are forked from.
+    return dict(enumerate(sorted(map(int, children))[1:], start=1))
+
+
+def metrics(url: str) -> dict[tuple[str, frozenset[tuple[str, str]]], float]:
+    with urllib.request.urlopen(url, timeout=WAIT_S) as answer:
+        families = text_string_to_metric_families(answer.read().decode())
+        return {(one.name, frozenset(one.labels.items())): one.value for family in families for one in family.samples}
+
+
+def metrics_url(server: Server) -> str:
+    assert server.process.stdout
+    line = server.process.stdout.readline().decode()
+    return line.rsplit(None, 1)[1]
+
+
+def test_all_processes_answer_alike_and_their_calls_are_one_log_and_one_sum(two: Server) -> None:
+    url = metrics_url(two)
+    with connections(two, 24) as clients:
+        found = [client.embed("I love Paris", layers="all", pooling="mean") for client in clients]
+        infos = [client.model_info() for client in clients]
+    for one in found:
+        for layer in one.layers:
+            assert one.hidden_states[layer].tobytes() == found[0].hidden_states[layer].tobytes()
+    assert all(info == infos[0] for info in infos)
+    assert infos[0].process_count == 2 and infos[0].limits.max_concurrent_call_count == 100
+    poll(lambda: sum(one.get("method") == "EmbedLayers" for one in lines(two)) == 24)
+    by_process = [one["process"] for one in lines(two) if one.get("method") == "EmbedLayers"]
+    assert set(by_process) == {1, 2}
+    assert {one["process"] for one in lines(two)} == {0, 1, 2}
+    sums = metrics(url)
+    started = ("layertap_request_started_total", frozenset({("method", "EmbedLayers")}))
+    assert sums[started] == 24
+    assert sums["layertap_serving", frozenset()] == 1
+    assert sums["layertap_processes_serving", frozenset()] == sums["layertap_processes", frozenset()] == 2
+    assert sums["layertap_output_limit_bytes", frozenset()] == 512 << 20
+    assert sums["layertap_instances", frozenset()] == 2 * max(1, min(4, len(os.sched_getaffinity(0)) // 2))
+
+
+def test_the_supervisor_has_no_torch_and_the_processes_share_the_weights() -> None:
+    with running_server("--device", "cpu", "--processes", "2") as server:  # Not forked of a process that has torch.
+        assert "libtorch" not in Path(f"/proc/{server.process.pid}/maps").read_text()
+        for pid in members(server).values():
+            rollup = Path(f"/proc/{pid}/smaps_rollup").read_text()
+            sizes = {name: int(kib) for name, kib in re.findall(r"^(\w+): +(\d+) kB", rollup, re.MULTILINE)}
+            # The weights of the embedded model have 87 MiB; what is written to after the fork is less.
+            assert sizes["Private_Dirty"] < 87 << 10 < sizes["Shared_Dirty"]
+
+
+def test_a_killed_process_is_replaced_while_the_others_serve_and_its_counts_stay(tiny_folder: Path) -> None:
+    flags = ("--device", "cpu", "--model-id", str(tiny_folder), "--processes", "2", "--metrics-port", "0")
+    server = Server(*flags)
+    try:
+        url = metrics_url(server)
+        handled = ("layertap_request_handled_total", frozenset({("method", "Embed"), ("code", "OK")}))
+        with connections(server, 12) as clients:
+            for client in clients:
+                client.embed("a", pooling="mean")
+            assert metrics(url)[handled] == 12
+            before = members(server)
+            os.kill(before[1], signal.SIGKILL)
+            for client in clients:  # The SDK repeats what the dead process had not answered.
+                client.embed("b", pooling="mean", timeout_s=WAIT_S)
+            poll(lambda: metrics(url)["layertap_processes_serving", frozenset()] == 2)
+            assert metrics(url)[handled] == 24
+            assert metrics(url)["layertap_process_deaths_total", frozenset()] == 1
+            assert len(set(members(server).values()) - set(before.values())) == 1
+        assert server.stop() == 0
+        assert b"ended by signal 9 and is replaced" in server.log
+    finally:
+        ended(server)
+
+
+def test_the_third_death_within_a_minute_drains_the_server_and_ends_it_with_code_1(tiny_folder: Path) -> None:
+    server = Server("--device", "cpu", "--model-id", str(tiny_folder), "--processes", "2")
+    try:
+        for death in range(3):
+            poll(lambda: len(members(server)) == 2 and server.log.count(b"listens process") == 2 + death)  # noqa: B023
+            os.kill(members(server)[1], signal.SIGKILL)
+        assert server.process.wait(WAIT_S) == 1
+        server.stop()
+        assert b"the third death within 60 s" in server.log and b"Traceback" not in server.log
+    finally:
+        ended(server)
+
+
+def test_a_process_whose_engine_fails_is_replaced_and_its_callers_get_a_hint(tiny_folder: Path) -> None:
+    flags = ("--device", "cpu", "--model-id", str(tiny_folder), "--processes", "2", "--instances", "1")
+    server = Server(*flags, script=SCRIPT)
+    try:
+        with Client(server.address, retries=0) as client, pytest.raises(UnavailableError) as caught:
+            client.embed([[101, int(Demand.DEVICE_LOST), 2293, 102]], layers="all")
+        assert caught.value.retry_after_s is not None
+        with Client(server.address) as client:
+            assert client.embed("again", layers="all").layers == (0, 1, 2, 3)
+        poll(lambda: b"with exit code 1 and is replaced" in server.log)
+        poll(lambda: server.log.count(b"listens process") == 3)
+        assert server.stop() == 0
+    finally:
+        ended(server)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_drains_all_processes(number: signal.Signals, tiny_folder: Path) -> None:
+    server = Server("--device", "cpu", "--model-id", str(tiny_folder), "--processes", "2")
+    try:
+        with connections(server, 8) as clients, grpc.insecure_channel(server.address) as channel:
+            watch = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest(), timeout=WAIT_S)
+            assert next(watch).status == SERVING
+            streams = [client.embed_layers(["paris " * 500] * 30, layers="all") for client in clients]
+            first = [next(stream) for stream in streams]
+            pids = members(server).values()
+            for pid in (server.process.pid, *pids):  # As a terminal does.
+                os.kill(pid, number)
+            assert next(watch).status != SERVING
+            counts = [
+                len(one.texts) + sum(len(rows.texts) for rows in stream)
+                for one, stream in zip(first, streams, strict=True)
+            ]
+            assert counts == [30 * 4] * 8
+            watch.cancel()
+        assert server.process.wait(WAIT_S) == 0
+        server.stop()
+        assert server.log.count(b"app: stopped process=") == 2
+        assert not any(Path(f"/proc/{pid}").exists() for pid in pids)
+    finally:
+        ended(server)
+
+
+def test_no_process_outlives_a_killed_supervisor(tiny_folder: Path) -> None:
+    server = Server("--device", "cpu", "--model-id", str(tiny_folder), "--processes", "2")
+    try:
+        children = Path(f"/proc/{server.process.pid}/task/{server.process.pid}/children").read_text().split()
+        assert len(children) == 3
+        server.kill()
+        poll(lambda: all(ended_or_zombie(int(pid)) for pid in children))
+    finally:
+        ended(server)
+
+
+def ended_or_zombie(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] == "Z"
+    except FileNotFoundError:
+        return True
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_while_the_model_loads_ends_all(number: signal.Signals, tiny_folder: Path) -> None:
+    arguments = ["-m", "layertap_server", "--port", "0", "--device", "cpu", "--model-id", str(tiny_folder)]
+    process = forks.start([*arguments, "--processes", "2"], dict(os.environ))
+    assert process is not None
+    with process.stdout, process.stderr:
+        assert any(b"found the model" in line for line in process.stderr)
+        process.send_signal(number)
+        assert process.wait(WAIT_S) == (0 if number == signal.SIGTERM else 130)
+        assert b"Traceback" not in process.stderr.read() and not process.stdout.read()
+
+
+@pytest.mark.parametrize(
+    ("flags", "code", "error"),
+    [
+        (("--host", "unix:/tmp/x.sock"), 2, b"--host is a unix socket, on which gRPC listens in one process only"),
+        (("--model-id", "./missing"), 2, b"--model-id names a folder that does not exist"),
+        (("--max-queue-text-count", "1500"), 2, b"shared out to 2 processes, --max-queue-text-count is 750"),
+        (
+            ("--max-output-bytes", "300000", "--max-call-output-bytes", "300000"),
+            2,
+            b"shared out to 2 processes, --max-output-bytes is 150000, but one longest text",
+        ),
+    ],
+)
+def test_what_cannot_be_served_is_refused_in_one_line(
+    flags: tuple[str, ...], code: int, error: bytes, tiny_folder: Path
+) -> None:
+    arguments = ["-m", "layertap_server", "--port", "0", "--device", "cpu", "--model-id", str(tiny_folder)]
+    process = forks.start([*arguments, "--processes", "2", "--log-level", "error", *flags], dict(os.environ))
+    assert process is not None
+    with process.stdout, process.stderr:
+        assert process.wait(WAIT_S) == code
+        printed = process.stderr.read()
+        assert error in printed and printed.count(b"\n") == 1
+
+
+def test_a_taken_port_is_refused(two: Server) -> None:
+    port = two.address.rsplit(":", 1)[1]
+    for flags in (("--processes", "2"), ()):
+        process = forks.start(["-m", "layertap_server", "--port", port, *flags], dict(os.environ))
+        assert process is not None
+        with process.stdout, process.stderr:
+            assert process.wait(WAIT_S) == 2
+            assert b"the port is taken" in process.stderr.read()
+
+
+def test_http_and_grpc_listen_in_all_processes(tiny_folder: Path) -> None:
+    flags = ("--device", "cpu", "--model-id", str(tiny_folder), "--processes", "2", "--http-port", "0")
+    with running(*flags) as server:
+        url = metrics_url(server).removesuffix("/v1")
+        for _ in range(12):
+            request = urllib.request.Request(
+                f"{url}/v1/embeddings",
+                json.dumps({"model": tiny_folder.name, "input": "hi"}).encode(),
+                {"content-type": "application/json"},
+            )
+            with urllib.request.urlopen(request, timeout=WAIT_S) as answer:
+                assert len(json.load(answer)["data"][0]["embedding"]) == 32
+        by_process = re.findall(rb"process=(\d) .*?POST /v1/embeddings", server.log)
+        assert set(by_process) == {b"1", b"2"}
+
+
+def ended(server: Server) -> None:
+    if server.process.poll() is None:
+        server.kill()
