@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import ssl
 from collections.abc import Mapping
 
 from layertap.errors import InvalidArgumentError
@@ -73,5 +72,7 @@ def _pem(field: str, value: Pem | None) -> bytes | None:
 
 def _system_roots() -> bytes | None:
     """Returns whom this system trusts; None: it does not say, and gRPC's own list is used."""
+    import ssl  # Here, for few connections need it, and it is slow to import.
+
     found = ssl.create_default_context().get_ca_certs(binary_form=True)
     return "".join(map(ssl.DER_cert_to_PEM_cert, found)).encode() or None
