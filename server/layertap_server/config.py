@@ -149,7 +149,8 @@ class Config:
     max_frame_bytes: int = _request(1 << 20, "One streamed message.", unit="bytes", least=1 << 14, most=(1 << 31) - 1)
     max_batch_tokens: int = _batching(
         0,
-        "Tokens in one batch. 0: 1024 on a CPU, where more is no faster, 32768 on cuda, which wants to be filled.",
+        "Tokens in one batch. 0: 1024 on a CPU, where more is no faster, 32768 on cuda, which wants to be filled. "
+        "While several connections send texts, a batch has at most what lately took 50 ms.",
         unit="tokens",
         least=0,
     )

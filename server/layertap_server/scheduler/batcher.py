@@ -3,7 +3,8 @@
 Rules:
 - Work-conserving: a free instance takes what is queued at once; no timer, no polling.
 - A batch is a prefix of the queue (see `fair_queue`), up to a budget of tokens and of output bytes. While other
-  instances idle, an instance takes only its share.
+  instances idle, an instance takes only its share; while callers share the server, what takes a short time (see
+  `batch_time`).
 - Output bytes are reserved before a batch starts and given back when the call has sent them (`Call.release`). A call
   that has too much unsent leaves the order until it releases some, so an instance never waits for a reader.
 - A full queue refuses at once, or lets a stream wait; see `budget` for what is kept for light clients. A call whose
@@ -23,6 +24,7 @@ import time
 from collections.abc import Callable, Sequence
 
 from layertap.errors import DeadlineExceededError, UnavailableError
+from layertap_server.scheduler.batch_time import BatchTime
 from layertap_server.scheduler.budget import Budget, QueueBudget
 from layertap_server.scheduler.call import BatchPart, Call, WaitingText
 from layertap_server.scheduler.events import CallFailed, Event, QueueRoom
@@ -77,6 +79,8 @@ class Batcher:
         self._lock = threading.Lock()
         self._idle = IdleInstances(self._lock, len(encodes))
         self._queue = FairQueue()
+        self._batch_time = BatchTime()
+        self._under_way: dict[int, tuple[float, int]] = {}
         self._full_calls: dict[Call, None] = {}
         self._calls_without_room: dict[Call, None] = {}
         self._arrivals = itertools.count()
@@ -196,6 +200,7 @@ class Batcher:
             self._waiting.check(call.client, len(texts), token_count)
             if call.closed or not texts:
                 return True
+            self._batch_time.arrived(call.client, call.connection, now / 1e9)
             arrival = next(self._arrivals)
             if not call.waiting:
                 call.arrival = arrival
@@ -235,9 +240,13 @@ class Batcher:
         while True:
             expired: list[Call] = []
             with self._lock:
+                if last := self._under_way.pop(instance, None):
+                    self._batch_time.ran(last[1], time.monotonic() - last[0])
                 with self._idle.looking():
                     while not (batch := self._take(expired)) and not expired and not self._stopping:
                         self._idle.sleep(instance)
+                if batch:
+                    self._under_way[instance] = time.monotonic(), sum(part.token_count for part in batch)
                 self._wake()
                 calls = self._take_calls_without_room()
             _announce_room(calls)
@@ -253,11 +262,11 @@ class Batcher:
     def _take(self, expired: list[Call]) -> list[BatchPart]:
         """Removes the next batch from the queue; adds calls whose deadline has passed to `expired`."""
         share = max(-(-self._waiting.token_count // self._idle.count), self._min_share_tokens)
-        token_budget, byte_budget = min(share, self._max_batch_tokens), self._max_batch_bytes
-        mix_budget = self._max_call_output_bytes
+        now = time.monotonic()
+        token_budget = min(share, self._batch_time.most_tokens(self._max_batch_tokens, now))
+        byte_budget, mix_budget = self._max_batch_bytes, self._max_call_output_bytes
         parts: dict[Call, BatchPart] = {}
         passed_over: list[Call] = []
-        now = time.monotonic()
         while (call := self._queue.first) is not None:
             text, admitted_at_ns, _ = call.waiting[0]
             byte_count, mix_bytes = call.bytes_of(text), call.plan.mix_token_bytes * text.token_count

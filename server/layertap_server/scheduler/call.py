@@ -126,3 +126,8 @@ class BatchPart:
     texts: list[Text]
     reserved_bytes: int
     admitted_at_ns: int
+
+    @property
+    def token_count(self) -> int:
+        """The tokens of the texts."""
+        return sum(text.token_count for text in self.texts)

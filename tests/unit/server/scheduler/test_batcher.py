@@ -733,3 +733,25 @@ def test_the_mixes_of_a_batch_are_bounded_but_one_text_always_comes(make: Make, 
     assert [sum(map(len, engine.next_batch())) for _ in range(2)] == [2, 2]
     Caller(batcher, plan=plan).add(7, length=50)
     assert engine.next_batch() == [[7]]
+
+
+def test_batches_are_short_while_callers_share_the_server(make: Make) -> None:
+    sizes = []
+
+    class Slow(Engine):
+        def __call__(self, runs: Sequence[Run]) -> Iterator[Rows]:
+            sizes.append(sum(len(run.texts) for run in runs))
+            time.sleep(0.0002 * sizes[-1])  # What computing takes.
+            return super().__call__(runs)
+
+    batcher = make(Slow(gated=False), max_batch_tokens=900)
+    crowd = Caller(batcher, client="crowd", reads=True).add(*range(900))
+    crowd.next()
+    assert sizes == [900]  # Alone, it has whole batches.
+    crowd.add(*range(900))
+    Caller(batcher, client="other", reads=True).add(1).next()
+    crowd.add(*range(900, 990))
+    answered = 0
+    while answered < 990:
+        answered += len(crowd.next().texts)
+    assert max(sizes[2:]) <= 250
