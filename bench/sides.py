@@ -68,7 +68,7 @@ class Engine:
         self._app.prepare()
 
     def __call__(self, texts: list[str], max_length: int) -> np.ndarray:
-        from layertap_server.scheduler.events import Event, RowsReady, RunDone
+        from layertap_server.scheduler.call import Event, RowsReady, RunDone
         from layertap_server.types import Output, OutputKind, Plan, Pool, Strategy
 
         tokenizer, batcher, model = self._app.tokenizer, self._app.batcher, self._app.model

@@ -22,6 +22,7 @@ from layertap_server import lifecycle
 from layertap_server.config import Config, ConfigError
 from layertap_server.engine import cpu_threads, runtime
 from layertap_server.engine.encoder import Encoder
+from layertap_server.engine.oom_retry import with_oom_retry
 from layertap_server.listening import open_endpoint, open_listener
 from layertap_server.loading import find_model, timed
 from layertap_server.model.facts import ModelFacts
@@ -36,7 +37,7 @@ from layertap_server.rpc.health import HealthService
 from layertap_server.rpc.server import Listener, ListenError, add_standard_services
 from layertap_server.rpc.service import EmbeddingService
 from layertap_server.scheduler.batcher import Batcher
-from layertap_server.scheduler.hooks import Hooks, NoHooks
+from layertap_server.scheduler.call import Hooks
 from layertap_server.scheduler.warm_up import warm_up
 from layertap_server.shared_memory.lease import Sharing
 
@@ -136,10 +137,10 @@ class App:
         config.check_output_bytes((model.layer_count + 1) * model.max_length * model.hidden_size * 4)
         batch_tokens = config.max_batch_tokens or (_CPU_BATCH_TOKENS if found.on_cpu else _CUDA_BATCH_TOKENS)
         self.metrics = self._make_metrics(batch_tokens) if config.metrics_port >= 0 else None
-        hooks = self.metrics or NoHooks()
+        hooks = self.metrics or Hooks()
         self._tracing = _tracing() if config.traces == "otlp" else None
         self.batcher = Batcher(
-            cpu_threads.make(encoders, found.threads),
+            [with_oom_retry(encode) for encode in cpu_threads.make(encoders, found.threads)],
             max_batch_tokens=batch_tokens,
             max_batch_bytes=config.max_batch_bytes,
             min_share_tokens=config.min_share_tokens,
@@ -217,7 +218,7 @@ class App:
         self.prepare()
         config = self._config
         self._show_metrics()
-        server = self._listener.make_server(self.metrics or NoHooks())
+        server = self._listener.make_server(self.metrics or Hooks())
         server.add_generic_rpc_handlers(tuple(self._handlers.values()))
         health = add_standard_services(server, *self._handlers) if standard_services else HealthService(())
         try:

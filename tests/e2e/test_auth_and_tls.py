@@ -27,9 +27,9 @@ from layertap.v1 import embedding_pb2 as pb
 from layertap.v1 import embedding_pb2_grpc
 from layertap_server.cli import parse
 from layertap_server.listening import listen_settings
-from layertap_server.rpc import auth
+from layertap_server.rpc.caller import client_of, connection_of
 from layertap_server.rpc.server import Listener, ListenError
-from layertap_server.scheduler.hooks import NoHooks
+from layertap_server.scheduler.call import Hooks
 
 WAIT_S = 30.0
 ALICE, BOB, CAROL = "alices-token-0123", "bobs-token-0123456", "carols-token-01234"
@@ -304,7 +304,7 @@ def test_the_log_names_a_client_by_its_certificate(
 
 async def listens(*flags: str) -> None:
     listener = Listener(listen_settings(parse(["--port", "0", *flags], {})))
-    server = listener.make_server(NoHooks())
+    server = listener.make_server(Hooks())
     listener.bind(server)
     await server.stop(None)
 
@@ -356,9 +356,9 @@ def test_a_client_goes_by_its_certificate_else_its_address(
     peer: str, certificate: dict[str, list[bytes]], client: str
 ) -> None:
     context: Any = SimpleNamespace(peer=lambda: peer, auth_context=lambda: certificate)
-    assert auth.client_of(context) == client
+    assert client_of(context) == client
     one, other = object(), object()
-    same = auth.connection_of(context, one) == auth.connection_of(context, other)
+    same = connection_of(context, one) == connection_of(context, other)
     assert same is not peer.startswith("unix")
 
 

@@ -25,10 +25,11 @@ from layertap_server.compat import open_inference_pb2 as kserve
 from layertap_server.model.facts import ModelFacts
 from layertap_server.model.sentence_config import SentenceConfig
 from layertap_server.protocol import rows
-from layertap_server.protocol.offload import LARGE_BYTES, offload, parse
+from layertap_server.protocol.offload import LARGE_BYTES, offload
 from layertap_server.protocol.preprocess import Hold, Preprocessor
+from layertap_server.protocol.requests import parse
 from layertap_server.scheduler.batcher import Batcher
-from layertap_server.scheduler.events import LoopWaker
+from layertap_server.scheduler.call import LoopWaker
 from layertap_server.types import RETRY_ELSEWHERE_S
 
 log = logging.getLogger(__name__)

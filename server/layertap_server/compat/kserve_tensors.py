@@ -23,7 +23,7 @@ from layertap_server.compat import open_inference_pb2 as kserve
 from layertap_server.model.facts import ModelFacts
 from layertap_server.model.sentence_config import SentenceConfig
 from layertap_server.model.tokenized import Tokenized
-from layertap_server.scheduler.events import RowsReady
+from layertap_server.scheduler.call import RowsReady
 from layertap_server.types import Output, Plan, Unit
 
 Tensor: TypeAlias = kserve.ModelInferRequest.InferInputTensor

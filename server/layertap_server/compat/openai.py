@@ -36,8 +36,7 @@ from layertap_server.protocol import rows
 from layertap_server.protocol.offload import LARGE_BYTES, offload
 from layertap_server.protocol.preprocess import Preprocessor
 from layertap_server.scheduler.batcher import Batcher
-from layertap_server.scheduler.events import LoopWaker, RowsReady
-from layertap_server.scheduler.hooks import Hooks
+from layertap_server.scheduler.call import Hooks, LoopWaker, RowsReady
 from layertap_server.types import Plan
 
 _EMBEDDINGS: Final = "/v1/embeddings"
@@ -49,7 +48,7 @@ METHODS: Final = (f"POST {_EMBEDDINGS}", f"GET {_MODELS}")
 
 
 class AdmittedCall(Protocol):
-    """A call under way; see `rpc.admitted_call`."""
+    """A call under way; see `rpc.caller`."""
 
     @property
     def record(self) -> Record:

@@ -19,8 +19,7 @@ from prometheus_client.registry import Collector
 
 from layertap_server.observability.call_log import Record
 from layertap_server.observability.metrics_sum import Snapshot
-from layertap_server.scheduler.call import BatchPart
-from layertap_server.scheduler.hooks import REASONS
+from layertap_server.scheduler.call import REASONS, BatchPart, Hooks
 
 Registry = prometheus_client.CollectorRegistry
 
@@ -78,7 +77,7 @@ class State:
     device_memory: Mapping[tuple[str, str], int]
 
 
-class Metrics:
+class Metrics(Hooks):
     """The metrics of one server: a listener of the call log, and the hooks of the scheduler and of admission."""
 
     def __init__(self, server: Server) -> None:
@@ -159,7 +158,7 @@ class Metrics:
         self._totals.ended(record)
 
     def ran(self, batch: Sequence[BatchPart], *, started_at_ns: int, compute_time_ns: int) -> None:
-        """See `hooks.Hooks`."""
+        """See `call.Hooks`."""
         if not self._following:
             return
         tokens = sum(text.token_count for part in batch for text in part.texts)
@@ -171,7 +170,7 @@ class Metrics:
             self._queueing.observe((started_at_ns - part.admitted_at_ns) / 1e9)
 
     def refused(self, reason: str) -> None:
-        """See `hooks.Hooks`."""
+        """See `call.Hooks`."""
         self._refusals[reason].inc()
 
     def _counter(self, name: str, about: str, labels: Sequence[str] = ()) -> prometheus_client.Counter:

@@ -12,36 +12,11 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Final, TypeVar
 
-from google.protobuf.message import DecodeError, Message
-
-from layertap.errors import InvalidArgumentError
-
-MessageT = TypeVar("MessageT", bound=Message)
 T = TypeVar("T")
 
 LARGE_BYTES: Final = 64 << 10
 """Parsing and packing of more leave the event loop."""
-_MAX_PARSED_BYTES: Final = 256 << 10
-"""What may stand beside the texts of a request: more than all options that are accepted."""
 _SLICE_ENTRIES: Final = 256
-
-
-async def parse(kind: type[MessageT], raw: bytes) -> MessageT:
-    """Returns a message; the texts of a large one must not be in it.
-
-    Raises:
-        InvalidArgumentError: if the bytes are no such message, or too many.
-    """
-    if len(raw) > _MAX_PARSED_BYTES:
-        raise InvalidArgumentError(
-            f"the request has {len(raw)} bytes beside its texts, the most is {_MAX_PARSED_BYTES}; ask for less at once"
-        )
-    try:
-        return await offload(lambda: kind.FromString(raw), in_thread=len(raw) > LARGE_BYTES)
-    except DecodeError as exc:
-        raise InvalidArgumentError(
-            f"the request is no {kind.DESCRIPTOR.name}; send what the contract describes"
-        ) from exc
 
 
 async def offload(work: Callable[[], T], *, in_thread: bool) -> T:

@@ -24,9 +24,8 @@ from layertap_server.model.tokenizer import Tokenizer
 from layertap_server.model.tokenizer_engine import Detail
 from layertap_server.observability.call_log import Record
 from layertap_server.protocol import output_spec, token_ids, validation
-from layertap_server.protocol.limits import held_bytes, max_input_bytes
 from layertap_server.protocol.offload import LARGE_BYTES, Slices, offload
-from layertap_server.protocol.request_parts import sizes_of
+from layertap_server.protocol.requests import sizes_of
 from layertap_server.types import Plan, Text
 
 T = TypeVar("T")
@@ -42,6 +41,13 @@ _SLICE_IDS: Final = 16 << 10
 """Token ids that are decoded at once."""
 _LARGE_SLICE_IDS: Final = 256
 """Decoding of more leaves the event loop."""
+
+HELD_TEXT_BYTES: Final = 1024
+"""What the server holds of one text besides its tokens and words, from its tokenizing to its answer."""
+_HELD_TOKEN_BYTES: Final = 16
+_HELD_ENCODED_TOKEN_BYTES: Final = 192
+"""Of one token where the tokenizer's own result is kept, measured with tokens of one character."""
+_HELD_WORD_BYTES: Final = 40
 
 _CACHED_OPTIONS: Final = 256
 _MAX_KEY_BYTES: Final = 4 << 10
@@ -83,7 +89,8 @@ class Preprocessor:
         self.limits = limits
         self._sentences = sentences
         self._tokenizer = tokenizer
-        self.max_input_bytes = max_input_bytes(limits, model.max_length)
+        # Words of one character take most, or ids with masks.
+        self.max_input_bytes = max(8 * limits.max_character_count, 32 * model.max_length) + (4 << 10)
         self._slices = Slices()
         self._cached = functools.lru_cache(_CACHED_OPTIONS)(self._parse_options)
 
@@ -136,7 +143,7 @@ class Preprocessor:
             return _all_good(self._results(inputs[part], labels[part], resolved))
 
         def note(texts: list[Tokenized]) -> None:
-            hold(sum(held_bytes(one.text, encoded=one.encoding is not None) for one in texts))
+            hold(sum(map(held_bytes, texts)))
 
         return resolved.plan, await self._run(work, inputs, record, note)
 
@@ -193,7 +200,7 @@ class Preprocessor:
             return texts
 
         def note(texts: list[Tokenized]) -> None:
-            hold(sum(held_bytes(one.text, encoded=True) for one in texts))
+            hold(sum(map(held_bytes, texts)))
 
         texts = await self._run(work, inputs, record, note)
         record.take([one.text for one in texts])
@@ -265,7 +272,12 @@ class Preprocessor:
     ) -> list[T]:
         """Returns what tokenizing gives for all inputs, and notes each slice and the time that all took."""
         started_at_ns = time.monotonic_ns()
-        results = await self._slices.run(work, sizes_of(inputs), most=_SLICE_BYTES, large=_LARGE_SLICE_BYTES, note=note)
+        sizes = sizes_of(inputs)
+        if sum(sizes) <= _LARGE_SLICE_BYTES:
+            results = work(slice(len(sizes)))
+            note(results)
+        else:
+            results = await self._slices.run(work, sizes, most=_SLICE_BYTES, large=_LARGE_SLICE_BYTES, note=note)
         record.tokenize.note(started_at_ns, time.monotonic_ns())
         return results
 
@@ -296,6 +308,12 @@ class Preprocessor:
             return exc
         # The tokenizer's own result is many times the size of the ids: it is kept only for an answer that needs it.
         return checked if plan.return_tokens else Tokenized(text=checked.text, truncated=checked.truncated)
+
+
+def held_bytes(one: Tokenized) -> int:
+    """Returns about how much memory the server holds for a text until it is answered."""
+    token_bytes = _HELD_TOKEN_BYTES if one.encoding is None else _HELD_ENCODED_TOKEN_BYTES
+    return HELD_TEXT_BYTES + token_bytes * one.text.token_count + _HELD_WORD_BYTES * one.text.word_count
 
 
 def _all_good(results: Sequence[Result]) -> list[Tokenized]:

@@ -1,8 +1,9 @@
 """Computed rows as messages of the contract: headers, tokens, words, frames, whole tensors.
 
 Pure apart from protobuf. Rows of some texts become serialized messages below the frame size; each payload is written
-once, behind its head. `shared_rows` is the only place that asks whether rows are in shared memory. The
-messages of EmbedStream are made in `stream_responses`.
+once, behind its head. What each part takes on the wire is estimated here too, from counts, before it is made.
+`shared_rows` is the only place that asks whether rows are in shared memory. The messages of EmbedStream are made in
+`stream_responses`.
 """
 
 from __future__ import annotations
@@ -19,12 +20,22 @@ from layertap_server.model.facts import ModelFacts
 from layertap_server.model.tokenized import Tokenized
 from layertap_server.model.tokenizer import Tokenizer
 from layertap_server.observability.call_log import Record
-from layertap_server.protocol.limits import HEAD_BYTES
-from layertap_server.scheduler.events import RowsReady
+from layertap_server.scheduler.call import RowsReady
 from layertap_server.shared_memory.segment import Lending
-from layertap_server.types import Plan, Unit
+from layertap_server.types import Plan, Text, Unit
 
 MessageT = TypeVar("MessageT", pb.TokenizedText, pb.SplitText)
+
+HEAD_BYTES: Final = 256
+"""Room in a streamed message for all but its rows and its lists."""
+TEXT_BYTES: Final = 64
+"""Room for what an answer says of one text besides its rows and lists."""
+TOKEN_BYTES: Final = 48
+"""Room for one token with all its numbers, in the vocabularies of BERT."""
+LEAST_TOKEN_BYTES: Final = 9
+"""The fewest bytes of one token: an empty piece and eight numbers, without the tags of the lists."""
+WORD_BYTES: Final = 12
+"""Room for the piece count and the offsets of one word."""
 
 _CACHED_OUTPUT_COUNT: Final = 16
 """Plans with more outputs are not kept with their headers: what a request can make the cache hold is bounded."""
@@ -35,6 +46,16 @@ _UNITS = {
     Unit.TEXT: pb.ROW_UNIT_TEXT,
     Unit.TOKEN_PAIR: pb.ROW_UNIT_TOKEN_PAIR,
 }
+
+
+def list_bytes(plan: Plan, text: Text) -> int:
+    """Returns room for the tokens and the words of one text, as far as the plan asks for them."""
+    return TOKEN_BYTES * text.token_count * plan.return_tokens + WORD_BYTES * text.word_count
+
+
+def byte_count(plan: Plan, texts: Iterable[Tokenized]) -> int:
+    """Returns about how many bytes an answer of whole results takes."""
+    return sum(plan.byte_counts.of(one.text) + list_bytes(plan, one.text) + TEXT_BYTES for one in texts)
 
 
 def header(

@@ -12,8 +12,7 @@ from typing import Any, Protocol
 from layertap_server.model.tokenized import Tokenized
 from layertap_server.observability.call_log import Record
 from layertap_server.scheduler.batcher import Batcher
-from layertap_server.scheduler.call import Call
-from layertap_server.scheduler.events import CallFailed, Event, EventQueue, LoopWaker, QueueRoom, RowsReady, RunDone
+from layertap_server.scheduler.call import Call, CallFailed, Event, EventQueue, LoopWaker, QueueRoom, RowsReady, RunDone
 from layertap_server.types import Allocator, Plan
 
 

@@ -22,12 +22,15 @@ from layertap_server.model.sentence_config import SentenceConfig
 from layertap_server.model.tokenized import Tokenized
 from layertap_server.model.tokenizer import Item
 from layertap_server.protocol import token_ids
-from layertap_server.protocol.limits import ID_BYTES, LEAST_TOKEN_BYTES
 from layertap_server.protocol.output_spec import known
+from layertap_server.protocol.responses import LEAST_TOKEN_BYTES
 from layertap_server.types import OutputKind, Plan, Text
 
 MAX_PROMPT_CHARACTERS: Final = 10_000
 """Characters of a prompt, which may have to be tokenized alone before any text is read."""
+
+ID_BYTES: Final = 4
+"""What one token id of a Decode request counts against the size of its answer."""
 
 _WITHOUT_PROMPT: Final = {"pair": "a pair", "words": "words", "token_ids": "token ids"}
 _TRUNCATIONS: Final = {number: name for name, number in wire.TRUNCATIONS.items()}
@@ -130,6 +133,8 @@ def items(
             given[n] = one
         else:
             found.append(one)
+    if not given:
+        return found
     texts = token_ids.texts([*given.values()], [labels[n] for n in given], model)
     if len(texts) == len(messages):
         return [*texts]

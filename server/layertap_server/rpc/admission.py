@@ -25,10 +25,17 @@ from layertap.errors import (
     UnavailableError,
 )
 from layertap_server.observability.call_log import REQUEST_ID, CallLog
-from layertap_server.rpc import auth
-from layertap_server.rpc.admitted_call import AdmittedCall, IdleCalls, RequestMemory
-from layertap_server.rpc.caller import Caller, CallerLeftError, Context, why_left
-from layertap_server.scheduler.hooks import Hooks
+from layertap_server.rpc.caller import (
+    AdmittedCall,
+    Caller,
+    CallerLeftError,
+    Context,
+    IdleCalls,
+    client_of,
+    why_left,
+)
+from layertap_server.scheduler.call import Hooks
+from layertap_server.scheduler.fairness import RequestMemory
 from layertap_server.types import RETRY_FULL_S, RETRY_STOPPING_S
 
 log = logging.getLogger(__name__)
@@ -161,7 +168,7 @@ class Admission:
 
         async def answer(_: Any, context: Context) -> T:
             metadata = dict(context.invocation_metadata() or ())
-            client = auth.client_of(context)
+            client = client_of(context)
             try:
                 with self.call(name, client=client, metadata=metadata, why_left=lambda: why_left(context)) as call:
                     # Trailing: metadata sent ahead of an answer would cost small calls a quarter more.

@@ -1,8 +1,7 @@
-"""Authentication: bearer tokens, and the client that a call belongs to.
+"""Authentication by bearer tokens.
 
 Rules:
 - Where the server has tokens, a call without one is refused before its request is read; health alone stays open.
-- A call belongs to a client: by the name of its token, else by its certificate's, else by its address.
 - The file of tokens has one `name token` or `name:token` on a line, `#` for remarks. A name may have several tokens, so
   that a new one can be handed out before the old one goes.
 - Only digests are kept, under a random key of each reading: how long looking one up takes says nothing of a token. No
@@ -13,13 +12,11 @@ Rules:
 from __future__ import annotations
 
 import contextvars
-import functools
 import hmac
 import logging
 import os
 import re
 import stat
-import urllib.parse
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, Final
 
@@ -28,7 +25,7 @@ import grpc.aio
 
 from layertap.errors import UnauthenticatedError
 from layertap_server.rpc.file_reload import ReloadedFiles
-from layertap_server.scheduler.hooks import Hooks
+from layertap_server.scheduler.call import Hooks
 
 log = logging.getLogger(__name__)
 
@@ -42,7 +39,8 @@ _HEALTH: Final = "/grpc.health.v1.Health/"
 _SCHEME: Final = "bearer "
 _NEVER: Final = (("grpc-retry-pushback-ms", "-1"),)
 
-_token_name: contextvars.ContextVar[str | None] = contextvars.ContextVar("token_name", default=None)
+token_name: contextvars.ContextVar[str | None] = contextvars.ContextVar("token_name", default=None)
+"""The name of the token that the call of this context came with. None: the server has no tokens."""
 
 
 class Tokens:
@@ -135,7 +133,7 @@ class AuthInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # 
             return await continuation(handler_call_details)
         given = dict(handler_call_details.invocation_metadata).get("authorization")
         try:
-            _token_name.set(authenticate(self._tokens.get(), given))
+            token_name.set(authenticate(self._tokens.get(), given))
         except UnauthenticatedError as exc:
             return self._refusal(exc.details)
         return await continuation(handler_call_details)
@@ -155,28 +153,3 @@ def certificate_name(certificate: Mapping[str, Any]) -> str | None:
     names = [name for kind, name in subject if kind == "commonName" and name]
     names += [name for _, name in certificate.get("subjectAltName", ()) if name]
     return names[0] if names else None
-
-
-def client_of(context: grpc.aio.ServicerContext[Any, Any]) -> str:
-    """Returns the client that a call belongs to."""
-    if (name := _token_name.get()) is not None:
-        return name
-    certificate = context.auth_context()
-    for key in ("x509_common_name", "x509_subject_alternative_name"):
-        for value in certificate.get(key, ()):
-            if name := value.decode(errors="replace").strip():
-                return name
-    return _host_of(context.peer())
-
-
-@functools.lru_cache(1024)
-def _host_of(peer: str) -> str:
-    """Returns the address of a peer as gRPC writes it, without its port; "unix" for all of unix sockets."""
-    scheme, _, address = urllib.parse.unquote(peer).partition(":")
-    return scheme if scheme.startswith("unix") else address.rpartition(":")[0]
-
-
-def connection_of(context: grpc.aio.ServicerContext[Any, Any], call: object) -> str:
-    """Returns what tells a client's connections apart. Over a unix socket all look the same: there each call is one."""
-    peer = context.peer()
-    return f"{peer}#{id(call)}" if peer.startswith("unix") else peer

@@ -1,23 +1,168 @@
-"""The other end of a call over gRPC: the messages that it sends and reads, its deadline, and why it has left."""
+"""A call under way and its other end: what it holds of the memory for requests, whether it is idle, what it sends.
+
+`AdmittedCall` knows no protocol; `Caller` is the other end over gRPC. Rules:
+- A call is idle while it waits for a message of its caller and owes no answer. Such a call ends after a time, and
+  sooner if another needs its place: silence cannot keep other callers out.
+- A call belongs to a client: by the name of its token, else by its certificate's, else by its address.
+"""
 
 from __future__ import annotations
 
 import asyncio
+import functools
 import time
-from typing import Final
+import urllib.parse
+from collections.abc import Callable
+from typing import Any, Final
 
 import grpc.aio
 
-from layertap.errors import CancelledError, DeadlineExceededError, InvalidArgumentError, LayertapError, UnavailableError
+from layertap.errors import (
+    CancelledError,
+    DeadlineExceededError,
+    InvalidArgumentError,
+    LayertapError,
+    UnavailableError,
+)
 from layertap_server.observability.call_log import Record
 from layertap_server.rpc import auth
-from layertap_server.rpc.admitted_call import AdmittedCall
+from layertap_server.scheduler.fairness import RequestMemory
 from layertap_server.types import RETRY_ELSEWHERE_S
 
 Context = grpc.aio.ServicerContext[bytes, bytes]
 
+_LEAST_WAIT_S: Final = 0.05
+"""The shortest time between two looks at the calls that are idle."""
+
 _NEAR_S: Final = 0.05
 """A caller's clock ends a call a little before ours does: what is cancelled so near to its deadline has met it."""
+
+
+class IdleCalls:
+    """Ends calls that are idle for too long, with one timer for all: one for each would cost every short call."""
+
+    def __init__(self) -> None:
+        self._deadlines: dict[AdmittedCall, float] = {}
+        self._timer: asyncio.TimerHandle | None = None
+
+    def add(self, call: AdmittedCall, timeout_s: float) -> None:
+        """Ends a call in so many seconds, unless it is removed before."""
+        loop = asyncio.get_running_loop()
+        self._deadlines[call] = deadline = loop.time() + timeout_s
+        if self._timer is None or deadline < self._timer.when():
+            if self._timer is not None:
+                self._timer.cancel()
+            self._timer = loop.call_at(deadline, self._end_late, loop)
+
+    def remove(self, call: AdmittedCall) -> None:
+        """Ends a call no more."""
+        self._deadlines.pop(call, None)
+
+    def _end_late(self, loop: asyncio.AbstractEventLoop) -> None:
+        now = loop.time()
+        self._timer = None
+        for call in [call for call, deadline in self._deadlines.items() if deadline <= now]:
+            del self._deadlines[call]
+            call.end_idle()
+        if self._deadlines:
+            at = max(min(self._deadlines.values()), now + _LEAST_WAIT_S)
+            self._timer = loop.call_at(at, self._end_late, loop)
+
+
+class AdmittedCall:
+    """A call under way.
+
+    Attributes:
+        record: What is known of it.
+        ending: The error that it ends with, once it has been ended from outside.
+    """
+
+    def __init__(self, record: Record, task: asyncio.Task[Any], memory: RequestMemory, idle_calls: IdleCalls) -> None:
+        self.record = record
+        self.ending: LayertapError | None = None
+        self._task = task
+        self._memory = memory
+        self._idle_calls = idle_calls
+        self._idle_error: Callable[[], LayertapError] | None = None
+        self._byte_count = self._stream_byte_count = 0
+        self._idle_since: float | None = None
+
+    @property
+    def client(self) -> str:
+        """The client whose share it uses."""
+        return self.record.client
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether it is idle."""
+        return self._idle_since is not None
+
+    @property
+    def idle_s(self) -> float:
+        """How long it has been idle, in seconds; 0: it is not."""
+        return 0.0 if self._idle_since is None else time.monotonic() - self._idle_since
+
+    def add_bytes(self, byte_count: int) -> None:
+        """Counts memory that the request takes, which is given back when the call ends.
+
+        Raises:
+            ResourceExhaustedError: if the requests of all calls would take too much.
+        """
+        self._memory.add(self.client, byte_count)
+        self._byte_count += byte_count
+
+    def add_stream_bytes(self, byte_count: int) -> None:
+        """Counts memory that what a stream has read takes, or with a negative number gives it back."""
+        self._stream_byte_count += byte_count
+        self._memory.add_stream(self.client, byte_count)
+
+    @property
+    def has_stream_room(self) -> bool:
+        """Whether a stream may read more."""
+        return self._memory.has_stream_room(self.client)
+
+    async def stream_room(self) -> None:
+        """Waits until a stream may read more."""
+        await self._memory.stream_room(self.client)
+
+    def set_idle(self, timeout_s: float, error: Callable[[], LayertapError]) -> None:
+        """Notes that the call is idle; after so many seconds it ends with an error, which `error` then makes."""
+        self._idle_since = time.monotonic()
+        self._idle_error = error
+        self._idle_calls.add(self, timeout_s)
+
+    def set_busy(self) -> None:
+        """Notes that the call is no longer idle."""
+        if self._idle_since is not None:
+            self._idle_since = self._idle_error = None
+            self._idle_calls.remove(self)
+
+    def end_idle(self) -> None:
+        """Ends the call, which has been idle for too long."""
+        if self._idle_error is not None:
+            self.end(self._idle_error())
+
+    def end(self, error: LayertapError) -> None:
+        """Ends the call with an error."""
+        if self.ending is None:
+            self.ending = error
+            self._task.cancel()
+
+    def end_in(self, seconds: float) -> None:
+        """Ends the call after so many seconds, unless gRPC has sent its only message by then."""
+        timer = asyncio.get_running_loop().call_later(seconds, self._task.cancel)
+        self._task.add_done_callback(lambda _: timer.cancel())
+
+    def close(self) -> None:
+        """Gives back what the call holds."""
+        self.set_busy()
+        self._memory.give_back(self.client, self._byte_count, self._stream_byte_count)
+
+    def fail(self, error: LayertapError) -> LayertapError:
+        """Records the error that the call ends with; returns it with the call's request_id."""
+        self.record.fail(error)
+        error.request_id = self.record.request_id
+        return error
 
 
 class CallerLeftError(Exception):
@@ -47,7 +192,7 @@ class Caller:
     @property
     def connection(self) -> str:
         """What tells the client's connections apart."""
-        return auth.connection_of(self._context, self)
+        return connection_of(self._context, self)
 
     @property
     def expires_at(self) -> float | None:
@@ -119,3 +264,28 @@ def why_left(context: Context) -> LayertapError:
     if remaining is not None and remaining < _NEAR_S:  # type: ignore[redundant-expr]
         return DeadlineExceededError("the caller's deadline has passed")
     return CancelledError("the caller has left")
+
+
+def client_of(context: grpc.aio.ServicerContext[Any, Any]) -> str:
+    """Returns the client that a call belongs to."""
+    if (name := auth.token_name.get()) is not None:
+        return name
+    certificate = context.auth_context()
+    for key in ("x509_common_name", "x509_subject_alternative_name"):
+        for value in certificate.get(key, ()):
+            if name := value.decode(errors="replace").strip():
+                return name
+    return _host_of(context.peer())
+
+
+@functools.lru_cache(1024)
+def _host_of(peer: str) -> str:
+    """Returns the address of a peer as gRPC writes it, without its port; "unix" for all of unix sockets."""
+    scheme, _, address = urllib.parse.unquote(peer).partition(":")
+    return scheme if scheme.startswith("unix") else address.rpartition(":")[0]
+
+
+def connection_of(context: grpc.aio.ServicerContext[Any, Any], call: object) -> str:
+    """Returns what tells a client's connections apart. Over a unix socket all look the same: there each call is one."""
+    peer = context.peer()
+    return f"{peer}#{id(call)}" if peer.startswith("unix") else peer

@@ -24,14 +24,12 @@ from layertap.errors import InternalError, InvalidArgumentError, LayertapError, 
 from layertap.v1 import embedding_pb2 as pb
 from layertap_server.model.tokenized import Tokenized
 from layertap_server.model.tokenizer import Tokenizer
-from layertap_server.protocol.limits import HELD_TEXT_BYTES, held_bytes
-from layertap_server.protocol.preprocess import Preprocessor
-from layertap_server.protocol.request_parts import Parts, check_size, stream_chunks, stream_id, stream_inputs
+from layertap_server.protocol.preprocess import HELD_TEXT_BYTES, Preprocessor, held_bytes
+from layertap_server.protocol.requests import Parts, check_size, stream_chunks, stream_id, stream_inputs
 from layertap_server.protocol.stream_responses import Result, failures_of, split_run
 from layertap_server.protocol.stream_responses import messages as messages_of
 from layertap_server.rpc.caller import Caller
-from layertap_server.scheduler.call import Call
-from layertap_server.scheduler.events import CallFailed, Event, EventQueue, RowsReady, RunDone
+from layertap_server.scheduler.call import Call, CallFailed, Event, EventQueue, RowsReady, RunDone
 from layertap_server.shared_memory.segment import Lending
 from layertap_server.types import RETRY_ELSEWHERE_S
 
@@ -253,7 +251,7 @@ class Stream:
                 self.inbox.put(_Refused(one.id, result))
                 continue
             entry = self._entries[one.id]
-            size = held_bytes(result.text, encoded=result.encoding is not None)
+            size = held_bytes(result)
             held += size - entry.held_bytes
             entry.held_bytes = size
             entry.tokenized, entry.tokenize_time_ns = result, tokenize_time_ns

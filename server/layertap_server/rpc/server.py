@@ -23,7 +23,7 @@ from layertap_server.rpc.auth import AuthInterceptor, Tokens, authenticate, cert
 from layertap_server.rpc.file_reload import ReloadedFiles
 from layertap_server.rpc.health import HealthService
 from layertap_server.rpc.short_requests import ServerOfShortRequests
-from layertap_server.scheduler.hooks import Hooks
+from layertap_server.scheduler.call import Hooks
 
 log = logging.getLogger(__name__)
 

@@ -22,15 +22,15 @@ from layertap.v1 import embedding_pb2 as pb
 from layertap_server.model.facts import ModelFacts
 from layertap_server.model.tokenized import Tokenized
 from layertap_server.model.tokenizer import Tokenizer
-from layertap_server.protocol import limits, responses, rows
-from layertap_server.protocol.offload import LARGE_BYTES, offload, parse
+from layertap_server.protocol import responses, rows
+from layertap_server.protocol.offload import LARGE_BYTES, offload
 from layertap_server.protocol.preprocess import Preprocessor
-from layertap_server.protocol.request_parts import EntryT, MessageT, parse_parts
+from layertap_server.protocol.requests import EntryT, MessageT, parse, parse_parts
 from layertap_server.rpc.admission import Admission
 from layertap_server.rpc.caller import Caller
 from layertap_server.rpc.embed_stream import Stream
 from layertap_server.scheduler.batcher import Batcher
-from layertap_server.scheduler.events import Event, EventQueue, LoopWaker, RowsReady
+from layertap_server.scheduler.call import Event, EventQueue, LoopWaker, RowsReady
 from layertap_server.shared_memory.allocator import allocator
 from layertap_server.shared_memory.lease import Sharing
 from layertap_server.shared_memory.segment import Lending
@@ -107,7 +107,7 @@ class EmbeddingService:
     async def _tokenize(self, raw: bytes, caller: Caller) -> bytes:
         request, inputs = await self._parse(pb.TokenizeRequest, pb.Input, raw)
         texts = await self._preprocessor.tokenize(request, inputs, caller.record, hold=caller.call.add_bytes)
-        size = limits.TOKEN_BYTES * sum(max(one.text.token_count, request.pad_to) for one in texts)
+        size = responses.TOKEN_BYTES * sum(max(one.text.token_count, request.pad_to) for one in texts)
         answer = functools.partial(responses.tokenized, self._model, texts, self._tokenizer, pad_to=request.pad_to)
         serialized = await offload(answer, in_thread=size > LARGE_BYTES)
         if len(serialized) > self._max_response_bytes:
@@ -127,7 +127,7 @@ class EmbeddingService:
         plan, tokenized = await self._preprocessor.embed(
             inputs, request.options, caller.record, hold=caller.call.add_bytes
         )
-        size = limits.response_bytes(plan, (one.text for one in tokenized))
+        size = responses.byte_count(plan, tokenized)
         if size > self._max_response_bytes:
             raise InvalidArgumentError(
                 f"the answer would have about {size} bytes, the most of Embed is {self._max_response_bytes}; "
@@ -145,7 +145,7 @@ class EmbeddingService:
             named_prompt=self._preprocessor.named_prompt(request.options),
         )
         started_at_ns = time.monotonic_ns()
-        serialized = await offload(answer, in_thread=size > LARGE_BYTES)
+        serialized = await asyncio.to_thread(answer) if size > LARGE_BYTES else answer()
         caller.record.send.note(started_at_ns, time.monotonic_ns())
         return serialized
 

@@ -2,12 +2,11 @@
 
 Rules:
 - Work-conserving: a free instance takes what is queued at once; no timer, no polling.
-- A batch is a prefix of the queue (see `fair_queue`), up to a budget of tokens and of output bytes. While other
-  instances idle, an instance takes only its share; while callers share the server, what takes a short time (see
-  `batch_time`).
+- A batch is a prefix of the queue (see `fairness`), up to a budget of tokens and of output bytes. While other
+  instances idle, an instance takes only its share; while callers share the server, what takes a short time.
 - Output bytes are reserved before a batch starts and given back when the call has sent them (`Call.release`). A call
   that has too much unsent leaves the order until it releases some, so an instance never waits for a reader.
-- A full queue refuses at once, or lets a stream wait; see `budget` for what is kept for light clients. A call whose
+- A full queue refuses at once, or lets a stream wait; see `fairness` for what is kept for light clients. A call whose
   deadline has passed is dropped when it comes first, before it costs anything; one whose caller has left is removed at
   once (`Call.close`).
 - Under the lock, taking a batch costs as much as it takes, whatever waits; only calls that the memory of all outputs
@@ -24,12 +23,8 @@ import time
 from collections.abc import Callable, Sequence
 
 from layertap.errors import DeadlineExceededError, UnavailableError
-from layertap_server.scheduler.batch_time import BatchTime
-from layertap_server.scheduler.budget import Budget, QueueBudget
-from layertap_server.scheduler.call import BatchPart, Call, WaitingText
-from layertap_server.scheduler.events import CallFailed, Event, QueueRoom
-from layertap_server.scheduler.fair_queue import FairQueue
-from layertap_server.scheduler.hooks import Hooks, NoHooks
+from layertap_server.scheduler.call import BatchPart, Call, CallFailed, Event, Hooks, QueueRoom, WaitingText
+from layertap_server.scheduler.fairness import BatchTime, Budget, FairQueue, QueueBudget
 from layertap_server.scheduler.instances import Instances
 from layertap_server.scheduler.worker import IdleInstances
 from layertap_server.types import RETRY_STOPPING_S, Allocator, Encode, Plan, Text
@@ -75,7 +70,7 @@ class Batcher:
         self._max_batch_bytes = max_batch_bytes
         self._min_share_tokens = min_share_tokens
         self._max_call_output_bytes = max_call_output_bytes
-        self._hooks = hooks or NoHooks()
+        self._hooks = hooks or Hooks()
         self._lock = threading.Lock()
         self._idle = IdleInstances(self._lock, len(encodes))
         self._queue = FairQueue()
@@ -131,7 +126,7 @@ class Batcher:
 
         Args:
             plan: The outputs of its texts.
-            client: Its client; see `fair_queue`.
+            client: Its client; see `fairness`.
             connection: Its connection among those of the client.
             deliver: Called with each event, in the thread of an instance; must not block.
             expires_at: Its deadline, by time.monotonic. None: it has none.

@@ -12,9 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 
-from layertap_server.scheduler.call import BatchPart
-from layertap_server.scheduler.hooks import Hooks
-from layertap_server.scheduler.oom_retry import with_oom_retry
+from layertap_server.scheduler.call import BatchPart, Hooks
 from layertap_server.scheduler.worker import Worker
 from layertap_server.types import Encode
 
@@ -52,7 +50,7 @@ class Instances:
         self.workers = [
             Worker(
                 f"instance-{n}",
-                with_oom_retry(encode),
+                encode,
                 next_batch=functools.partial(next_batch, n),
                 on_lost=self._lost,
                 hooks=hooks,

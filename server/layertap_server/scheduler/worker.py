@@ -17,9 +17,7 @@ import time
 from collections.abc import Callable, Iterator
 
 from layertap.errors import InternalError, LayertapError, UnavailableError
-from layertap_server.scheduler.call import BatchPart
-from layertap_server.scheduler.events import CallFailed, RowsReady, RunDone
-from layertap_server.scheduler.hooks import Hooks
+from layertap_server.scheduler.call import BatchPart, CallFailed, Hooks, RowsReady, RunDone
 from layertap_server.types import RETRY_STOPPING_S, DeviceLostError, Encode, Run
 
 log = logging.getLogger(__name__)

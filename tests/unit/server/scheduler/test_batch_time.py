@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from layertap_server.scheduler.batch_time import TARGET_S, BatchTime
+from layertap_server.scheduler.fairness import TARGET_S, BatchTime
 
 MOST = 1024
 

@@ -7,8 +7,9 @@ from collections.abc import Callable
 
 from layertap.errors import DeadlineExceededError, LayertapError
 from layertap_server.observability.call_log import Record
-from layertap_server.rpc.admitted_call import AdmittedCall, IdleCalls, RequestMemory
-from layertap_server.scheduler.hooks import NoHooks
+from layertap_server.rpc.caller import AdmittedCall, IdleCalls
+from layertap_server.scheduler.call import Hooks
+from layertap_server.scheduler.fairness import RequestMemory
 
 
 def late(name: str) -> Callable[[], LayertapError]:
@@ -17,7 +18,7 @@ def late(name: str) -> Callable[[], LayertapError]:
 
 def test_each_idle_call_ends_at_its_time_and_a_busy_one_does_not() -> None:
     async def run() -> None:
-        memory, idle = RequestMemory(1000, NoHooks()), IdleCalls()
+        memory, idle = RequestMemory(1000, Hooks()), IdleCalls()
         ended: list[str] = []
 
         async def call(name: str, timeout_s: float, *, busy: bool = False) -> None:

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from layertap import ResourceExhaustedError
-from layertap_server.scheduler.oom_retry import with_oom_retry
+from layertap_server.engine.oom_retry import with_oom_retry
 from layertap_server.types import OutOfMemoryError, Output, OutputKind, Plan, Pool, Rows, Run, Strategy, Text, Unit
 
 LAYERS = Output(kind=OutputKind.HIDDEN_STATES, layers=(0, 2), row_size=1)

@@ -12,7 +12,7 @@ from layertap.errors import InvalidArgumentError
 from layertap.types import Limits
 from layertap.v1 import embedding_pb2 as pb
 from layertap_server.protocol.offload import LARGE_BYTES
-from layertap_server.protocol.request_parts import parse_parts, sizes_of, stream_chunks, stream_id, stream_inputs
+from layertap_server.protocol.requests import parse_parts, sizes_of, stream_chunks, stream_id, stream_inputs
 
 LIMITS = Limits(
     **{field.name: 1 << 20 for field in pb.Limits.DESCRIPTOR.fields if field.name != "max_text_count"},

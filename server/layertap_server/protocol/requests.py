@@ -1,4 +1,4 @@
-"""Large requests, taken apart without being parsed: what repeats is found by its lengths alone and parsed in slices.
+"""Requests as messages; large ones are taken apart: what repeats is found by its lengths and parsed in slices.
 
 protobuf makes up to 20 bytes of one, and holds the interpreter while it does. So of a large request only what stands
 beside its texts is parsed at once; a text is parsed in the slice that tokenizes it. How many texts there are, and how
@@ -7,6 +7,7 @@ long each is, is checked before that.
 
 from __future__ import annotations
 
+import asyncio
 import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any, Final, Generic, TypeVar, overload
@@ -16,7 +17,7 @@ from google.protobuf.message import DecodeError, Message
 from layertap.errors import InvalidArgumentError
 from layertap.types import Limits
 from layertap.v1 import embedding_pb2 as pb
-from layertap_server.protocol.offload import LARGE_BYTES, parse
+from layertap_server.protocol.offload import LARGE_BYTES
 
 MessageT = TypeVar("MessageT", bound=Message)
 EntryT = TypeVar("EntryT", bound=Message)
@@ -28,6 +29,8 @@ _STREAM_INPUTS: Final = 2
 _STREAM_INPUT: Final = 2
 _MAX_FIELDS: Final = 4096
 """How many fields may stand beside the texts of a large request."""
+_MAX_PARSED_BYTES: Final = 256 << 10
+"""What may stand beside the texts of a request: more than all options that are accepted."""
 _LENGTH_DELIMITED: Final = 2
 _INPUTS_TAG: Final = bytes((_STREAM_INPUTS << 3 | _LENGTH_DELIMITED,))
 
@@ -74,6 +77,22 @@ class Parts(Sequence[EntryT], Generic[EntryT]):
             return self._kind.FromString(self._raw[start:end])
         except DecodeError as exc:
             raise _no(self._kind) from exc
+
+
+async def parse(kind: type[MessageT], raw: bytes) -> MessageT:
+    """Returns a message; the texts of a large one must not be in it.
+
+    Raises:
+        InvalidArgumentError: if the bytes are no such message, or too many.
+    """
+    if len(raw) > _MAX_PARSED_BYTES:
+        raise InvalidArgumentError(
+            f"the request has {len(raw)} bytes beside its texts, the most is {_MAX_PARSED_BYTES}; ask for less at once"
+        )
+    try:
+        return kind.FromString(raw) if len(raw) <= LARGE_BYTES else await asyncio.to_thread(kind.FromString, raw)
+    except DecodeError as exc:
+        raise _no(kind) from exc
 
 
 async def parse_parts(

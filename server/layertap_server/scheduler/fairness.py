@@ -1,0 +1,268 @@
+"""How clients share the server: the order of their calls, what each may use of a limit, and how long a batch may be.
+
+Rules:
+- Clients are served round robin, then the connections of a client.
+- A client that opens many connections gets no more for it, and two programs that come as one client do not hold each
+  other up. What a client is, `rpc.caller` decides.
+- Calls of one connection are served first come, first served, by their texts: a stream that always has texts waiting
+  does not hold up the calls that come after it.
+- Of each limit the last quarter is kept for clients that use little.
+- Each operation costs the same however many calls wait, but for a binary search among those of one connection.
+
+Pure. The batcher changes the queue, under its lock; the admission of calls changes the memory, in its event loop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import bisect
+import operator
+from collections import OrderedDict
+from collections.abc import Iterator
+from typing import Final
+
+from layertap.errors import ResourceExhaustedError
+from layertap_server.scheduler.call import Call, Hooks
+from layertap_server.types import RETRY_FULL_S
+
+_ARRIVAL = operator.attrgetter("arrival")
+
+TARGET_S: Final = 0.05
+"""What a batch should take while callers share the server."""
+_SHARED_S: Final = 10.0
+"""For so long after callers have alternated, the server counts as shared."""
+_LEAST_TOKENS: Final = 64
+"""A batch may always have so many: with less, most of the time is not spent on tokens."""
+_MEMORY: Final = 0.9
+"""How much of what is known of earlier batches counts beside the last one."""
+
+
+class FairQueue:
+    """Calls in the order in which they are served."""
+
+    def __init__(self) -> None:
+        self._clients: OrderedDict[str, OrderedDict[str, list[Call]]] = OrderedDict()
+
+    def __iter__(self) -> Iterator[Call]:
+        """Yields every call."""
+        for connections in self._clients.values():
+            for calls in connections.values():
+                yield from calls
+
+    def __bool__(self) -> bool:
+        return bool(self._clients)
+
+    @property
+    def first(self) -> Call | None:
+        """The call that is served next. None: the queue is empty."""
+        for connections in self._clients.values():
+            for calls in connections.values():
+                return calls[0]
+        return None
+
+    def add(self, call: Call) -> None:
+        """Adds a call to its connection by its arrival; a client or connection that had none comes last."""
+        calls = self._clients.setdefault(call.client, OrderedDict()).setdefault(call.connection, [])
+        bisect.insort(calls, call, key=_ARRIVAL)
+
+    def put_back(self, call: Call) -> None:
+        """Adds a call that was removed without being served; its client and connection come first."""
+        self.add(call)
+        self._clients.move_to_end(call.client, last=False)
+        self._clients[call.client].move_to_end(call.connection, last=False)
+
+    def remove(self, call: Call) -> None:
+        """Removes a call."""
+        connections = self._clients[call.client]
+        calls = connections[call.connection]
+        del calls[bisect.bisect_left(calls, call.arrival, key=_ARRIVAL)]
+        if not calls:
+            del connections[call.connection]
+        if not connections:
+            del self._clients[call.client]
+
+    def rotate(self, client: str, connection: str) -> None:
+        """Moves a client that has been served, and its connection, to the end."""
+        if client in self._clients:
+            self._clients.move_to_end(client)
+            if connection in self._clients[client]:
+                self._clients[client].move_to_end(connection)
+
+
+class Budget:
+    """How much of one limit is used, and by which client.
+
+    The last quarter is kept for clients that use less than a quarter, so that one client cannot use all of it. A client
+    that uses nothing may ask for the whole limit: any request that is within the limits can be admitted.
+
+    Attributes:
+        limit: The limit.
+        used: What all clients use.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self.used = 0
+        self._used_by: dict[str, int] = {}
+
+    def used_by(self, client: str) -> int:
+        """Returns what one client uses."""
+        return self._used_by.get(client, 0)
+
+    def has_room(self, client: str, amount: int) -> bool:
+        """Returns whether a client may use so much more."""
+        own, quarter = self._used_by.get(client, 0), self.limit // 4
+        is_light = not own or own + amount <= quarter
+        return self.used + amount <= (self.limit if is_light else self.limit - quarter)
+
+    def add(self, client: str, amount: int) -> None:
+        """Counts what a client uses, or with a negative amount gives back."""
+        self.used += amount
+        if own := self._used_by.get(client, 0) + amount:
+            self._used_by[client] = own
+        else:
+            self._used_by.pop(client, None)
+
+
+class QueueBudget:
+    """The texts that wait in the queue, and their tokens."""
+
+    def __init__(self, *, max_texts: int, max_tokens: int, hooks: Hooks) -> None:
+        """Starts with an empty queue.
+
+        Args:
+            max_texts: Texts that may wait.
+            max_tokens: Tokens that may wait.
+            hooks: Called for refusals.
+        """
+        self._texts = Budget(max_texts)
+        self._tokens = Budget(max_tokens)
+        self._hooks = hooks
+
+    @property
+    def text_count(self) -> int:
+        """Texts that wait."""
+        return self._texts.used
+
+    @property
+    def token_count(self) -> int:
+        """Their tokens."""
+        return self._tokens.used
+
+    def has_room(self, client: str, text_count: int, token_count: int) -> bool:
+        """Returns whether a client may queue so much; any one request may be queued where nothing waits."""
+        return self._texts.has_room(client, text_count) and (
+            not self._texts.used or self._tokens.has_room(client, token_count)
+        )
+
+    def check(self, client: str, text_count: int, token_count: int) -> None:
+        """Checks that a client may queue so much.
+
+        Raises:
+            ResourceExhaustedError: if the queue is full.
+        """
+        if self.has_room(client, text_count, token_count):
+            return
+        if not self._texts.has_room(client, text_count):
+            reason, full = "queue_texts", f"{self._texts.used} texts wait, the queue holds {self._texts.limit}"
+        else:
+            reason, full = "queue_tokens", f"{self._tokens.used} tokens wait, the queue holds {self._tokens.limit}"
+        self._hooks.refused(reason)
+        raise ResourceExhaustedError(f"the server is full: {full}; try again later", retry_after_s=RETRY_FULL_S)
+
+    def add(self, client: str, text_count: int, token_count: int) -> None:
+        """Counts texts that a client queues, or with negative numbers takes out."""
+        self._texts.add(client, text_count)
+        self._tokens.add(client, token_count)
+
+
+class BatchTime:
+    """How many tokens a batch may have, by how long batches take and which callers have come lately.
+
+    A call that comes while all instances compute waits for one of them, and then for its own batch. So while callers
+    alternate, a batch has at most the tokens that lately took 50 ms: another caller then waits for about twice as long,
+    however much one of them has queued. On the CPU that costs about 3 % of the speed in bulk, so a caller that is alone
+    has the whole `--max-batch-tokens`. A text is never cut: the time of the longest one is the least that others may
+    wait.
+    """
+
+    def __init__(self) -> None:
+        self._tokens = self._seconds = 0.0
+        self._last: tuple[str, str] | None = None
+        self._shared_until = 0.0
+
+    def arrived(self, client: str, connection: str, now: float) -> None:
+        """Notes that a caller has queued texts.
+
+        Args:
+            client: Its client.
+            connection: Its connection among those of the client.
+            now: The time, in seconds.
+        """
+        if self._last != (client, connection):
+            if self._last is not None:
+                self._shared_until = now + _SHARED_S
+            self._last = client, connection
+
+    def ran(self, token_count: int, seconds: float) -> None:
+        """Notes how long a batch took."""
+        self._tokens = _MEMORY * self._tokens + token_count
+        self._seconds = _MEMORY * self._seconds + seconds
+
+    def most_tokens(self, most: int, now: float) -> int:
+        """Returns how many tokens the next batch may have, at most so many."""
+        if now >= self._shared_until or not self._seconds:
+            return most
+        return min(most, max(_LEAST_TOKENS, int(TARGET_S * self._tokens / self._seconds)))
+
+
+class RequestMemory:
+    """The memory for the requests of all calls; see `Budget` for what is kept for light clients.
+
+    Streams have as much again to themselves: what they read counts when it has come, so that they may take more than
+    their limit by a message each, and others must not be refused for that.
+    """
+
+    def __init__(self, limit: int, hooks: Hooks) -> None:
+        self._requests = Budget(limit)
+        self._streams = Budget(limit)
+        self._hooks = hooks
+        self._freed = asyncio.Event()
+
+    def add(self, client: str, byte_count: int) -> None:
+        """Counts bytes of a request.
+
+        Raises:
+            ResourceExhaustedError: if the client may not hold so many more.
+        """
+        if not self._requests.has_room(client, byte_count):
+            self._hooks.refused("request_bytes")
+            raise ResourceExhaustedError(
+                f"the server is full: the requests under way take {self._requests.used} bytes, the most is "
+                f"{self._requests.limit}; try again later",
+                retry_after_s=RETRY_FULL_S,
+            )
+        self._requests.add(client, byte_count)
+
+    def add_stream(self, client: str, byte_count: int) -> None:
+        """Counts bytes of a stream, or with a negative number gives them back."""
+        self._streams.add(client, byte_count)
+        if byte_count < 0:
+            self._freed.set()
+
+    def give_back(self, client: str, byte_count: int, stream_byte_count: int) -> None:
+        """Gives back all that a call holds."""
+        if byte_count:
+            self._requests.add(client, -byte_count)
+        if stream_byte_count:
+            self.add_stream(client, -stream_byte_count)
+
+    def has_stream_room(self, client: str) -> bool:
+        """Returns whether streams of a client may hold more; one that holds nothing always may."""
+        return self._streams.has_room(client, 1) or not self._streams.used_by(client)
+
+    async def stream_room(self, client: str) -> None:
+        """Waits until streams of a client may hold more."""
+        while not self.has_stream_room(client):
+            self._freed.clear()
+            await self._freed.wait()
