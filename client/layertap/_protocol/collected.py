@@ -7,12 +7,13 @@ from typing import Final
 import numpy as np
 
 from layertap._protocol.responses import ModelPin
-from layertap._protocol.result_builder import build_embedding
+from layertap._protocol.result_builder import EmbeddingBuilder, attention_mask
 from layertap._protocol.stream_results import TextAnswer
 from layertap._protocol.stream_state import StreamState
 from layertap.errors import DataLossError, ResourceExhaustedError
 from layertap.results.embedding import Embedding
 from layertap.results.streamed import StreamResult
+from layertap.types import Timings
 from layertap.v1 import embedding_pb2 as pb
 
 MAX_BYTES: Final = 8 << 30
@@ -46,18 +47,18 @@ class CollectedStream(StreamState):
         if self._header is None or len(self._answers) != len(self._messages):
             raise DataLossError(f"{len(self._answers)} of {len(self._messages)} results came; ask again")
         answers = [self._answers[index] for index in range(len(self._messages))]
-        times = {
-            field.name: max(getattr(answer.timings, field.name) for answer in answers)
-            for field in pb.Timings.DESCRIPTOR.fields
-        }
-        return build_embedding(
-            header=self._header,
-            options=self._options,
+        token_counts = np.concatenate([answer.token_counts for answer in answers])
+        return EmbeddingBuilder(self._header, self._options).build(
             arrays={key: np.concatenate([answer.arrays[key] for answer in answers]) for key in answers[0].arrays},
             messages=self._messages,
-            token_counts=np.array([answer.token_count for answer in answers], np.int64),
-            truncated=np.array([answer.truncated for answer in answers], np.bool_),
-            timings=pb.Timings(**times),
+            token_counts=token_counts,
+            truncated=np.concatenate([answer.truncated for answer in answers]),
+            attention_mask=attention_mask(self._messages, token_counts),
+            timings=Timings(
+                queue_time_ns=max(answer.timings.queue_time_ns for answer in answers),
+                tokenize_time_ns=max(answer.timings.tokenize_time_ns for answer in answers),
+                compute_time_ns=max(answer.timings.compute_time_ns for answer in answers),
+            ),
             tokens=[text for answer in answers for text in answer.tokens],
             words=[text for answer in answers for text in answer.words],
         )

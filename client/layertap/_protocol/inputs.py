@@ -13,6 +13,7 @@ from typing import Any, Final, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
+from google.protobuf.internal.containers import RepeatedScalarFieldContainer
 
 from layertap.errors import InvalidArgumentError
 from layertap.results.tokens import Tokens
@@ -194,21 +195,34 @@ def _words(item: Any, index: int) -> list[str] | None:
 
 
 def _token_ids(ids: npt.ArrayLike, mask: npt.ArrayLike | None, types: npt.ArrayLike | None, index: int) -> pb.Input:
-    message = pb.TokenIds(input_ids=_integers(ids, "input_ids", index))
-    count = len(message.input_ids)
+    message = pb.Input()
+    given = message.token_ids
+    _fill(given.input_ids, ids, "input_ids", index)
+    count = len(given.input_ids)
     if not count:
         raise InvalidArgumentError(f'inputs[{index}] has no input_ids; for the empty text pass ""')
     for name, values, field in (
-        ("attention_mask", mask, message.attention_mask),
-        ("token_type_ids", types, message.token_type_ids),
+        ("attention_mask", mask, given.attention_mask),
+        ("token_type_ids", types, given.token_type_ids),
     ):
         if values is not None:
-            field.extend(_integers(values, name, index))
+            _fill(field, values, name, index)
             if len(field) != count:
                 raise InvalidArgumentError(
                     f"inputs[{index}].{name} has {len(field)} entries, input_ids {count}; make them equal"
                 )
-    return pb.Input(token_ids=message)
+    return message
+
+
+def _fill(field: RepeatedScalarFieldContainer[int], values: npt.ArrayLike, name: str, index: int) -> None:
+    """Copies integers into a field; protobuf checks those of a list faster than an array could be made of it."""
+    if isinstance(values, list) and values and type(values[0]) is int:
+        try:
+            field.extend(values)
+            return
+        except (TypeError, ValueError):
+            field.clear()
+    field.extend(_integers(values, name, index))
 
 
 def _array(values: npt.ArrayLike, name: str) -> npt.NDArray[np.generic]:

@@ -15,7 +15,7 @@ from google.protobuf.message import Message
 
 from layertap import wire
 from layertap._protocol.requests import ResponseT
-from layertap._protocol.result_builder import build_embedding, build_tokens
+from layertap._protocol.result_builder import EmbeddingBuilder, attention_mask, build_tokens, read_timings
 from layertap.errors import DataLossError, FailedPreconditionError
 from layertap.results.embedding import Embedding
 from layertap.results.tokens import Tokens
@@ -188,14 +188,14 @@ def build_whole(
     """
     if [len(text.piece_counts) for text in words] != list(header.word_counts):
         raise DataLossError("the words of the answer are not those of its header; ask again")
-    return build_embedding(
-        header=header,
-        options=options,
+    token_counts = np.array(header.token_counts, np.int64)
+    return EmbeddingBuilder(header, options).build(
         arrays=arrays,
         messages=messages,
-        token_counts=np.array(header.token_counts, np.int64),
+        token_counts=token_counts,
         truncated=np.array(header.truncated, np.bool_),
-        timings=timings,
+        attention_mask=attention_mask(messages, token_counts),
+        timings=read_timings(timings),
         tokens=tokens,
         words=words,
         request_id=request_id,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -18,98 +18,123 @@ from layertap.v1 import embedding_pb2 as pb
 _PER_TOKEN_FIELDS = ("tokens", "attention_mask", "token_type_ids", "special_tokens_mask", "word_ids")
 
 
-def build_embedding(
-    *,
-    header: pb.EmbedHeader,
-    options: pb.EmbedOptions,
-    arrays: dict[tuple[int, int], FloatArray],
-    messages: list[pb.Input],
-    token_counts: IntArray,
-    truncated: BoolArray,
-    timings: pb.Timings,
-    tokens: Sequence[pb.TokenizedText],
-    words: Sequence[pb.SplitText],
-    request_id: str | None = None,
-) -> Embedding:
-    """Returns whole arrays, by output index and layer, under the names that users know.
+class EmbeddingBuilder:
+    """Gives the arrays of answers to one request the names that users know. One serves all results of a stream."""
 
-    Raises:
-        DataLossError: if the requested tokens or words are not those of the texts.
-    """
-    if options.return_tokens and [len(text.input_ids) for text in tokens] != token_counts.tolist():
-        raise DataLossError("the tokens of the answer are not those of its texts; ask again")
-    ragged: dict[pb.RowUnit.ValueType, dict[int, FloatArray]] = {pb.ROW_UNIT_TOKEN: {}}
-    mixes: dict[pb.RowUnit.ValueType, tuple[tuple[int, ...], dict[int, FloatArray]]] = {}
-    pools: list[FloatArray] = []
-    pooler_output: FloatArray | None = None
-    attentions: Attentions | None = None
-    for output_index, (asked, output) in enumerate(zip(options.outputs, header.outputs, strict=True)):
-        found = {layer: arrays[output_index, layer] for layer in output.layers}
-        if output.unit == pb.ROW_UNIT_TEXT:
-            if asked.HasField("pooler_output"):
-                (pooler_output,) = found.values()
+    def __init__(self, header: pb.EmbedHeader, options: pb.EmbedOptions) -> None:
+        """Reads what all results have in common.
+
+        Args:
+            header: What opens the answer, already checked against the options.
+            options: What was asked.
+        """
+        self._header = header
+        self._prompt = options.prompt or header.named_prompt
+        self._returns_tokens = options.return_tokens
+        self._layer_count = header.layer_count
+        self._model = ModelRef(model_id=header.model_id, fingerprint=header.fingerprint)
+        self._outputs = [
+            (output.unit, [(layer, (index, layer)) for layer in output.layers], asked.HasField("pooler_output"), output)
+            for index, (asked, output) in enumerate(zip(options.outputs, header.outputs, strict=True))
+        ]
+        self._has_words = any(output.unit == pb.ROW_UNIT_WORD for output in header.outputs)
+
+    def build(
+        self,
+        *,
+        arrays: Mapping[tuple[int, int], FloatArray],
+        messages: Sequence[pb.Input],
+        token_counts: IntArray,
+        truncated: BoolArray,
+        attention_mask: IntArray,
+        timings: Timings,
+        tokens: Sequence[pb.TokenizedText],
+        words: Sequence[pb.SplitText],
+        request_id: str | None = None,
+    ) -> Embedding:
+        """Returns an embedding of whole arrays, by output index and layer.
+
+        Raises:
+            DataLossError: if the requested tokens or words are not those of the texts.
+        """
+        if self._returns_tokens and [len(text.input_ids) for text in tokens] != token_counts.tolist():
+            raise DataLossError("the tokens of the answer are not those of its texts; ask again")
+        ragged: dict[int, FloatArray] = {}
+        ragged_words: dict[int, FloatArray] = {}
+        mixes: dict[pb.RowUnit.ValueType, tuple[tuple[int, ...], dict[int, FloatArray]]] = {}
+        pools: list[FloatArray] = []
+        pooler_output: FloatArray | None = None
+        attentions: Attentions | None = None
+        for unit, places, is_pooler, output in self._outputs:
+            found = {layer: arrays[place] for layer, place in places}
+            if unit == pb.ROW_UNIT_TEXT:
+                if is_pooler:
+                    (pooler_output,) = found.values()
+                else:
+                    pools.extend(found.values())
+            elif unit == pb.ROW_UNIT_TOKEN_PAIR:
+                attentions = Attentions(
+                    ragged=found,
+                    heads=tuple(output.heads),
+                    token_counts=token_counts,
+                    layer_count=self._layer_count,
+                )
+            elif output.mixed_layers:
+                mixes[unit] = tuple(output.mixed_layers), found
             else:
-                pools.extend(found.values())
-        elif output.unit == pb.ROW_UNIT_TOKEN_PAIR:
-            attentions = Attentions(
-                ragged=found, heads=tuple(output.heads), token_counts=token_counts, layer_count=header.layer_count
-            )
-        elif output.mixed_layers:
-            ragged.setdefault(output.unit, {})
-            mixes[output.unit] = tuple(output.mixed_layers), found
-        else:
-            ragged.setdefault(output.unit, {}).update(found)
+                (ragged if unit == pb.ROW_UNIT_TOKEN else ragged_words).update(found)
 
-    def rows(unit: pb.RowUnit.ValueType, counts: IntArray) -> tuple[HiddenStates, MixedRows | None]:
-        states = HiddenStates(ragged=ragged[unit], token_counts=counts, layer_count=header.layer_count)
-        if unit not in mixes:
-            return states, None
-        layers, own = mixes[unit]
-        mixed = HiddenStates(ragged=own, token_counts=counts, layer_count=header.layer_count)
-        return states, MixedRows(layers=layers, _states=mixed)
+        def mixed(unit: pb.RowUnit.ValueType, counts: IntArray) -> MixedRows | None:
+            if unit not in mixes:
+                return None
+            layers, own = mixes[unit]
+            states = HiddenStates(ragged=own, token_counts=counts, layer_count=self._layer_count)
+            return MixedRows(layers=layers, _states=states)
 
-    hidden_states, mixed = rows(pb.ROW_UNIT_TOKEN, token_counts)
-    split = None
-    if pb.ROW_UNIT_WORD in ragged:
-        if len(words) != len(token_counts):
-            raise DataLossError("the words of the answer are not those of its texts; ask again")
-        word_counts = np.array([len(text.piece_counts) for text in words], np.int64)
-        strings = _strings(words, messages, options.prompt or header.named_prompt)
-        split = _build_words(words, strings, *rows(pb.ROW_UNIT_WORD, word_counts))
-    return Embedding(
-        hidden_states=hidden_states,
-        pools=tuple(pools),
-        token_counts=token_counts,
-        truncated=truncated,
-        attention_mask=_attention_mask(messages, token_counts),
-        model=ModelRef(model_id=header.model_id, fingerprint=header.fingerprint),
-        timings=Timings(
-            queue_time_ns=timings.queue_time_ns,
-            tokenize_time_ns=timings.tokenize_time_ns,
-            compute_time_ns=timings.compute_time_ns,
-        ),
-        request_id=request_id,
-        _pooler_output=pooler_output,
-        _mixed=mixed,
-        _words=split,
-        _attentions=attentions,
-        _tokens=build_tokens(tokens, header.pad_token_id) if options.return_tokens else None,
+        split = None
+        if self._has_words:
+            if len(words) != len(token_counts):
+                raise DataLossError("the words of the answer are not those of its texts; ask again")
+            word_counts = np.array([len(text.piece_counts) for text in words], np.int64)
+            vectors = HiddenStates(ragged=ragged_words, token_counts=word_counts, layer_count=self._layer_count)
+            strings = _strings(words, messages, self._prompt)
+            split = _build_words(words, strings, vectors, mixed(pb.ROW_UNIT_WORD, word_counts))
+        return Embedding(
+            hidden_states=HiddenStates(ragged=ragged, token_counts=token_counts, layer_count=self._layer_count),
+            pools=tuple(pools),
+            token_counts=token_counts,
+            truncated=truncated,
+            attention_mask=attention_mask,
+            model=self._model,
+            timings=timings,
+            request_id=request_id,
+            _pooler_output=pooler_output,
+            _mixed=mixed(pb.ROW_UNIT_TOKEN, token_counts),
+            _words=split,
+            _attentions=attentions,
+            _tokens=build_tokens(tokens, self._header.pad_token_id) if self._returns_tokens else None,
+        )
+
+
+def read_timings(timings: pb.Timings) -> Timings:
+    """Returns where the time went."""
+    return Timings(
+        queue_time_ns=timings.queue_time_ns,
+        tokenize_time_ns=timings.tokenize_time_ns,
+        compute_time_ns=timings.compute_time_ns,
     )
 
 
-def _attention_mask(messages: list[pb.Input], token_counts: IntArray) -> IntArray:
+def attention_mask(messages: Sequence[pb.Input], token_counts: IntArray) -> IntArray:
     """Returns the mask that was computed with. Shape: [text_count, length]."""
-    if len(messages) == 1:
-        mask = np.ones((1, int(token_counts[0])), np.int64)
-    else:
-        mask = (np.arange(int(token_counts.max(initial=0))) < token_counts[:, None]).astype(np.int64)
+    mask = (np.arange(int(token_counts.max(initial=0))) < token_counts[:, None]).astype(np.int64)
     for row, message in zip(mask, messages, strict=True):
         if message.HasField("token_ids") and (given := message.token_ids.attention_mask):
             row[: len(given)] = given
     return mask
 
 
-def _strings(texts: Sequence[pb.SplitText], messages: list[pb.Input], prompt: str) -> tuple[tuple[str, ...], ...]:
+def _strings(texts: Sequence[pb.SplitText], messages: Sequence[pb.Input], prompt: str) -> tuple[tuple[str, ...], ...]:
     """Returns the words of each text as they stand in it, after the prompt."""
     found: list[tuple[str, ...]] = []
     for text, message in zip(texts, messages, strict=True):

@@ -2,28 +2,44 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Iterator
+import itertools
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
 from layertap import wire
 from layertap._protocol.responses import has_words, row_counts
+from layertap._protocol.result_builder import read_timings
 from layertap.errors import DataLossError
-from layertap.types import FloatArray
+from layertap.types import BoolArray, FloatArray, IntArray, Timings
 from layertap.v1 import embedding_pb2 as pb
 
 
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class TextAnswer:
-    """All that came for one item: its rows by output index and layer, and what describes them."""
+class TextAnswer(NamedTuple):
+    """All that came for one item: its rows by output index and layer, and what describes them.
+
+    A tuple, since there is one for each text of a stream.
+
+    Attributes:
+        arrays: Its rows, by output index and layer.
+        token_count: Its tokens.
+        token_counts: The same as an array. Shape: [1].
+        truncated: Whether tokens were cut. Shape: [1].
+        ones: A mask of 1 for each token. Shape: [1, token_count].
+        timings: Where its time went.
+        tokens: Its tokens if they were requested.
+        words: Its words if they were requested.
+    """
 
     arrays: dict[tuple[int, int], FloatArray]
     token_count: int
-    truncated: bool
-    timings: pb.Timings
-    tokens: list[pb.TokenizedText]
-    words: list[pb.SplitText]
+    token_counts: IntArray
+    truncated: BoolArray
+    ones: IntArray
+    timings: Timings
+    tokens: Sequence[pb.TokenizedText]
+    words: Sequence[pb.SplitText]
 
 
 def text_answers(
@@ -57,9 +73,9 @@ def text_answers(
     if lengths != {len(results.ids)} or (counts < 1).any():
         raise DataLossError("the lists of the answer differ in length; ask again")
     word_counts = [len(words.piece_counts) for words in results.words]
+    token_counts = counts.tolist()
     starts = [
-        np.cumsum([0, *row_counts(output.unit, results.token_counts, word_counts)]).tolist()
-        for output in header.outputs
+        [0, *itertools.accumulate(row_counts(output.unit, token_counts, word_counts))] for output in header.outputs
     ]
     arrays: dict[tuple[int, int], FloatArray] = {}
     for output_index, output in enumerate(header.outputs):
@@ -77,20 +93,30 @@ def text_answers(
             arrays[output_index, layer] = wire.to_array(payload, (row_count, output.row_size), header.dtype)
     if data or len(offsets) not in (0, len(arrays)):
         raise DataLossError("the answer has more data than results; ask again")
-    for position, index in enumerate(results.ids):
+    truncated = np.array(results.truncated, np.bool_)
+    ones = np.ones((1, sum(token_counts)), np.int64)
+    tensors = [(key, array, starts[key[0]]) for key, array in arrays.items()]
+    tokens, words = list(results.tokens), list(results.words)
+    raw, timings = pb.Timings(), read_timings(pb.Timings())
+    start = 0
+    for position, (index, token_count, of) in enumerate(zip(results.ids, token_counts, results.timings, strict=True)):
+        after = position + 1
+        if raw != of:
+            raw, timings = of, read_timings(of)
         yield (
             index,
             TextAnswer(
-                arrays={
-                    key: array[starts[key[0]][position] : starts[key[0]][position + 1]] for key, array in arrays.items()
-                },
-                token_count=results.token_counts[position],
-                truncated=results.truncated[position],
-                timings=results.timings[position],
-                tokens=[results.tokens[position]] if results.tokens else [],
-                words=[results.words[position]] if results.words else [],
+                arrays={key: array[rows[position] : rows[after]] for key, array, rows in tensors},
+                token_count=token_count,
+                token_counts=counts[position:after],
+                truncated=truncated[position:after],
+                ones=ones[:, start : start + token_count],
+                timings=timings,
+                tokens=tokens[position:after],
+                words=words[position:after],
             ),
         )
+        start += token_count
 
 
 class Frames:
@@ -146,8 +172,10 @@ class Frames:
         return TextAnswer(
             arrays=self._rows,
             token_count=last.token_count,
-            truncated=last.truncated,
-            timings=last.timings,
+            token_counts=np.array([last.token_count], np.int64),
+            truncated=np.array([last.truncated], np.bool_),
+            ones=np.ones((1, last.token_count), np.int64),
+            timings=read_timings(last.timings),
             tokens=[last.tokens] if last.HasField("tokens") else [],
             words=[last.words] if last.HasField("words") else [],
         )

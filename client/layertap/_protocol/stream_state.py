@@ -16,7 +16,7 @@ import numpy as np
 from layertap import wire
 from layertap._protocol.inputs import InputItem, to_message
 from layertap._protocol.responses import ModelPin, check_header, token_bound
-from layertap._protocol.result_builder import build_embedding
+from layertap._protocol.result_builder import EmbeddingBuilder
 from layertap._protocol.stream_results import Frames, TextAnswer, text_answers
 from layertap.errors import (
     DataLossError,
@@ -72,6 +72,7 @@ class StreamState:
         self._pin = pin or ModelPin()
         self._message_count = min(message_count, MAX_MESSAGE_COUNT)
         self._header: pb.EmbedHeader | None = None
+        self._builder: EmbeddingBuilder | None = None
         self._header_due = True
         self._got_on = False
         self._offered_count = 0
@@ -130,11 +131,11 @@ class StreamState:
     def take(self) -> pb.EmbedStreamRequest:
         """Returns the next message to send."""
         request = pb.EmbedStreamRequest()
-        size = 0
-        while self._unsent and size < MAX_MESSAGE_BYTES and len(request.inputs.inputs) < self._message_count:
+        inputs, size = request.inputs.inputs, 0
+        while self._unsent and size < MAX_MESSAGE_BYTES and len(inputs) < self._message_count:
             index = next(iter(self._unsent))
             item = self._unsent.pop(index)
-            request.inputs.inputs.append(pb.StreamInput(id=index, input=item.message))
+            inputs.add(id=index, input=item.message)
             size += item.size
         return request
 
@@ -205,7 +206,7 @@ class StreamState:
     def _open(self, header: pb.EmbedHeader) -> None:
         self._pin.check(header.model_id, header.fingerprint)
         check_header(header, self._options, [])
-        self._header = header
+        self._header, self._builder = header, EmbeddingBuilder(header, self._options)
         self._header_due = self._got_on = False
 
     def _frame(self, frame: pb.StreamFrame, data: memoryview) -> None:
@@ -230,14 +231,18 @@ class StreamState:
         self._answer(index, self._result(index, item.message, answer))
 
     def _result(self, index: int, message: pb.Input, answer: TextAnswer) -> StreamResult:
-        assert self._header is not None
-        embedding = build_embedding(
-            header=self._header,
-            options=self._options,
+        assert self._builder is not None
+        mask = answer.ones
+        if message.HasField("token_ids") and (given := message.token_ids.attention_mask):
+            mask = np.array([given], np.int64)
+            if mask.shape != answer.ones.shape:
+                raise DataLossError(f"item {index} has {answer.token_count} tokens; ask again")
+        embedding = self._builder.build(
             arrays=answer.arrays,
-            messages=[message],
-            token_counts=np.array([answer.token_count], np.int64),
-            truncated=np.array([answer.truncated], np.bool_),
+            messages=(message,),
+            token_counts=answer.token_counts,
+            truncated=answer.truncated,
+            attention_mask=mask,
             timings=answer.timings,
             tokens=answer.tokens,
             words=answer.words,

@@ -44,10 +44,10 @@ class _Pump:
         self._source = source
         self._loop = asyncio.get_running_loop()
         self._arrived = asyncio.Event()
-        self._room = threading.Semaphore(_AHEAD_COUNT)
+        self._room = threading.Event()
         self._items: deque[Any] = deque()
         self._error: BaseException | None = None
-        self._ended = self._stopped = False
+        self._ended = self._stopped = self._waking = False
         threading.Thread(target=self._run, name="layertap-source", daemon=True).start()
 
     async def take(self) -> list[Any]:
@@ -62,19 +62,23 @@ class _Pump:
         while self._items:
             group.append(self._items.popleft())
         if group:
-            self._room.release(len(group))
+            self._room.set()
         elif self._error is not None:
             raise self._error
         return group
 
     def stop(self) -> None:
         self._stopped = True
-        self._room.release()
+        self._room.set()
 
     def _run(self) -> None:
         try:
             for item in self._source:
-                self._room.acquire()
+                while len(self._items) >= _AHEAD_COUNT and not self._stopped:
+                    # Cleared before it is looked again: what is taken after the look sets it again.
+                    self._room.clear()
+                    if len(self._items) >= _AHEAD_COUNT and not self._stopped:
+                        self._room.wait()
                 if self._stopped:
                     return
                 self._items.append(item)
@@ -86,9 +90,15 @@ class _Pump:
             self._wake()
 
     def _wake(self) -> None:
-        if self._arrived.is_set() or self._stopped:
+        """Wakes the loop, once for all that has come since the last time: each wake costs."""
+        if self._waking or self._stopped:
             return
+        self._waking = True
         try:
-            self._loop.call_soon_threadsafe(self._arrived.set)
+            self._loop.call_soon_threadsafe(self._arrive)
         except RuntimeError:  # The loop has closed: the stream has ended.
             self._stopped = True
+
+    def _arrive(self) -> None:
+        self._waking = False  # First: what comes from here on wakes anew, so that nothing is missed.
+        self._arrived.set()
