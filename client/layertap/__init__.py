@@ -32,7 +32,7 @@ from layertap.results.hidden_states import HiddenStates
 from layertap.results.streamed import LayerRows, StreamResult
 from layertap.results.tokens import Tokens
 from layertap.results.words import MixedRows, Words
-from layertap.types import LayerMix, Limits, ModelInfo, ModelRef, Pooling, SentenceConfig, Timings, TokenIds
+from layertap.types import LayerMix, Limits, ModelInfo, ModelRef, Pooling, SentenceConfig, Timings, TokenIds, Windows
 from layertap.wire import keep_pages
 
 __all__ = [
@@ -73,6 +73,7 @@ __all__ = [
     "UnavailableError",
     "UnimplementedError",
     "UnknownError",
+    "Windows",
     "Words",
     "__version__",
     "keep_pages",

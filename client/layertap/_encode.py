@@ -106,6 +106,7 @@ class SentenceClient(BaseClient):
             precision: "float32", or fewer bits: "int8", "uint8", "binary", "ubinary"; see `quantize_embeddings`.
             normalize_embeddings: Divides each vector by its length. Off, what the model's own Normalize does remains.
             truncate_dim: Keeps the first values of each vector. None: what the folder says, or all.
+            windows: Lets texts above max_seq_length run as windows of so many tokens instead of being cut; see `embed`.
             timeout_s: How long an answer may take in seconds; of many texts, how long nothing may come.
             metadata: Metadata to send with each call, as pairs or a mapping.
 

@@ -126,6 +126,8 @@ class Client(SentenceClient):
             dtype: The number format on the wire: "float32", "float16", or "bfloat16" (returned as float32).
             truncation: What happens above max_length: "error", "right" or "left". Token ids are never cut.
             max_length: The most tokens of one text; None: the model's.
+            windows: Lets texts above max_length run as windows that overlap, `Windows(stride=128)`, instead of being
+                refused; `window_counts` of the answer says how many. Not for pairs, token ids and attentions.
             return_tokens: Whether to return the tokens too.
             prompt: Put before each text as it stands, with its space; only plain strings take one. Tokens and their
                 offsets are those of both together; pools leave it out if `model_info().sentence_config` says so.

@@ -23,7 +23,7 @@ from layertap._protocol.stream_state import MAX_MESSAGE_COUNT, StreamState
 from layertap.errors import FailedPreconditionError, InvalidArgumentError
 from layertap.quantization import Precision
 from layertap.results.embedding import Embedding
-from layertap.types import FloatArray, ModelInfo, Pooling
+from layertap.types import FloatArray, ModelInfo, Pooling, Windows
 
 Array: TypeAlias = npt.NDArray[Any]
 
@@ -51,6 +51,7 @@ class EncodeOptions(TypedDict, total=False):
 
     normalize_embeddings: bool | None
     truncate_dim: int | None
+    windows: Windows | None
     task: Literal["query", "document"] | None
     convert_to_numpy: Literal[True]
     convert_to_tensor: Literal[False]
@@ -125,6 +126,7 @@ class Encoding:
         precision: Precision = "float32",
         normalize_embeddings: bool | None = None,
         truncate_dim: int | None = None,
+        windows: Windows | None = None,
         task: Literal["query", "document"] | None = None,
         **_checked: Unpack[_FixedOptions],
     ) -> None:
@@ -171,7 +173,8 @@ class Encoding:
         self.options = embed_options(
             layers=[-1] if of_tokens else None,
             pooling=None if of_tokens else poolings,
-            truncation=config.truncation,
+            truncation=config.truncation if windows is None else "error",
+            windows=windows,
             max_length=config.max_length,
             prompt=prompt,
             prompt_name=prompt_name,

@@ -78,6 +78,20 @@ class Pooling:
     dimensions: int | None = None
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class Windows:
+    """Lets texts of more than `max_length` tokens run as windows that overlap; the answer is that of one text.
+
+    The windows are those of transformers' `return_overflowing_tokens`. Each token has one row, from the window in which
+    the nearer edge is farthest from it. A text that fits is computed as without windows.
+
+    Attributes:
+        stride: How many tokens two windows have in common, special tokens not counted.
+    """
+
+    stride: int = 128
+
+
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
 class TokenIds:
     """Token ids to embed exactly as given: every position, padding included, nothing added or cut.
@@ -150,6 +164,7 @@ class Limits:
         stall_time_ns: How long an answer may stay unread, in nanoseconds.
         grace_time_ns: How long calls may take to finish when the server stops or a connection is too old.
         max_connection_age_ns: When a connection is too old, in nanoseconds; 0: never.
+        max_window_count: Windows of one text.
     """
 
     max_text_count: int
@@ -166,6 +181,7 @@ class Limits:
     stall_time_ns: int
     grace_time_ns: int
     max_connection_age_ns: int
+    max_window_count: int
 
     def __repr__(self) -> str:
         """The bounds of one request; the table of `ModelInfo` and the fields have all."""

@@ -148,6 +148,7 @@ class App:
             max_queue_tokens=config.max_queue_token_count,
             max_output_bytes=config.max_output_bytes,
             max_call_output_bytes=config.max_call_output_bytes,
+            apply_modules=encoders[0].apply_modules,
             hooks=hooks,
         )
         if config.shared_memory_bytes and not hasattr(os, "memfd_create"):
@@ -375,6 +376,7 @@ def _limits(config: Config) -> Limits:
         stall_time_ns=int(config.stall_timeout_s * 1e9),
         grace_time_ns=int(config.grace_s * 1e9),
         max_connection_age_ns=int(config.max_connection_age_s * 1e9),
+        max_window_count=config.max_windows,
     )
 
 

@@ -131,6 +131,13 @@ class Config:
         unit="characters",
         least=1,
     )
+    max_windows: int = _request(
+        1024,
+        "Windows of one text, where a caller lets long texts run as windows.",
+        unit="windows",
+        least=1,
+        most=1 << 20,
+    )
     max_request_bytes: int = _request(
         8 << 20,
         "One request message, also once it is decompressed; above it gRPC itself refuses. Each call under way may hold "

@@ -44,6 +44,7 @@ def embedding(
         pools=tuple(numbers(2, SIZE + n, dtype=dtype) for n in range(pools)),
         token_counts=COUNTS,
         truncated=np.array([False, True]),
+        window_counts=np.array([1, 1]),
         attention_mask=(np.arange(5) < COUNTS[:, None]).astype(np.int64),
         model=ModelRef(model_id=MODEL, fingerprint="f" * 64),
         timings=Timings(queue_time_ns=1, tokenize_time_ns=2, compute_time_ns=3),

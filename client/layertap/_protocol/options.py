@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from layertap import wire
 from layertap.errors import InvalidArgumentError
-from layertap.types import DtypeName, LayerMix, Pooling, PoolingName, TruncationName, WordPoolingName
+from layertap.types import DtypeName, LayerMix, Pooling, PoolingName, TruncationName, Windows, WordPoolingName
 from layertap.v1 import embedding_pb2 as pb
 
 Layers: TypeAlias = Literal["all"] | int | Iterable[int] | None
@@ -48,6 +48,7 @@ class LayerOptions(LengthOptions, total=False):
     dtype: DtypeName
     prompt: str | None
     prompt_name: str | None
+    windows: Windows | None
 
 
 class EmbedOptions(LayerOptions, total=False):
@@ -90,6 +91,7 @@ def embed_options(
     prompt: str | None = None,
     prompt_name: str | None = None,
     lower_case: bool = False,
+    windows: Windows | None = None,
 ) -> pb.EmbedOptions:
     """Returns the options that all three embed RPCs share."""
     if pooling is None:
@@ -122,6 +124,7 @@ def embed_options(
         prompt=_string("prompt", prompt),
         prompt_name=_string("prompt_name", prompt_name),
         lower_case=lower_case,
+        windows=_windows(windows),
     )
 
 
@@ -151,6 +154,14 @@ def raises(on_error: OnError) -> bool:
     if on_error not in ("raise", "return"):
         raise InvalidArgumentError(f'on_error is {on_error!r}; pass "raise" or "return"')
     return on_error == "raise"
+
+
+def _windows(windows: Windows | None) -> pb.Windows | None:
+    if windows is None:
+        return None
+    if not isinstance(windows, Windows):
+        raise InvalidArgumentError(f"windows is of type {type(windows).__name__}; pass Windows(stride=…)")
+    return pb.Windows(stride=_integer("windows.stride", windows.stride))
 
 
 def _rows(words: WordPoolingName | None, **layers: Any) -> pb.Output:

@@ -103,6 +103,8 @@ def check_header(header: pb.EmbedHeader, options: pb.EmbedOptions, messages: Seq
         len(header.outputs) == len(options.outputs) > 0
         and len(header.token_counts) == len(header.truncated) == text_count
         and len(header.word_counts) == (text_count if has_words(options) else 0)
+        and len(header.window_counts) == (text_count if options.HasField("windows") else 0)
+        and all(0 < count <= tokens for count, tokens in zip(header.window_counts, header.token_counts, strict=False))
         and all(map(_is_output, options.outputs, header.outputs))
     )
     if fits and text_count:
@@ -194,6 +196,7 @@ def build_whole(
         messages=messages,
         token_counts=token_counts,
         truncated=np.array(header.truncated, np.bool_),
+        window_counts=np.array(header.window_counts or [1] * len(messages), np.int64),
         attention_mask=attention_mask(messages, token_counts),
         timings=read_timings(timings),
         tokens=tokens,

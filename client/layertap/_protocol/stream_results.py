@@ -26,6 +26,7 @@ class TextAnswer(NamedTuple):
         token_count: Its tokens.
         token_counts: The same as an array. Shape: [1].
         truncated: Whether tokens were cut. Shape: [1].
+        window_counts: How many windows it ran as. Shape: [1].
         ones: A mask of 1 for each token. Shape: [1, token_count].
         timings: Where its time went.
         tokens: Its tokens if they were requested.
@@ -36,6 +37,7 @@ class TextAnswer(NamedTuple):
     token_count: int
     token_counts: IntArray
     truncated: BoolArray
+    window_counts: IntArray
     ones: IntArray
     timings: Timings
     tokens: Sequence[pb.TokenizedText]
@@ -70,6 +72,8 @@ def text_answers(
         lengths.add(len(results.tokens))
     if has_words(options):
         lengths.add(len(results.words))
+    if options.HasField("windows"):
+        lengths.add(len(results.window_counts))
     if lengths != {len(results.ids)} or (counts < 1).any():
         raise DataLossError("the lists of the answer differ in length; ask again")
     word_counts = [len(words.piece_counts) for words in results.words]
@@ -94,6 +98,7 @@ def text_answers(
     if data or len(offsets) not in (0, len(arrays)):
         raise DataLossError("the answer has more data than results; ask again")
     truncated = np.array(results.truncated, np.bool_)
+    window_counts = np.array(results.window_counts or [1] * len(counts), np.int64)
     ones = np.ones((1, sum(token_counts)), np.int64)
     tensors = [(key, array, starts[key[0]]) for key, array in arrays.items()]
     tokens, words = list(results.tokens), list(results.words)
@@ -110,6 +115,7 @@ def text_answers(
                 token_count=token_count,
                 token_counts=counts[position:after],
                 truncated=truncated[position:after],
+                window_counts=window_counts[position:after],
                 ones=ones[:, start : start + token_count],
                 timings=timings,
                 tokens=tokens[position:after],
@@ -174,6 +180,7 @@ class Frames:
             token_count=last.token_count,
             token_counts=np.array([last.token_count], np.int64),
             truncated=np.array([last.truncated], np.bool_),
+            window_counts=np.array([last.window_count or 1], np.int64),
             ones=np.ones((1, last.token_count), np.int64),
             timings=read_timings(last.timings),
             tokens=[last.tokens] if last.HasField("tokens") else [],

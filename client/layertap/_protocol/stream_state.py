@@ -242,6 +242,7 @@ class StreamState:
             messages=(message,),
             token_counts=answer.token_counts,
             truncated=answer.truncated,
+            window_counts=answer.window_counts,
             attention_mask=mask,
             timings=answer.timings,
             tokens=answer.tokens,

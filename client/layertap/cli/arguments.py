@@ -175,6 +175,11 @@ def _cutting(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-length", type=int, metavar="N", help="the most tokens of a text [the model's]")
 
 
+def _windows(parser: argparse.ArgumentParser) -> None:
+    what = "let texts above the length run as windows that share N tokens, instead of refusing or cutting them"
+    parser.add_argument("--window-stride", type=parsing.windows, dest="windows", metavar="N", help=what)
+
+
 def _prompts(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--prompt", metavar="TEXT", help="put before each text, as it stands")
     parser.add_argument("--prompt-name", metavar="NAME", help="the same, by its name in the model's folder")
@@ -215,6 +220,7 @@ def _decode(parser: argparse.ArgumentParser) -> None:
 def _embed(parser: argparse.ArgumentParser) -> None:
     reading = _texts(parser)
     _cutting(parser)
+    _windows(parser)
     what = "all, or numbers such as 0,6 or =-1,-2 [the last, if nothing else is requested]"
     parser.add_argument("--layers", type=parsing.layers, help=what)
     what = f"one row a word instead of a token: {', '.join(wire.WORD_POOLINGS)} of its tokens' rows"
@@ -242,6 +248,7 @@ def _embed(parser: argparse.ArgumentParser) -> None:
 
 def _encode(parser: argparse.ArgumentParser) -> None:
     reading = _texts(parser)
+    _windows(parser)
     _prompts(parser)
     parser.add_argument("--normalize", action="store_true", help="to length 1, also if the model does not")
     what = "keep the first N values [what the model's folder says]"

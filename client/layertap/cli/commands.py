@@ -30,7 +30,7 @@ from layertap.types import Pooling
 _HEALTH: Final = ("UNKNOWN", "SERVING", "NOT_SERVING", "SERVICE_UNKNOWN")
 _EMBED_OPTIONS: Final = (
     *("layers", "words", "mix", "attentions", "attention_heads", "pooler_output"),
-    *("dtype", "truncation", "max_length", "prompt", "prompt_name"),
+    *("dtype", "truncation", "max_length", "prompt", "prompt_name", "windows"),
 )
 
 
@@ -139,6 +139,7 @@ def encode(args: argparse.Namespace) -> int:
         "prompt_name": args.prompt_name,
         "normalize_embeddings": args.normalize,
         "truncate_dim": args.truncate_dim,
+        "windows": args.windows,
     }
     return _answer(args, EncodeTask(options=options, output_value=args.output_value, precision=args.precision))
 

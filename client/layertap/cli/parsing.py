@@ -17,7 +17,7 @@ from layertap.client import Client
 from layertap.errors import InvalidArgumentError, printable
 from layertap.jobs.items import Fields
 from layertap.jobs.readers import FORMATS, Arguments, Csv, JsonLines, Lines, Source
-from layertap.types import LayerMix, MixName
+from layertap.types import LayerMix, MixName, Windows
 
 NO_TEXT: Final = "there is no text; pass some as arguments, a file, or lines of stdin"
 SOME_ARE_BAD: Final = 3
@@ -113,6 +113,14 @@ def layer_or_mix(value: str) -> int | LayerMix:
         return int(value)
     except ValueError:
         return mix(value)
+
+
+def windows(value: str) -> Windows:
+    """Reads the stride of windows."""
+    try:
+        return Windows(stride=int(value))
+    except ValueError as exc:
+        raise argparse.ArgumentTypeError("pass a number of tokens, such as 128") from exc
 
 
 def names(value: str) -> tuple[str, ...]:

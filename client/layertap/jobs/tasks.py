@@ -102,7 +102,8 @@ class EncodeTask:
     @property
     def settings(self) -> dict[str, Any]:
         """The options, as JSON has them."""
-        return {"output_value": self.output_value, "precision": self.precision, **self.options}
+        options = {name: _plain(value) for name, value in self.options.items()}
+        return {"output_value": self.output_value, "precision": self.precision, **options}
 
     def begin(self, model: ModelInfo) -> None:
         """Reads what the model's folder says about sentences."""

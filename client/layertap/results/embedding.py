@@ -30,6 +30,7 @@ class Embedding:
         pools: One array for each requested pooling, in the order of the request. Shape: [text_count, pool_size].
         token_counts: Shape: [text_count]; rows of each text.
         truncated: Shape: [text_count]; whether tokens were cut.
+        window_counts: Shape: [text_count]; how many windows each text ran as; 1: it fits, or no windows were allowed.
         attention_mask: Shape: [text_count, length]; as sent for token ids, else 1 for each token.
         model: The model that answered.
         timings: How long the parts of the work took.
@@ -40,6 +41,7 @@ class Embedding:
     pools: tuple[FloatArray, ...]
     token_counts: IntArray
     truncated: BoolArray
+    window_counts: IntArray
     attention_mask: IntArray
     model: ModelRef
     timings: Timings
@@ -175,6 +177,7 @@ class Embedding:
             pools=tuple(pool[one] for pool in self.pools),
             token_counts=self.token_counts[one],
             truncated=self.truncated[one],
+            window_counts=self.window_counts[one],
             attention_mask=self.attention_mask[one, : int(self.token_counts[index])],
             _pooler_output=None if self._pooler_output is None else self._pooler_output[one],
             _tokens=None if self._tokens is None else self._tokens._text(index),

@@ -1116,6 +1116,7 @@ class EmbedOptions(_message.Message):
     PROMPT_FIELD_NUMBER: _builtins.int
     PROMPT_NAME_FIELD_NUMBER: _builtins.int
     LOWER_CASE_FIELD_NUMBER: _builtins.int
+    WINDOWS_FIELD_NUMBER: _builtins.int
     truncation: Global___Truncation.ValueType
     """What happens to texts above max_length. Token ids are never truncated."""
     max_length: _builtins.int
@@ -1151,6 +1152,10 @@ class EmbedOptions(_message.Message):
     def shared_memory(self) -> Global___SharedMemoryUse:
         """EmbedLayers and EmbedStream: rows may come through this segment. Absent: none do."""
 
+    @_builtins.property
+    def windows(self) -> Global___Windows:
+        """Texts above max_length run as windows instead of being refused. Absent: they do not."""
+
     def __init__(
         self,
         *,
@@ -1163,14 +1168,56 @@ class EmbedOptions(_message.Message):
         prompt: _builtins.str = ...,
         prompt_name: _builtins.str = ...,
         lower_case: _builtins.bool = ...,
+        windows: Global___Windows | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["shared_memory", b"shared_memory"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["shared_memory", b"shared_memory", "windows", b"windows"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["dtype", b"dtype", "lower_case", b"lower_case", "max_length", b"max_length", "outputs", b"outputs", "prompt", b"prompt", "prompt_name", b"prompt_name", "return_tokens", b"return_tokens", "shared_memory", b"shared_memory", "truncation", b"truncation"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["dtype", b"dtype", "lower_case", b"lower_case", "max_length", b"max_length", "outputs", b"outputs", "prompt", b"prompt", "prompt_name", b"prompt_name", "return_tokens", b"return_tokens", "shared_memory", b"shared_memory", "truncation", b"truncation", "windows", b"windows"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___EmbedOptions: _TypeAlias = EmbedOptions  # noqa: Y015
+
+@_typing.final
+class Windows(_message.Message):
+    """Windows lets a text of more than max_length tokens run as several windows that overlap.
+    Each has at most max_length tokens, with the special tokens that the tokenizer adds to
+    a text of its own: the windows that transformers' tokenizers make with
+    return_overflowing_tokens and this stride. The answer is that of one text: token_counts
+    count its tokens without truncation, special tokens once, and each token has one row,
+    taken from the window in which the nearer edge is farthest from it; of two equally good
+    ones from the earlier. The first special tokens have their rows from the first window,
+    the last ones from the last. Words, mixes and pools are made of these rows, over the
+    whole text; row 0, which cls and the pooler read, is that of the first window.
+
+    Only strings and words have windows: a pair above max_length is refused with
+    INVALID_ARGUMENT, and so are token ids above the model's max_length, each for itself.
+    Attentions and a truncation other than TRUNCATION_ERROR are refused beside windows with
+    INVALID_ARGUMENT, pooled vectors by sentence_modules with FAILED_PRECONDITION where
+    the model's folder has modules after its pooling. A text that fits max_length has the
+    same bits as without windows. A text of more than limits.max_window_count windows is
+    refused with INVALID_ARGUMENT.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    STRIDE_FIELD_NUMBER: _builtins.int
+    stride: _builtins.int
+    """How many tokens two windows have in common, special tokens not counted: from 0 to
+    max_length, less its special tokens, less 1. The last window may be shorter.
+    """
+    def __init__(
+        self,
+        *,
+        stride: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["stride", b"stride"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Windows: _TypeAlias = Windows  # noqa: Y015
 
 @_typing.final
 class Output(_message.Message):
@@ -1620,6 +1667,7 @@ class EmbedHeader(_message.Message):
     PAD_TOKEN_ID_FIELD_NUMBER: _builtins.int
     WORD_COUNTS_FIELD_NUMBER: _builtins.int
     NAMED_PROMPT_FIELD_NUMBER: _builtins.int
+    WINDOW_COUNTS_FIELD_NUMBER: _builtins.int
     model_id: _builtins.str
     """The name of the model; never a path."""
     fingerprint: _builtins.str
@@ -1656,6 +1704,12 @@ class EmbedHeader(_message.Message):
         Empty where there is no such output, and in EmbedStream.
         """
 
+    @_builtins.property
+    def window_counts(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Shape: [text_count]. How many windows each text ran as; 1: it fits max_length. Empty
+        without windows in the request, and in EmbedStream.
+        """
+
     def __init__(
         self,
         *,
@@ -1669,10 +1723,11 @@ class EmbedHeader(_message.Message):
         pad_token_id: _builtins.int = ...,
         word_counts: _abc.Iterable[_builtins.int] | None = ...,
         named_prompt: _builtins.str = ...,
+        window_counts: _abc.Iterable[_builtins.int] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["dtype", b"dtype", "fingerprint", b"fingerprint", "layer_count", b"layer_count", "model_id", b"model_id", "named_prompt", b"named_prompt", "outputs", b"outputs", "pad_token_id", b"pad_token_id", "token_counts", b"token_counts", "truncated", b"truncated", "word_counts", b"word_counts"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["dtype", b"dtype", "fingerprint", b"fingerprint", "layer_count", b"layer_count", "model_id", b"model_id", "named_prompt", b"named_prompt", "outputs", b"outputs", "pad_token_id", b"pad_token_id", "token_counts", b"token_counts", "truncated", b"truncated", "window_counts", b"window_counts", "word_counts", b"word_counts"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -2035,6 +2090,7 @@ class Limits(_message.Message):
     STALL_TIME_NS_FIELD_NUMBER: _builtins.int
     GRACE_TIME_NS_FIELD_NUMBER: _builtins.int
     MAX_CONNECTION_AGE_NS_FIELD_NUMBER: _builtins.int
+    MAX_WINDOW_COUNT_FIELD_NUMBER: _builtins.int
     max_text_count: _builtins.int
     """Texts in one Tokenize, Decode, Embed or EmbedLayers request. EmbedStream has no
     such limit.
@@ -2069,6 +2125,8 @@ class Limits(_message.Message):
     """
     max_connection_age_ns: _builtins.int
     """The age at which a connection is closed and its client connects anew. 0: none."""
+    max_window_count: _builtins.int
+    """Windows of one text."""
     def __init__(
         self,
         *,
@@ -2086,10 +2144,11 @@ class Limits(_message.Message):
         stall_time_ns: _builtins.int = ...,
         grace_time_ns: _builtins.int = ...,
         max_connection_age_ns: _builtins.int = ...,
+        max_window_count: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["grace_time_ns", b"grace_time_ns", "max_call_output_bytes", b"max_call_output_bytes", "max_character_count", b"max_character_count", "max_concurrent_call_count", b"max_concurrent_call_count", "max_connection_age_ns", b"max_connection_age_ns", "max_frame_bytes", b"max_frame_bytes", "max_output_bytes", b"max_output_bytes", "max_queue_bytes", b"max_queue_bytes", "max_queue_text_count", b"max_queue_text_count", "max_queue_token_count", b"max_queue_token_count", "max_request_bytes", b"max_request_bytes", "max_response_bytes", b"max_response_bytes", "max_text_count", b"max_text_count", "stall_time_ns", b"stall_time_ns"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["grace_time_ns", b"grace_time_ns", "max_call_output_bytes", b"max_call_output_bytes", "max_character_count", b"max_character_count", "max_concurrent_call_count", b"max_concurrent_call_count", "max_connection_age_ns", b"max_connection_age_ns", "max_frame_bytes", b"max_frame_bytes", "max_output_bytes", b"max_output_bytes", "max_queue_bytes", b"max_queue_bytes", "max_queue_text_count", b"max_queue_text_count", "max_queue_token_count", b"max_queue_token_count", "max_request_bytes", b"max_request_bytes", "max_response_bytes", b"max_response_bytes", "max_text_count", b"max_text_count", "max_window_count", b"max_window_count", "stall_time_ns", b"stall_time_ns"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -2330,6 +2389,7 @@ class StreamResults(_message.Message):
     TOKENS_FIELD_NUMBER: _builtins.int
     FAILURES_FIELD_NUMBER: _builtins.int
     WORDS_FIELD_NUMBER: _builtins.int
+    WINDOW_COUNTS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """The caller's ids."""
@@ -2358,6 +2418,10 @@ class StreamResults(_message.Message):
     def words(self) -> _containers.RepeatedCompositeFieldContainer[Global___SplitText]:
         """The words of each text if an output has a row for each. Shape: as ids."""
 
+    @_builtins.property
+    def window_counts(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """How many windows each text ran as. Shape: as ids; empty without windows in the options."""
+
     def __init__(
         self,
         *,
@@ -2368,10 +2432,11 @@ class StreamResults(_message.Message):
         tokens: _abc.Iterable[Global___TokenizedText] | None = ...,
         failures: _abc.Iterable[Global___StreamFailure] | None = ...,
         words: _abc.Iterable[Global___SplitText] | None = ...,
+        window_counts: _abc.Iterable[_builtins.int] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["failures", b"failures", "ids", b"ids", "timings", b"timings", "token_counts", b"token_counts", "tokens", b"tokens", "truncated", b"truncated", "words", b"words"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["failures", b"failures", "ids", b"ids", "timings", b"timings", "token_counts", b"token_counts", "tokens", b"tokens", "truncated", b"truncated", "window_counts", b"window_counts", "words", b"words"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -2397,6 +2462,7 @@ class StreamFrame(_message.Message):
     TOKENS_FIELD_NUMBER: _builtins.int
     WORD_COUNT_FIELD_NUMBER: _builtins.int
     WORDS_FIELD_NUMBER: _builtins.int
+    WINDOW_COUNT_FIELD_NUMBER: _builtins.int
     id: _builtins.int
     """The caller's id."""
     output_index: _builtins.int
@@ -2415,6 +2481,8 @@ class StreamFrame(_message.Message):
     """The last frame of this id."""
     word_count: _builtins.int
     """Words of the text; 0 where no output has a row for each."""
+    window_count: _builtins.int
+    """How many windows the text ran as; 0 without windows in the options."""
     @_builtins.property
     def timings(self) -> Global___Timings:
         """Where the time went; with done."""
@@ -2442,10 +2510,11 @@ class StreamFrame(_message.Message):
         tokens: Global___TokenizedText | None = ...,
         word_count: _builtins.int = ...,
         words: Global___SplitText | None = ...,
+        window_count: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["timings", b"timings", "tokens", b"tokens", "words", b"words"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["done", b"done", "first_row", b"first_row", "id", b"id", "layer", b"layer", "output_index", b"output_index", "row_count", b"row_count", "timings", b"timings", "token_count", b"token_count", "tokens", b"tokens", "truncated", b"truncated", "word_count", b"word_count", "words", b"words"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["done", b"done", "first_row", b"first_row", "id", b"id", "layer", b"layer", "output_index", b"output_index", "row_count", b"row_count", "timings", b"timings", "token_count", b"token_count", "tokens", b"tokens", "truncated", b"truncated", "window_count", b"window_count", "word_count", b"word_count", "words", b"words"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -33,7 +33,7 @@ from layertap_server.engine.upload import Upload
 from layertap_server.engine.weight_reader import Weights, dummy_weights
 from layertap_server.model.checkpoint import Checkpoint, CheckpointError
 from layertap_server.model.sentence_config import SentenceConfig
-from layertap_server.types import Encode, Output, OutputKind, Rows, Run
+from layertap_server.types import Encode, Output, OutputKind, Rows, Run, Vectors
 
 log = logging.getLogger(__name__)
 
@@ -168,6 +168,25 @@ class Encoder:
             upload.wait()
             prepared.close()
 
+    @torch.inference_mode()
+    def apply_modules(self, pooled: Vectors) -> Vectors:
+        """Applies the sentence modules of vectors to what was pooled elsewhere.
+
+        Args:
+            pooled: Shape: [text_count, pooled size].
+
+        Returns:
+            Shape: [text_count, vector_size].
+
+        Raises:
+            OutOfMemoryError: if the device has no memory for it.
+            DeviceLostError: if the device no longer works.
+        """
+        with named_errors(self.device):
+            found = self._bert.sentence_modules.of_vectors(torch.from_numpy(pooled).to(self.device))
+            vectors: Vectors = found.cpu().numpy()
+            return vectors
+
     def encode_beside(self) -> Encode:
         """Returns `encode` for one more thread, whose batches an accelerator runs beside those of others."""
         if self._runtime is None:
@@ -240,8 +259,10 @@ def _sentence_vectors(
 
     def make(values: torch.Tensor) -> torch.Tensor:
         rows = modules.of_tokens(values)
-        vectors = modules.of_vectors(torch.cat([pooling(rows) for pooling in poolings], dim=1))
-        vectors = vectors[:, : output.row_size]
+        pooled = torch.cat([pooling(rows) for pooling in poolings], dim=1)
+        if output.is_part:
+            return pooled
+        vectors = modules.of_vectors(pooled)[:, : output.row_size]
         return F.normalize(vectors, dim=1, eps=1e-12) if normalize else vectors
 
     return make

@@ -15,18 +15,17 @@ from typing import Final
 import numpy as np
 import torch
 
-from layertap.errors import InternalError, LayertapError, OutOfRangeError
+from layertap.errors import LayertapError
 from layertap.types import ITEM_BYTES
 from layertap_server.engine.output_groups import OutputGroup
 from layertap_server.engine.packing import Indices
 from layertap_server.engine.runtime import Arrival, Runtime
 from layertap_server.engine.upload import Upload
 from layertap_server.types import Rows
+from layertap_server.types.errors import NARROW_LIMITS, unsendable
 
 DTYPES: Final = {name: getattr(torch, name) for name in ITEM_BYTES}
 """Torch's dtypes by their names."""
-_LIMITS: Final = {"float32": float("inf"), "float16": 65520.0, "bfloat16": 3.3953138e38}
-"""From here on a float32 becomes infinite when it is narrowed."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
@@ -160,7 +159,7 @@ class HostCopy:
 def _rows(pending: _Pending) -> Iterator[Rows]:
     """Yields what has arrived, portion by portion."""
     group = pending.group
-    bad = ~(pending.peaks.numpy() < _LIMITS[group.dtype])
+    bad = ~(pending.peaks.numpy() < NARROW_LIMITS[group.dtype])
     none_bad = not bad.any()
     shared = len(group.members) > 1
     row = 0
@@ -183,18 +182,12 @@ def _rows(pending: _Pending) -> Iterator[Rows]:
 def _failures(pending: _Pending, rows: slice, counts: Sequence[int]) -> dict[int, LayertapError]:
     """Returns which texts of a portion cannot be sent, and why."""
     peaks, dtype = pending.peaks.numpy()[rows], pending.group.dtype
-    bad = ~(peaks < _LIMITS[dtype])
+    bad = ~(peaks < NARROW_LIMITS[dtype])
     text_of_row = np.repeat(np.arange(len(counts)), counts)
     return {
-        text: _failure(bool(np.isfinite(peaks[text_of_row == text]).all()), pending.layer, dtype)
+        text: unsendable(finite=bool(np.isfinite(peaks[text_of_row == text]).all()), layer=pending.layer, dtype=dtype)
         for text in np.unique(text_of_row[bad]).tolist()
     }
-
-
-def _failure(finite: bool, layer: int, dtype: str) -> LayertapError:
-    if finite:
-        return OutOfRangeError(f"a value of layer {layer} does not fit {dtype}; ask for dtype float32")
-    return InternalError(f"layer {layer} came out as NaN or infinity; the model's weights are at fault, not the text")
 
 
 def _plain(byte_count: int) -> memoryview:

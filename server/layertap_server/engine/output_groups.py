@@ -57,9 +57,8 @@ def output_groups(batch: Sequence[Run]) -> list[OutputGroup]:
     for run_index, run in enumerate(batch):
         for output_index, output in enumerate(run.plan.outputs):
             own = (run_index, output_index) if _is_large(run, output) else None
-            group = found.setdefault(
-                (output, run.plan.dtype, own), OutputGroup(output=output, dtype=run.plan.dtype, members=[])
-            )
+            dtype = run.plan.dtype_of(output)
+            group = found.setdefault((output, dtype, own), OutputGroup(output=output, dtype=dtype, members=[]))
             group.members.append(GroupMember(run=run, run_index=run_index, output_index=output_index))
     return list(found.values())
 

@@ -18,6 +18,8 @@ from layertap_server.types import Pool, Run, Text
 
 Indices = npt.NDArray[np.int64]
 
+_FIRST = np.zeros(1, np.int64)
+
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Group:
@@ -70,7 +72,12 @@ class PackedBatch:
         ordered = [texts[n] for n in order]
         starts = np.zeros(len(texts), np.int64)
         starts[order] = np.concatenate([[0], np.cumsum(lengths[order])[:-1]])
-        self._lengths, self._starts = lengths, starts
+        self._starts = starts
+        self._kept_counts, self._kept_starts = lengths, starts
+        if any(text.window is not None for text in texts):
+            self._kept_counts = np.array([text.row_count for text in texts], np.int64)
+            skipped = [0 if text.window is None else text.window.kept.start for text in texts]
+            self._kept_starts = starts + np.array(skipped, np.int64)
         self._run_ends = np.cumsum([len(run.texts) for run in runs])
         self._depths_sorted = depths[order]
         self._row_ends = np.cumsum(lengths[order])
@@ -112,13 +119,19 @@ class PackedBatch:
         return self._starts[self._texts(runs)]
 
     def rows(self, runs: Sequence[int]) -> Indices:
-        """Returns the rows of some runs, run by run in request order. Shape: [token_count of the runs]."""
+        """Returns the rows of some runs, run by run in request order; of windows those that they give."""
         chosen = self._texts(runs)
-        return _ranges(self._starts[chosen], self._lengths[chosen])
+        return _ranges(self._kept_starts[chosen], self._kept_counts[chosen])
 
     def bags(self, runs: Sequence[int], pool: Pool) -> Bags:
-        """Returns the rows that are pooled of each text of some runs, run by run in request order."""
-        taken = [pool.positions(text) for run in runs for text in self._runs[run].texts]
+        """Returns the rows that are pooled of each text of some runs, run by run in request order.
+
+        Of a window that gives none of them, its row 0 stands for them.
+        """
+        texts = self.texts(runs)
+        taken = [pool.positions(text) for text in texts]
+        if any(text.window is not None for text in texts):
+            taken = [positions if len(positions) else _FIRST for positions in taken]
         counts = np.array([len(positions) for positions in taken], np.int64)
         rows = np.concatenate(taken) + np.repeat(self.first_rows(runs), counts)
         return Bags(rows=rows, counts=counts)

@@ -27,7 +27,7 @@ from layertap_server.model.files import CheckpointError, reason_of
 from layertap_server.model.sentence_config import SentenceConfig
 from layertap_server.model.tokenized import Tokenized
 from layertap_server.model.tokenizer_engine import Detail, String, TokenizerEngine
-from layertap_server.types import Text
+from layertap_server.types import Text, Windowing
 
 log = logging.getLogger(__name__)
 
@@ -73,6 +73,11 @@ class Tokenizer:
         self.description = json.dumps([self._tokenizer.to_str(), *beside])
         self.pad_token: str = loaded.pad_token or self._tokenizer.id_to_token(self.pad_token_id) or ""
 
+    @property
+    def special_token_count(self) -> int:
+        """How many special tokens it adds to a text."""
+        return self._tokenizer.num_special_tokens_to_add(False)
+
     def encode(
         self,
         items: Sequence[Item | LayertapError],
@@ -83,6 +88,7 @@ class Tokenizer:
         add_special_tokens: bool = True,
         lower_case: bool = False,
         detail: Detail = Detail.EVERYTHING,
+        windowing: Windowing | None = None,
     ) -> list[Tokenized | LayertapError]:
         """Tokenizes texts.
 
@@ -94,6 +100,7 @@ class Tokenizer:
             add_special_tokens: Whether the tokenizer adds its special tokens.
             lower_case: Whether strings are turned to lower case before anything else.
             detail: What is asked of each beside ids and types.
+            windowing: How strings and words above max_length run as windows; None: they do not.
 
         Returns:
             For each text its tokens, or why it is refused.
@@ -108,6 +115,7 @@ class Tokenizer:
                 truncation=truncation,
                 add_special_tokens=add_special_tokens,
                 detail=detail,
+                windowing=windowing,
             )
 
         results: list[Tokenized | LayertapError] = [

@@ -22,7 +22,7 @@ import tokenizers
 from layertap.errors import InvalidArgumentError, LayertapError
 from layertap_server.model.files import reason_of
 from layertap_server.model.tokenized import Tokenized
-from layertap_server.types import Ids, Text
+from layertap_server.types import Ids, Text, Windowing, Windows
 
 log = logging.getLogger(__name__)
 
@@ -72,6 +72,7 @@ class TokenizerEngine:
         truncation: str,
         add_special_tokens: bool,
         detail: Detail,
+        windowing: Windowing | None = None,
     ) -> list[Tokenized | LayertapError]:
         """Returns for each text its tokens, or why it is refused.
 
@@ -82,6 +83,7 @@ class TokenizerEngine:
             truncation: "error", "right" or "left".
             add_special_tokens: Whether special tokens are added.
             detail: What else is asked of each.
+            windowing: How strings and words above max_length run as windows; None: they do not.
         """
         results: list[Tokenized | LayertapError] = []
         encodings = self._encode_each(items, labels, add_special_tokens, detail)
@@ -91,11 +93,15 @@ class TokenizerEngine:
                 results.append(encoding)
             elif text.token_count <= max_length:
                 results.append(_tokenized(text, item, encoding, detail))
+            elif windowing is not None:
+                found = _windowed(text, item, encoding, label, max_length, windowing)
+                is_refused = isinstance(found, LayertapError)
+                results.append(found if is_refused else _tokenized(found, item, encoding, detail))
             elif truncation == "error":
                 results.append(
                     InvalidArgumentError(
-                        f"{label} has {text.token_count} tokens, max_length is {max_length}; shorten it, or cut it "
-                        "with truncation right or left"
+                        f"{label} has {text.token_count} tokens, max_length is {max_length}; shorten it, cut it with "
+                        "truncation right or left, or let it run as windows"
                     )
                 )
             else:
@@ -234,6 +240,39 @@ def _views(lists: Sequence[list[int]]) -> list[Ids]:
         views.append(whole[start:end])
         start = end
     return views
+
+
+def _windowed(
+    text: Text, item: String, encoding: tokenizers.Encoding, label: str, max_length: int, windowing: Windowing
+) -> Text | LayertapError:
+    """Returns a text that runs as windows; they are counted before anything is made of it."""
+    count = text.token_count
+    if isinstance(item, tuple):
+        return InvalidArgumentError(
+            f"{label} is a pair of {count} tokens, max_length is {max_length}, and only strings and words run as "
+            "windows; shorten it, or cut it with truncation right or left"
+        )
+    own = np.flatnonzero(np.array(encoding.special_tokens_mask) == 0)
+    prefix_count, suffix_count = int(own[0]), count - 1 - int(own[-1])
+    most = max_length - prefix_count - suffix_count - 1
+    if not windowing.stride <= most:
+        return InvalidArgumentError(
+            f"{label} has {prefix_count + suffix_count} special tokens, so with max_length {max_length} the stride of "
+            f"windows is at most {most}; lower it, or raise max_length"
+        )
+    windows = Windows(
+        token_count=count,
+        max_length=max_length,
+        stride=windowing.stride,
+        prefix_count=prefix_count,
+        suffix_count=suffix_count,
+    )
+    if windows.count > windowing.max_count:
+        return InvalidArgumentError(
+            f"{label} has {count} tokens, which are {windows.count} windows, the most is {windowing.max_count}; split "
+            "it into several texts, or lower the stride"
+        )
+    return dataclasses.replace(text, windows=windows)
 
 
 def _tokenized(

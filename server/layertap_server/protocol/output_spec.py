@@ -50,7 +50,15 @@ def plan(options: pb.EmbedOptions, model: ModelFacts, sentences: SentenceConfig)
         _output(output, model, sentences, f"options.outputs[{n}]") for n, output in enumerate(options.outputs)
     )
     dtype = known("options.dtype", options.dtype or pb.DTYPE_FLOAT32, wire.DTYPE_NAMES)
-    return Plan(outputs=outputs, dtype=dtype, return_tokens=options.return_tokens)
+    found = Plan(outputs=outputs, dtype=dtype, return_tokens=options.return_tokens)
+    if not options.HasField("windows"):
+        return found
+    for n, output in enumerate(outputs):
+        if output.kind is OutputKind.ATTENTIONS:
+            raise InvalidArgumentError(
+                f"options.outputs[{n}] is attentions, which texts that run as windows have not; leave out one of them"
+            )
+    return found.with_windows()
 
 
 def known(field: str, value: KeyT, known: Mapping[KeyT, ValueT]) -> ValueT:
@@ -196,6 +204,7 @@ def _pooled_vectors(asked: pb.PooledVectors, model: ModelFacts, label: str) -> O
         row_size=asked.dimensions or widest,
         pool=Pool(strategy=strategy, exclude_special_tokens=asked.exclude_special_tokens, normalize=asked.normalize),
         mix=mix,
+        pooled_size=widest,
     )
 
 
@@ -238,6 +247,7 @@ def _sentence_vectors(asked: pb.PooledVectors, model: ModelFacts, sentences: Sen
         pool=pool,
         joined_pools=tuple(joined),
         applies_modules=True,
+        pooled_size=sentences.token_size(model.hidden_size) * len(sentences.strategies),
     )
 
 

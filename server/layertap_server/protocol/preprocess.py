@@ -26,7 +26,7 @@ from layertap_server.observability.call_log import Record
 from layertap_server.protocol import output_spec, token_ids, validation
 from layertap_server.protocol.offload import LARGE_BYTES, Slices, offload
 from layertap_server.protocol.requests import sizes_of
-from layertap_server.types import Plan, Text
+from layertap_server.types import Plan, Text, Windowing
 
 T = TypeVar("T")
 Result = Tokenized | LayertapError
@@ -65,6 +65,7 @@ class Options:
         truncation: "error", "right" or "left".
         lower_case: Whether strings are turned to lower case first.
         detail: What the tokenizer is asked for beside ids.
+        windowing: How texts above max_length run as windows; None: they do not.
     """
 
     plan: Plan
@@ -73,6 +74,7 @@ class Options:
     truncation: str
     lower_case: bool
     detail: Detail
+    windowing: Windowing | None
 
 
 class Preprocessor:
@@ -261,6 +263,7 @@ class Preprocessor:
             else Detail.SPECIAL_TOKENS
             if plan.excludes_special_tokens
             else Detail.NOTHING,
+            windowing=validation.windowing(options, max_length, self._tokenizer.special_token_count, self.limits),
         )
 
     async def _run(
@@ -289,6 +292,7 @@ class Preprocessor:
             truncation=options.truncation,
             lower_case=options.lower_case,
             detail=options.detail,
+            windowing=options.windowing,
         )
         if options.detail is Detail.NOTHING:
             texts = [result.text for result in results if isinstance(result, Tokenized)]

@@ -89,6 +89,7 @@ def _of_texts(plan: Plan, tokenized: Sequence[Tokenized]) -> dict[str, Any]:
         "token_counts": [one.text.token_count for one in tokenized],
         "truncated": [one.truncated for one in tokenized],
         "word_counts": [one.text.word_count for one in tokenized] if plan.has_words else (),
+        "window_counts": [one.text.window_count for one in tokenized] if plan.of_windows is not None else (),
     }
 
 
@@ -177,23 +178,25 @@ def _groups(texts: Iterable[MessageT], max_frame_bytes: int) -> Iterator[tuple[i
 
 
 def frames(ready: RowsReady, plan: Plan, max_frame_bytes: int, lending: Lending | None = None) -> Iterator[bytes]:
-    """Yields one layer of some texts as EmbedLayers messages below the frame size.
+    """Yields rows of one layer of some texts as EmbedLayers messages below the frame size.
 
     Rows in shared memory are one message, with their offset.
     """
     output = plan.outputs[ready.rows.output_index]
     row_bytes = plan.row_bytes(output)
-    starts = [0, *itertools.accumulate(output.row_counts(ready.texts))]
+    starts = list(itertools.accumulate(output.row_counts(ready.texts), initial=-ready.first_row))
+    row_count = len(ready.rows.data) // row_bytes
     if shared := shared_rows([ready.rows.data], lending):
         frame = pb.Frame(
             output_index=ready.rows.output_index,
             layer=ready.rows.layer,
             first_text=ready.first_text,
-            row_count=starts[-1],
+            first_row=ready.first_row,
+            row_count=row_count,
         )
         yield pb.EmbedLayersResponse(frame=frame, shared_rows=shared).SerializeToString()
         return
-    for first, count in cuts(starts[-1], row_bytes, max_frame_bytes):
+    for first, count in cuts(row_count, row_bytes, max_frame_bytes):
         text = bisect.bisect_right(starts, first) - 1
         frame = pb.Frame(
             output_index=ready.rows.output_index,
@@ -249,7 +252,7 @@ def tensors(parts: Sequence[RowsReady], plan: Plan) -> Iterator[pb.LayerTensor]:
     for output_index, output in enumerate(plan.outputs):
         for layer in output.layers:
             own = [p for p in parts if (p.rows.output_index, p.rows.layer) == (output_index, layer)]
-            own.sort(key=lambda part: part.first_text)
+            own.sort(key=lambda part: (part.first_text, part.first_row))
             data = b"".join(part.rows.data for part in own)
             shape = len(data) // plan.row_bytes(output), output.row_size
             tensor = pb.Tensor(dtype=wire.DTYPES[plan.dtype], shape=shape, data=data)

@@ -46,8 +46,10 @@ def queued(
     inbox: EventQueue[Any],
     caller: Caller,
     places: Allocator | None = None,
+    *,
+    keeps_rows: bool = True,
 ) -> Iterator[Call]:
-    """Queues the texts of a call, and drops what is left of it at its end."""
+    """Queues the texts of a call, and drops what is left of it at its end; for `keeps_rows` see `Batcher.open`."""
     call = batcher.open(
         plan,
         client=caller.client,
@@ -55,6 +57,7 @@ def queued(
         deliver=inbox.put,
         expires_at=caller.expires_at,
         allocator=places,
+        keeps_rows=keeps_rows,
     )
     texts = [one.text for one in tokenized]
     try:

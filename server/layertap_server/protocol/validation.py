@@ -24,7 +24,7 @@ from layertap_server.model.tokenizer import Item
 from layertap_server.protocol import token_ids
 from layertap_server.protocol.output_spec import known
 from layertap_server.protocol.responses import LEAST_TOKEN_BYTES
-from layertap_server.types import OutputKind, Plan, Text
+from layertap_server.types import OutputKind, Plan, Text, Windowing
 
 MAX_PROMPT_CHARACTERS: Final = 10_000
 """Characters of a prompt, which may have to be tokenized alone before any text is read."""
@@ -77,6 +77,30 @@ def max_length(value: int, model: ModelFacts, *, at_most: int) -> int:
     if value and not 2 <= value <= at_most:
         raise InvalidArgumentError(f"max_length is {value}; it runs from 2 to {at_most}, 0 means the model's")
     return value or model.default_max_length
+
+
+def windowing(options: pb.EmbedOptions, max_length: int, special_count: int, limits: Limits) -> Windowing | None:
+    """Returns how long texts run as windows; None: they do not.
+
+    Args:
+        options: The options.
+        max_length: The most tokens of a window.
+        special_count: How many of them are special tokens.
+        limits: The limits in force.
+
+    Raises:
+        InvalidArgumentError: if the stride is out of range, or texts are to be cut as well.
+    """
+    if not options.HasField("windows"):
+        return None
+    if options.truncation not in (pb.TRUNCATION_UNSPECIFIED, pb.TRUNCATION_ERROR):
+        raise InvalidArgumentError("options has windows, with which no text is cut; leave truncation out")
+    stride, most = options.windows.stride, max_length - special_count - 1
+    if not 0 <= stride <= most:
+        raise InvalidArgumentError(
+            f"options.windows.stride is {stride}; with max_length {max_length} it runs from 0 to {most}"
+        )
+    return Windowing(stride=stride, max_count=limits.max_window_count)
 
 
 def check_text_count(count: int, limits: Limits) -> None:
@@ -184,7 +208,7 @@ def _item(message: pb.Input, label: str, limits: Limits, prompt: str) -> Item | 
 def all_fit(plan: Plan, texts: Sequence[Text], model: ModelFacts, limits: Limits) -> bool:
     """Returns whether texts are plainly within all that `check_fits` and `check_tokenized` check of each.
 
-    False says nothing: a text with a mask or types, and a plan with words, special tokens or a prompt, need more.
+    False says nothing: texts with masks, types or windows, and a plan with words, special tokens or a prompt, need more.
     """
     if (
         plan.has_words
@@ -193,6 +217,8 @@ def all_fit(plan: Plan, texts: Sequence[Text], model: ModelFacts, limits: Limits
     ):
         return False
     if any(text.attention_mask is not None or text.token_type_ids is not None for text in texts):
+        return False
+    if plan.of_windows is not None and any(text.windows is not None for text in texts):
         return False
     counts = [len(text.input_ids) for text in texts]
     longest = texts[counts.index(max(counts))]
@@ -215,7 +241,7 @@ def check_fits(text: Text, label: str, model: ModelFacts) -> None:
         raise InvalidArgumentError(
             f"{label} has no tokens, and this model's tokenizer adds none to it; leave the text out, or send token_ids"
         )
-    if text.token_count > model.max_length:
+    if text.windows is None and text.token_count > model.max_length:
         raise InvalidArgumentError(
             f"{label} has {text.token_count} tokens, this model has {model.max_length} positions; shorten it"
         )
@@ -244,18 +270,20 @@ def check_tokenized(plan: Plan, result: Tokenized, label: str, limits: Limits) -
                 f"{label} is token ids, which have no words; send text or words, or ask for hidden_states"
             )
         result = result.split()
-    if (size := plan.byte_counts.of(result.text)) > limits.max_call_output_bytes:
+    text = result.text
+    if (size := plan.held_bytes(text)) > limits.max_call_output_bytes:
         raise InvalidArgumentError(
             f"the outputs of {label} take {size} bytes, the most is {limits.max_call_output_bytes}; ask for fewer "
-            f"layers at once, or shorten it{_attentions_of(plan, result.text)}"
+            f"layers at once, or shorten it{_attentions_of(plan, text)}{_windows_of(text)}"
         )
-    if (size := plan.mix_token_bytes * result.text.token_count) > limits.max_call_output_bytes:
+    longest = text.token_count if text.windows is None else text.windows.max_length
+    if (size := plan.mix_token_bytes * longest) > limits.max_call_output_bytes:
         raise InvalidArgumentError(
             f"the mixes of {label} take {size} bytes until they are complete, the most is "
             f"{limits.max_call_output_bytes}; ask for fewer mixes at once, or shorten it"
         )
     for output in plan.outputs:
-        if any(pool.is_empty(result.text) for pool in output.pools):
+        if any(pool.is_empty(text) for pool in output.pools):
             raise InvalidArgumentError(
                 f"{label} has nothing to pool over: every token is masked, special or a prompt's; unmask some, "
                 "include special tokens, or leave the prompt out"
@@ -271,6 +299,11 @@ def _attentions_of(plan: Plan, text: Text) -> str:
         for output in plan.outputs
         if output.kind is OutputKind.ATTENTIONS
     )
+
+
+def _windows_of(text: Text) -> str:
+    """Returns what else makes the outputs of a text that runs as windows smaller, as the end of an error message."""
+    return "" if text.windows is None else f" (it has {text.token_count} tokens: ask for dtype float16, or for pools)"
 
 
 def check_decode(texts: Sequence[pb.TokenIds], limits: Limits) -> list[int]:

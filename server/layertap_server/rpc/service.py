@@ -173,7 +173,7 @@ class EmbeddingService:
         inbox: EventQueue[Event] = EventQueue(self._waker)
         frame_count = 0
         places = allocator(lending, plan, [one.text for one in tokenized])
-        with rows.queued(self._batcher, plan, tokenized, inbox, caller, places) as call:
+        with rows.queued(self._batcher, plan, tokenized, inbox, caller, places, keeps_rows=False) as call:
             await caller.write(pb.EmbedLayersResponse(header=header).SerializeToString())
             if plan.return_tokens:
                 groups = responses.token_groups(tokenized, self._tokenizer, self._max_frame_bytes)

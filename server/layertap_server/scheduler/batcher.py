@@ -26,8 +26,9 @@ from layertap.errors import DeadlineExceededError, UnavailableError
 from layertap_server.scheduler.call import BatchPart, Call, CallFailed, Event, Hooks, QueueRoom, WaitingText
 from layertap_server.scheduler.fairness import BatchTime, Budget, FairQueue, QueueBudget
 from layertap_server.scheduler.instances import Instances
+from layertap_server.scheduler.windows import TextEvents
 from layertap_server.scheduler.worker import IdleInstances
-from layertap_server.types import RETRY_STOPPING_S, Allocator, Encode, Plan, Text
+from layertap_server.types import RETRY_STOPPING_S, Allocator, ApplyModules, Encode, Plan, Text
 
 _STOPPING = "the server is stopping; try another, or again later"
 _LOST = "the engine has failed and the server is stopping; try another, or again later"
@@ -51,6 +52,7 @@ class Batcher:
         max_queue_tokens: int,
         max_output_bytes: int,
         max_call_output_bytes: int,
+        apply_modules: ApplyModules = lambda pooled: pooled,
         hooks: Hooks | None = None,
     ) -> None:
         """Starts one instance, a thread, for each `encode`.
@@ -64,8 +66,10 @@ class Batcher:
             max_queue_tokens: Tokens that may wait.
             max_output_bytes: Bytes computed or being computed and not yet sent, all calls together.
             max_call_output_bytes: Likewise for one call, but always one text; and bytes of the mixes of one batch.
+            apply_modules: Applies the sentence modules of vectors, in any instance.
             hooks: Called for batches and refusals.
         """
+        self._apply_modules = apply_modules
         self._max_batch_tokens = max_batch_tokens
         self._max_batch_bytes = max_batch_bytes
         self._min_share_tokens = min_share_tokens
@@ -121,6 +125,7 @@ class Batcher:
         deliver: Callable[[Event], None],
         expires_at: float | None = None,
         allocator: Allocator | None = None,
+        keeps_rows: bool = True,
     ) -> Call:
         """Returns a new call.
 
@@ -131,6 +136,7 @@ class Batcher:
             deliver: Called with each event, in the thread of an instance; must not block.
             expires_at: Its deadline, by time.monotonic. None: it has none.
             allocator: Where its rows are written. None: in any buffer.
+            keeps_rows: Whether token rows of a text that runs as windows come all at once.
 
         Raises:
             ResourceExhaustedError: if the queue is full.
@@ -139,7 +145,7 @@ class Batcher:
         with self._lock:
             self._check_alive()
             self._waiting.check(client, 0, 0)
-        return Call(
+        call = Call(
             self,
             plan,
             client=client,
@@ -148,6 +154,10 @@ class Batcher:
             expires_at=expires_at,
             allocator=allocator,
         )
+        if plan.of_windows is not None:
+            events = TextEvents(call, deliver, keeps_rows=keeps_rows, apply_modules=self._apply_modules)
+            call.deliver = events.deliver
+        return call
 
     def lose_stuck(self, timeout_s: float) -> None:
         """See `Instances.lose_stuck`."""
@@ -185,7 +195,7 @@ class Batcher:
 
     def add(self, call: Call, texts: Sequence[Text], waits: bool) -> bool:
         """See `Call.add`."""
-        token_count = sum(text.token_count for text in texts)
+        token_count = sum(text.computed_token_count for text in texts)
         now = time.monotonic_ns()
         with self._lock:
             self._check_alive()
@@ -260,20 +270,22 @@ class Batcher:
         now = time.monotonic()
         token_budget = min(share, self._batch_time.most_tokens(self._max_batch_tokens, now))
         byte_budget, mix_budget = self._max_batch_bytes, self._max_call_output_bytes
-        parts: dict[Call, BatchPart] = {}
+        parts: list[BatchPart] = []
+        last: dict[Call, BatchPart] = {}
         passed_over: list[Call] = []
         while (call := self._queue.first) is not None:
-            text, admitted_at_ns, _ = call.waiting[0]
+            text, waiting = call.next_part, call.waiting[0]
             byte_count, mix_bytes = call.bytes_of(text), call.plan.mix_token_bytes * text.token_count
+            reserved_bytes = byte_count if text.window is None else call.reserved_bytes_of(text)
             if call.expires_at is not None and call.expires_at <= now:
                 self._drop_waiting(call)
                 expired.append(call)
                 continue
-            if not self._may_hold(call, byte_count, is_in_batch=call in parts):
+            if not self._may_hold(call, reserved_bytes, is_in_batch=call in last):
                 self._queue.remove(call)
                 self._full_calls[call] = None
                 continue
-            if not self._output_bytes.has_room(call.client, byte_count):
+            if reserved_bytes and not self._output_bytes.has_room(call.client, reserved_bytes):
                 self._queue.remove(call)
                 passed_over.append(call)
                 continue
@@ -282,15 +294,16 @@ class Batcher:
             token_budget -= text.token_count
             byte_budget -= byte_count
             mix_budget -= mix_bytes
-            if call not in parts:
-                parts[call] = BatchPart(call, call.next_text, [], 0, admitted_at_ns)
+            part = last.get(call)
+            if part is None or part.texts[0].whole is not text.whole:
+                part = last[call] = BatchPart(call, call.next_text, [], 0, waiting.admitted_at_ns)
+                parts.append(part)
                 call.held_run_count += 1
-            parts[call].texts.append(text)
-            parts[call].reserved_bytes += byte_count
-            self._hold(call, byte_count)
-            self._count_waiting(call, -1, -text.token_count)
-            call.next_text += 1
-            call.waiting.popleft()
+            part.texts.append(text)
+            part.reserved_bytes += reserved_bytes
+            self._hold(call, reserved_bytes)
+            call.take_part()
+            self._count_waiting(call, -(call.next_window == 0), -text.token_count)
             if not call.waiting:
                 self._queue.remove(call)
             elif call.waiting[0].arrival != call.arrival:  # What a stream has sent since then comes after other calls.
@@ -300,7 +313,7 @@ class Batcher:
             self._queue.rotate(call.client, call.connection)
         for call in reversed(passed_over):
             self._queue.put_back(call)
-        return list(parts.values())
+        return parts
 
     def _may_hold(self, call: Call, byte_count: int, *, is_in_batch: bool) -> bool:
         """Returns whether a call may have so many more bytes unsent; one text it may always have."""

@@ -21,17 +21,19 @@ EventT = TypeVar("EventT")
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class RowsReady:
-    """One layer of one output of some texts is ready.
+    """One layer of one output of some texts is ready, or of one text that runs as windows some of its token rows.
 
     Attributes:
         first_text: The position of the first of the texts in the call.
         texts: The texts.
         rows: Their rows.
+        first_row: Which row of its text the first row is.
     """
 
     first_text: int
     texts: Sequence[Text]
     rows: Rows
+    first_row: int = 0
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -104,6 +106,7 @@ class Call:
         waiting: Texts in the queue.
         arrival: That of its first waiting text.
         next_text: The position of the first waiting text.
+        next_window: The first of its windows that is not yet taken.
         held_bytes: Output bytes that are reserved or not yet sent.
         held_run_count: Runs that hold them.
     """
@@ -129,11 +132,13 @@ class Call:
         self.waiting_token_count = 0
         self.arrival = 0
         self.next_text = 0
+        self.next_window = 0
         self.held_bytes = 0
         self.held_run_count = 0
         self.closed = False
         self._byte_counts = plan.byte_counts
         self._queue = queue
+        self._part: tuple[Text, Text] | None = None
 
     def add(self, texts: Sequence[Text], *, waits: bool = False) -> bool:
         """Queues texts.
@@ -161,8 +166,33 @@ class Call:
         self._queue.close(self)
 
     def bytes_of(self, text: Text) -> int:
-        """Returns the output bytes of one text."""
-        return self._byte_counts.of(text)
+        """Returns the output bytes of one text, or of a window of one."""
+        return self._byte_counts.of(text) if text.window is None else self.plan.of(text).byte_counts.of(text)
+
+    @property
+    def next_part(self) -> Text:
+        """The first waiting text, or its first window that is not yet taken."""
+        text = self.waiting[0].text
+        if text.windows is None:
+            return text
+        if self._part is None or self._part[0] is not text:
+            self._part = text, text.part(self.next_window)
+        return self._part[1]
+
+    def take_part(self) -> None:
+        """Removes that from those that wait."""
+        text = self.waiting[0].text
+        self._part = None
+        self.next_window += 1
+        if self.next_window == text.window_count:
+            self.waiting.popleft()
+            self.next_text += 1
+            self.next_window = 0
+
+    def reserved_bytes_of(self, window: Text) -> int:
+        """Returns the bytes to reserve for a window: the first one of a text reserves for all of them."""
+        assert window.window is not None and window.whole is not None
+        return 0 if window.window.index else self.plan.held_bytes(window.whole)
 
 
 @dataclasses.dataclass(slots=True)
@@ -172,7 +202,7 @@ class BatchPart:
     Attributes:
         call: The call.
         first_text: The position of the first text in the call.
-        texts: The texts.
+        texts: The texts, or windows of one.
         reserved_bytes: The output bytes reserved for them.
         admitted_at_ns: When the first of them was queued, by time.monotonic_ns.
     """

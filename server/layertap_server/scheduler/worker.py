@@ -145,7 +145,12 @@ class Worker:
     def _compute(self, batch: list[BatchPart]) -> None:
         started_at_ns = time.monotonic_ns()
         runs = [
-            Run(plan=part.call.plan, texts=part.texts, first_text=part.first_text, allocator=part.call.allocator)
+            Run(
+                plan=part.call.plan.of(part.texts[0]),
+                texts=part.texts,
+                first_text=part.first_text,
+                allocator=None if part.texts[0].whole else part.call.allocator,
+            )
             for part in batch
         ]
         try:

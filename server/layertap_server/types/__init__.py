@@ -23,14 +23,16 @@ from layertap_server.types.plan import (
     Unit,
     WordPooling,
 )
-from layertap_server.types.run import Allocator, Encode, Rows, Run
+from layertap_server.types.run import Allocator, ApplyModules, Encode, Rows, Run, Vectors
 from layertap_server.types.text import Ids, Indices, Text, Words
+from layertap_server.types.windows import Window, Windowing, Windows
 
 __all__ = [
     "RETRY_ELSEWHERE_S",
     "RETRY_FULL_S",
     "RETRY_STOPPING_S",
     "Allocator",
+    "ApplyModules",
     "ByteCounts",
     "DeviceLostError",
     "Encode",
@@ -48,6 +50,10 @@ __all__ = [
     "Strategy",
     "Text",
     "Unit",
+    "Vectors",
+    "Window",
+    "Windowing",
+    "Windows",
     "WordPooling",
     "Words",
 ]

@@ -12,6 +12,7 @@ import numpy.typing as npt
 
 from layertap.types import ITEM_BYTES
 from layertap_server.types.text import Text
+from layertap_server.types.windows import Window
 
 
 class OutputKind(enum.Enum):
@@ -85,6 +86,8 @@ class Pool:
 
     def positions(self, text: Text) -> npt.NDArray[np.intp]:
         """Returns the rows of a text that are pooled, ascending. CLS pools the first one whatever its mask."""
+        if text.window is not None:
+            return self._positions_in_window(text, text.window)
         if self.strategy is Strategy.CLS:
             return np.arange(self.first_row, min(self.first_row + 1, text.token_count))
         special = text.special_tokens_mask if self.exclude_special_tokens else None
@@ -97,6 +100,16 @@ class Pool:
             if special is not None:
                 taken &= special == 0
             rows = np.flatnonzero(taken)
+        return rows[-1:] if self.strategy is Strategy.LAST else rows
+
+    def _positions_in_window(self, text: Text, window: Window) -> npt.NDArray[np.intp]:
+        """Returns which of the rows that a window gives are pooled, counted in the window; perhaps none."""
+        first, kept = self.first_row - window.start, window.kept
+        if self.strategy is Strategy.CLS:
+            return np.arange(first, first + (first in kept))
+        rows = np.arange(max(first, kept.start), max(first, kept.stop))
+        if self.exclude_special_tokens and text.special_tokens_mask is not None:
+            rows = rows[text.special_tokens_mask[rows] == 0]
         return rows[-1:] if self.strategy is Strategy.LAST else rows
 
 
@@ -144,6 +157,9 @@ class Output:
         joined_pools: More poolings, whose vectors are joined to that of `pool`; it says what is done to the whole.
         applies_modules: Whether the sentence modules of the model's folder are applied, to token rows and to vectors.
         heads: The attention heads, ascending, for attentions: one for each value of a row.
+        pooled_size: Values of a pooled vector before it is cut to `row_size`.
+        is_part: Whether a row is only a part of one, which the windows of a text together make: in float32, neither
+            cut nor normalized.
     """
 
     kind: OutputKind
@@ -155,6 +171,15 @@ class Output:
     joined_pools: tuple[Pool, ...] = ()
     applies_modules: bool = False
     heads: tuple[int, ...] = ()
+    pooled_size: int = 0
+    is_part: bool = False
+
+    def of_windows(self) -> Output:
+        """Returns what is asked of each window of a text."""
+        if self.unit is Unit.TOKEN:
+            return self
+        pool = self.pool and dataclasses.replace(self.pool, normalize=False)
+        return dataclasses.replace(self, row_size=self.pooled_size or self.row_size, pool=pool, is_part=True)
 
     @property
     def pools(self) -> tuple[Pool, ...]:
@@ -170,7 +195,7 @@ class Output:
         """Returns how many rows of each layer each text has."""
         unit = self.unit
         if unit is Unit.TOKEN:
-            return [text.token_count for text in texts]
+            return [text.row_count for text in texts]
         if unit is Unit.TOKEN_PAIR:
             return [text.token_count**2 for text in texts]
         return [text.word_count for text in texts] if unit is Unit.WORD else [1] * len(texts)
@@ -187,7 +212,7 @@ class ByteCounts:
 
     def of(self, text: Text) -> int:
         """Returns the bytes of one text."""
-        count = text.token_count
+        count = text.row_count
         return (self.token + self.token_pair * count) * count + self.word * text.word_count + self.text
 
 
@@ -199,6 +224,7 @@ class Plan:
         outputs: In request order.
         dtype: The number format of the answer.
         return_tokens: Whether the tokens are answered too.
+        of_windows: What is asked of each window of a text that runs as several. None: no text does.
         byte_counts: The answer's bytes for each token, pair of tokens, word and text.
         mix_token_bytes: What its mixes take for each token until the answer is made of them.
         has_words: Whether an output has a row for each word.
@@ -208,6 +234,7 @@ class Plan:
     outputs: tuple[Output, ...]
     dtype: str
     return_tokens: bool = False
+    of_windows: Plan | None = None
     byte_counts: ByteCounts = dataclasses.field(init=False)
     mix_token_bytes: int = dataclasses.field(init=False)
     has_words: bool = dataclasses.field(init=False)
@@ -230,7 +257,7 @@ class Plan:
         object.__setattr__(self, "has_words", any(output.unit is Unit.WORD for output in self.outputs))
         pools = [pool for output in self.outputs for pool in output.pools]
         object.__setattr__(self, "excludes_special_tokens", any(pool.exclude_special_tokens for pool in pools))
-        object.__setattr__(self, "_hash", hash((self.outputs, self.dtype, self.return_tokens)))
+        object.__setattr__(self, "_hash", hash((self.outputs, self.dtype, self.return_tokens, self.of_windows)))
 
     @property
     def depth(self) -> int:
@@ -246,8 +273,33 @@ class Plan:
             pool, *joined = (dataclasses.replace(pool, first_row=row) for pool in output.pools)
             return dataclasses.replace(output, pool=pool, joined_pools=tuple(joined))
 
-        return dataclasses.replace(self, outputs=tuple(map(moved, self.outputs)))
+        of_windows = self.of_windows and self.of_windows.pooling_from(row)
+        return dataclasses.replace(self, outputs=tuple(map(moved, self.outputs)), of_windows=of_windows)
+
+    def with_windows(self) -> Plan:
+        """Returns the plan for texts that may run as windows."""
+        of_windows = dataclasses.replace(self, outputs=tuple(output.of_windows() for output in self.outputs))
+        return dataclasses.replace(self, of_windows=of_windows)
+
+    def of(self, text: Text) -> Plan:
+        """Returns what is asked of a text, or of a window of one."""
+        return self if text.window is None or self.of_windows is None else self.of_windows
+
+    def held_bytes(self, text: Text) -> int:
+        """Returns the bytes of the answer of a text, and of the parts that its windows make of it."""
+        return self.byte_counts.of(text) + self.part_bytes(text)
+
+    def part_bytes(self, text: Text) -> int:
+        """Returns the bytes of the parts of rows that the windows of a text make; a word may be cut by each end."""
+        if self.of_windows is None or text.windows is None:
+            return 0
+        sizes, count = self.of_windows.byte_counts, text.window_count
+        return sizes.text * count + sizes.word * (text.word_count + count)
+
+    def dtype_of(self, output: Output) -> str:
+        """Returns the number format of an output."""
+        return "float32" if output.is_part else self.dtype
 
     def row_bytes(self, output: Output) -> int:
         """Returns the bytes of one row of an output."""
-        return output.row_size * ITEM_BYTES[self.dtype]
+        return output.row_size * ITEM_BYTES[self.dtype_of(output)]

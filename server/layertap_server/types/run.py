@@ -6,6 +6,9 @@ import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TypeAlias
 
+import numpy as np
+import numpy.typing as npt
+
 from layertap.errors import LayertapError
 from layertap_server.types.plan import Plan
 from layertap_server.types.text import Text
@@ -58,6 +61,12 @@ class Rows:
     data: memoryview
     failures: Mapping[int, LayertapError]
 
+
+Vectors = npt.NDArray[np.float32]
+"""Rows of numbers in float32. Shape: [row_count, row_size]."""
+
+ApplyModules: TypeAlias = Callable[[Vectors], Vectors]
+"""Applies the sentence modules of vectors. Shape: [text_count, pooled size] to [text_count, vector_size]."""
 
 Encode: TypeAlias = Callable[[Sequence[Run]], Iterator[Rows]]
 """Runs a batch: yields every layer of every output of every run once."""

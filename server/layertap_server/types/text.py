@@ -7,6 +7,8 @@ import dataclasses
 import numpy as np
 import numpy.typing as npt
 
+from layertap_server.types.windows import Window, Windows
+
 Ids = npt.NDArray[np.int32]
 Indices = npt.NDArray[np.int64]
 
@@ -27,6 +29,22 @@ class Words:
     offsets: Indices
     first_word_count: int
 
+    def within(self, first: int, end: int, *, start: int) -> tuple[Indices, Words]:
+        """Returns which words have tokens from `first` to before `end`, and those tokens of them, counted from `start`.
+
+        `first_word_count` and `offsets` are not those of the part.
+        """
+        firsts = np.maximum(self.starts, first)
+        counts = np.minimum(self.starts + self.piece_counts, end) - firsts
+        inside = np.flatnonzero((counts > 0) & (self.piece_counts > 0))
+        part = Words(
+            starts=firsts[inside] - start,
+            piece_counts=counts[inside],
+            offsets=self.offsets[inside],
+            first_word_count=len(inside),
+        )
+        return inside, part
+
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
 class Text:
@@ -38,6 +56,10 @@ class Text:
         token_type_ids: Shape: [token_count], with at least one not 0. None: all 0.
         special_tokens_mask: Shape: [token_count]; 1 for special tokens. None: no output asks for it, or all 0.
         words: Its words. None: no output asks for them, or it has none.
+        windows: The windows that it runs as. None: it runs as a whole.
+        window: Which tokens of another text it has. None: it is no window.
+        whole: That text. None: it is no window.
+        word_indices: Which words of the whole text those of a window are.
     """
 
     input_ids: Ids
@@ -45,13 +67,62 @@ class Text:
     token_type_ids: Ids | None = None
     special_tokens_mask: Ids | None = None
     words: Words | None = None
+    windows: Windows | None = None
+    window: Window | None = None
+    whole: Text | None = None
+    word_indices: Indices | None = None
 
     @property
     def token_count(self) -> int:
-        """How many rows each layer has for this text."""
+        """How many tokens it has."""
         return len(self.input_ids)
+
+    @property
+    def row_count(self) -> int:
+        """How many rows each layer has for this text: one for each token, or of a window for those that it gives."""
+        return len(self.input_ids) if self.window is None else self.window.row_count
+
+    @property
+    def window_count(self) -> int:
+        """How many windows it runs as; 1: as a whole."""
+        return 1 if self.windows is None else self.windows.count
+
+    @property
+    def computed_token_count(self) -> int:
+        """How many tokens are computed for it, those of all its windows."""
+        return len(self.input_ids) if self.windows is None else self.windows.computed_token_count
 
     @property
     def word_count(self) -> int:
         """How many words it has, as far as they are asked for."""
         return 0 if self.words is None else len(self.words.piece_counts)
+
+    def part(self, index: int) -> Text:
+        """Returns one of its windows as a text of its own; of a text that runs as a whole, itself."""
+        if self.windows is None:
+            return self
+        window = self.windows[index]
+        taken = [
+            slice(0, self.windows.prefix_count),
+            slice(self.windows.prefix_count + window.start, self.windows.prefix_count + window.stop),
+            slice(self.token_count - self.windows.suffix_count, self.token_count),
+        ]
+
+        def cut(values: Ids | None) -> Ids | None:
+            return None if values is None else np.concatenate([values[one] for one in taken])
+
+        ids = cut(self.input_ids)
+        assert ids is not None
+        inside, words = None, None
+        if self.words is not None:
+            end = window.first_row + window.row_count
+            inside, words = self.words.within(window.first_row, end, start=window.start)
+        return Text(
+            ids,
+            token_type_ids=cut(self.token_type_ids),
+            special_tokens_mask=cut(self.special_tokens_mask),
+            words=words,
+            window=window,
+            whole=self,
+            word_indices=inside,
+        )

@@ -94,7 +94,8 @@ def test_the_version_is_told_and_an_error_is_one_line(capsys: pytest.CaptureFixt
 
 @named([field for field in NUMBERS if field.name.startswith("max_")])
 def test_every_limit_says_its_unit(field: Any) -> None:
-    assert field.metadata["unit"] in ("texts", "characters", "bytes", "tokens", "calls", "connections", "seconds")
+    units = ("texts", "windows", "characters", "bytes", "tokens", "calls", "connections", "seconds")
+    assert field.metadata["unit"] in units
 
 
 @named(BOUNDED)

@@ -73,6 +73,7 @@ def embedding(text: str) -> Embedding:
         pools=(np.array([[len(text), -len(text)]], np.float32),),
         token_counts=np.array([len(text)]),
         truncated=np.array([False]),
+        window_counts=np.ones(1, np.int64),
         attention_mask=np.ones((1, 1), np.int64),
         model=ModelRef(model_id="a-model", fingerprint=FINGERPRINT),
         timings=Timings(queue_time_ns=0, tokenize_time_ns=0, compute_time_ns=0),

@@ -1,0 +1,117 @@
+"""Rows of a whole text from the parts that its windows make of them: pools, words, the pooler output.
+
+Pure, numpy only. A part is in float32; sums are taken in float64 and in the order of the windows, so that the bits do
+not depend on which batches the windows were in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from layertap.errors import LayertapError
+from layertap_server.types import ApplyModules, Output, OutputKind, Pool, Strategy, Text, Vectors, WordPooling
+from layertap_server.types.errors import NARROW_LIMITS, unsendable
+
+
+def whole_rows(
+    output: Output, whole: Text, windows: Sequence[Text], parts: Sequence[Vectors], apply_modules: ApplyModules
+) -> Vectors:
+    """Returns the rows of a text.
+
+    Args:
+        output: What is asked of it.
+        whole: The text.
+        windows: Its windows, in order.
+        parts: What each made. Shape of each: [rows of the window, row size of a part].
+        apply_modules: Applies the sentence modules of vectors.
+
+    Returns:
+        Shape: [rows of the text, row_size].
+    """
+    if output.kind is OutputKind.POOLER_OUTPUT:
+        return parts[0]
+    if output.word_pooling is not None:
+        return _words(output, whole, windows, parts)
+    stacked = np.concatenate(parts)
+    widths = [2 if pool.strategy is Strategy.MEAN_MAX else 1 for pool in output.pools]
+    ends = np.cumsum(widths) * (stacked.shape[1] // sum(widths))
+    columns = np.split(stacked, ends[:-1], axis=1)
+    pooled = [_pooled(pool, windows, values) for pool, values in zip(output.pools, columns, strict=True)]
+    vector = np.concatenate(pooled)[None]
+    if output.applies_modules:
+        vector = apply_modules(vector)
+    vector = vector[:, : output.row_size]
+    if output.pool is not None and output.pool.normalize:
+        vector = vector / np.maximum(np.linalg.norm(vector.astype(np.float64)), 1e-12)
+    return np.ascontiguousarray(vector, np.float32)
+
+
+def narrowed(rows: Vectors, dtype: str, layer: int) -> tuple[memoryview, LayertapError | None]:
+    """Returns rows as they are sent, and why they cannot be sent, if so."""
+    peak = np.abs(rows).max(initial=np.float32(0))
+    error = (
+        None if peak < NARROW_LIMITS[dtype] else unsendable(finite=bool(np.isfinite(peak)), layer=layer, dtype=dtype)
+    )
+    if dtype == "bfloat16":
+        bits = np.ascontiguousarray(rows).view(np.uint32)
+        sent = ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).astype(np.uint16)  # To nearest, ties to even.
+        return sent.data.cast("B"), error
+    with np.errstate(over="ignore"):
+        return np.ascontiguousarray(rows, dtype).data.cast("B"), error
+
+
+def _pooled(pool: Pool, windows: Sequence[Text], values: Vectors) -> Vectors:
+    """Pools over windows. Shape: [window_count, size] to [size]."""
+    counts = np.array([len(pool.positions(window)) for window in windows], np.float64)
+    values, counts = values[counts > 0], counts[counts > 0]
+    if pool.strategy in (Strategy.CLS, Strategy.LAST):
+        vector: Vectors = values[0 if pool.strategy is Strategy.CLS else -1]
+        return vector
+    if pool.strategy is Strategy.MAX:
+        peak: Vectors = values.max(0)
+        return peak
+    if pool.strategy is Strategy.MEAN_MAX:
+        means, peaks = np.split(values, 2, axis=1)
+        return np.concatenate([_mean(means, counts), peaks.max(0)])
+    if pool.strategy is Strategy.MEAN_SQRT_LEN:
+        return _summed(values, np.sqrt(counts), np.sqrt(counts.sum()))
+    return _mean(values, counts)
+
+
+def _mean(values: Vectors, counts: np.ndarray) -> Vectors:
+    return _summed(values, counts, counts.sum())
+
+
+def _summed(values: Vectors, weights: np.ndarray, divisor: float) -> Vectors:
+    summed: Vectors = ((values * weights[:, None]).sum(0) / divisor).astype(np.float32)
+    return summed
+
+
+def _words(output: Output, whole: Text, windows: Sequence[Text], parts: Sequence[Vectors]) -> Vectors:
+    """Returns the rows of words, of which the ends of windows may cut some."""
+    assert whole.words is not None
+    counts = whole.words.piece_counts
+    rows = np.zeros((len(counts), output.row_size), np.float32)
+    own = [(window.word_indices, window.words, part) for window, part in zip(windows, parts, strict=True)]
+    half = output.row_size // 2 if output.word_pooling is WordPooling.FIRST_LAST else 0
+    if output.word_pooling is WordPooling.FIRST or half:
+        first = slice(0, half or output.row_size)
+        for indices, _, part in reversed(own):  # So that the first part of a word comes last.
+            rows[indices, first] = part[:, first]
+    if output.word_pooling is WordPooling.LAST or half:
+        for indices, _, part in own:
+            rows[indices, half:] = part[:, half:]
+    if output.word_pooling is WordPooling.MEAN:
+        cut: dict[int, np.ndarray] = {}
+        for indices, words, part in own:
+            assert indices is not None and words is not None
+            is_cut = words.piece_counts < counts[indices]
+            rows[indices[~is_cut]] = part[~is_cut]
+            for n in np.flatnonzero(is_cut).tolist():
+                word = int(indices[n])
+                cut[word] = cut.get(word, 0.0) + part[n].astype(np.float64) * words.piece_counts[n]
+        for word, total in cut.items():
+            rows[word] = total / counts[word]
+    return rows

@@ -1,0 +1,156 @@
+"""Long texts as windows, on every model type: all outputs equal what transformers gives by hand."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from support import BOUND, family, worst
+from support.in_process import serving
+from support.oracle import POOLINGS, Oracle, WordsReference
+from support.windows import WindowsReference
+
+from layertap import Client, LayerMix, Pooling, Windows
+
+LONG = "The quick brown fox jumps over the lazy dog, and Résumé 東京 sleeps in Paris; unbelievably. " * 9
+SHORT = "I love Paris"
+LENGTH, STRIDE = 40, 17
+CUT: dict[str, Any] = {"max_length": LENGTH, "windows": Windows(stride=STRIDE)}
+
+
+@pytest.fixture(scope="module", params=list(family.TOKENIZERS))
+def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return family.save(request.param, tmp_path_factory.mktemp("models") / request.param)
+
+
+@pytest.fixture(scope="module")
+def oracle(folder: Path) -> Oracle:
+    return Oracle.load(folder)
+
+
+@pytest.fixture(scope="module")
+def reference(oracle: Oracle) -> WindowsReference:
+    return WindowsReference(oracle, LONG, max_length=LENGTH, stride=STRIDE)
+
+
+@pytest.fixture(scope="module")
+def client(folder: Path) -> Iterator[Client]:
+    with serving(folder) as address, Client(address) as opened:
+        yield opened
+
+
+def test_every_layer_and_the_pooler_equal_transformers(client: Client, reference: WindowsReference) -> None:
+    has_pooler = client.model_info().has_pooler_output
+    found = client.embed([SHORT, LONG, SHORT], layers="all", pooler_output=has_pooler, return_tokens=True, **CUT)
+    assert found.window_counts.tolist() == [1, reference.count, 1] and reference.count > 4
+    assert found.token_counts[1] == reference.token_count and not found.truncated.any()
+    for layer, rows in enumerate(reference.layers):
+        assert worst(found.ragged(layer)[1], rows) <= BOUND, layer
+    if has_pooler:
+        assert worst(found.pooler_output[1], reference.pooler_output) <= BOUND
+    count = reference.token_count
+    assert found.tokens.input_ids[1, :count].tolist() == reference.whole["input_ids"]
+    (alone,) = client.embed(SHORT, layers="all")
+    for layer in range(len(reference.layers)):
+        assert np.array_equal(found.ragged(layer)[0], alone.ragged(layer)[0])
+        assert np.array_equal(found.ragged(layer)[2], alone.ragged(layer)[0])
+
+
+@pytest.mark.parametrize("stride", [0, 1, 37])
+def test_any_stride(client: Client, oracle: Oracle, stride: int) -> None:
+    wanted = WindowsReference(oracle, LONG, max_length=LENGTH, stride=stride)
+    found = client.embed(LONG, max_length=LENGTH, windows=Windows(stride=stride))
+    assert found.window_counts.tolist() == [wanted.count]
+    assert worst(found.ragged(-1)[0], wanted.layers[-1]) <= BOUND
+
+
+def test_the_models_own_length_is_the_default(client: Client, oracle: Oracle) -> None:
+    most = client.model_info().default_max_length
+    wanted = WindowsReference(oracle, LONG, max_length=most, stride=8)
+    assert worst(client.embed(LONG, windows=Windows(stride=8)).ragged(-1)[0], wanted.layers[-1]) <= BOUND
+
+
+@pytest.mark.parametrize("special", [True, False], ids=["special", "plain"])
+def test_pools_run_over_the_whole_text(client: Client, reference: WindowsReference, special: bool) -> None:
+    ways = [way for way in POOLINGS if special or way != "cls"]
+    poolings = [Pooling(way, include_special_tokens=special) for way in ways]
+    shaped = Pooling("mean_max", layer=1, include_special_tokens=special, normalize=True, dimensions=40)
+    mixed = Pooling("max", layer=LayerMix("concat", [0, -1]), include_special_tokens=special)
+    found = client.embed([LONG, SHORT], pooling=[*poolings, shaped, mixed], **CUT)
+    kept = slice(None) if special else slice(1, -1)
+    rows = reference.layers[-1][kept]
+    for way, pool in zip(ways, found.pools, strict=False):
+        # A sum of rows that may each be off by the bound, divided by the root of their number.
+        bound = BOUND * np.sqrt(len(rows)) if way == "mean_sqrt_len" else BOUND
+        assert worst(pool[0], POOLINGS[way](rows)) <= bound, way
+    wanted = POOLINGS["mean_max"](reference.layers[1][kept])[:40]
+    assert worst(found.pools[-2][0], wanted / np.linalg.norm(wanted)) <= BOUND
+    concat = np.concatenate([reference.layers[0], reference.layers[-1]], axis=1)[kept]
+    assert worst(found.pools[-1][0], concat.max(0)) <= BOUND
+    alone = client.embed(SHORT, pooling=[*poolings, shaped, mixed])
+    assert all(np.array_equal(pool[1], own[0]) for pool, own in zip(found.pools, alone.pools, strict=True))
+
+
+@pytest.mark.parametrize("item", [LONG, LONG.replace("sleeps", "").split(" ")], ids=["string", "words"])
+@pytest.mark.parametrize("way", ["first", "last", "mean", "first_last"])
+def test_words_and_mixes(client: Client, oracle: Oracle, item: Any, way: Any) -> None:
+    wanted = WindowsReference(oracle, item, max_length=LENGTH, stride=STRIDE)
+    oracle_words = WordsReference.__new__(WordsReference)
+    spans = oracle.tokenizer(item, is_split_into_words=isinstance(item, list), return_offsets_mapping=True)
+    pieces: dict[int, list[int]] = {n: [] for n in range(len(item))} if isinstance(item, list) else {}
+    for position, number in enumerate(spans.word_ids()):
+        if number is not None:
+            pieces.setdefault(number, []).append(position)
+    oracle_words.pieces = list(pieces.values())
+    found = client.embed([item], words=way, layers="all", mix=LayerMix("mean", "all"), **CUT)
+    assert found.words.piece_counts[0].tolist() == [len(own) for own in oracle_words.pieces]
+    for layer, rows in enumerate(wanted.layers):
+        assert worst(found.words.ragged(layer)[0], oracle_words.pooled(way, rows)) <= BOUND, layer
+    mixed = np.mean(wanted.layers, axis=0, dtype=np.float64).astype(np.float32)
+    assert worst(found.words.mixed.ragged()[0], oracle_words.pooled(way, mixed)) <= BOUND
+    whole = client.embed([item], mix=LayerMix("mean", "all"), **CUT)
+    assert worst(whole.mixed.ragged()[0], mixed) <= BOUND
+
+
+def test_all_calls_give_the_same_bits_in_any_company(client: Client) -> None:
+    """A long text is spread over batches, in which it meets others; its rows and pools must not depend on that."""
+    options: dict[str, Any] = {"layers": [0, -1], "pooling": ["mean", "max", "mean_sqrt_len"], "words": "mean", **CUT}
+    assert client.model_info().batch_invariant
+    alone = client.embed(LONG, **options)
+    texts = [SHORT, LONG, SHORT * 5, LONG, LONG[:300], ""] * 3
+    together = client.embed(texts, **options)
+    streamed = {result.index: result.embedding for result in client.embed_stream(texts, ordered=False, **options)}
+    for index, text in enumerate(texts):
+        assert streamed[index].window_counts[0] == together.window_counts[index]
+        for layer in (0, -1):
+            rows = together.words.ragged(layer)[index]
+            assert np.array_equal(streamed[index].words.ragged(layer)[0], rows)
+            assert text is not LONG or np.array_equal(alone.words.ragged(layer)[0], rows)
+        for pool, own, lone in zip(together.pools, streamed[index].pools, alone.pools, strict=True):
+            assert np.array_equal(pool[index], own[0])
+            assert text is not LONG or np.array_equal(pool[index], lone[0])
+
+
+def test_layers_come_while_windows_are_computed(client: Client, reference: WindowsReference) -> None:
+    wanted = client.embed([LONG, SHORT, LONG], layers="all", **CUT)
+    seen = set()
+    for part in client.embed_layers([LONG, SHORT, LONG], **CUT):
+        for text, rows in zip(part.texts, part.rows, strict=True):
+            seen.add((part.layer, text))
+            assert np.array_equal(rows, wanted.ragged(part.layer)[text])
+    assert seen == {(layer, text) for layer in range(len(reference.layers)) for text in range(3)}
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_narrow_answers(client: Client, dtype: Any) -> None:
+    """What windows make together is narrowed once, at the end, as all other rows are."""
+    options: dict[str, Any] = {"layers": -1, "pooling": [Pooling("mean", normalize=True), "max"], **CUT}
+    wide, narrow = client.embed(LONG, **options), client.embed(LONG, dtype=dtype, **options)
+    for pool, own in zip(wide.pools, narrow.pools, strict=True):
+        assert np.allclose(own, pool, rtol=2.0 ** (-11 if dtype == "float16" else -8), atol=1e-6)
+    assert np.allclose(
+        narrow.ragged(-1)[0], wide.ragged(-1)[0], rtol=2.0 ** (-11 if dtype == "float16" else -8), atol=1e-6
+    )
