@@ -95,8 +95,7 @@ class TokenizerEngine:
                 results.append(_tokenized(text, item, encoding, detail))
             elif windowing is not None:
                 found = _windowed(text, item, encoding, label, max_length, windowing)
-                is_refused = isinstance(found, LayertapError)
-                results.append(found if is_refused else _tokenized(found, item, encoding, detail))
+                results.append(found if isinstance(found, LayertapError) else _tokenized(found, item, encoding, detail))
             elif truncation == "error":
                 results.append(
                     InvalidArgumentError(

@@ -208,7 +208,7 @@ def _item(message: pb.Input, label: str, limits: Limits, prompt: str) -> Item | 
 def all_fit(plan: Plan, texts: Sequence[Text], model: ModelFacts, limits: Limits) -> bool:
     """Returns whether texts are plainly within all that `check_fits` and `check_tokenized` check of each.
 
-    False says nothing: texts with masks, types or windows, and a plan with words, special tokens or a prompt, need more.
+    False says nothing: texts with masks, types or windows, and plans with words, special tokens or a prompt, need more.
     """
     if (
         plan.has_words
