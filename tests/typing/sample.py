@@ -40,6 +40,7 @@ from layertap import (
     TokenIds,
     Tokens,
     TorchEmbedding,
+    Windows,
     Words,
 )
 
@@ -222,6 +223,9 @@ def use(target: str, extras: bool) -> None:
             corpus(), layers="all", pooler_output=True, pooling=["cls", best], dtype="float16", return_tokens=True
         )
         look_at_results(embedding)
+        long = client.embed("I love Paris and Rome. " * 4, max_length=8, windows=Windows(stride=2), pooling="mean")
+        assert_type(long.window_counts, npt.NDArray[np.int64])
+        assert len(client.encode("I love Paris", windows=Windows())) and long.window_counts[0] > 1
         attentions = client.embed("I love Paris", attentions=[-1]).attentions
         assert_type(attentions, Attentions)
         assert attentions[-1].shape == (1, 12, 5, 5)

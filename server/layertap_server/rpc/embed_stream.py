@@ -17,7 +17,7 @@ import dataclasses
 import logging
 import time
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Final, TypeAlias
 
 from layertap.errors import InternalError, InvalidArgumentError, LayertapError, UnavailableError
@@ -31,7 +31,7 @@ from layertap_server.protocol.stream_responses import messages as messages_of
 from layertap_server.rpc.caller import Caller
 from layertap_server.scheduler.call import Call, CallFailed, Event, EventQueue, RowsReady, RunDone
 from layertap_server.shared_memory.segment import Lending
-from layertap_server.types import RETRY_ELSEWHERE_S
+from layertap_server.types import RETRY_ELSEWHERE_S, Text
 
 log = logging.getLogger(__name__)
 
@@ -259,9 +259,20 @@ class Stream:
             self._queued_count += 1
             texts.append(result.text)
         self._caller.call.add_stream_bytes(held)
-        while not call.add(texts, waits=True):
-            await self._wait()
+        for portion in self._portions(texts):
+            while not call.add(portion, waits=True):
+                await self._wait()
         self._record.take(texts)
+
+    def _portions(self, texts: Sequence[Text]) -> Iterator[Sequence[Text]]:
+        """Yields texts that are queued at once: long ones, which run as windows, alone, so that room comes for each."""
+        start = 0
+        for end, text in enumerate(texts):
+            if text.windows is not None:
+                yield texts[start:end]
+                yield texts[end : end + 1]
+                start = end + 1
+        yield texts[start:]
 
     def _enter(self, number: int) -> None:
         """Notes a text, which from here on is to be answered, by its id."""
