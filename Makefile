@@ -15,6 +15,7 @@ PEERS_STAMP := .bench/.installed
 COMPAT_STAMP := .compat/.installed
 DIST_STAMP := .dist/.installed
 CLUSTER_STAMP := .cluster/.installed
+EXPLORE_STAMP := .explore/.installed
 LOCK_STAMP := .lock/.installed
 EXAMPLES_STAMP := .venv/.examples
 DOCS_STAMP := .venv/.docs
@@ -138,6 +139,14 @@ test-deploy: dist $(MODEL_STAMP)  ## Install what make dist builds, and run it a
 test-cluster: $(INSTALL_STAMP) $(MODEL_STAMP) $(CLUSTER_STAMP)  ## Run servers behind Envoy, and hold manifests against their schemas
 	PYTHONPATH=client:server .cluster/bin/python -m pytest --confcutdir=tests/cluster tests/cluster $(ARGS)
 
+.PHONY: test-explore screenshots bench-explore
+
+test-explore: $(INSTALL_STAMP) $(MODEL_STAMP) $(EXPLORE_STAMP)  ## Drive the page of layertap explore in the system's Chromium
+	PYTHONPATH=client:server .explore/bin/python -m pytest --confcutdir=tests/explore tests/explore $(ARGS)
+
+screenshots: $(INSTALL_STAMP) $(MODEL_STAMP) $(EXPLORE_STAMP)  ## Make the pictures of layertap explore in docs/ anew
+	PYTHONPATH=client:server:tests .explore/bin/python docs/explore/screenshots.py $(ARGS)
+
 demo: $(INSTALL_STAMP) $(MODEL_STAMP)  ## Start a server, do the main job as a user would, stop it
 	$(BIN)/python examples/demo.py $(ARGS)
 
@@ -191,6 +200,9 @@ bench-load: $(INSTALL_STAMP) $(MODEL_STAMP)  ## Ten times the capacity, a floodi
 bench-compat: $(INSTALL_STAMP) $(MODEL_STAMP) $(COMPAT_STAMP)  ## The same vectors through clients of other projects (5 min)
 	PYTHONPATH=client:server .compat/bin/python bench/compat.py $(ARGS)
 
+bench-explore: $(INSTALL_STAMP) $(MODEL_STAMP) $(EXPLORE_STAMP)  ## How soon the page of layertap explore shows numbers
+	PYTHONPATH=client:server:tests .explore/bin/python bench/explore.py $(ARGS)
+
 bench-fuzz: $(INSTALL_STAMP) $(MODEL_STAMP)  ## A hundred thousand calls that nobody would make
 	$(BIN)/python bench/fuzz.py $(ARGS)
 
@@ -208,7 +220,7 @@ gpu-wheels:  ## Fetch into .wheels what bench/gpu.py needs on a machine that has
 		grpcio-health-checking==1.71.2 grpcio-reflection==1.71.2
 
 clean:  ## Remove all that make has made
-	rm -rf .venv .models .tools .bench .wheels .floors .compat .cluster .coverage .dist .docs .lock build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis \
+	rm -rf .venv .models .tools .bench .wheels .floors .compat .cluster .explore .coverage .dist .docs .lock build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis \
 		.import_linter_cache
 	find client server tests bench examples -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
 
@@ -259,6 +271,11 @@ $(DIST_STAMP): locks/dist.txt
 $(CLUSTER_STAMP): locks/cluster.txt
 	$(PYTHON) -m venv .cluster
 	$(call locked,.cluster,cluster)
+	@touch $@
+
+$(EXPLORE_STAMP): locks/explore.txt
+	$(PYTHON) -m venv .explore
+	$(call locked,.explore,explore)
 	@touch $@
 
 $(LOCK_STAMP): Makefile $(VENV_STAMP)

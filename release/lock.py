@@ -32,6 +32,7 @@ ENVIRONMENTS = {
     "server": ("pyproject.toml", "--extra=server", "--extra=otel", "--extra=http", "--constraint=locks/dev.txt"),
     "dist": ("release/tools.txt",),
     "cluster": ("tests/cluster/requirements.txt",),
+    "explore": ("tests/explore/requirements.txt",),
     "compat": ("tests/compat/requirements.txt",),
 }
 """For each file in locks/ the arguments of `uv pip compile`."""

@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from explore.process import Page, exploring
 from support import ROOT, Server
-from support.explore import Page, exploring
 
 from layertap import Client, Pooling, TokenIds, analysis
 from layertap.cli import main

@@ -42,6 +42,7 @@ def _lines(path: str) -> list[str]:
         ("server", _extras("server", "otel", "http")),
         ("dist", _lines("release/tools.txt")),
         ("cluster", _lines("tests/cluster/requirements.txt")),
+        ("explore", _lines("tests/explore/requirements.txt")),
         ("compat", _lines("tests/compat/requirements.txt")),
     ],
 )
