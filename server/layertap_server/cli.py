@@ -66,6 +66,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     log_format.set_up(level=config.log_level, form=config.log_format, process=None if config.processes == 1 else 0)
     # gRPC's C core would add lines of its own to ours; what it has to say comes back as errors.
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")
+    # The tokenizers' own threads take what came first: short texts on the event loop would wait for long ones.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
         from layertap_server.listening import open_listener
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,13 +11,15 @@ from typing import Any
 import numpy as np
 import pytest
 import tokenizers
+import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support import family
-from support.texts import EVERYTHING, PROPERTY
+from support.texts import EVERYTHING, PROPERTY, TEXTS
 from tokenizers import models, pre_tokenizers, processors
 
 from layertap.errors import LayertapError
+from layertap_server.model import text_head
 from layertap_server.model.tokenized import Tokenized
 from layertap_server.model.tokenizer import Tokenizer
 from layertap_server.model.tokenizer_engine import Detail, TokenizerEngine
@@ -27,17 +31,26 @@ SCRIPTS = st.text(
 
 
 @pytest.fixture(scope="module")
-def tokenizer(real_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Tokenizer]:
-    made: dict[str, Tokenizer] = {"real": Tokenizer(real_folder)}
-
-    def of(kind: str) -> Tokenizer:
-        if kind not in made:
-            folder = tmp_path_factory.mktemp("tokenizers") / kind
-            family.TOKENIZERS[kind]().save_pretrained(folder)
-            made[kind] = Tokenizer(folder)
-        return made[kind]
+def folder(real_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    @functools.cache
+    def of(kind: str) -> Path:
+        if kind == "real":
+            return real_folder
+        made = tmp_path_factory.mktemp("tokenizers") / kind
+        family.TOKENIZERS[kind]().save_pretrained(made)
+        return made
 
     return of
+
+
+@pytest.fixture(scope="module")
+def tokenizer(folder: Callable[[str], Path]) -> Callable[[str], Tokenizer]:
+    return functools.cache(lambda kind: Tokenizer(folder(kind)))
+
+
+@pytest.fixture(scope="module")
+def theirs(folder: Callable[[str], Path]) -> Callable[[str], Any]:
+    return functools.cache(lambda kind: transformers.AutoTokenizer.from_pretrained(folder(kind)))
 
 
 def shown(found: Sequence[Tokenized | LayertapError]) -> list[Any]:
@@ -87,6 +100,67 @@ def test_any_text_of_any_script(tokenizer: Callable[[str], Tokenizer], texts: li
     for kind in ("real", "roberta", "xlm-roberta"):
         for truncation in ("error", "right", "left"):
             check(tokenizer(kind), texts, max_length=max_length, truncation=truncation)
+
+
+LONG = st.lists(SCRIPTS | st.sampled_from(list(TEXTS.values())), min_size=1, max_size=4).map(
+    lambda parts: " ".join([*parts, ""]) * (1 + 3_000 // (1 + sum(map(len, parts))))
+)
+
+
+@settings(PROPERTY, max_examples=40)
+@given(text=LONG, max_length=st.integers(2, 40), with_offsets=st.booleans())
+def test_the_beginning_of_a_long_text_is_cut_as_the_whole(
+    tokenizer: Callable[[str], Tokenizer], theirs: Callable[[str], Any], text: str, max_length: int, with_offsets: bool
+) -> None:
+    for kind in ("real", "bert", "camembert", "roberta", "xlm-roberta"):
+        detail = Detail.EVERYTHING if with_offsets else Detail.NOTHING
+        for item in (text, text.split() or [""]):
+            wanted = theirs(kind)(
+                [item], is_split_into_words=isinstance(item, list), truncation=True, max_length=max_length
+            ).encodings[0]
+            (found,) = tokenizer(kind).encode(
+                [item], labels=["it"], max_length=max_length, truncation="right", detail=detail
+            )
+            assert isinstance(found, Tokenized)
+            assert found.text.input_ids.tolist() == wanted.ids
+            if found.encoding is not None:
+                assert found.encoding.offsets == wanted.offsets and found.encoding.word_ids == wanted.word_ids
+
+
+@pytest.mark.parametrize("kind", ["real", "bert", "camembert", "roberta", "xlm-roberta"])
+def test_what_truncation_drops_is_not_tokenized(tokenizer: Callable[[str], Tokenizer], kind: str) -> None:
+    def cpu_s(text: str, truncation: str) -> float:
+        started = time.thread_time()
+        tokenizer(kind).encode(
+            [text], labels=["it"], max_length=64, truncation=truncation, detail=Detail.NOTHING, add_special_tokens=True
+        )
+        return time.thread_time() - started
+
+    long = "I love Paris " * 7_000
+    assert min(cpu_s(long, "right") for _ in range(3)) < min(cpu_s(long, "error") for _ in range(3)) / 4
+
+
+STRANGE = {
+    "a word with a space": {"added_tokens": [{"content": "New York"}], "pre_tokenizer": {"type": "Whitespace"}},
+    "a pattern of its own": {"pre_tokenizer": {"type": "Split", "pattern": {"Regex": "x"}}},
+    "nothing splits": {"pre_tokenizer": {"type": "Digits"}},
+    "a whole text as one": {"pre_tokenizer": {"type": "Metaspace", "split": False}},
+    "replacement": {
+        "pre_tokenizer": {"type": "Whitespace"},
+        "normalizer": {"type": "Sequence", "normalizers": [{"type": "Replace", "pattern": {"Regex": "a.*b"}}]},
+    },
+    "none at all": {},
+}
+
+
+@pytest.mark.parametrize("tokenizer_json", STRANGE.values(), ids=STRANGE.keys())
+def test_a_tokenizer_that_may_look_farther_reads_whole_texts(tokenizer_json: dict[str, Any]) -> None:
+    assert not text_head.is_local(tokenizer_json)
+
+
+def test_pairs_and_short_texts_have_no_head() -> None:
+    for item in ("word " * 200, ("word " * 50_000, "b"), ["word"] * 100, "a" * 100_000, " " * 100_000):
+        assert text_head.head(item, 10) is item
 
 
 TEMPLATES = {

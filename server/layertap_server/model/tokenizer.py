@@ -25,8 +25,9 @@ from layertap_server.model.checkpoint import Checkpoint
 from layertap_server.model.facts import ModelFacts
 from layertap_server.model.files import CheckpointError, reason_of
 from layertap_server.model.sentence_config import SentenceConfig
+from layertap_server.model.text_head import String
 from layertap_server.model.tokenized import Tokenized
-from layertap_server.model.tokenizer_engine import Detail, String, TokenizerEngine
+from layertap_server.model.tokenizer_engine import Detail, TokenizerEngine, copy
 from layertap_server.types import Text, Windowing
 
 log = logging.getLogger(__name__)
@@ -60,7 +61,7 @@ class Tokenizer:
         logging.getLogger("transformers").setLevel(logging.ERROR)
         loaded = _load(folder)
         self._decoder = loaded
-        self._tokenizer = _copy(loaded.backend_tokenizer)
+        self._tokenizer = copy(loaded.backend_tokenizer)
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         self._has_token_types = "token_type_ids" in loaded.model_input_names
@@ -223,7 +224,7 @@ class Tokenizer:
     @functools.cached_property
     def _lowering(self) -> TokenizerEngine:
         """The same tokenizer behind a turn to lower case."""
-        lowering = _copy(self._tokenizer)
+        lowering = copy(self._tokenizer)
         normalizer = lowering.normalizer
         first = normalizers.Lowercase()
         lowering.normalizer = normalizers.Sequence([first, normalizer]) if normalizer else first
@@ -275,9 +276,3 @@ def _load(folder: Path) -> Any:
         raise CheckpointError(
             f"the tokenizer of the model cannot be read ({reason_of(exc)}); fetch the model again, or correct the file"
         ) from exc
-
-
-def _copy(tokenizer: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
-    copied = tokenizers.Tokenizer.from_str(tokenizer.to_str())
-    copied.encode_special_tokens = tokenizer.encode_special_tokens  # Not part of its JSON.
-    return copied

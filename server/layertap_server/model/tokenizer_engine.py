@@ -3,31 +3,32 @@
 Rules:
 - Offsets and words are made only where an answer needs them: the library is then slower by a fifth. Ids are the same.
 - The ids of a group are one array; each text has a view of it.
-- Thread-safe. A text that the library fails on harms no other.
+- Of a long text that is cut on the right only the beginning is tokenized; see `text_head`.
+- Thread-safe, without a lock. A text that the library fails on harms no other.
 """
 
 from __future__ import annotations
 
 import array
+import contextlib
 import dataclasses
 import enum
+import json
 import logging
-import threading
-from collections.abc import Sequence
-from typing import Final, TypeAlias
+from collections.abc import Iterator, Sequence
+from typing import Final
 
 import numpy as np
 import tokenizers
 
 from layertap.errors import InvalidArgumentError, LayertapError
+from layertap_server.model import text_head
 from layertap_server.model.files import reason_of
+from layertap_server.model.text_head import String
 from layertap_server.model.tokenized import Tokenized
 from layertap_server.types import Ids, Text, Windowing, Windows
 
 log = logging.getLogger(__name__)
-
-String: TypeAlias = "str | tuple[str, str] | list[str]"
-"""A string, a pair, or words."""
 
 _PROBE: Final = "a b a b"
 
@@ -57,10 +58,9 @@ class TokenizerEngine:
         """
         self._whole = whole
         self._has_token_types = has_token_types
-        # Truncation is a state of a tokenizer: a second one, behind a lock, is for texts that need it.
-        self._cutter = tokenizers.Tokenizer.from_str(whole.to_str())
-        self._cutter.encode_special_tokens = whole.encode_special_tokens
-        self._cutter_lock = threading.Lock()
+        # Truncation is a state of a tokenizer: texts that need it have another, which no other thread has meanwhile.
+        self._cutters = [copy(whole)]
+        self._is_local = text_head.is_local(json.loads(whole.to_str()))
         self._frames = {special: self._frame(special) for special in (False, True)}
 
     def encode(
@@ -86,9 +86,16 @@ class TokenizerEngine:
             windowing: How strings and words above max_length run as windows; None: they do not.
         """
         results: list[Tokenized | LayertapError] = []
-        encodings = self._encode_each(items, labels, add_special_tokens, detail)
+        cuts = self._is_local and truncation == "right"
+        heads = [text_head.head(item, max_length) for item in items] if cuts else [*items]
+        encodings = list(self._encode_each(heads, labels, add_special_tokens, detail))
+        for n, one in enumerate(encodings):
+            if heads[n] is items[n] or (not isinstance(one, LayertapError) and text_head.is_enough(one, max_length)):
+                continue
+            heads[n] = items[n]
+            (encodings[n],) = self._encode_each([items[n]], [labels[n]], add_special_tokens, detail)
         texts = self._texts(items, encodings, add_special_tokens)
-        for encoding, text, item, label in zip(encodings, texts, items, labels, strict=True):
+        for n, (encoding, text, item, label) in enumerate(zip(encodings, texts, items, labels, strict=True)):
             if isinstance(encoding, LayertapError):
                 results.append(encoding)
             elif text.token_count <= max_length:
@@ -104,7 +111,8 @@ class TokenizerEngine:
                     )
                 )
             else:
-                results.append(self._cut(item, text, label, max_length, truncation, add_special_tokens, detail))
+                cut = self._cut(item, heads[n], text, label, max_length, truncation, add_special_tokens, detail)
+                results.append(cut)
         return results
 
     def ids(self, text: str) -> list[int]:
@@ -139,13 +147,26 @@ class TokenizerEngine:
             frame = _Frame(before=own[0], after=len(one.ids) - 1 - own[-1], has_types=any(one.type_ids))
             for direction in ("right", "left"):
                 for length in range(frame.size, len(one.ids)):
-                    self._cutter.enable_truncation(length, strategy="longest_first", direction=direction)
-                    cut = self._cutter.encode(_PROBE, add_special_tokens=add_special_tokens)
+                    with self._cutter(length, direction) as cutter:
+                        cut = cutter.encode(_PROBE, add_special_tokens=add_special_tokens)
                     if cut.ids != frame.cut(np.array(one.ids, np.int32), length, direction).tolist():
                         return _Frame(can_cut=False, has_types=True)
         except Exception:  # The library raises `Exception` itself, such as for an unknown token that it lacks.
             return _Frame(can_cut=False, has_types=True)
         return frame
+
+    @contextlib.contextmanager
+    def _cutter(self, max_length: int, direction: str) -> Iterator[tokenizers.Tokenizer]:
+        """Yields a tokenizer that truncates, which no other thread has meanwhile."""
+        try:
+            cutter = self._cutters.pop()
+        except IndexError:
+            cutter = copy(self._whole)
+        try:
+            cutter.enable_truncation(max_length, strategy="longest_first", direction=direction)
+            yield cutter
+        finally:
+            self._cutters.append(cutter)
 
     @staticmethod
     def _encode(
@@ -176,6 +197,7 @@ class TokenizerEngine:
     def _cut(
         self,
         item: String,
+        head: String,
         whole: Text,
         label: str,
         max_length: int,
@@ -183,7 +205,7 @@ class TokenizerEngine:
         add_special_tokens: bool,
         detail: Detail,
     ) -> Tokenized | LayertapError:
-        special = self._cutter.num_special_tokens_to_add(isinstance(item, tuple)) if add_special_tokens else 0
+        special = self._whole.num_special_tokens_to_add(isinstance(item, tuple)) if add_special_tokens else 0
         if max_length < special:
             return InvalidArgumentError(
                 f"{label} needs {special} special tokens, max_length is {max_length}; raise max_length"
@@ -191,11 +213,24 @@ class TokenizerEngine:
         frame = self._frames[add_special_tokens]
         if detail is Detail.NOTHING and frame.can_cut and not isinstance(item, tuple) and whole.token_type_ids is None:
             return Tokenized(text=Text(frame.cut(whole.input_ids, max_length, direction)), truncated=True)
-        with self._cutter_lock:
-            self._cutter.enable_truncation(max_length, strategy="longest_first", direction=direction)
-            (encoding,) = self._encode(self._cutter, [item], add_special_tokens, detail)
+        with self._cutter(max_length, direction) as cutter:
+            (encoding,) = self._encode(cutter, [head], add_special_tokens, detail)
         (text,) = self._texts([item], [encoding], add_special_tokens)
         return _tokenized(text, item, encoding, detail, truncated=True)
+
+
+def copy(tokenizer: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
+    """Returns a tokenizer that does the same, and shares the vocabulary where that can be proved."""
+    copied = tokenizers.Tokenizer(tokenizer.model)
+    for part in ("normalizer", "pre_tokenizer", "post_processor", "decoder"):
+        if (own := getattr(tokenizer, part)) is not None:
+            setattr(copied, part, own)
+    for _, token in sorted(tokenizer.get_added_tokens_decoder().items()):
+        (copied.add_special_tokens if token.special else copied.add_tokens)([token])
+    if copied.to_str() != tokenizer.to_str():
+        copied = tokenizers.Tokenizer.from_str(tokenizer.to_str())
+    copied.encode_special_tokens = tokenizer.encode_special_tokens  # Not part of its JSON.
+    return copied
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,16 +1,18 @@
 """Work that would hold up the event loop: it runs in threads, in slices.
 
-A slice is at most one piece of work of a thread. So slices of several callers alternate, and a caller that has left
-costs at most the slice under way. Short work stays on the event loop: a thread would cost more than the work.
+A slice is at most one piece of work of a thread. So slices of several clients alternate, and a caller that has left
+costs at most the slices under way. Short work stays on the event loop: a thread would cost more than the work.
 """
 
 from __future__ import annotations
 
 import asyncio
+import functools
 import os
+from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Final, TypeVar
+from typing import Any, Final, TypeVar
 
 T = TypeVar("T")
 
@@ -24,17 +26,64 @@ async def offload(work: Callable[[], T], *, in_thread: bool) -> T:
     return await asyncio.to_thread(work) if in_thread else work()
 
 
+class FairThreads:
+    """Threads that do the work of clients round robin: one that has much to do does not hold up the others."""
+
+    def __init__(self, count: int) -> None:
+        """Makes threads; they start when there is work.
+
+        Args:
+            count: How many.
+        """
+        self.count = count
+        self._free_count = count
+        self._executor = ThreadPoolExecutor(count, thread_name_prefix="tokenize")
+        self._waiting: OrderedDict[str, deque[tuple[Callable[[], Any], asyncio.Future[Any]]]] = OrderedDict()
+
+    def submit(self, client: str, work: Callable[[], T]) -> asyncio.Future[T]:
+        """Returns the future result of some work. What is cancelled before it has begun is never done."""
+        future: asyncio.Future[T] = asyncio.get_running_loop().create_future()
+        self._waiting.setdefault(client, deque()).append((work, future))
+        self._start()
+        return future
+
+    def _start(self) -> None:
+        while self._free_count and self._waiting:
+            client, works = next(iter(self._waiting.items()))
+            work, future = works.popleft()
+            if works:
+                self._waiting.move_to_end(client)
+            else:
+                del self._waiting[client]
+            if not future.cancelled():
+                self._free_count -= 1
+                running = asyncio.get_running_loop().run_in_executor(self._executor, work)
+                running.add_done_callback(functools.partial(self._end, future))
+
+    def _end(self, future: asyncio.Future[T], done: asyncio.Future[T]) -> None:
+        self._free_count += 1
+        error = done.exception()
+        if not future.cancelled():
+            if error is None:
+                future.set_result(done.result())
+            else:
+                future.set_exception(error)
+        self._start()
+
+
 class Slices:
     """Runs the work of one tokenizer slice by slice, in threads of its own."""
 
     def __init__(self) -> None:
-        self._executor = ThreadPoolExecutor(max(2, os.cpu_count() or 1), thread_name_prefix="tokenize")
+        # One core stays free for the event loop, which is all that short calls need.
+        self._threads = FairThreads(max(1, len(os.sched_getaffinity(0)) - 1))
 
     async def run(
         self,
         work: Callable[[slice], list[T]],
         sizes: Sequence[int],
         *,
+        client: str,
         most: int,
         large: int,
         note: Callable[[list[T]], None] = lambda _: None,
@@ -42,20 +91,37 @@ class Slices:
         """Returns the results of all slices of a list, in order.
 
         Args:
-            work: Returns the results of a slice; what it raises ends the run.
+            work: Returns the results of a slice, in any thread; what it raises ends the run.
             sizes: The size of each entry.
+            client: The client that the list belongs to.
             most: The largest size of a slice; a larger entry is a slice of its own.
             large: Slices above this size run in a thread.
-            note: Called on the event loop with the results of each slice; what it raises ends the run.
+            note: Called on the event loop with the results of each slice, in order; what it raises ends the run.
         """
         results: list[T] = []
-        for part, size in _cut(sizes, most):
-            if size > large:
-                found = await asyncio.get_running_loop().run_in_executor(self._executor, work, part)
-            else:
-                found = work(part)
+        under_way: deque[asyncio.Future[list[T]]] = deque()
+
+        async def take() -> None:
+            found = await under_way[0]
+            under_way.popleft()
             note(found)
-            results += found
+            results.extend(found)
+
+        try:
+            for part, size in _cut(sizes, most):
+                if size <= large and not under_way:
+                    found = work(part)
+                    note(found)
+                    results += found
+                    continue
+                under_way.append(self._threads.submit(client, functools.partial(work, part)))
+                if len(under_way) == self._threads.count:
+                    await take()
+            while under_way:
+                await take()
+        finally:
+            for future in under_way:
+                future.cancel()
         return results
 
 

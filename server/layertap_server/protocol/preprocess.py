@@ -33,8 +33,8 @@ Result = Tokenized | LayertapError
 Hold = Callable[[int], None]
 """Counts bytes that a call holds from here on; raises if all calls together would hold too many."""
 
-_SLICE_BYTES: Final = 64 << 10
-"""Inputs that are tokenized at once."""
+_SLICE_BYTES: Final = 16 << 10
+"""Inputs that are tokenized at once, which takes a few milliseconds."""
 _LARGE_SLICE_BYTES: Final = 4 << 10
 """Tokenizing of more leaves the event loop."""
 _SLICE_IDS: Final = 16 << 10
@@ -183,12 +183,11 @@ class Preprocessor:
         token_count = 0
 
         def work(part: slice) -> list[Tokenized]:
-            nonlocal token_count
             items = validation.items(inputs[part], labels[part], self.model, self.limits)
             for label, item in zip(labels[part], items, strict=True):
                 if isinstance(item, Text):
                     raise InvalidArgumentError(f"{label} is token ids already; send text, or ask Decode for its string")
-            texts = _all_good(
+            return _all_good(
                 self._tokenizer.encode(
                     items,
                     labels=labels[part],
@@ -197,11 +196,11 @@ class Preprocessor:
                     add_special_tokens=not request.omit_special_tokens,
                 )
             )
-            token_count += sum(max(one.text.token_count, request.pad_to) for one in texts)
-            validation.check_answered_tokens(token_count, limits)
-            return texts
 
         def note(texts: list[Tokenized]) -> None:
+            nonlocal token_count
+            token_count += sum(max(one.text.token_count, request.pad_to) for one in texts)
+            validation.check_answered_tokens(token_count, limits)
             hold(sum(map(held_bytes, texts)))
 
         texts = await self._run(work, inputs, record, note)
@@ -227,20 +226,23 @@ class Preprocessor:
         byte_count, most = 0, self.limits.max_response_bytes
 
         def work(part: slice) -> list[str]:
-            nonlocal byte_count
             ids = [
                 token_ids.ids(text, f"texts[{part.start + n}]", self.model).tolist()
                 for n, text in enumerate(texts[part])
             ]
-            found = self._tokenizer.decode(ids, skip_special_tokens=request.skip_special_tokens)
+            return self._tokenizer.decode(ids, skip_special_tokens=request.skip_special_tokens)
+
+        def note(found: list[str]) -> None:
+            nonlocal byte_count
             byte_count += sum(len(text.encode()) + 6 for text in found)
             if byte_count > most:
                 raise InvalidArgumentError(
                     f"the answer has more than {most} bytes, the most of one answer; send fewer texts at once"
                 )
-            return found
 
-        return await self._slices.run(work, counts, most=_SLICE_IDS, large=_LARGE_SLICE_IDS)
+        return await self._slices.run(
+            work, counts, client=record.client, most=_SLICE_IDS, large=_LARGE_SLICE_IDS, note=note
+        )
 
     def _parse_options(self, options: bytes) -> Options:
         return self._resolve(pb.EmbedOptions.FromString(options))
@@ -280,7 +282,9 @@ class Preprocessor:
             results = work(slice(len(sizes)))
             note(results)
         else:
-            results = await self._slices.run(work, sizes, most=_SLICE_BYTES, large=_LARGE_SLICE_BYTES, note=note)
+            results = await self._slices.run(
+                work, sizes, client=record.client, most=_SLICE_BYTES, large=_LARGE_SLICE_BYTES, note=note
+            )
         record.tokenize.note(started_at_ns, time.monotonic_ns())
         return results
 

@@ -1,0 +1,67 @@
+"""Work in threads: clients round robin, slices of a list in order, and nothing is begun for a caller that has left."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+
+import pytest
+
+from layertap_server.protocol.offload import FairThreads, Slices
+
+
+def test_clients_are_served_round_robin() -> None:
+    done: list[str] = []
+
+    async def run() -> None:
+        threads = FairThreads(1)
+        works = [threads.submit(client, lambda c=client: done.append(c)) for client in "aaaabbc"]  # type: ignore[misc]
+        await asyncio.gather(*works)
+
+    asyncio.run(run())
+    assert done == list("aabcaba") or done == list("abcabaa")  # The first one runs at once.
+
+
+def test_what_is_cancelled_before_it_has_begun_is_never_done() -> None:
+    done: list[int] = []
+
+    async def run() -> None:
+        threads, may_go_on = FairThreads(1), threading.Event()
+        first = threads.submit("a", may_go_on.wait)
+        dropped = threads.submit("a", lambda: done.append(1))
+        last = threads.submit("a", lambda: done.append(2))
+        dropped.cancel()
+        may_go_on.set()
+        await asyncio.gather(first, last)
+
+    asyncio.run(run())
+    assert done == [2]
+
+
+def test_the_slices_of_a_list_come_in_order_whatever_their_size() -> None:
+    sizes = [1, 1, 50, 1, 30, 30, 2, 1]
+    noted: list[list[int]] = []
+
+    async def run() -> list[int]:
+        slices = Slices()
+        return await slices.run(
+            lambda part: list(range(part.start, part.stop)), sizes, client="a", most=40, large=5, note=noted.append
+        )
+
+    assert asyncio.run(run()) == list(range(len(sizes)))
+    assert [n for found in noted for n in found] == list(range(len(sizes)))
+
+
+def test_a_fault_ends_the_run_and_the_slices_after_it() -> None:
+    begun: list[int] = []
+
+    def work(part: slice) -> list[int]:
+        begun.append(part.start)
+        raise ValueError(part.start)
+
+    async def run() -> None:
+        await Slices().run(work, [10] * 1000, client="a", most=10, large=1)
+
+    with pytest.raises(ValueError, match="0"):
+        asyncio.run(run())
+    assert len(begun) < 1000
