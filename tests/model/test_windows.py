@@ -8,16 +8,21 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.sentence_transformer.modules import Dense, Normalize, Transformer
+from sentence_transformers.sentence_transformer.modules import Pooling as STPooling
 from support import BOUND, family, worst
 from support.in_process import serving
 from support.oracle import POOLINGS, Oracle, WordsReference
 from support.windows import WindowsReference
 
-from layertap import Client, LayerMix, Pooling, Windows
+from layertap import Client, InvalidArgumentError, LayerMix, Pooling, Windows
 
 LONG = "The quick brown fox jumps over the lazy dog, and Résumé 東京 sleeps in Paris; unbelievably. " * 9
 SHORT = "I love Paris"
 LENGTH, STRIDE = 40, 17
+ONE_TYPE = pytest.mark.parametrize("folder", ["bert"], indirect=True, scope="module")
 CUT: dict[str, Any] = {"max_length": LENGTH, "windows": Windows(stride=STRIDE)}
 
 
@@ -61,8 +66,9 @@ def test_every_layer_and_the_pooler_equal_transformers(client: Client, reference
 
 @pytest.mark.parametrize("stride", [0, 1, 37])
 def test_any_stride(client: Client, oracle: Oracle, stride: int) -> None:
-    wanted = WindowsReference(oracle, LONG, max_length=LENGTH, stride=stride)
-    found = client.embed(LONG, max_length=LENGTH, windows=Windows(stride=stride))
+    text = LONG[:200]
+    wanted = WindowsReference(oracle, text, max_length=LENGTH, stride=stride)
+    found = client.embed(text, max_length=LENGTH, windows=Windows(stride=stride))
     assert found.window_counts.tolist() == [wanted.count]
     assert worst(found.ragged(-1)[0], wanted.layers[-1]) <= BOUND
 
@@ -154,3 +160,95 @@ def test_narrow_answers(client: Client, dtype: Any) -> None:
     assert np.allclose(
         narrow.ragged(-1)[0], wide.ragged(-1)[0], rtol=2.0 ** (-11 if dtype == "float16" else -8), atol=1e-6
     )
+
+
+def test_a_prompt_is_in_the_first_window_and_pools_leave_it_out(oracle: Oracle, folder: Path, tmp_path: Path) -> None:
+    prompted = tmp_path / "prompted"
+    modules = [Transformer(str(folder)), STPooling(32, pooling_mode="mean", include_prompt=False)]
+    SentenceTransformer(modules=modules, device="cpu", prompts={"query": "I love: "}).save(str(prompted))
+    wanted = WindowsReference(oracle, "I love: " + LONG, max_length=LENGTH, stride=STRIDE)
+    first = len(oracle.tokenizer("I love: ")["input_ids"]) - 1
+    with serving(prompted) as address, Client(address) as client:
+        found = client.embed(LONG, prompt_name="query", layers=-1, pooling=["mean", "cls"], **CUT)
+    assert worst(found.ragged(-1)[0], wanted.layers[-1]) <= BOUND
+    assert worst(found.pools[0][0], wanted.layers[-1][first:].mean(0)) <= BOUND
+    assert worst(found.pools[1][0], wanted.layers[-1][first]) <= BOUND
+
+
+@pytest.mark.parametrize("with_dense", [False, True], ids=["plain", "dense"])
+def test_encode_cuts_nothing(oracle: Oracle, folder: Path, tmp_path: Path, with_dense: bool) -> None:
+    """Sentence-transformers' own modules make the vector of the rows that the windows give."""
+    torch.manual_seed(0)
+    dense = [Dense(64, 24, activation_function=torch.nn.Tanh())] if with_dense else []
+    modules = [Transformer(str(folder)), STPooling(32, pooling_mode=["mean", "max"]), *dense, Normalize()]
+    judge = SentenceTransformer(modules=modules, device="cpu")
+    judge.max_seq_length = LENGTH
+    judge.save(str(tmp_path / "saved"))
+    reference = WindowsReference(oracle, LONG, max_length=LENGTH, stride=STRIDE)
+    features = {
+        "token_embeddings": torch.from_numpy(reference.layers[-1])[None],
+        "attention_mask": torch.ones(1, reference.token_count, dtype=torch.long),
+    }
+    with torch.no_grad():
+        for module in list(judge)[1:]:
+            features = module(features)
+    with serving(tmp_path / "saved") as address, Client(address) as client:
+        found = client.encode([LONG, SHORT, LONG], windows=Windows(stride=STRIDE))
+        assert worst(found[0], features["sentence_embedding"][0].numpy()) <= BOUND
+        assert np.array_equal(found[2], found[0]) and np.array_equal(found[1], client.encode(SHORT))
+        rows = client.encode(LONG, windows=Windows(stride=STRIDE), output_value="token_embeddings")
+        assert worst(rows, reference.layers[-1]) <= BOUND
+
+
+REFUSED: dict[str, tuple[Any, dict[str, Any], str]] = {
+    "attentions": (SHORT, {"attentions": -1, **CUT}, "outputs.1. is attentions.*windows"),
+    "truncation": (LONG, {"truncation": "right", **CUT}, "windows.*leave truncation out"),
+    "a negative stride": (LONG, {"windows": Windows(stride=-1)}, "stride is -1.*from 0 to 6."),
+    "a stride as long as a window": (LONG, {"max_length": 40, "windows": Windows(stride=38)}, "38.*from 0 to 37"),
+    "a long pair": ([SHORT, (SHORT, LONG)], CUT, "inputs.1. is a pair.*max_length is 40"),
+    "long token ids": ([[5] * 70], {"windows": Windows(stride=3)}, "inputs.0. has 70 token ids"),
+    "too many windows": (LONG * 9, {"max_length": 10, "windows": Windows(stride=7)}, "windows, the most is 1024"),
+    "what is no Windows": (LONG, {"windows": 128}, "windows is of type int; pass Windows"),
+}
+
+
+@ONE_TYPE
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_has_no_windows_is_refused_by_name(client: Client, case: str) -> None:
+    item, options, reason = REFUSED[case]
+    with pytest.raises(InvalidArgumentError, match=reason) as caught:
+        client.embed(item, **options)
+    assert "fox" not in str(caught.value)
+    assert client.embed(LONG, **CUT).window_counts[0] > 1
+
+
+@ONE_TYPE
+def test_in_a_stream_a_text_with_too_many_windows_is_refused_alone(client: Client) -> None:
+    options: dict[str, Any] = {"max_length": 10, "windows": Windows(stride=7), "pooling": "mean"}
+    found = list(client.embed_stream([SHORT, LONG * 9, LONG[:200]], **options))
+    assert [result.error is None for result in found] == [True, False, True]
+    assert isinstance(found[1].error, InvalidArgumentError) and "item 1" in str(found[1].error)
+    assert found[2].embedding.window_counts[0] > 1
+
+
+@ONE_TYPE
+def test_outputs_of_a_long_text_count_as_those_of_one(folder: Path) -> None:
+    with serving(folder, max_call_output_bytes=200_000, max_output_bytes=400_000) as address, Client(address) as client:
+        with pytest.raises(InvalidArgumentError, match=r"outputs of inputs.0. take .* most is 200000.*pools"):
+            client.embed(LONG * 5, layers="all", **CUT)
+        for _ in range(3):  # Nothing is held of what came before.
+            assert client.embed([LONG * 5] * 5, pooling="mean", **CUT).pooled.shape == (5, 32)
+
+
+def test_a_text_of_100_000_tokens_within_the_default_limits(tmp_path: Path) -> None:
+    folder = family.save("bert", tmp_path / "long", max_position_embeddings=512)
+    text = "東" * 100_000
+    with serving(folder) as address, Client(address) as client:
+        limits = client.model_info().limits
+        assert len(text) == limits.max_character_count
+        found = client.embed(text, layers=-1, pooling=["mean", "max"], max_length=512, windows=Windows(stride=128))
+        assert found.token_counts.tolist() == [100_002]
+        assert 1 < found.window_counts[0] == 262 <= limits.max_window_count
+        rows = found.ragged(-1)[0]
+        assert worst(found.pools[0][0], rows.mean(0, dtype=np.float64)) <= BOUND
+        assert np.array_equal(found.pools[1][0], rows.max(0))

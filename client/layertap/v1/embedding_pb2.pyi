@@ -1192,11 +1192,9 @@ class Windows(_message.Message):
 
     Only strings and words have windows: a pair above max_length is refused with
     INVALID_ARGUMENT, and so are token ids above the model's max_length, each for itself.
-    Attentions and a truncation other than TRUNCATION_ERROR are refused beside windows with
-    INVALID_ARGUMENT, pooled vectors by sentence_modules with FAILED_PRECONDITION where
-    the model's folder has modules after its pooling. A text that fits max_length has the
-    same bits as without windows. A text of more than limits.max_window_count windows is
-    refused with INVALID_ARGUMENT.
+    Attentions and a truncation other than TRUNCATION_ERROR are refused beside windows.
+    A text that fits max_length has the same bits as without windows. A text of more than
+    limits.max_window_count windows is refused with INVALID_ARGUMENT.
     """
 
     DESCRIPTOR: _descriptor.Descriptor
