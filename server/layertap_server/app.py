@@ -47,8 +47,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-_CPU_BATCH_TOKENS: Final = 1024
-_CUDA_BATCH_TOKENS: Final = 32_768
 _LAST_SPANS_S: Final = 1.0
 """How long sending the last spans may take: the collector may be gone."""
 
@@ -135,7 +133,7 @@ class App:
         encoders = self._encoders = self._encoders or found.encoders(self._make_encoder, before_fork=False)
         model = self.model = found.facts(has_pooler=encoders[0].has_pooler)
         config.check_output_bytes((model.layer_count + 1) * model.max_length * model.hidden_size * 4)
-        batch_tokens = config.max_batch_tokens or (_CPU_BATCH_TOKENS if found.on_cpu else _CUDA_BATCH_TOKENS)
+        batch_tokens = config.max_batch_tokens or found.batch_tokens
         self.metrics = self._make_metrics(batch_tokens) if config.metrics_port >= 0 else None
         hooks = self.metrics or Hooks()
         self._tracing = _tracing() if config.traces == "otlp" else None

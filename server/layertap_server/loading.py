@@ -11,7 +11,7 @@ import dataclasses
 import logging
 import time
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Final, TypeVar
 
 from layertap_server.config import Config
 from layertap_server.engine import cpu_threads, device
@@ -27,6 +27,9 @@ from layertap_server.model.tokenizer import Tokenizer
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
+
+_CPU_BATCH_TOKENS: Final = 1024
+_CUDA_BATCH_TOKENS: Final = 32_768
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -55,6 +58,11 @@ class FoundModel:
     def on_cpu(self) -> bool:
         """Whether the CPU computes."""
         return self.devices == ["cpu"]
+
+    @property
+    def batch_tokens(self) -> int:
+        """How many tokens a batch has at most, where no knob says it."""
+        return _CPU_BATCH_TOKENS if self.on_cpu else _CUDA_BATCH_TOKENS
 
     def encoders(self, make_encoder: Callable[..., Encoder], *, before_fork: bool) -> list[Encoder]:
         """Reads the weights; returns an encoder for each device.

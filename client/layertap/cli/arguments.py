@@ -11,6 +11,7 @@ from typing import Final
 from layertap import __version__, quantization, wire
 from layertap._transport.settings import DEFAULT_TARGET
 from layertap.cli import commands, completion, parsing
+from layertap.jobs import shards
 from layertap.jobs.job import DEFAULT_PART_ITEMS
 from layertap.jobs.readers import FORMATS
 from layertap.sentence_transformers import SENTENCE, TOKENS
@@ -48,6 +49,7 @@ examples:
   layertap embed corpus.txt --layers=-1,-2 --pooler-output -o out.npz
   layertap embed corpus.jsonl.gz --id-field id --keep title,url --pooling mean -o out.parquet
   layertap embed corpus.jsonl --words mean --mix mean:-4,-3,-2,-1 -o out.arrow
+  layertap embed 'corpus/*.parquet' --pooling mean --shard 3/100 -o vectors
   zstdcat corpus.jsonl.zst | layertap embed --input-format jsonl --pooling cls -o out.safetensors
 
 OUT holds ids, kept fields, token_counts, truncated, and what was requested: layer_K, mixed, words_layer_K,
@@ -158,7 +160,7 @@ def _server(parser: argparse.ArgumentParser, *, prints_json: bool = True) -> arg
 
 
 def _texts(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
-    what = "texts; or one file: .txt, .jsonl, .csv, .tsv (each also with .gz), .parquet; none, or -: lines of stdin"
+    what = "texts; or a file: .txt, .jsonl, .csv, .tsv (each also with .gz), .parquet; none, or -: lines of stdin"
     parser.add_argument("texts", nargs="*", metavar="TEXT", help=what)
     parser.add_argument("--text", action="store_true", help="the arguments are texts, whatever they look like")
     reading = parser.add_argument_group("reading a file")
@@ -189,8 +191,12 @@ def _writing(parser: argparse.ArgumentParser, reading: argparse._ArgumentGroup) 
     what = "fields or columns that are carried to OUT, with commas between them"
     reading.add_argument("--keep", type=parsing.names, metavar="NAMES", help=what)
     writing = parser.add_argument_group("writing a file")
-    what = "a new file: .npz, .npy, .safetensors, .parquet or .arrow (the last two need the extra arrow)"
+    what = "a new file: .npz, .npy, .safetensors, .parquet or .arrow (the last two need the extra arrow); or a folder"
     writing.add_argument("-o", "--output", type=Path, metavar="OUT", help=what)
+    what = f"where OUT is a folder: {', '.join(shards.OUTPUTS)} [{shards.OUTPUTS[0]}]"
+    writing.add_argument("--output-format", choices=shards.OUTPUTS, metavar="FORMAT", help=what)
+    what = "do only this share of the files, such as 0/8 to 7/8, as the jobs of an array do [all]"
+    writing.add_argument("--shard", type=parsing.share, metavar="I/N", help=what)
     what = "replace OUT if it is there, and parts of an OUT that would be another"
     writing.add_argument("--overwrite", action="store_true", help=what)
     what = "the most texts in a part, which is what a crash can cost [%(default)s]"

@@ -6,6 +6,8 @@ import argparse
 import contextlib
 import dataclasses
 import webbrowser
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, Final
 
 import grpc
@@ -17,11 +19,14 @@ from layertap._transport.settings import resolve
 from layertap._transport.status import translate
 from layertap.cli import parsing
 from layertap.cli.parsing import connect
+from layertap.client import Client
 from layertap.errors import InvalidArgumentError, LayertapError
+from layertap.jobs import JobError, shards
 from layertap.jobs.items import BadItem
 from layertap.jobs.job import Job
 from layertap.jobs.readers import Lines, Source
 from layertap.jobs.runner import Answers
+from layertap.jobs.shards import Shard
 from layertap.jobs.tasks import EmbedTask, EncodeTask, Task
 from layertap.quantization import Precision
 from layertap.sentence_transformers import PromptedOptions
@@ -157,18 +162,21 @@ def _poolings(args: argparse.Namespace) -> list[Pooling] | None:
 
 
 def _answer(args: argparse.Namespace, task: Task) -> int:
+    if (found := parsing.shards(args)) is not None:
+        return _write_shards(args, found, task)
     source = parsing.source(args)
     if args.output:
-        return _write(args, source, task)
+        with connect(args) as client:
+            return _write(args, client, _job(args, source, args.output, task))
     if args.keep:
         raise parsing.UsageError("--keep carries fields to a file; name it with -o")
     return _show(args, source, task)
 
 
-def _write(args: argparse.Namespace, source: Source, task: Task) -> int:
-    job = Job(
+def _job(args: argparse.Namespace, source: Source, output: Path, task: Task, work_folder: Path | None = None) -> Job:
+    return Job(
         source=source,
-        output=args.output,
+        output=output,
         task=task,
         fields=parsing.fields(args),
         input_format=args.input_format,
@@ -176,10 +184,34 @@ def _write(args: argparse.Namespace, source: Source, task: Task) -> int:
         part_items=args.part_texts,
         timeout_s=args.timeout_s,
         warn=parsing.warn,
+        work_folder=work_folder,
     )
+
+
+def _write_shards(args: argparse.Namespace, found: Sequence[Shard], task: Task) -> int:
+    """Does one file after the other; one that fails does not stop the others."""
+    if task.precision.endswith("int8"):
+        raise parsing.UsageError(f"--precision {task.precision} takes the ranges of one file; name one file with -o")
+    shards.prepare(args.output)
+    if not found:
+        parsing.warn("no file falls to this share")
+    failed, code = 0, 0
+    with connect(args) as client:
+        for shard in found:
+            try:
+                source = parsing.reader(args, shard.source)
+                code = max(code, _write(args, client, _job(args, source, shard.output, task, shard.work_folder)))
+            except JobError as exc:
+                failed += 1
+                parsing.warn(str(exc))
+    if failed:
+        parsing.warn(f"{failed} of {len(found)} files failed; the same command does what is left")
+    return 1 if failed else code
+
+
+def _write(args: argparse.Namespace, client: Client, job: Job) -> int:
     try:
-        with connect(args) as client:
-            outcome = job.run(client, shown=args.progress)
+        outcome = job.run(client, shown=args.progress)
     except (KeyboardInterrupt, LayertapError, OSError):
         if count := job.kept_count():
             parsing.warn(f"{count} items are done and lie in {job.folder}; the same command resumes after them")
@@ -192,12 +224,14 @@ def _write(args: argparse.Namespace, source: Source, task: Task) -> int:
         bad = {"bad_count": outcome.bad_count, "errors": str(job.errors) if outcome.bad_count else None}
         facts = {"path": str(job.output), "text_count": outcome.text_count, **bad, "shapes": outcome.shapes}
         parsing.mention(parsing.to_json(facts))
+    elif outcome.was_done:
+        parsing.mention(f"{job.output}: {outcome.text_count} texts, was done before")
     elif outcome.text_count:
         shapes = (f"{name} {list(shape)}" for name, shape in outcome.shapes.items())
         parsing.mention(f"{job.output}: {outcome.text_count} texts, {', '.join(shapes)}")
     if not outcome.text_count:
         parsing.warn(f"there is no good item, so {job.output} is not written")
-        return 1
+        return 1 if job.work_folder is None else parsing.SOME_ARE_BAD * bool(outcome.bad_count)
     return parsing.SOME_ARE_BAD if outcome.bad_count else 0
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import importlib
 import json
 import os
 import re
@@ -12,11 +11,13 @@ import sys
 from pathlib import Path
 from typing import Any, Final, Literal, cast
 
-from layertap import optional_deps, wire
+from layertap import wire
 from layertap.client import Client
 from layertap.errors import InvalidArgumentError, printable
 from layertap.jobs.items import Fields
-from layertap.jobs.readers import FORMATS, Arguments, Csv, JsonLines, Lines, Source
+from layertap.jobs.readers import FORMATS, Arguments, Source
+from layertap.jobs.shards import OUTPUTS, Shard, assign, find, is_pattern
+from layertap.jobs.sources import COMPRESSED, format_of, open_source
 from layertap.types import LayerMix, MixName, Windows
 
 NO_TEXT: Final = "there is no text; pass some as arguments, a file, or lines of stdin"
@@ -25,8 +26,6 @@ SOME_ARE_BAD: Final = 3
 
 _LOOKS_LIKE_A_PATH: Final = re.compile(r"\S*[/\\]\S*|\S+\.[A-Za-z]\w{0,9}")
 """A word with a separator of folders, or with an ending. Endings of formats count in texts of several words too."""
-
-_COMPRESSED: Final = ".gz"
 
 
 class UsageError(Exception):
@@ -75,7 +74,48 @@ def source(args: argparse.Namespace) -> Source:
         raise UsageError(f"{path} is a folder; name a file in it, or pass it as a text with --text")
     if not path.exists():
         raise UsageError(f"there is no file {path}; to pass it as a text, use --text")
-    return _reader(args, path, args.input_format or _format(path))
+    return reader(args, path)
+
+
+def reader(args: argparse.Namespace, path: Path) -> Source:
+    """Returns what reads a file.
+
+    Raises:
+        UsageError: if it has not the fields that the arguments name.
+        JobError: if it is of no known format, or a Parquet file without the columns.
+        ModuleNotFoundError: if Parquet needs a package that is missing.
+    """
+    return _reader(args, path, args.input_format or format_of(path))
+
+
+def shards(args: argparse.Namespace) -> list[Shard] | None:
+    """Returns the files that each become a file of their own, in the share of this process; None: all is one file.
+
+    Raises:
+        JobError: if there is no file, or the outputs are in each other's way.
+        UsageError: if a flag is for several files, and there is one.
+    """
+    given: list[str] = args.texts
+    names = [] if args.text else [one for one in given if args.input_format or Path(one).is_dir() or _is_path(one)]
+    several = len(names) > 1 or any(Path(one).is_dir() or is_pattern(one) for one in names)
+    is_folder = args.output is not None and args.output.is_dir()
+    if not (names and len(names) == len(given) and args.output) or not (
+        several or is_folder or args.shard or args.output_format
+    ):
+        if args.shard or args.output_format:
+            raise UsageError("--shard and --output-format are for files that become files; name both, with -o a folder")
+        return None
+    index, count = args.shard or (0, 1)
+    found = assign(find(names), args.output, suffix=args.output_format or OUTPUTS[0])
+    return found[index::count]
+
+
+def share(value: str) -> tuple[int, int]:
+    """Reads I/N."""
+    index, _, count = value.partition("/")
+    if not (index.isdecimal() and count.isdecimal() and int(index) < int(count)):
+        raise argparse.ArgumentTypeError("pass such as 0/8: which share, from 0, of how many")
+    return int(index), int(count)
 
 
 def layers(value: str) -> Literal["all"] | list[int]:
@@ -184,7 +224,7 @@ def drop_stdout() -> None:
 
 
 def _is_path(text: str) -> bool:
-    path = Path(text.removesuffix(_COMPRESSED))
+    path = Path(text.removesuffix(COMPRESSED))
     if path.suffix.removeprefix(".") in FORMATS or _LOOKS_LIKE_A_PATH.fullmatch(text):
         return True
     try:
@@ -193,29 +233,10 @@ def _is_path(text: str) -> bool:
         return False
 
 
-def _format(path: Path) -> str:
-    ending = (path.with_suffix("") if path.suffix == _COMPRESSED else path).suffix.removeprefix(".")
-    if ending not in FORMATS or (ending == "parquet" and path.suffix == _COMPRESSED):
-        raise UsageError(
-            f"{path} is of no format that can be read; use .txt, .jsonl, .csv, .tsv (each also with .gz) or .parquet, "
-            "say which it is with --input-format, or pass it as a text with --text"
-        )
-    return ending
-
-
 def _reader(args: argparse.Namespace, path: Path | None, kind: str) -> Source:
     if kind == "txt":
         _refuse_fields(args, "lines of text")
-        return Lines(path=path)
-    if kind == "jsonl":
-        return JsonLines(path=path, fields=fields(args))
-    if kind in ("csv", "tsv"):
-        return Csv(path=path, fields=fields(args), delimiter="," if kind == "csv" else "\t")
-    optional_deps.load("pyarrow", extra="arrow", purpose="Parquet")
-    rows = importlib.import_module("layertap.jobs.arrow").ParquetRows(path=path, fields=fields(args))
-    rows.check()
-    found: Source = rows
-    return found
+    return open_source(path, kind, fields(args))
 
 
 def _refuse_fields(args: argparse.Namespace, what: str) -> None:

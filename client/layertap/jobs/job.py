@@ -21,7 +21,7 @@ from layertap.client import Client
 from layertap.jobs import JobError, atomic_files, formats
 from layertap.jobs.columns import rows_of
 from layertap.jobs.items import BadItem, Digest, Fields, Item, is_line_of_bad_item
-from layertap.jobs.parts import MANIFEST, Manifest, PartBuilder, Parts
+from layertap.jobs.parts import MANIFEST, End, Manifest, PartBuilder, Parts
 from layertap.jobs.readers import Source
 from layertap.jobs.runner import Answers
 from layertap.jobs.table import Table
@@ -45,12 +45,14 @@ class Outcome:
         bad_count: Items in the side file.
         shapes: The shape of each array, all texts together.
         reasons: What is wrong with the first bad items.
+        was_done: Whether nothing had to be done, because the job had ended before.
     """
 
     text_count: int
     bad_count: int
     shapes: dict[str, tuple[int, ...]]
     reasons: list[str]
+    was_done: bool = False
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,6 +69,8 @@ class Job:
         part_items: How many items a part has at most: what a crash may cost.
         timeout_s: How long to wait for an answer, or for a server that is gone, in seconds.
         warn: Called with what the user should know, one line each.
+        work_folder: Where parts and side file lie; the manifest stays there when the job is done, so that the same job
+            does nothing. None: beside the output, and nothing stays.
     """
 
     source: Source
@@ -78,16 +82,17 @@ class Job:
     part_items: int = DEFAULT_PART_ITEMS
     timeout_s: float
     warn: Callable[[str], None]
+    work_folder: Path | None = None
 
     @property
     def folder(self) -> Path:
         """Where its parts are until it is done."""
-        return self.output.with_name(self.output.name + ".parts")
+        return self._beside / (self.output.name + ".parts")
 
     @property
     def errors(self) -> Path:
         """The side file, which names bad items: one JSON object a line."""
-        return self.output.with_name(self.output.name + ".errors.jsonl")
+        return self._beside / (self.output.name + ".errors.jsonl")
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -111,16 +116,54 @@ class Job:
         writer = formats.writer_of(self.output)
         self._check_paths()
         with self._parts() as parts:
+            if (end := self._end(parts, client)) is not None:
+                return Outcome(text_count=end.text_count, bad_count=end.bad_count, shapes={}, reasons=[], was_done=True)
             if parts.is_complete and parts.manifest and parts.manifest.settings != self.settings:
                 self._give_up("holds a finished job with other settings")
                 parts.clear()
+            stamp = ""
             if not parts.is_complete:
+                stamp = self._stamp()
                 self._embed(parts, client, shown)
-            return self._finish(parts, writer)
+            return self._finish(parts, writer, stamp)
 
     def kept_count(self) -> int:
         """Returns how many items are done and lie in the folder."""
         return Parts(self.folder).item_count if (self.folder / MANIFEST).exists() else 0
+
+    @property
+    def _beside(self) -> Path:
+        return self.output.parent if self.work_folder is None else self.work_folder
+
+    def _end(self, parts: Parts, client: Client) -> End | None:
+        """Returns how the job ended before; None: it has not, or is to be done again."""
+        manifest = parts.manifest
+        if manifest is None or manifest.end is None:
+            return None
+        if self.output.exists() or not manifest.end.text_count:
+            model = client.model_info(timeout_s=self.timeout_s)
+            now = Manifest(settings=self.settings, model_id=model.model_id, fingerprint=model.fingerprint)
+            if self._is_continued(manifest, now) and self._has_items(manifest.end):
+                parts.end(manifest.end)
+                return manifest.end
+        parts.clear()
+        return None
+
+    def _has_items(self, end: End) -> bool:
+        """Returns whether the input is what it was when the job ended."""
+        if end.stamp and self._stamp() == end.stamp:
+            return True
+        digest = Digest()
+        for item in self.source.items():
+            digest.add(item)
+        if digest.text() == end.digest:
+            return True
+        self._give_up("was finished with another input")
+        return False
+
+    def _stamp(self) -> str:
+        found = self.source.stat()
+        return "" if found is None else f"{found.st_size} {found.st_mtime_ns}"
 
     def _check_paths(self) -> None:
         """Refuses names that cannot be written, or that belong to something else."""
@@ -163,7 +206,8 @@ class Job:
                 yield parts
                 done = True
             finally:
-                if done or not (parts.text_count or parts.damage):
+                has_ended = parts.manifest is not None and parts.manifest.end is not None
+                if not has_ended and (done or not (parts.text_count or parts.damage)):
                     parts.remove()
 
     def _refuse_existing(self) -> None:
@@ -178,7 +222,7 @@ class Job:
         manifest = Manifest(settings=self.settings, model_id=model.model_id, fingerprint=model.fingerprint)
         if parts.damage:
             self.warn(parts.damage)
-        if not parts.facts or not self._is_continued(parts, manifest):
+        if not parts.facts or parts.manifest is None or not self._is_continued(parts.manifest, manifest):
             parts.begin(manifest)
         digest, items = Digest(), self.source.items()
         if not self._skip(parts, items, digest):
@@ -213,10 +257,8 @@ class Job:
         if is_first and (empty := [one.name for one in parts.facts[0].labels if one.kind == "null"]):
             self.warn(f"--keep {empty[0]}: none of the first {builder.item_count} items has that field")
 
-    def _is_continued(self, parts: Parts, manifest: Manifest) -> bool:
-        """Returns whether parts are of this job; of another one they are given up, if that is allowed."""
-        known = parts.manifest
-        assert known is not None
+    def _is_continued(self, known: Manifest, manifest: Manifest) -> bool:
+        """Returns whether a manifest is of this job; what is of another one is given up, if that is allowed."""
         if known.settings != manifest.settings:
             names = sorted(known.settings.keys() | manifest.settings.keys())
             name = next(name for name in names if known.settings.get(name) != manifest.settings.get(name))
@@ -256,9 +298,9 @@ class Job:
             accept=lambda columns: formats.check_columns(self.output, columns, self.fields.keep),
         )
 
-    def _finish(self, parts: Parts, writer: formats.Writer) -> Outcome:
+    def _finish(self, parts: Parts, writer: formats.Writer, stamp: str) -> Outcome:
         """Writes output and side file into the folder, and gives them their names."""
-        if not parts.item_count:
+        if not parts.item_count and self.work_folder is None:
             raise JobError("there is no text; the input is empty")
         assert parts.manifest is not None
         bad_count = parts.item_count - parts.text_count
@@ -277,7 +319,11 @@ class Job:
         if not parts.is_complete:
             parts.note(dataclasses.replace(parts.manifest, is_complete=True))
         self._publish(parts, bad_count)
-        return Outcome(text_count=parts.text_count, bad_count=bad_count, shapes=shapes, reasons=reasons)
+        text_count = parts.text_count
+        if self.work_folder is not None:
+            digest = parts.digest or Digest().text()
+            parts.end(End(text_count=text_count, bad_count=bad_count, digest=digest, stamp=stamp))
+        return Outcome(text_count=text_count, bad_count=bad_count, shapes=shapes, reasons=reasons)
 
     def _publish(self, parts: Parts, bad_count: int) -> None:
         """Gives output and side file their names; what has its name already is passed over."""

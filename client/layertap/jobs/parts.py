@@ -69,6 +69,23 @@ class Facts:
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class End:
+    """How a job ended, as its manifest keeps it.
+
+    Attributes:
+        text_count: Texts in the output.
+        bad_count: Items in the side file.
+        digest: The sum over all items.
+        stamp: What the file system said of the input; where it says the same, the input is the same.
+    """
+
+    text_count: int
+    bad_count: int
+    digest: str
+    stamp: str
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Manifest:
     """What parts are parts of.
 
@@ -77,12 +94,14 @@ class Manifest:
         model_id: The name of the model.
         fingerprint: Which model it is.
         is_complete: Whether all items are done and the files are about to get their names.
+        end: How the job ended, if the manifest is kept. None: it has not ended.
     """
 
     settings: dict[str, Any]
     model_id: str
     fingerprint: str
     is_complete: bool = False
+    end: End | None = None
 
 
 class PartBuilder:
@@ -254,9 +273,19 @@ class Parts:
         self.facts, self.manifest = [], None
         if (self.folder / MANIFEST).exists():
             atomic_files.rename(self.folder / MANIFEST, self.folder / _CLEARED)
-        for path in [path for path in self.folder.iterdir() if _OWN.fullmatch(path.name) and path.name != _CLEARED]:
-            path.unlink()
+        for path in self._own():
+            if path.name != _CLEARED:
+                path.unlink()
         (self.folder / _CLEARED).unlink(missing_ok=True)
+
+    def end(self, end: End) -> None:
+        """Removes all but the manifest and the lock: the job is done, and is not to be done again."""
+        assert self.manifest is not None
+        self.note(dataclasses.replace(self.manifest, is_complete=True, end=end))
+        self.facts = []
+        for path in self._own():
+            if path.name != MANIFEST:
+                path.unlink()
 
     def remove(self) -> None:
         """Removes the folder; what this package did not write stays, and the folder with it."""
@@ -276,6 +305,9 @@ class Parts:
         names = {path.name for path in folder.iterdir()}
         return not names & {MANIFEST, _CLEARED} and not names <= {_LOCK, MANIFEST + atomic_files.TEMPORARY}
 
+    def _own(self) -> list[Path]:
+        return [path for path in self.folder.iterdir() if _OWN.fullmatch(path.name)]
+
     def _path(self, part: int) -> Path:
         return self.folder / f"part-{part:08}"
 
@@ -292,7 +324,9 @@ class Parts:
         if reason := atomic_files.damage(path, LAYOUT):
             self.damage = f"{path} {reason}; the whole job is done again"
             return None
-        return Manifest(**json.loads(path.read_bytes().partition(b"\n")[2]))
+        fields = json.loads(path.read_bytes().partition(b"\n")[2])
+        end = fields.pop("end", None)
+        return Manifest(**fields, end=None if end is None else End(**end))
 
     def _read_parts(self) -> None:
         while (path := self._path(len(self.facts))).exists():
