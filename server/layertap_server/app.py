@@ -17,14 +17,13 @@ from typing import TYPE_CHECKING, Final
 import layertap
 from layertap import wire
 from layertap.errors import LayertapError
-from layertap.types import Limits
 from layertap_server import lifecycle
 from layertap_server.config import Config, ConfigError
 from layertap_server.engine import cpu_threads, runtime
 from layertap_server.engine.encoder import Encoder
 from layertap_server.engine.oom_retry import with_oom_retry
 from layertap_server.listening import open_endpoint, open_listener
-from layertap_server.loading import find_model, timed
+from layertap_server.loading import find_model, limits_of, timed
 from layertap_server.model.facts import ModelFacts
 from layertap_server.observability.bounded_streams import dropped_line_count
 from layertap_server.observability.call_log import CallLog
@@ -165,7 +164,7 @@ class App:
             hooks=hooks,
         )
         preprocessor = Preprocessor(
-            model=model, limits=_limits(config), sentences=found.sentences, tokenizer=self.tokenizer
+            model=model, limits=limits_of(config), sentences=found.sentences, tokenizer=self.tokenizer
         )
         service = EmbeddingService(
             preprocessor=preprocessor,
@@ -175,7 +174,7 @@ class App:
             sharing=self._sharing,
             info=info_of(
                 model,
-                limits=_limits(dataclasses.replace(self._config, max_call_output_bytes=config.max_call_output_bytes)),
+                limits=limits_of(dataclasses.replace(self._config, max_call_output_bytes=config.max_call_output_bytes)),
                 devices=found.devices,
                 dtype=found.dtype,
                 sentence_config=found.sentences,
@@ -365,17 +364,6 @@ class App:
             )
         except LayertapError as exc:
             raise ConfigError(f"the engine does not run on --device {self._config.device}; the log says why") from exc
-
-
-def _limits(config: Config) -> Limits:
-    alike = {field.name for field in dataclasses.fields(Limits)} & {field.name for field in dataclasses.fields(Config)}
-    return Limits(
-        **{name: getattr(config, name) for name in alike},
-        stall_time_ns=int(config.stall_timeout_s * 1e9),
-        grace_time_ns=int(config.grace_s * 1e9),
-        max_connection_age_ns=int(config.max_connection_age_s * 1e9),
-        max_window_count=config.max_windows,
-    )
 
 
 def _tracing() -> Tracing:

@@ -68,9 +68,10 @@ def embed_dataset(
     least, most = (actors, actors) if isinstance(actors, int) else actors
     calls = _CALLS_OF_A_GPU if num_gpus else 1
     resources: dict[str, Any] = {"num_gpus": num_gpus} if num_gpus else {}
-    cores: EngineOptions = (
-        {"device": "cuda"} if num_gpus else {"device": "cpu", "instances": max(1, int(num_cpus or 1))}
-    )
+    cores = max(1, int(num_cpus or 1))
+    place: EngineOptions = {"device": "cpu", "instances": cores, "instance_threads": 1}
+    if num_gpus:
+        place = {"device": "cuda"}
     found: ray.data.Dataset = dataset.map_batches(
         Embedder,
         fn_constructor_kwargs={

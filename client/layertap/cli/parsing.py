@@ -17,7 +17,7 @@ from layertap.errors import InvalidArgumentError, printable
 from layertap.jobs.items import Fields
 from layertap.jobs.readers import FORMATS, Arguments, Source
 from layertap.jobs.shards import OUTPUTS, Shard, assign, find, is_pattern
-from layertap.jobs.sources import COMPRESSED, format_of, open_source
+from layertap.jobs.sources import COMPRESSED, UnknownFormatError, format_of, open_source
 from layertap.types import LayerMix, MixName, Windows
 
 NO_TEXT: Final = "there is no text; pass some as arguments, a file, or lines of stdin"
@@ -74,7 +74,10 @@ def source(args: argparse.Namespace) -> Source:
         raise UsageError(f"{path} is a folder; name a file in it, or pass it as a text with --text")
     if not path.exists():
         raise UsageError(f"there is no file {path}; to pass it as a text, use --text")
-    return reader(args, path)
+    try:
+        return reader(args, path)
+    except UnknownFormatError as exc:
+        raise UsageError(f"{exc}, or pass it as a text with --text") from exc
 
 
 def reader(args: argparse.Namespace, path: Path) -> Source:
@@ -96,13 +99,11 @@ def shards(args: argparse.Namespace) -> list[Shard] | None:
         UsageError: if a flag is for several files, and there is one.
     """
     given: list[str] = args.texts
-    names = [] if args.text else [one for one in given if args.input_format or Path(one).is_dir() or _is_path(one)]
-    several = len(names) > 1 or any(Path(one).is_dir() or is_pattern(one) for one in names)
-    is_folder = args.output is not None and args.output.is_dir()
-    if not (names and len(names) == len(given) and args.output) or not (
-        several or is_folder or args.shard or args.output_format
-    ):
-        if args.shard or args.output_format:
+    names = [] if args.text else [one for one in given if args.input_format or _is_folder(one) or _is_path(one)]
+    several = len(names) > 1 or any(_is_folder(one) or is_pattern(one) for one in names)
+    flags = bool(args.shard or args.output_format)
+    if args.output is None or not names or len(names) < len(given) or not (several or flags or args.output.is_dir()):
+        if flags:
             raise UsageError("--shard and --output-format are for files that become files; name both, with -o a folder")
         return None
     index, count = args.shard or (0, 1)
@@ -221,6 +222,13 @@ def drop_stdout() -> None:
         sys.stdout.flush()
     except OSError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _is_folder(text: str) -> bool:
+    try:
+        return Path(text).is_dir()
+    except (OSError, ValueError):  # As below.
+        return False
 
 
 def _is_path(text: str) -> bool:

@@ -202,7 +202,7 @@ class Parts:
         self.facts: list[Facts] = []
         self.damage = ""
         self.manifest = self._read_manifest()
-        if self.manifest is not None:
+        if self.manifest is not None and self.manifest.end is None:
             self._read_parts()
             if self.damage and self.manifest.is_complete:
                 self.manifest = dataclasses.replace(self.manifest, is_complete=False)
@@ -281,7 +281,8 @@ class Parts:
     def end(self, end: End) -> None:
         """Removes all but the manifest and the lock: the job is done, and is not to be done again."""
         assert self.manifest is not None
-        self.note(dataclasses.replace(self.manifest, is_complete=True, end=end))
+        if self.manifest.end != end:
+            self.note(dataclasses.replace(self.manifest, is_complete=True, end=end))
         self.facts = []
         for path in self._own():
             if path.name != MANIFEST:

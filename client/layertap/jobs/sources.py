@@ -14,15 +14,19 @@ from layertap.jobs.readers import FORMATS, Csv, JsonLines, Lines, Source
 COMPRESSED: Final = ".gz"
 
 
+class UnknownFormatError(JobError):
+    """The name of a file says no format that can be read."""
+
+
 def format_of(path: Path) -> str:
     """Returns the format that the name of a file says.
 
     Raises:
-        JobError: if it says none that can be read.
+        UnknownFormatError: if it says none that can be read.
     """
     ending = (path.with_suffix("") if path.suffix == COMPRESSED else path).suffix.removeprefix(".")
     if ending not in FORMATS or (ending == "parquet" and path.suffix == COMPRESSED):
-        raise JobError(
+        raise UnknownFormatError(
             f"{path} is of no format that can be read; use .txt, .jsonl, .csv, .tsv (each also with .gz) or .parquet, "
             "or say which it is with --input-format"
         )

@@ -12,14 +12,10 @@ from typing import Any, Final, Unpack
 from layertap import optional_deps
 from layertap._protocol import requests
 from layertap._protocol.options import EmbedOptions
-from layertap.errors import LayertapError
 from layertap_server.offline.model import EngineOptions, OfflineModel, Piece
 
 ERROR: Final = "error"
 """The column with the reason of a text that has no vectors; null: it has."""
-
-_SAMPLE: Final = "a"
-"""What shows the types of all columns."""
 
 
 class Embedder:
@@ -58,10 +54,7 @@ class Embedder:
         self._keep = None if keep is None else list(keep)
         self._options = requests.embed_stream(options)
         self._model = OfflineModel(model_id, **(engine or {}))
-        (sample,) = self._model.embed([_SAMPLE], self._options)
-        if sample.embedding is None:
-            raise sample.errors[0] or LayertapError("the model gives no vectors")
-        columns = sample.embedding.to_arrow().schema
+        columns = self._model.blank(self._options).to_arrow().schema
         self._empty = columns.empty_table()
         self.schema = columns.append(self._pa.field(ERROR, self._pa.string()))
 
@@ -76,6 +69,9 @@ class Embedder:
             LayertapError: if the engine has failed.
         """
         table = self._table(batch)
+        for name in (self._text_column, *(self._keep or ())):
+            if name not in table.column_names:
+                raise KeyError(f"there is no column {name}, there are {', '.join(table.column_names)}")
         texts = table.column(self._text_column).to_pylist()
         if self._keep is not None:
             table = table.select(self._keep)

@@ -23,15 +23,15 @@ import numpy as np
 
 from layertap import wire
 from layertap._protocol.inputs import InputItem, to_message
-from layertap._protocol.result_builder import build_embedding
+from layertap._protocol.result_builder import EmbeddingBuilder, attention_mask
 from layertap.errors import InvalidArgumentError, LayertapError
 from layertap.results.embedding import Embedding
-from layertap.types import FloatArray, Limits, ModelRef
+from layertap.types import FloatArray, ModelRef, Timings
 from layertap.v1 import embedding_pb2 as pb
 from layertap_server.config import Config
 from layertap_server.engine import cpu_threads
 from layertap_server.engine.encoder import Encoder
-from layertap_server.loading import find_model
+from layertap_server.loading import find_model, limits_of
 from layertap_server.model.tokenized import Tokenized
 from layertap_server.model.tokenizer import Tokenizer
 from layertap_server.observability.call_log import Record
@@ -41,8 +41,11 @@ from layertap_server.protocol.stream_responses import failures_of, split_run
 from layertap_server.scheduler.batcher import Batcher
 from layertap_server.scheduler.call import Call
 from layertap_server.scheduler.events import CallFailed, Event, RowsReady, RunDone
-from layertap_server.types import Output, Plan, Text
+from layertap_server.types import Output, Plan
 
+Tokenize: TypeAlias = Callable[[list[pb.Input]], Future[list[Result]]]
+
+_SAMPLE: Final = "a"
 _LABEL: Final = "the text"
 """What the error of a text calls it; its place is its row in the piece."""
 _CHUNK_TEXTS: Final = 256
@@ -54,6 +57,7 @@ _MAX_BYTES: Final = 128 << 20
 _PIECE_BYTES: Final = 16 << 20
 _PIECE_TEXTS: Final = 1024
 """A piece that has as much of either is yielded; it has at most the rest of a batch more."""
+_NO_TIMINGS: Final = Timings(queue_time_ns=0, tokenize_time_ns=0, compute_time_ns=0)
 _UNBOUNDED: Final = 1 << 40
 """For limits of the queue, which holds no more than what is read ahead."""
 
@@ -112,7 +116,7 @@ class OfflineModel:
         self._facts, self._tokenizer = facts, found.tokenizer
         self._preprocessor = Preprocessor(
             model=facts,
-            limits=Limits(**{field.name: getattr(config, field.name, 0) for field in dataclasses.fields(Limits)}),
+            limits=limits_of(config),
             sentences=found.sentences,
             tokenizer=found.tokenizer,
         )
@@ -125,9 +129,23 @@ class OfflineModel:
             max_queue_tokens=_UNBOUNDED,
             max_output_bytes=_UNBOUNDED,
             max_call_output_bytes=config.max_call_output_bytes,
+            apply_modules=encoders[0].apply_modules,
         )
         self._loop = asyncio.new_event_loop()
         threading.Thread(target=self._loop.run_forever, name="tokenizing", daemon=True).start()
+
+    def blank(self, options: pb.EmbedOptions) -> Embedding:
+        """Returns an embedding of one short text with zeros for numbers: it has all arrays in their types.
+
+        Raises:
+            LayertapError: if an option is at fault.
+        """
+        builder, tokenize = self._prepare(options)
+        message = pb.Input(text=_SAMPLE)
+        (result,) = tokenize([message]).result()
+        if isinstance(result, LayertapError):
+            raise result
+        return builder.blank(_Good(message=message, tokenized=result, byte_count=0))
 
     def embed(self, inputs: Iterable[InputItem], options: pb.EmbedOptions) -> Iterator[Piece]:
         """Embeds inputs; yields their embeddings piece by piece, in order.
@@ -139,6 +157,10 @@ class OfflineModel:
         Raises:
             LayertapError: if an option is at fault, or the engine has failed.
         """
+        builder, tokenize = self._prepare(options)
+        return _Stream(inputs, tokenize, builder).pieces(self._batcher)
+
+    def _prepare(self, options: pb.EmbedOptions) -> tuple[_Builder, Tokenize]:
         resolved = self._preprocessor.options(options)
 
         def tokenize(messages: list[pb.Input]) -> Future[list[Result]]:
@@ -149,7 +171,7 @@ class OfflineModel:
 
         header = responses.header(self._facts, resolved.plan, named_prompt=self._preprocessor.named_prompt(options))
         builder = _Builder(options=options, header=header, plan=resolved.plan, tokenizer=self._tokenizer)
-        return _Stream(inputs, tokenize, builder).pieces(self._batcher)
+        return builder, tokenize
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -158,6 +180,7 @@ class _Good:
 
     message: pb.Input
     tokenized: Tokenized
+    byte_count: int
 
 
 _Entry: TypeAlias = _Good | LayertapError
@@ -202,18 +225,16 @@ class _Builder:
         return Piece(embedding=self._embedding(texts, data) if texts else None, errors=errors)
 
     def _embedding(self, texts: Sequence[_Good], data: Mapping[tuple[int, int], Sequence[memoryview]]) -> Embedding:
-        tokenized = [one.tokenized for one in texts]
-        return build_embedding(
-            header=self.header,
-            options=self.options,
-            arrays={
-                (output_index, layer): self._array(self.plan.outputs[output_index], data[output_index, layer])
-                for output_index, layer in data
-            },
-            messages=[one.message for one in texts],
-            token_counts=np.array([one.text.token_count for one in tokenized], np.int64),
+        messages, tokenized = [one.message for one in texts], [one.tokenized for one in texts]
+        token_counts = np.array([one.text.token_count for one in tokenized], np.int64)
+        return EmbeddingBuilder(self.header, self.options).build(
+            arrays={place: self._array(self.plan.outputs[place[0]], values) for place, values in data.items()},
+            messages=messages,
+            token_counts=token_counts,
             truncated=np.array([one.truncated for one in tokenized], np.bool_),
-            timings=pb.Timings(),
+            window_counts=np.array([one.text.window_count for one in tokenized], np.int64),
+            attention_mask=attention_mask(messages, token_counts),
+            timings=_NO_TIMINGS,
             tokens=[responses.tokens(one, self.tokenizer) for one in tokenized] if self.options.return_tokens else (),
             words=[responses.words(one) for one in tokenized] if self.plan.has_words else (),
         )
@@ -234,14 +255,14 @@ class _Stream:
     def __init__(
         self,
         inputs: Iterable[InputItem],
-        tokenize: Callable[[list[pb.Input]], Future[list[Result]]],
+        tokenize: Tokenize,
         builder: _Builder,
     ) -> None:
         self._inputs = iter(inputs)
         self._tokenize = tokenize
         self._builder = builder
         self._entries: deque[_Entry] = deque()
-        self._waiting: deque[Text] = deque()
+        self._waiting: deque[_Good] = deque()
         self._ahead_bytes = 0
         self._parts: defaultdict[int, list[RowsReady]] = defaultdict(list)
         self._done: dict[int, RunDone] = {}
@@ -277,11 +298,11 @@ class _Stream:
         while True:
             texts = []
             while self._waiting:
-                byte_count = call.bytes_of(self._waiting[0])
+                byte_count = self._waiting[0].byte_count
                 if self._ahead_bytes and self._ahead_bytes + byte_count > _MAX_BYTES:
                     break
                 self._ahead_bytes += byte_count
-                texts.append(self._waiting.popleft())
+                texts.append(self._waiting.popleft().tokenized.text)
             if texts:
                 self._queued_count += len(texts)
                 call.add(texts)
@@ -309,8 +330,10 @@ class _Stream:
             if isinstance(result, LayertapError):
                 self._entries.append(result)
             elif isinstance(message, pb.Input):
-                self._entries.append(_Good(message=message, tokenized=result))
-                self._waiting.append(result.text)
+                byte_count = self._builder.plan.held_bytes(result.text)
+                good = _Good(message=message, tokenized=result, byte_count=byte_count)
+                self._entries.append(good)
+                self._waiting.append(good)
 
     def _note(self, event: Event, call: Call) -> None:
         if isinstance(event, CallFailed):
@@ -331,7 +354,9 @@ class _Stream:
         left = sum(len(run.texts) for run in runs)
         entries: list[_Entry] = []
         while self._entries and (left or isinstance(self._entries[0], LayertapError)):
-            left -= isinstance(self._entries[0], _Good)
-            entries.append(self._entries.popleft())
-        self._ahead_bytes -= sum(run.reserved_bytes for run in runs)
+            entry = self._entries.popleft()
+            if isinstance(entry, _Good):
+                left -= 1
+                self._ahead_bytes -= entry.byte_count
+            entries.append(entry)
         return self._builder.piece(entries, [self._parts.pop(run.first_text) for run in runs])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,12 +31,13 @@ FINGERPRINT = "f" * 64
 class Server:
     """Stands for a client: tells the model's name, and counts what it was asked for."""
 
-    def __init__(self, *, lost_after: int = 10**9) -> None:
+    def __init__(self, *, lost_after: int = 10**9, fingerprint: str = FINGERPRINT) -> None:
         self.asked = 0
+        self.fingerprint = fingerprint
         self.lost_after = lost_after
 
     def model_info(self, timeout_s: float) -> Any:
-        return ModelRef(model_id="a-model", fingerprint=FINGERPRINT)
+        return ModelRef(model_id="a-model", fingerprint=self.fingerprint)
 
 
 class Lengths:
@@ -292,3 +293,81 @@ def test_precisions_take_the_ranges_of_all_parts(corpus: Path, tmp_path: Path) -
     run(job(corpus, tmp_path / "bits.npz", task=Lengths("ubinary")))
     with np.load(tmp_path / "bits.npz") as found:
         assert found["vector"].tolist() == [[128]] * 38
+
+
+# A job of a corpus of several files, whose manifest stays.
+
+
+@pytest.fixture
+def shard(tmp_path: Path) -> Callable[..., Job]:
+    """A job that leaves its manifest in a folder beside the output."""
+    work = tmp_path / "out" / "_layertap"
+    work.mkdir(parents=True)
+
+    def make(corpus: Path, **options: Any) -> Job:
+        return job(corpus, tmp_path / "out" / "out.npz", work_folder=work, **options)
+
+    return make
+
+
+def test_a_finished_file_is_not_done_again(corpus: Path, shard: Callable[..., Job]) -> None:
+    one = shard(corpus)
+    first = run(one)
+    assert (first.text_count, first.was_done) == (38, False)
+    assert sorted(path.name for path in one.folder.iterdir()) == ["layertap-job.json", "lock"]
+    written = one.output.stat().st_mtime_ns
+    server = Server()
+    again = run(shard(corpus), server)
+    assert (again.text_count, again.was_done, server.asked) == (38, True, 0)
+    os.utime(corpus)
+    assert run(shard(corpus), server).was_done, "an input that was only copied is the same"
+    assert server.asked == 0 and one.output.stat().st_mtime_ns == written
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda corpus: corpus.write_text('{"text": "other"}\n'), "another input"),
+        (lambda corpus: {"part_items": 7}, "part_items 10"),
+        (lambda corpus: {"fingerprint": "e" * 64}, "fingerprint"),
+    ],
+)
+def test_a_finished_file_of_another_kind_is_refused_or_replaced(
+    change: Callable[[Path], Any], reason: str, corpus: Path, shard: Callable[..., Job]
+) -> None:
+    before = shard(corpus)
+    run(before)
+    kept = before.output.read_bytes()
+    changed = change(corpus)
+    options = changed if isinstance(changed, dict) else {}
+    server = Server(fingerprint=options.pop("fingerprint", FINGERPRINT))
+    with pytest.raises(JobError, match=reason):
+        run(shard(corpus, **options), server)
+    assert before.output.read_bytes() == kept and server.asked == 0
+    assert run(shard(corpus, overwrite=True, **options), server).was_done is False
+    assert run(shard(corpus, **options), server).was_done is True
+
+
+def test_a_finished_file_that_is_gone_is_done_again(corpus: Path, shard: Callable[..., Job]) -> None:
+    one = shard(corpus)
+    run(one)
+    kept = one.output.read_bytes()
+    one.output.unlink()
+    assert run(shard(corpus)).was_done is False
+    assert one.output.read_bytes() == kept
+
+
+def test_an_empty_file_of_a_corpus_is_finished_without_an_output(corpus: Path, shard: Callable[..., Job]) -> None:
+    corpus.write_text("")
+    one = shard(corpus)
+    assert run(one).text_count == 0 and not one.output.exists()
+    assert run(shard(corpus)).was_done
+
+
+def test_what_a_crash_left_beside_the_manifest_of_the_end_is_removed(corpus: Path, shard: Callable[..., Job]) -> None:
+    one = shard(corpus)
+    run(one)
+    (one.folder / "part-00000000").write_bytes(b"half")
+    server = Server()
+    assert run(shard(corpus), server).was_done and server.asked == 0
+    assert sorted(path.name for path in one.folder.iterdir()) == ["layertap-job.json", "lock"]
