@@ -12,7 +12,8 @@ from typing import Any, Final, Unpack
 from layertap import optional_deps
 from layertap._protocol import requests
 from layertap._protocol.options import EmbedOptions
-from layertap_server.offline.model import EngineOptions, OfflineModel, Piece
+from layertap_server.offline.model import EngineOptions, OfflineModel
+from layertap_server.offline.pieces import Piece
 
 ERROR: Final = "error"
 """The column with the reason of a text that has no vectors; null: it has."""
