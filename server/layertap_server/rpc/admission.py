@@ -34,6 +34,7 @@ from layertap_server.rpc.caller import (
     client_of,
     why_left,
 )
+from layertap_server.rpc.reads import Reads
 from layertap_server.scheduler.call import Hooks
 from layertap_server.scheduler.fairness import RequestMemory
 from layertap_server.types import RETRY_FULL_S, RETRY_STOPPING_S
@@ -77,6 +78,7 @@ class Admission:
         """
         self._memory = RequestMemory(max_request_bytes, hooks)
         self._idle_calls = IdleCalls()
+        self._reads = Reads()
         self._max_call_count = max_call_count
         self._stall_timeout_s = stall_timeout_s
         self._idle_timeout_s = idle_timeout_s
@@ -174,7 +176,11 @@ class Admission:
                     # Trailing: metadata sent ahead of an answer would cost small calls a quarter more.
                     context.set_trailing_metadata(((REQUEST_ID, call.record.request_id),))
                     caller = Caller(
-                        context, call, stall_timeout_s=self._stall_timeout_s, idle_timeout_s=self._idle_timeout_s
+                        context,
+                        call,
+                        self._reads,
+                        stall_timeout_s=self._stall_timeout_s,
+                        idle_timeout_s=self._idle_timeout_s,
                     )
                     answered = await method(await caller.read_first(), caller)
                     if isinstance(answered, bytes):

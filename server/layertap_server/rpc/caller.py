@@ -26,6 +26,7 @@ from layertap.errors import (
 )
 from layertap_server.observability.call_log import Record
 from layertap_server.rpc import auth
+from layertap_server.rpc.reads import Reads
 from layertap_server.scheduler.fairness import RequestMemory
 from layertap_server.types import RETRY_ELSEWHERE_S
 
@@ -177,10 +178,13 @@ class Caller:
         record: Its record.
     """
 
-    def __init__(self, context: Context, call: AdmittedCall, *, stall_timeout_s: float, idle_timeout_s: float) -> None:
+    def __init__(
+        self, context: Context, call: AdmittedCall, reads: Reads, *, stall_timeout_s: float, idle_timeout_s: float
+    ) -> None:
         self.call = call
         self.record: Record = call.record
         self._context = context
+        self._reads = reads
         self._stall_timeout_s = stall_timeout_s
         self._idle_timeout_s = idle_timeout_s
 
@@ -218,7 +222,12 @@ class Caller:
 
     async def read(self) -> bytes | None:
         """Returns the next message; None: there is none."""
-        message = await self._context.read()
+        client = self.record.client
+        await self._reads.begin(client, self)
+        try:
+            message = await self._context.read()
+        finally:
+            self._reads.end(client, self)
         # grpc-stubs does not know that it may be EOF.
         return message if isinstance(message, bytes) else None  # type: ignore[redundant-expr]
 
