@@ -145,7 +145,7 @@ test-explore: $(INSTALL_STAMP) $(MODEL_STAMP) $(EXPLORE_STAMP)  ## Drive the pag
 	PYTHONPATH=client:server .explore/bin/python -m pytest --confcutdir=tests/explore tests/explore $(ARGS)
 
 screenshots: $(INSTALL_STAMP) $(MODEL_STAMP) $(EXPLORE_STAMP)  ## Make the pictures of layertap explore in docs/ anew
-	PYTHONPATH=client:server:tests .explore/bin/python docs/explore/screenshots.py $(ARGS)
+	PYTHONPATH=client:server:tests .explore/bin/python docs/screenshots.py $(ARGS)
 
 demo: $(INSTALL_STAMP) $(MODEL_STAMP)  ## Start a server, do the main job as a user would, stop it
 	$(BIN)/python examples/demo.py $(ARGS)
@@ -201,7 +201,7 @@ bench-compat: $(INSTALL_STAMP) $(MODEL_STAMP) $(COMPAT_STAMP)  ## The same vecto
 	PYTHONPATH=client:server .compat/bin/python bench/compat.py $(ARGS)
 
 bench-explore: $(INSTALL_STAMP) $(MODEL_STAMP) $(EXPLORE_STAMP)  ## How soon the page of layertap explore shows numbers
-	PYTHONPATH=client:server:tests .explore/bin/python bench/explore.py $(ARGS)
+	PYTHONPATH=client:server:tests .explore/bin/python bench/page.py $(ARGS)
 
 bench-fuzz: $(INSTALL_STAMP) $(MODEL_STAMP)  ## A hundred thousand calls that nobody would make
 	$(BIN)/python bench/fuzz.py $(ARGS)

@@ -42,6 +42,14 @@ def rows(page: Page, figure: int = 0) -> list[list[str]]:
         return list(csv.reader(file))
 
 
+def paste(page: Page, text: str) -> None:
+    """Pastes a list of sentences."""
+    page.evaluate("(text) => navigator.clipboard.writeText(text)", text)
+    page.focus("#sentences")
+    page.keyboard.press("Control+A")
+    page.keyboard.press("Control+V")
+
+
 def numbers(found: list[list[str]]) -> np.ndarray:
     return np.array(found, np.float64).astype(np.float32)
 
@@ -182,7 +190,7 @@ def test_attention_shows_the_head_that_is_chosen(page: Page, client: Client) -> 
 def test_two_thousand_sentences_are_embedded_with_progress(page: Page, client: Client) -> None:
     sentences = [f"Sentence {n} is about {n % 7} boats and a river." for n in range(1999)] + [BANKS[0]]
     show(page, "neighbours", BANKS[0], "")
-    page.fill("#sentences", "\n".join(sentences))
+    paste(page, "\n".join(sentences))
     page.get_by_role("button", name="Embed the sentences").click()
     expect(page.locator("progress")).to_be_visible()
     expect(page.get_by_text("2000 sentences", exact=True)).to_be_visible(timeout=120_000)
@@ -197,7 +205,7 @@ def test_two_thousand_sentences_are_embedded_with_progress(page: Page, client: C
     assert float(found[-9][2]) == pytest.approx(float(analysis.cosines(pool, query[6])[0, 0]), abs=1e-6)
     set_layer(page, 0)
     expect(page.locator("figure h3").first).to_have_text("Nearest in layer 0")
-    page.fill("#sentences", "\n".join([*sentences, "one more"]))
+    paste(page, "\n".join([*sentences, "one more"]))
     page.get_by_role("button", name="Embed the sentences").click()
     expect(page.locator("#panel .error")).to_contain_text("2001 entries, the page takes 2000")
 
@@ -270,7 +278,7 @@ def test_texts_of_many_tokens_are_drawn_and_pointed_at_without_a_stutter(page: P
             assert box is not None
             for n in range(30):
                 page.mouse.move(box["x"] + 60 + 9 * n, box["y"] + 30 + 5 * n)
-    # A tenth of it on a machine without other work; see bench/explore.py.
+    # A tenth of it on a machine without other work; see bench/page.py.
     assert max(page.evaluate("window.slow"), default=0) < 2000
 
 

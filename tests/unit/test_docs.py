@@ -30,6 +30,16 @@ def test_links_lead_to_files(page: Path) -> None:
             assert path.exists() or path in generated, f"{target} does not exist"
 
 
+def test_every_view_of_the_page_has_small_pictures_in_both_colours() -> None:
+    static = (ROOT / "client/layertap/explore/static").glob("*.js")
+    views = {one[1] for path in static if (one := re.search(r'^  id: "(\w+)",$', path.read_text(), re.MULTILINE))}
+    pictures = {path.stem: path.stat().st_size for path in (ROOT / "docs/explore").glob("*.png")}
+    assert len(views) == 7 and pictures.keys() == {
+        f"{view}-{colours}" for view in views for colours in ("light", "dark")
+    }
+    assert max(pictures.values()) < 150_000
+
+
 def test_the_limits_of_the_documents_are_those_of_the_config() -> None:
     page = (ROOT / "docs/operate/limits-and-sizing.md").read_text()
     rows = re.findall(r"^\| .+? \| (.+?) \| `(--[a-z-]+)` \|$", page, re.MULTILINE)

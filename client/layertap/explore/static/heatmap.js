@@ -48,7 +48,7 @@ export class Heatmap {
     const measure = pen(this.canvas, 1, 1);
     measure.font = `${LABEL}px ${FONT}`;
     const widest = (labels) => Math.ceil(Math.max(0, ...labels.map((one) => measure.measureText(clip(one)).width)));
-    this.left = rowLabels ? widest(rowLabels) + GAP : 0;
+    this.left = rowLabels ? widest(rowLabels) + GAP + 3 : 0;
     const room = Math.max(80, this.drawnFor - this.left - 2);
     const fits = columnLabels ? Math.floor(room / columns) : room / columns;
     this.width = columnLabels ? Math.min(MAX_CELL, Math.max(this.minCell, fits)) : fits;

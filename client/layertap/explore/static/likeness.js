@@ -16,6 +16,8 @@ const POOLINGS = {
   mean_max: "mean and max",
 };
 
+const MOST_HELD = 16;
+
 export default {
   id: "likeness",
   title: "Likeness",
@@ -122,14 +124,30 @@ export default {
       return `**${quoted(rows[row])}** (token ${row}) and **${quoted(columns[column])}** (token ${column}) are ${how} in layer ${found.layer}: cosine **${fixed(value)}**.`;
     }
 
+    const held = new Map();
+
+    // Asks for a layer, or returns what was asked before for the same texts.
+    async function of(layer, signal) {
+      const asked = { ...fields(), layer, pooling, special_tokens: special, pair };
+      const key = JSON.stringify([page.info.fingerprint, asked]);
+      if (!held.has(key)) {
+        const message = await ask("likeness", asked, { signal });
+        if (held.size >= MOST_HELD) held.delete(held.keys().next().value);
+        held.set(key, message);
+      }
+      return held.get(key);
+    }
+
     async function load(signal) {
-      const asked = { ...fields(), layer: page.layer, pooling, special_tokens: special, pair };
-      found = await ask("likeness", asked, { signal });
+      found = await of(page.layer, signal);
       if (pair && !found.arrays.token_trajectory) {
         pair = null;
         heat.kept = null;
       }
       draw();
+      // The layers beside it, so that they are there when they are chosen.
+      const beside = [page.layer - 1, page.layer + 1].filter((layer) => found.layers.includes(layer));
+      Promise.allSettled(beside.map((layer) => of(layer, signal)));
     }
 
     function draw() {

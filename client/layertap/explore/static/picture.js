@@ -14,16 +14,16 @@ export class Picture {
     this.body = make("div");
     this.said = make("p", { class: "said", "aria-live": "polite", text: said });
     this.resting = said;
-    const head = make(
+    const tools = make(
       "div",
-      { class: "head" },
-      this.title,
+      { class: "tools" },
       make("button", { type: "button", text: "Copy as Python", onclick: () => this.copy() }),
       png &&
         make("button", { type: "button", text: "PNG", "aria-label": "Save as PNG", onclick: () => this.savePng() }),
       csv &&
         make("button", { type: "button", text: "CSV", "aria-label": "Save as CSV", onclick: () => this.saveCsv() }),
     );
+    const head = make("div", { class: "head" }, this.title, tools);
     this.element = make("figure", { class: "picture" }, head, this.body, said === null ? null : this.said);
     parent.append(this.element);
   }
