@@ -8,6 +8,8 @@ reaches past its tensor or is missing is an error, so that no array is wrong.
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
+from typing import Final, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -19,6 +21,9 @@ from layertap.results.embedding import Embedding
 from layertap.results.streamed import LayerRows
 from layertap.types import FloatArray
 from layertap.v1 import embedding_pb2 as pb
+
+_BLOCK_BYTES: Final = 8 << 20
+"""What the rows of several texts share. numpy asks for large pages from 4 MiB on."""
 
 
 class EmbedAssembler:
@@ -115,17 +120,22 @@ class EmbedAssembler:
         return rows, self._starts[unit][frame.first_text] + first_row
 
 
+_Empty: TypeAlias = Callable[[tuple[int, int], pb.Dtype.ValueType], FloatArray]
+"""Returns a new array for wire values."""
+
+
 class _Rows:
     """One tensor, and which of its rows have arrived.
 
     Rows that may be kept where they lie are not copied as long as all of them lie as the tensor would.
     """
 
-    __slots__ = ("_array", "_came", "_dtype", "_kept", "_origin", "shape")
+    __slots__ = ("_array", "_came", "_dtype", "_empty", "_kept", "_origin", "shape")
 
-    def __init__(self, row_count: int, row_size: int, dtype: pb.Dtype.ValueType) -> None:
+    def __init__(self, row_count: int, row_size: int, dtype: pb.Dtype.ValueType, empty: _Empty = wire.empty) -> None:
         wire.array_dtype(dtype)  # Refuses what this client does not know.
         self.shape = row_count, row_size
+        self._empty = empty
         self._array: FloatArray | None = None
         self._came = np.zeros(row_count, np.bool_)
         self._dtype = dtype
@@ -139,7 +149,7 @@ class _Rows:
                 whole = wire.joined([self._kept[start] for start in sorted(self._kept)])
                 self._array = wire.to_array(whole, self.shape, self._dtype)
             else:
-                self._array = wire.empty(self.shape, self._dtype)
+                self._array = self._empty(self.shape, self._dtype)
                 for start, data in self._kept.items():
                     wire.read_into(self._array[start : start + len(data) // self.row_bytes], data, self._dtype)
             self._kept = {}
@@ -186,6 +196,29 @@ def _payload(
     return view(part.shared_rows.offsets[0], part.frame.row_count * row_bytes)
 
 
+class _Blocks:
+    """New arrays, several of which share a block: the system gives pages to large blocks at a fraction of the cost."""
+
+    def __init__(self, row_count: int) -> None:
+        """Starts with no block.
+
+        Args:
+            row_count: How many rows all arrays have together.
+        """
+        self._left = row_count
+        self._rest: FloatArray | None = None
+
+    def empty(self, shape: tuple[int, int], dtype: pb.Dtype.ValueType) -> FloatArray:
+        """Returns a new array for wire values."""
+        row_count, row_size = shape
+        if self._rest is None or len(self._rest) < row_count:
+            most = -(-_BLOCK_BYTES // (row_size * wire.item_bytes(dtype)))
+            self._rest = wire.empty((max(row_count, min(most, self._left)), row_size), dtype)
+        found, self._rest = self._rest[:row_count], self._rest[row_count:]
+        self._left -= row_count
+        return found
+
+
 class LayerAssembler:
     """Returns the rows of an EmbedLayers answer as they arrive, by whole texts."""
 
@@ -196,6 +229,7 @@ class LayerAssembler:
         self._header: pb.EmbedHeader | None = None
         self._open: dict[tuple[int, int], tuple[_Rows, int]] = {}
         self._done: dict[int, npt.NDArray[np.bool_]] = {}
+        self._blocks: dict[int, _Blocks] = {}
         self._ended = False
 
     def feed(self, part: pb.EmbedLayersResponse, data: wire.Buffer, view: wire.View | None = None) -> list[LayerRows]:
@@ -211,7 +245,9 @@ class LayerAssembler:
             check_header(part.header, self._options, self._messages)
             self._pin.check(part.header.model_id, part.header.fingerprint)
             self._header = part.header
-            self._done = {k: np.zeros(len(part.header.token_counts), np.bool_) for k in part.header.outputs[0].layers}
+            layers, counts = part.header.outputs[0].layers, part.header.token_counts
+            self._done = {layer: np.zeros(len(counts), np.bool_) for layer in layers}
+            self._blocks = {layer: _Blocks(sum(counts)) for layer in layers}
         elif kind == "summary":
             self._ended = True
         elif kind == "frame":
@@ -241,7 +277,7 @@ class LayerAssembler:
         output, texts_done = self._header.outputs[0], self._done.get(frame.layer)
         if frame.output_index or texts_done is None or frame.first_text < 0:
             raise DataLossError(f"a frame names layer {frame.layer}, which was not requested; ask again")
-        counts = self._header.token_counts
+        counts, empty = self._header.token_counts, self._blocks[frame.layer].empty
         row_bytes = self._row_bytes
         text, row, left = frame.first_text, frame.first_row, frame.row_count
         first, done = text, list[FloatArray]()
@@ -250,7 +286,7 @@ class LayerAssembler:
                 raise DataLossError(f"text {text} of layer {frame.layer} came twice; ask again")
             count = min(left, counts[text] - row)
             begun = self._open.pop((frame.layer, text), None)
-            rows, came = begun or (_Rows(counts[text], output.row_size, self._header.dtype), 0)
+            rows, came = begun or (_Rows(counts[text], output.row_size, self._header.dtype, empty), 0)
             rows.place(row, count, data[: count * row_bytes])
             data, left, came = data[count * row_bytes :], left - count, came + count
             if came == counts[text]:

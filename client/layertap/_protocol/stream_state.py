@@ -33,8 +33,8 @@ MAX_UNANSWERED_BYTES: Final = 8 << 20
 """How far sending may run ahead of the answers. It goes on when a quarter is answered, so that messages stay full."""
 
 MAX_MESSAGE_COUNT: Final = 256
-MAX_MESSAGE_BYTES: Final = 256 << 10
-"""How much one message carries."""
+MAX_MESSAGE_BYTES: Final = 60 << 10
+"""How much one message carries. The server reads up to 64 KiB at once, and takes apart what is larger."""
 
 MAX_LOST_COUNT: Final = 3
 """Lost connections without any answer after which an item that was in flight at each of them is given up."""

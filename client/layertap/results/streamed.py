@@ -18,7 +18,8 @@ class LayerRows:
     Attributes:
         layer: The absolute layer.
         texts: The positions of the covered texts in the request.
-        rows: One array for each of them. Shape: [token_count, hidden_size].
+        rows: One array for each of them. Shape: [token_count, hidden_size]. Those of a layer share blocks of memory,
+            of 8 MiB where none is larger: copy the few that are kept for long.
     """
 
     layer: int
