@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import inspect
 import json
 import sys
 import time
@@ -72,7 +73,10 @@ def works(address: str, peer: str) -> dict[str, Work]:
         return {"unary": lambda count: asyncio.run(wire_sides.small_echo(address, count))}
     if peer == "flight":
         return {"layers": layers(wire_sides.use_flight(address, LAYER_ROWS, assembled=True))}
-    layertap.keep_pages()
+    if inspect.signature(layertap.keep_pages).parameters:
+        layertap.keep_pages(2 * REQUEST_BYTES)
+    else:
+        layertap.keep_pages()
     client = layertap.Client(address)
     short, _ = workload("short", 4096)
     above, _ = workload("uniform", 1024)

@@ -289,9 +289,17 @@ def faults():
         [np.ones(1 << 20, np.uint8) for _ in range(8)]
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 
-print(faults(), layertap.keep_pages(), faults())
+def many(count):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(5):
+        [np.ones(1 << 20, np.uint8) for _ in range(count)]
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+print(faults(), layertap.keep_pages(), faults(), many(128), layertap.keep_pages(256 << 20), many(128))
 """
     ran = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True)
-    before, _, after = ran.stdout.split()
+    before, _, after, beyond, _, within = ran.stdout.split()
     assert int(before) >= 20 * 1000
     assert int(after) <= 8 * 300
+    assert int(beyond) >= 5 * 60 * 200, "128 MiB are more than stays"
+    assert int(within) <= 128 * 300, "the first time they are new"
