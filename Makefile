@@ -49,7 +49,7 @@ torch = { $(call locked,$(1),cpu) 2>/dev/null || $(call locked,$(1),cuda); }
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: bench-imports coverage dist lock test-deploy bench-compat bench-compute bench-callers bench-fidelity bench-fuzz bench-gpu bench-host bench-jobs bench-load bench-streams bench-wire gpu-wheels help install model protos protos-fresh lint format check test test-unit test-model test-e2e test-heavy test-cpus test-floors test-newest test-compat test-cluster demo docs notebook serve bench clean
+.PHONY: bench-balancer bench-imports coverage dist lock test-deploy bench-compat bench-compute bench-callers bench-fidelity bench-fuzz bench-gpu bench-host bench-jobs bench-load bench-streams bench-wire gpu-wheels help install model protos protos-fresh lint format check test test-unit test-model test-e2e test-heavy test-cpus test-floors test-newest test-compat test-cluster demo docs notebook serve bench clean
 
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z][a-z-]*:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -202,6 +202,9 @@ bench-compat: $(INSTALL_STAMP) $(MODEL_STAMP) $(COMPAT_STAMP)  ## The same vecto
 
 bench-explore: $(INSTALL_STAMP) $(MODEL_STAMP) $(EXPLORE_STAMP)  ## How soon the page of layertap explore shows numbers
 	PYTHONPATH=client:server:tests .explore/bin/python bench/page.py $(ARGS)
+
+bench-balancer: $(INSTALL_STAMP) $(CLUSTER_STAMP)  ## What Envoy costs between a client and a server
+	$(BIN)/python bench/balancer.py $(ARGS)
 
 bench-fuzz: $(INSTALL_STAMP) $(MODEL_STAMP)  ## A hundred thousand calls that nobody would make
 	$(BIN)/python bench/fuzz.py $(ARGS)

@@ -2,122 +2,28 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
+import itertools
 import signal
-import socket
-import subprocess
-import sys
 import threading
 import time
-import urllib.request
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import yaml
-from cluster.servers import DEPLOY, Server
+from cluster.envoy import WAIT_S, Envoy
+from cluster.servers import Server
 
 from layertap import Client
 
 pytestmark = pytest.mark.timeout(300)
-WAIT_S = 120.0
 TEXTS = [f"text {n} of a stream through a balancer" for n in range(3000)]
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-class Envoy:
-    """Envoy with the project's configuration, in front of given servers; the list can change while it runs.
-
-    Attributes:
-        target: Where clients connect.
-    """
-
-    def __init__(self, folder: Path, servers: Sequence[Server]) -> None:
-        config = yaml.safe_load((DEPLOY / "envoy.yaml").read_text())
-        port, self._admin = _free_port(), _free_port()
-        self.target = f"127.0.0.1:{port}"
-        resources = config["static_resources"]
-        resources["listeners"][0]["address"]["socket_address"] = {"address": "127.0.0.1", "port_value": port}
-        config["admin"]["address"]["socket_address"] = {"address": "127.0.0.1", "port_value": self._admin}
-        (cluster,) = resources.pop("clusters")
-        cluster["health_checks"][0].update(interval="0.2s", timeout="2s", no_traffic_interval="0.2s")
-        # As in production the list of servers changes while Envoy runs; here by a file that it watches.
-        cluster["type"] = "EDS"
-        source = {"resource_api_version": "V3", "path_config_source": {"path": str(folder / "endpoints.yaml")}}
-        cluster["eds_cluster_config"] = {"service_name": "layertap", "eds_config": source}
-        del cluster["load_assignment"], cluster["dns_refresh_rate"]
-        resources["clusters"] = [cluster]
-        config["node"] = {"id": "test", "cluster": "test"}
-        self._folder = folder
-        self.serve(servers)
-        (folder / "envoy.yaml").write_text(yaml.safe_dump(config))
-        program = Path(sys.executable).parent / "envoy"
-        self._log = (folder / "envoy.log").open("w")
-        self._process = subprocess.Popen(
-            [program, "-c", folder / "envoy.yaml", "--concurrency", "2", "--use-dynamic-base-id"],
-            stdout=self._log,
-            stderr=self._log,
-        )
-        self.wait(len(servers))
-
-    def serve(self, servers: Sequence[Server]) -> None:
-        """Changes the list of servers."""
-        endpoints = [
-            {"endpoint": {"address": {"socket_address": {"address": "127.0.0.1", "port_value": _port(server)}}}}
-            for server in servers
-        ]
-        resource = {
-            "@type": "type.googleapis.com/envoy.config.endpoint.v3.ClusterLoadAssignment",
-            "cluster_name": "layertap",
-            "endpoints": [{"lb_endpoints": endpoints}],
-        }
-        draft = self._folder / "draft.yaml"
-        draft.write_text(yaml.safe_dump({"resources": [resource]}))
-        draft.replace(self._folder / "endpoints.yaml")
-
-    def healthy(self) -> dict[int, bool]:
-        """Returns the ports of the servers, and whether Envoy sends calls there."""
-        url = f"http://127.0.0.1:{self._admin}/clusters?format=json"
-        with urllib.request.urlopen(url, timeout=WAIT_S) as answer:
-            found = json.load(answer)
-        (cluster,) = [one for one in found["cluster_statuses"] if one["name"] == "layertap"]
-        return {
-            host["address"]["socket_address"]["port_value"]: host["health_status"] == {"eds_health_status": "HEALTHY"}
-            for host in cluster.get("host_statuses", [])
-        }
-
-    def wait(self, count: int) -> None:
-        """Waits until so many servers are healthy."""
-        deadline = time.monotonic() + WAIT_S
-        while True:
-            with contextlib.suppress(OSError, ValueError):
-                if sum(self.healthy().values()) == count:
-                    return
-            assert time.monotonic() < deadline, (self._folder / "envoy.log").read_text()[-3000:]
-            assert self._process.poll() is None, (self._folder / "envoy.log").read_text()[-3000:]
-            time.sleep(0.05)
-
-    def close(self) -> None:
-        self._process.terminate()
-        self._process.wait(timeout=WAIT_S)
-        self._log.close()
 
 
 def _same(found: np.ndarray, wanted: np.ndarray) -> None:
     """Checks values of different servers, each of which may lay its matrices out in its own way."""
     np.testing.assert_allclose(found, wanted, atol=2e-5)
-
-
-def _port(server: Server) -> int:
-    return int(server.address.rpartition(":")[2])
 
 
 @pytest.fixture
@@ -183,3 +89,38 @@ def test_nothing_is_lost_while_servers_die_leave_and_come(
     finally:
         for server in (kept, added):
             server.stop()
+
+
+def _settled(value: Callable[[], int]) -> int:
+    """Waits until a value has not changed for two seconds, and returns it."""
+    deadline, last, since = time.monotonic() + WAIT_S, value(), time.monotonic()
+    while time.monotonic() < since + 2:
+        if (now := value()) != last:
+            last, since = now, time.monotonic()
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    return last
+
+
+def test_what_a_stalled_reader_does_not_take_is_not_held_by_envoy(tmp_path: Path) -> None:
+    texts = [f"{n} " + "paris " * 500 for n in range(32)]
+    server = Server("--instances", "1")
+    envoy = Envoy(tmp_path, [server])
+    try:
+        with Client(envoy.target) as client, Client(envoy.target) as other:
+            layer_bytes = other.embed(texts[0], layers=-1).last_hidden_state.nbytes
+            received, memory = envoy.received_bytes(), envoy.memory
+            parts = client.embed_layers(texts, layers="all", timeout_s=WAIT_S)
+            taken = [next(parts)]
+            waiting = _settled(envoy.received_bytes) - received
+            growth = envoy.memory - memory
+            assert other.embed(texts[1], pooling="mean").pooled.shape[0] == 1
+            taken.extend(parts)
+    finally:
+        envoy.close()
+        server.kill()
+    found = sorted((part.layer, text) for part in taken for text in part.texts)
+    assert found == sorted(itertools.product({layer for layer, _ in found}, range(len(texts))))
+    assert {rows.nbytes for part in taken for rows in part.rows} == {layer_bytes}
+    # 150 MB were asked for. A window of one call and the buffers on the way are all that may have left the server.
+    assert layer_bytes * len(found) > 100 << 20 and waiting < 24 << 20 and growth < 24 << 20
