@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
 from collections.abc import Callable
@@ -11,11 +12,11 @@ from typing import Any
 import numpy as np
 import pytest
 import safetensors.numpy
+import sentencepiece
 import torch
 import transformers
 from support import BOUND, family, worst
 from support.oracle import Oracle
-from transformers.utils import sentencepiece_model_pb2_new as sentencepiece
 
 from layertap_server.engine.encoder import Encoder
 from layertap_server.model.checkpoint import Checkpoint, CheckpointError, find
@@ -252,16 +253,33 @@ def test_files_that_transformers_converts_are_enough(kind: str, tmp_path: Path) 
     assert one.text.input_ids.tolist() == wanted(text)["input_ids"]
 
 
-def test_sentencepiece_alone_is_refused_with_the_command_that_converts_it(tmp_path: Path) -> None:
-    folder = family.save("xlm-roberta", tmp_path)
+@pytest.mark.parametrize(("kind", "offset", "ends"), [("xlm-roberta", 1, [0, 2]), ("camembert", 4, [5, 6])])
+def test_a_folder_with_sentencepiece_alone_gives_its_pieces(
+    kind: str, offset: int, ends: list[int], tmp_path: Path
+) -> None:
+    folder = family.save(kind, tmp_path)
     (folder / "tokenizer.json").unlink()
     with pytest.raises(CheckpointError, match=r"no tokenizer.*sentencepiece\.bpe\.model"):
         found(folder)
-    model = sentencepiece.ModelProto()
-    for n, (piece, kind) in enumerate([("<unk>", 2), ("<s>", 3), ("</s>", 3), ("▁I", 1)]):
-        model.pieces.add(piece=piece, score=-n, type=kind)
-    (folder / "sentencepiece.bpe.model").write_bytes(model.SerializeToString())
-    with pytest.raises(CheckpointError, match=r"pip install sentencepiece.*save_pretrained"):
+    written = io.BytesIO()
+    corpus = ["the quick brown fox jumps over the lazy dog", "I love Paris, and she does too"] * 4
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(corpus), model_writer=written, vocab_size=60, hard_vocab_limit=False, minloglevel=2
+    )
+    (folder / "sentencepiece.bpe.model").write_bytes(written.getvalue())
+    text = "she jumps over Paris"
+    pieces = sentencepiece.SentencePieceProcessor(model_proto=written.getvalue()).encode(text)
+    (one,) = Tokenizer(found(folder).tokenizer_folder).encode(
+        [text], labels=["a text"], max_length=64, truncation="error"
+    )
+    assert one.text.input_ids.tolist() == [ends[0], *(piece + offset for piece in pieces), ends[1]]
+
+
+def test_sentencepiece_that_cannot_be_read_is_refused_with_the_command_that_converts_it(tmp_path: Path) -> None:
+    folder = family.save("xlm-roberta", tmp_path)
+    (folder / "tokenizer.json").unlink()
+    (folder / "sentencepiece.bpe.model").write_bytes(b"no model")
+    with pytest.raises(CheckpointError, match=r"fetch the model again.*save_pretrained"):
         Tokenizer(found(folder).tokenizer_folder)
 
 

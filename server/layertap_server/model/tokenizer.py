@@ -241,8 +241,8 @@ class Tokenizer:
 
 
 _CONVERT: Final = (
-    'make a tokenizer.json in the model folder: `pip install sentencepiece`, then `python -c "from transformers import'
-    " AutoTokenizer as A; A.from_pretrained('.').save_pretrained('.')\"`"
+    'make a tokenizer.json in the model folder: `python -c "from transformers import AutoTokenizer as A; '
+    "A.from_pretrained('.').save_pretrained('.')\"`"
 )
 
 
@@ -272,7 +272,9 @@ def _load(folder: Path) -> Any:
         raise
     except BaseException as exc:  # Libraries of two languages; a panic of the other is no Exception.
         if not (folder / "tokenizer.json").is_file() and (folder / "sentencepiece.bpe.model").is_file():
-            raise CheckpointError(f"transformers cannot read sentencepiece.bpe.model here; {_CONVERT}") from exc
+            raise CheckpointError(
+                f"transformers cannot read sentencepiece.bpe.model; fetch the model again, or, where it can, {_CONVERT}"
+            ) from exc
         raise CheckpointError(
             f"the tokenizer of the model cannot be read ({reason_of(exc)}); fetch the model again, or correct the file"
         ) from exc
