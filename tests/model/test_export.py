@@ -16,10 +16,10 @@ import pyarrow as pa
 import pytest
 import torch
 from support.results import FULL, SIZE, embedding, tokens
+from support.streams import OneConnection
 
 from layertap import InvalidArgumentError, TokenIds
 from layertap._protocol.inputs import check_items, to_messages
-from layertap._protocol.stream_state import StreamState
 from layertap.v1 import embedding_pb2 as pb
 
 # Torch.
@@ -203,7 +203,7 @@ def test_a_missing_text_is_refused_by_its_number(name: str, missing: Any) -> Non
 
 
 def test_in_a_stream_a_missing_text_is_a_result() -> None:
-    ledger = StreamState(pb.EmbedOptions(), ordered=False)
+    ledger = OneConnection(pb.EmbedOptions(), ordered=False)
     for item in pa.array(["one", None]):
         ledger.offer(item)
     (result,) = ledger.ready()

@@ -48,7 +48,7 @@ class CollectedStream(StreamState):
             raise DataLossError(f"{len(self._answers)} of {len(self._messages)} results came; ask again")
         answers = [self._answers[index] for index in range(len(self._messages))]
         token_counts = np.concatenate([answer.token_counts for answer in answers])
-        return EmbeddingBuilder(self._header, self._options).build(
+        return EmbeddingBuilder(self._header, self.options).build(
             arrays={key: np.concatenate([answer.arrays[key] for answer in answers]) for key in answers[0].arrays},
             messages=self._messages,
             token_counts=token_counts,

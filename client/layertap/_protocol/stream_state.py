@@ -1,9 +1,7 @@
-"""The items of an `embed_stream` that were sent and have no answer yet, without any I/O.
+"""The items of an `embed_stream` that have no answer yet, and answers that are not handed out yet, without any I/O.
 
-Pure. Items come in by `offer`, leave by `take` in messages, and their answers come back by `feed`. After a lost
-connection `lost` marks all items without an answer to be sent again, so that each item is answered exactly once. An
-item that was in flight at too many lost connections, none of which brought any answer, is answered UNAVAILABLE: it may
-be what stops the server. A connection that brought answers before it was lost says nothing about its items.
+Pure. Items come in by `offer` and answers leave by `ready`. Between them are connections, each with a part of the
+items; see `stream_connection`.
 """
 
 from __future__ import annotations
@@ -13,18 +11,11 @@ from typing import Final
 
 import numpy as np
 
-from layertap import wire
 from layertap._protocol.inputs import InputItem, to_message
 from layertap._protocol.responses import ModelPin, check_header, token_bound
 from layertap._protocol.result_builder import EmbeddingBuilder
-from layertap._protocol.stream_results import Frames, TextAnswer, text_answers
-from layertap.errors import (
-    DataLossError,
-    InvalidArgumentError,
-    LayertapError,
-    UnavailableError,
-    from_status,
-)
+from layertap._protocol.stream_results import Frames, TextAnswer
+from layertap.errors import DataLossError, InvalidArgumentError
 from layertap.results.streamed import StreamResult
 from layertap.v1 import embedding_pb2 as pb
 
@@ -36,12 +27,25 @@ MAX_MESSAGE_COUNT: Final = 256
 MAX_MESSAGE_BYTES: Final = 60 << 10
 """How much one message carries. The server reads up to 64 KiB at once, and takes apart what is larger."""
 
-MAX_LOST_COUNT: Final = 3
-"""Lost connections without any answer after which an item that was in flight at each of them is given up."""
+MIN_CONNECTION_COUNT: Final = 512
+"""How many unanswered items each of several connections may have at least, if results are small."""
+MAX_EARLY_BYTES: Final = 64 << 20
+"""About how many bytes of results of each of several connections may come before those of another."""
+MIN_LARGE_COUNT: Final = 8
+"""How many unanswered items each may have however large results are."""
 
 
 @dataclasses.dataclass(slots=True)
-class _Item:
+class Item:
+    """An item that has no answer yet.
+
+    Attributes:
+        message: What is sent.
+        size: Its bytes.
+        lost_count: At how many lost connections without any answer it was in flight.
+        frames: What has come of it.
+    """
+
     message: pb.Input
     size: int
     lost_count: int = 0
@@ -49,7 +53,12 @@ class _Item:
 
 
 class StreamState:
-    """The items of one `embed_stream`, from offered to answered."""
+    """The items of one `embed_stream`, from offered to answered.
+
+    Attributes:
+        options: What is asked of each.
+        connection_count: The connections that share what is to be sent.
+    """
 
     def __init__(
         self,
@@ -67,21 +76,25 @@ class StreamState:
             message_count: How many items one message carries at most.
             pin: The one model that may answer.
         """
-        self._options = options
+        self.options = options
         self._ordered = ordered
         self._pin = pin or ModelPin()
         self._message_count = min(message_count, MAX_MESSAGE_COUNT)
         self._header: pb.EmbedHeader | None = None
         self._builder: EmbeddingBuilder | None = None
-        self._header_due = True
-        self._got_on = False
-        self._offered_count = 0
-        self._unanswered: dict[int, _Item] = {}
+        self.connection_count = 0
+        self._result_bytes = 0.0
+        self._offered_count = self._offered_bytes = 0
+        self._unanswered: dict[int, Item] = {}
         self._unanswered_bytes = 0
         self._is_full = False
-        self._unsent: dict[int, _Item] = {}
+        self._unsent: dict[int, Item] = {}
         self._ready: dict[int, StreamResult] = {}
         self._next_index = 0
+
+    def add_connection(self) -> None:
+        """Counts one more connection among those that share what is to be sent."""
+        self.connection_count += 1
 
     @property
     def has_room(self) -> bool:
@@ -95,8 +108,18 @@ class StreamState:
 
     @property
     def has_unsent(self) -> bool:
-        """Whether `take` has something to send."""
+        """Whether items wait to be sent."""
         return bool(self._unsent)
+
+    @property
+    def has_ready(self) -> bool:
+        """Whether `ready` has answers."""
+        return self._next_index in self._ready if self._ordered else bool(self._ready)
+
+    @property
+    def is_long(self) -> bool:
+        """Whether there were more items than one connection sends at once."""
+        return self._offered_count > 2 * MAX_MESSAGE_COUNT or self._offered_bytes > 2 * MAX_MESSAGE_BYTES
 
     @property
     def started(self) -> bool:
@@ -104,15 +127,10 @@ class StreamState:
         return self._header is not None
 
     @property
-    def accepted(self) -> bool:
-        """Whether the server of this connection has accepted the options."""
-        return not self._header_due
-
-    @property
     def opening(self) -> pb.EmbedStreamRequest:
         """The first message of each connection."""
         order = pb.RESULT_ORDER_AS_SENT if self._ordered else pb.RESULT_ORDER_AS_FINISHED
-        return pb.EmbedStreamRequest(options=pb.StreamOptions(options=self._options, order=order))
+        return pb.EmbedStreamRequest(options=pb.StreamOptions(options=self.options, order=order))
 
     def offer(self, item: InputItem) -> None:
         """Adds an item; an item that is no input gets its error as its result."""
@@ -123,63 +141,11 @@ class StreamState:
         except InvalidArgumentError as exc:
             self._ready[index] = StreamResult(index=index, error=exc, _embedding=None)
         else:
-            entry = _Item(message, message.ByteSize())
+            entry = Item(message, message.ByteSize())
             self._unanswered[index] = self._unsent[index] = entry
             self._unanswered_bytes += entry.size
+            self._offered_bytes += entry.size
         self._note_room()
-
-    def take(self) -> pb.EmbedStreamRequest:
-        """Returns the next message to send."""
-        request = pb.EmbedStreamRequest()
-        inputs, size = request.inputs.inputs, 0
-        while self._unsent and size < MAX_MESSAGE_BYTES and len(inputs) < self._message_count:
-            index = next(iter(self._unsent))
-            item = self._unsent.pop(index)
-            inputs.add(id=index, input=item.message)
-            size += item.size
-        return request
-
-    def lost(self, reason: LayertapError) -> None:
-        """Marks every unanswered item to be sent again, after the connection was lost."""
-        blamed, self._header_due = not (self._header_due or self._got_on), True
-        for index, item in list(self._unanswered.items()):
-            item.frames = None
-            if index in self._unsent or not blamed:
-                continue  # What no server has seen is not what brought it down.
-            item.lost_count += 1
-            if item.lost_count == MAX_LOST_COUNT:
-                error = UnavailableError(
-                    f"item {index} was in flight at {MAX_LOST_COUNT} lost connections; send it alone to see whether "
-                    f"it is the cause (last: {reason.details})"
-                )
-                self._answer(index, StreamResult(index=index, error=error, _embedding=None))
-        self._unsent = dict(self._unanswered)
-
-    def feed(self, part: pb.EmbedStreamResponse, data: memoryview, view: wire.View | None = None) -> None:
-        """Adds one message of the answer, with its payload and the shared rows it refers to.
-
-        Raises:
-            DataLossError: if the message does not fit what was sent.
-            FailedPreconditionError: if another model answers than before.
-        """
-        kind = part.WhichOneof("part")
-        if (kind == "header") != self._header_due:
-            raise DataLossError("the answer does not open with exactly one header; ask again")
-        if kind == "header":
-            self._open(part.header)
-        elif kind == "results":
-            assert self._header is not None
-            offsets = list(part.shared_rows.offsets)
-            answers = text_answers(part.results, self._header, self._options, data=data, offsets=offsets, view=view)
-            for index, answer in answers:
-                self._embed(index, answer)
-            for failure in part.results.failures:
-                error = from_status(failure.code, failure.message)
-                self._answer(failure.id, StreamResult(index=failure.id, error=error, _embedding=None))
-        elif kind == "frame":
-            self._frame(part.frame, data)
-        else:
-            raise DataLossError("the answer has an unknown part; the server is newer than this client")
 
     def ready(self) -> list[StreamResult]:
         """Returns the answers that may be handed out, each once."""
@@ -197,38 +163,73 @@ class StreamState:
     def _note_room(self) -> None:
         """Notes whether sending has run too far ahead; once it has, until a quarter of that is answered and read."""
         waiting = len(self._unanswered) + len(self._ready)
+        most = max(MAX_UNANSWERED_COUNT, MIN_CONNECTION_COUNT * self.connection_count)
         quarters = 3 if self._is_full else 4
-        self._is_full = (
-            4 * waiting >= quarters * MAX_UNANSWERED_COUNT
-            or 4 * self._unanswered_bytes >= quarters * MAX_UNANSWERED_BYTES
-        )
+        self._is_full = 4 * waiting >= quarters * most or 4 * self._unanswered_bytes >= quarters * MAX_UNANSWERED_BYTES
 
-    def _open(self, header: pb.EmbedHeader) -> None:
+    def room_after(self, count: int) -> int:
+        """Returns how many more items a connection may have beside so many that are not answered.
+
+        Of several connections each goes on when a quarter is answered.
+        """
+        most = self._connection_room()
+        room = most - count
+        return room if self.connection_count <= 1 or 4 * room >= most else 0
+
+    def _connection_room(self) -> int:
+        """Returns how many unanswered items one connection may have.
+
+        Results that come before their turn are kept: of several connections each has only as many items under way as
+        that bounds the memory for them.
+        """
+        if self.connection_count <= 1:
+            return MAX_UNANSWERED_COUNT
+        share = max(MAX_UNANSWERED_COUNT // self.connection_count, MIN_CONNECTION_COUNT)
+        return min(share, max(MIN_LARGE_COUNT, int(MAX_EARLY_BYTES / max(self._result_bytes, 1))))
+
+    def take(self, room: int) -> dict[int, Item]:
+        """Returns the next items to send, in one message, and no more than there is room for."""
+        taken: dict[int, Item] = {}
+        size = 0
+        while self._unsent and size < MAX_MESSAGE_BYTES and len(taken) < min(room, self._message_count):
+            index = next(iter(self._unsent))
+            taken[index] = item = self._unsent.pop(index)
+            size += item.size
+        return taken
+
+    def send_again(self, items: dict[int, Item]) -> None:
+        """Adds items of a lost connection to what is to be sent, each at its place."""
+        self._unsent = dict(sorted((items | self._unsent).items()))
+
+    def open(self, header: pb.EmbedHeader) -> None:
+        """Checks the header of a connection.
+
+        Raises:
+            DataLossError: if it does not fit the options.
+            FailedPreconditionError: if another model answers than before.
+        """
         self._pin.check(header.model_id, header.fingerprint)
-        check_header(header, self._options, [])
-        self._header, self._builder = header, EmbeddingBuilder(header, self._options)
-        self._header_due = self._got_on = False
+        check_header(header, self.options, [])
+        self._header, self._builder = header, EmbeddingBuilder(header, self.options)
 
-    def _frame(self, frame: pb.StreamFrame, data: memoryview) -> None:
-        assert self._header is not None
-        item = self._waiting(frame.id)
-        if item.frames is None:
-            item.frames = Frames(frame, self._header, token_bound(item.size, self._options))
-        item.frames.add(frame, data)
-        if frame.done:
-            self._embed(frame.id, item.frames.answer(frame))
+    def embed(self, index: int, item: Item, answer: TextAnswer) -> None:
+        """Answers an item.
 
-    def _waiting(self, index: int) -> _Item:
-        item = self._unanswered.get(index)
-        if item is None:
-            raise DataLossError(f"the answer has item {index}, which is not waiting; ask again")
-        return item
-
-    def _embed(self, index: int, answer: TextAnswer) -> None:
-        item = self._waiting(index)
-        if answer.token_count > token_bound(item.size, self._options):
+        Raises:
+            DataLossError: if the answer has more tokens than the item.
+        """
+        if answer.token_count > token_bound(item.size, self.options):
             raise DataLossError(f"item {index} has {answer.token_count} tokens; ask again")
-        self._answer(index, self._result(index, item.message, answer))
+        self.answer(index, self._result(index, item.message, answer))
+
+    def answer(self, index: int, result: StreamResult) -> None:
+        """Ends an item with its result."""
+        self._unanswered_bytes -= self._unanswered.pop(index).size
+        self._ready[index] = result
+
+    def note_size(self, byte_count: int, result_count: int) -> None:
+        """Learns from a message how large results are."""
+        self._result_bytes += (byte_count / max(result_count, 1) - self._result_bytes) / 4
 
     def _result(self, index: int, message: pb.Input, answer: TextAnswer) -> StreamResult:
         assert self._builder is not None
@@ -249,10 +250,3 @@ class StreamState:
             words=answer.words,
         )
         return StreamResult(index=index, error=None, _embedding=embedding)
-
-    def _answer(self, index: int, result: StreamResult) -> None:
-        item = self._waiting(index)
-        del self._unanswered[index]
-        self._got_on = True
-        self._unanswered_bytes -= item.size
-        self._ready[index] = result

@@ -1,11 +1,11 @@
-"""The calls of an asyncio client over its one channel; the twin of `transport`, which says what each does."""
+"""The calls of an asyncio client over its channels; the twin of `transport`, which says what each does."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 import os
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, AsyncIterator
 
 import grpc
 import grpc.aio
@@ -21,11 +21,13 @@ from layertap._shared_memory.mapping import SharedMemory, take
 from layertap._shared_memory.session import AsyncLease
 from layertap._transport import fork
 from layertap._transport.channel import open_async_channel
+from layertap._transport.connections import BUSY_CALL_COUNT, INFO_TIMEOUT_S, Opened, Spread, least_busy
 from layertap._transport.embed_stream import EmbedStream, Items
 from layertap._transport.settings import CallSettings, Connection, StreamSettings
 from layertap._transport.status import CLOSED_DURING_CALL, translate
+from layertap._transport.stream_calls import Endpoint
 from layertap._transport.transport import CLOSED, Part, Reply, request_id
-from layertap.errors import CancelledError, FailedPreconditionError
+from layertap.errors import CancelledError, FailedPreconditionError, LayertapError
 from layertap.results.embedding import Embedding
 from layertap.results.streamed import LayerRows, StreamResult
 from layertap.types import ModelInfo
@@ -40,32 +42,80 @@ class AsyncTransport:
         self.pin = ModelPin(connection.fingerprint)
         self._memory = memory
         self._given = channel
-        self._opened: tuple[grpc.aio.Channel, AsyncLease] | None = None
+        self._opened: list[Opened[grpc.aio.Channel, AsyncLease]] = []
+        self._spread = Spread(1)
+        self._spreading = asyncio.Lock()
         self._model: ModelInfo | None = None
         self._owner: tuple[int, asyncio.AbstractEventLoop] | None = None
         self._closed = False
 
-    def open(self) -> tuple[grpc.aio.Channel, AsyncLease]:
+    def open(self) -> Opened[grpc.aio.Channel, AsyncLease]:
         """See `Transport.open`."""
         owner = os.getpid(), asyncio.get_running_loop()
-        if self._opened is None or self._owner != owner:
+        if not self._opened or self._owner != owner:
             if self._closed:
                 raise FailedPreconditionError(CLOSED)
             fork.check()
-            self._opened = None  # In a child gRPC starts anew only when the channel of the parent is released.
-            channel = self._given or open_async_channel(self.connection)
-            lease = AsyncLease(channel, self._memory, target=self.connection.target, metadata=self.connection.metadata)
+            self._opened = []  # In a child gRPC starts anew only when the channel of the parent is released.
+            self._spread = Spread(1 if self._given else self.connection.connections)
+            self._spreading = asyncio.Lock()
+            opened = self._lend(self._given or open_async_channel(self.connection))
             self._owner = owner
-            self._opened = channel, lease
-        return self._opened
+            self._opened = [opened]
+        return self._opened[0]
+
+    @contextlib.asynccontextmanager
+    async def _connection(self) -> AsyncIterator[Opened[grpc.aio.Channel, AsyncLease]]:
+        """See `Transport._connection`."""
+        connection = self.open()
+        if not self._spread.decided and connection.call_count >= BUSY_CALL_COUNT and not self._spreading.locked():
+            await self._open_more()
+        if len(opened := self._opened) > 1:
+            connection = opened[least_busy(opened)]
+        connection.call_count += 1
+        try:
+            yield connection
+        finally:
+            connection.call_count -= 1
+
+    def _lend(self, channel: grpc.aio.Channel) -> Opened[grpc.aio.Channel, AsyncLease]:
+        connection = self.connection
+        lease = AsyncLease(channel, self._memory, target=connection.target, metadata=connection.metadata)
+        return Opened(channel=channel, lease=lease)
+
+    async def _open_more(self) -> None:
+        """See `Transport._open_more`."""
+        spread, channel = self._spread, None
+        async with self._spreading:
+            try:
+                if not spread.decided:
+                    spread.begin(await self._info(self.open().channel))
+                while not spread.decided:
+                    channel = open_async_channel(self.connection, own=True)
+                    if spread.takes(await self._info(channel)) and not self._closed:
+                        self._opened.append(self._lend(channel))
+                    else:
+                        await channel.close(grace=None)
+                    channel = None
+            except (grpc.RpcError, grpc.aio.UsageError, LayertapError):
+                spread.decided = True
+            finally:
+                if channel is not None:
+                    await channel.close(grace=None)
+
+    async def _info(self, channel: grpc.aio.Channel) -> pb.GetModelInfoResponse:
+        method = channel.unary_unary(requests.SERVICE + "GetModelInfo", None, None)
+        raw = await method(b"", timeout=INFO_TIMEOUT_S, metadata=self.connection.metadata)
+        return responses.read_whole(raw, pb.GetModelInfoResponse)
 
     async def unary(self, request: requests.Unary[ResponseT], call: CallSettings) -> Reply[ResponseT]:
         """See `Transport.unary`."""
-        method = self.open()[0].unary_unary(requests.SERVICE + request.rpc, None, None)
         try:
-            answer = method(request.request.SerializeToString(), timeout=call.timeout_s, metadata=call.metadata)
-            raw = await answer
-            trailing = await answer.trailing_metadata()
+            async with self._connection() as connection:
+                method = connection.channel.unary_unary(requests.SERVICE + request.rpc, None, None)
+                answer = method(request.request.SerializeToString(), timeout=call.timeout_s, metadata=call.metadata)
+                raw = await answer
+                trailing = await answer.trailing_metadata()
         except (grpc.RpcError, grpc.aio.UsageError) as exc:
             raise self._error(exc, call) from exc
         except asyncio.CancelledError as exc:
@@ -117,12 +167,12 @@ class AsyncTransport:
         self, request: requests.Embed, call: CallSettings, assembler: EmbedAssembler | None = None
     ) -> AsyncGenerator[Part, None]:
         """See `Transport._parts`."""
-        channel, lease = self.open()
-        method = channel.unary_stream(requests.SERVICE + "EmbedLayers", None, None)
         message = request.layers()
-        with contextlib.ExitStack() as stack:
+        async with contextlib.AsyncExitStack() as stack:
             try:
-                shared = await lease.begin(call.timeout_s)
+                connection = await stack.enter_async_context(self._connection())
+                method = connection.channel.unary_stream(requests.SERVICE + "EmbedLayers", None, None)
+                shared = await connection.lease.begin(call.timeout_s)
                 if shared is not None:
                     stack.callback(shared.end)
                     message.options.shared_memory.CopyFrom(shared.use)
@@ -143,9 +193,19 @@ class AsyncTransport:
         self, state: StreamState, items: Items, settings: StreamSettings
     ) -> AsyncGenerator[StreamResult, None]:
         """See `Transport.stream`."""
-        channel, lease = self.open()
+        first = self.open()
+
+        async def more() -> list[Endpoint]:
+            await self._open_more()
+            return [_endpoint(one) for one in self._opened if one is not first]
+
         running = EmbedStream(
-            channel=channel, connection=self.connection, begin=lease.begin, state=state, items=items, settings=settings
+            endpoint=_endpoint(first),
+            more=more,
+            connection=self.connection,
+            state=state,
+            items=items,
+            settings=settings,
         ).results()
         async with contextlib.aclosing(running) as groups:
             async for group in groups:
@@ -157,9 +217,10 @@ class AsyncTransport:
     async def close(self) -> None:
         """See `Transport.close`."""
         self._closed = True
-        opened, self._opened = self._opened, None
-        if opened is not None and self._given is None and self._owner == (os.getpid(), asyncio.get_running_loop()):
-            await opened[0].close(grace=None)
+        opened, self._opened = self._opened, []
+        if self._given is None and self._owner == (os.getpid(), asyncio.get_running_loop()):
+            for one in opened:
+                await one.channel.close(grace=None)
 
     def _error(self, exc: Exception, call: CallSettings) -> Exception:
         return translate(exc, self.connection, call.timeout_s, closed=self._closed)
@@ -168,3 +229,7 @@ class AsyncTransport:
         """Raises layertap's own error if `close` ended the call; the cancellation of a task is left alone."""
         if self._closed:
             raise CancelledError(CLOSED_DURING_CALL) from exc
+
+
+def _endpoint(opened: Opened[grpc.aio.Channel, AsyncLease]) -> Endpoint:
+    return Endpoint(channel=opened.channel, begin=opened.lease.begin)

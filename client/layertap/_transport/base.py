@@ -27,6 +27,7 @@ class BaseClient:
         options: Sequence[Option] = (),
         timeout_s: float | None = None,
         fingerprint: str | None = None,
+        connections: int | None = None,
     ) -> None:
         """Connects at the first call, not here. What is not given is taken from LAYERTAP_… variables.
 
@@ -48,6 +49,8 @@ class BaseClient:
             options: Further channel arguments of gRPC, as (name, value).
             timeout_s: The deadline of calls for which none is given, in seconds. None: LAYERTAP_TIMEOUT_S, else 60.
             fingerprint: The only model that may answer, as `ModelInfo.fingerprint`. None: the first that answers.
+            connections: How many connections to open at most. Each meets one process of the server, and long streams
+                and many calls at once spread over all. None: one for each process.
 
         Raises:
             InvalidArgumentError: if an argument or variable has no valid value.
@@ -61,6 +64,7 @@ class BaseClient:
             timeout_s=timeout_s,
             shared_memory=shared_memory,
             fingerprint=fingerprint,
+            connections=connections,
         )
         self.__setstate__(connection)
 

@@ -27,8 +27,12 @@ _OPTIONS: Final = (
 )
 
 
-def open_channel(connection: Connection) -> grpc.Channel:
+def open_channel(connection: Connection, *, own: bool = False) -> grpc.Channel:
     """Returns a channel, which connects at its first call.
+
+    Args:
+        connection: What it is made of.
+        own: Whether it has a connection of its own; others with equal settings share one.
 
     Raises:
         FailedPreconditionError: if gRPC would not work in this forked process.
@@ -37,25 +41,27 @@ def open_channel(connection: Connection) -> grpc.Channel:
     fork.check()
     connection.check_token()
     if connection.tls is None:
-        return grpc.insecure_channel(connection.uri, options=_options(connection))
-    return grpc.secure_channel(connection.uri, _credentials(connection), options=_options(connection))
+        return grpc.insecure_channel(connection.uri, options=_options(connection, own))
+    return grpc.secure_channel(connection.uri, _credentials(connection), options=_options(connection, own))
 
 
-def open_async_channel(connection: Connection) -> grpc.aio.Channel:
+def open_async_channel(connection: Connection, *, own: bool = False) -> grpc.aio.Channel:
     """Returns a channel for the running event loop; see `open_channel`."""
     fork.check()
     connection.check_token()
     if connection.tls is None:
-        return grpc.aio.insecure_channel(connection.uri, options=_options(connection))
-    return grpc.aio.secure_channel(connection.uri, _credentials(connection), options=_options(connection))
+        return grpc.aio.insecure_channel(connection.uri, options=_options(connection, own))
+    return grpc.aio.secure_channel(connection.uri, _credentials(connection), options=_options(connection, own))
 
 
-def _options(connection: Connection) -> list[tuple[str, Any]]:
+def _options(connection: Connection, own: bool) -> list[tuple[str, Any]]:
     options: list[tuple[str, Any]] = [*_OPTIONS, ("grpc.service_config", connection.service_config)]
     options.append(("grpc.primary_user_agent", f"layertap/{__version__}"))
     if threads.are_patched():
         # A thread of gRPC's that waits for answers would stop all others.
         options.append(("SingleThreadedUnaryStream", 1))
+    if own:
+        options.append(("grpc.use_local_subchannel_pool", 1))
     if connection.is_local:
         options.append(("grpc.enable_http_proxy", 0))
     if connection.tls is not None and connection.tls.server_name:

@@ -34,6 +34,8 @@ _RETRY: Final = {
     "retryableStatusCodes": ["UNAVAILABLE", "RESOURCE_EXHAUSTED", "CANCELLED"],
 }
 
+MAX_CONNECTIONS: Final = 256
+
 Option = tuple[str, str | int]
 
 Metadata: TypeAlias = Mapping[str, str | bytes] | Sequence[tuple[str, str | bytes]]
@@ -97,6 +99,7 @@ class Connection:
         shared_memory: Whether layers come through memory shared with the server.
         fingerprint: The only model that may answer; None: the first that does.
         plaintext_token: Whether the token may go to another host unencrypted.
+        connections: How many connections to the server; None: as many as it has processes, where that pays.
     """
 
     target: str
@@ -108,6 +111,7 @@ class Connection:
     shared_memory: bool = False
     fingerprint: str | None = None
     plaintext_token: bool = False
+    connections: int | None = None
 
     @property
     def uri(self) -> str:
@@ -212,6 +216,7 @@ def resolve(
     timeout_s: float | None = None,
     shared_memory: bool = False,
     fingerprint: str | None = None,
+    connections: int | None = None,
 ) -> Connection:
     """Returns what a client is to use: its arguments, else LAYERTAP_… variables, else defaults.
 
@@ -223,6 +228,8 @@ def resolve(
         timeout_s = _seconds(environment.get("LAYERTAP_TIMEOUT_S") or DEFAULT_TIMEOUT_S)
     if not 0 <= retries <= _MAX_RETRIES:
         raise InvalidArgumentError(f"retries is {retries}; it runs from 0 to {_MAX_RETRIES}")
+    if connections is not None and not 1 <= connections <= MAX_CONNECTIONS:
+        raise InvalidArgumentError(f"connections is {connections}; it runs from 1 to {MAX_CONNECTIONS}")
     if fingerprint is not None and not fingerprint:
         raise InvalidArgumentError("fingerprint is no fingerprint; pass the one that model_info() has")
     token = environment.get("LAYERTAP_TOKEN") if token is None else token
@@ -238,6 +245,7 @@ def resolve(
         shared_memory=shared_memory,
         fingerprint=fingerprint,
         plaintext_token=tls is False,
+        connections=connections,
     )
     found.uri  # noqa: B018  # Refuses what is no target.
     found.check_token()

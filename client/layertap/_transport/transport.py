@@ -1,4 +1,4 @@
-"""The calls of a synchronous client over its one channel, which is opened at the first call and anew in a forked child.
+"""The calls of a synchronous client over its channels, the first opened at the first call and anew in a forked child.
 
 Sends what `requests` makes, reads answers with `responses` and `assembler`, and raises failures as layertap's errors;
 `async_transport` is its twin. Imported at the first call of a client, because importing gRPC reads the environment.
@@ -28,13 +28,15 @@ from layertap._shared_memory.mapping import SharedCall, SharedMemory, take
 from layertap._shared_memory.session import Lease
 from layertap._transport import fork
 from layertap._transport.channel import open_channel
+from layertap._transport.connections import BUSY_CALL_COUNT, INFO_TIMEOUT_S, Opened, Spread, least_busy
 from layertap._transport.duplex import DuplexChannel
 from layertap._transport.embed_stream import EmbedStream, Groups
 from layertap._transport.settings import CallSettings, Connection, StreamSettings
 from layertap._transport.status import REQUEST_ID, translate
+from layertap._transport.stream_calls import Endpoint
 from layertap._transport.sync_bridge import SyncBridge
 from layertap._transport.threads import check_threads
-from layertap.errors import FailedPreconditionError
+from layertap.errors import FailedPreconditionError, LayertapError
 from layertap.results.embedding import Embedding
 from layertap.results.streamed import LayerRows, StreamResult
 from layertap.types import ModelInfo
@@ -75,42 +77,102 @@ class Transport:
         self._memory = memory
         self._lock = threading.Lock()
         self._given = channel
-        self._opened: tuple[grpc.Channel, Lease] | None = None
+        self._opened: list[Opened[grpc.Channel, Lease]] = []
+        self._spread = Spread(1)
+        self._spreading = threading.Lock()
         self._model: ModelInfo | None = None
         self._bridges: set[SyncBridge] = set()
         self._pid = 0
         self._closed = False
 
-    def open(self) -> tuple[grpc.Channel, Lease]:
-        """Returns the channel and the memory shared over it.
+    def open(self) -> Opened[grpc.Channel, Lease]:
+        """Returns the first connection.
 
         Raises:
             FailedPreconditionError: if the client is closed.
         """
         opened = self._opened
-        return self._open() if opened is None or self._pid != os.getpid() else opened
+        return self._open() if not opened or self._pid != os.getpid() else opened[0]
 
-    def _open(self) -> tuple[grpc.Channel, Lease]:
+    @contextlib.contextmanager
+    def _connection(self) -> Iterator[Opened[grpc.Channel, Lease]]:
+        """Gives one call the connection with the fewest calls."""
+        connection = self.open()
+        if not self._spread.decided and connection.call_count >= BUSY_CALL_COUNT:
+            self._open_more(wait=False)
+        with self._lock:
+            if len(opened := self._opened) > 1:
+                connection = opened[least_busy(opened)]
+            connection.call_count += 1
+        try:
+            yield connection
+        finally:
+            with self._lock:
+                connection.call_count -= 1
+
+    def _open(self) -> Opened[grpc.Channel, Lease]:
         with self._lock:
             if self._closed:
                 raise FailedPreconditionError(CLOSED)
             fork.check()  # First: where gRPC would hang, it does so already when a parent's channel is released.
-            if self._opened is None or self._pid != os.getpid():
-                self._opened = None  # The channel of a parent is released first.
+            if not self._opened or self._pid != os.getpid():
+                self._opened = []  # The channel of a parent is released first.
                 self._bridges = set()
-                channel = self._given or open_channel(self.connection)
-                lease = Lease(channel, self._memory, target=self.connection.target, metadata=self.connection.metadata)
+                self._spread = Spread(1 if self._given else self.connection.connections)
+                self._spreading = threading.Lock()
+                opened = self._lend(self._given or open_channel(self.connection))
                 self._pid = os.getpid()
-                self._opened = channel, lease
-            return self._opened
+                self._opened = [opened]
+            return self._opened[0]
+
+    def _lend(self, channel: grpc.Channel) -> Opened[grpc.Channel, Lease]:
+        connection = self.connection
+        lease = Lease(channel, self._memory, target=connection.target, metadata=connection.metadata)
+        return Opened(channel=channel, lease=lease)
+
+    def _open_more(self, *, wait: bool) -> None:
+        """Opens further connections, once; what stands in the way leaves the client with those that it has.
+
+        Args:
+            wait: Whether to wait for another thread that is about it.
+        """
+        spread, spreading = self._spread, self._spreading
+        if not spreading.acquire(blocking=wait):
+            return
+        channel: grpc.Channel | None = None
+        try:
+            if not spread.decided:
+                spread.begin(self._info(self.open().channel))
+            while not spread.decided:
+                channel = open_channel(self.connection, own=True)
+                if spread.takes(self._info(channel)):
+                    with self._lock:
+                        if self._closed:
+                            break
+                        self._opened.append(self._lend(channel))
+                else:
+                    channel.close()
+                channel = None
+        except (grpc.RpcError, ValueError, LayertapError):
+            spread.decided = True
+        finally:
+            if channel is not None:
+                channel.close()
+            spreading.release()
+
+    def _info(self, channel: grpc.Channel) -> pb.GetModelInfoResponse:
+        method = channel.unary_unary(requests.SERVICE + "GetModelInfo", None, None)
+        raw = method(b"", timeout=INFO_TIMEOUT_S, metadata=self.connection.metadata)
+        return responses.read_whole(raw, pb.GetModelInfoResponse)
 
     def unary(self, request: requests.Unary[ResponseT], call: CallSettings) -> Reply[ResponseT]:
         """Sends one request and waits for its answer."""
-        method = self.open()[0].unary_unary(requests.SERVICE + request.rpc, None, None)
         try:
-            raw, ended = method.with_call(
-                request.request.SerializeToString(), timeout=call.timeout_s, metadata=call.metadata
-            )
+            with self._connection() as connection:
+                method = connection.channel.unary_unary(requests.SERVICE + request.rpc, None, None)
+                raw, ended = method.with_call(
+                    request.request.SerializeToString(), timeout=call.timeout_s, metadata=call.metadata
+                )
         except (grpc.RpcError, ValueError) as exc:
             raise self._error(exc, call) from exc
         trailing = ended.trailing_metadata()
@@ -157,11 +219,11 @@ class Transport:
         self, request: requests.Embed, call: CallSettings, assembler: EmbedAssembler | None = None
     ) -> Generator[Part, None, None]:
         """Sends one EmbedLayers and yields its messages; the assembler gets the name of the call at its end."""
-        channel, lease = self.open()
-        method = channel.unary_stream(requests.SERVICE + "EmbedLayers", None, None)
         message = request.layers()
         with contextlib.ExitStack() as stack:
-            shared = lease.begin(call.timeout_s)
+            connection = stack.enter_context(self._connection())
+            method = connection.channel.unary_stream(requests.SERVICE + "EmbedLayers", None, None)
+            shared = connection.lease.begin(call.timeout_s)
             if shared is not None:
                 stack.callback(shared.end)
                 message.options.shared_memory.CopyFrom(shared.use)
@@ -190,15 +252,20 @@ class Transport:
     def _results(
         self, state: StreamState, items: Iterable[InputItem] | list[pb.Input], settings: StreamSettings
     ) -> Generator[StreamResult, None, None]:
-        async def begin(timeout_s: float) -> SharedCall | None:
-            return await asyncio.to_thread(self.open()[1].begin, timeout_s) if self._memory.wanted else None
+        first = self.open()
 
-        channel, _ = self.open()
+        async def more() -> list[Endpoint]:
+            await asyncio.to_thread(self._open_more, wait=True)
+            return [self._endpoint(one) for one in self._opened if one is not first]
 
         def start() -> Groups:
-            duplex = DuplexChannel(channel)
             return EmbedStream(
-                channel=duplex, connection=self.connection, begin=begin, state=state, items=items, settings=settings
+                endpoint=self._endpoint(first),
+                more=more,
+                connection=self.connection,
+                state=state,
+                items=items,
+                settings=settings,
             ).results()
 
         bridge = SyncBridge(start)
@@ -215,18 +282,25 @@ class Transport:
                 self._bridges.discard(bridge)
             bridge.close()
 
+    def _endpoint(self, opened: Opened[grpc.Channel, Lease]) -> Endpoint:
+        async def begin(timeout_s: float) -> SharedCall | None:
+            return await asyncio.to_thread(opened.lease.begin, timeout_s) if self._memory.wanted else None
+
+        return Endpoint(channel=DuplexChannel(opened.channel), begin=begin)
+
     def close(self) -> None:
         """Ends the calls under way, and the channel if the client has opened it."""
         with self._lock:
             self._closed = True
-            opened, self._opened = self._opened, None
+            opened, self._opened = self._opened, []
             bridges, self._bridges = self._bridges, set()
         if self._pid != os.getpid():
             return
         for bridge in bridges:
             bridge.cancel()
-        if opened is not None and self._given is None:
-            opened[0].close()
+        if self._given is None:
+            for one in opened:
+                one.channel.close()
 
     def _error(self, exc: Exception, call: CallSettings) -> Exception:
         return translate(exc, self.connection, call.timeout_s, closed=self._closed)

@@ -13,13 +13,13 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from support import answers
 from support.answers import Answer, Message
+from support.streams import OneConnection
 
 import layertap
 from layertap import DataLossError, Embedding, LayerRows, LayertapError, StreamResult, wire
 from layertap._protocol.assembler import EmbedAssembler, LayerAssembler
 from layertap._protocol.responses import ModelPin, read_embedding
 from layertap._protocol.result_builder import build_tokens
-from layertap._protocol.stream_state import StreamState
 from layertap.v1 import embedding_pb2 as pb
 from layertap_server.model.tokenized import Tokenized
 from layertap_server.observability.call_log import Phase, Record
@@ -543,9 +543,9 @@ def stream_results(answer: Answer) -> list[Result]:
     return [Result(id=n, tokenized=one, parts=parts[n], timings=TIMINGS) for n, one in enumerate(answer.tokenized)]
 
 
-def sent_ledger(answer: Answer, *, ordered: bool = True) -> StreamState:
+def sent_ledger(answer: Answer, *, ordered: bool = True) -> OneConnection:
     """Returns a ledger that waits for the answers to all texts."""
-    ledger = StreamState(answer.options, ordered=ordered)
+    ledger = OneConnection(answer.options, ordered=ordered)
     for text in answer.texts:
         ledger.offer(text.input_ids.tolist())
     while ledger.has_unsent:

@@ -8,6 +8,7 @@ from typing import Any
 import grpc
 import numpy as np
 import pytest
+from support.streams import OneConnection
 
 from layertap import (
     DataLossError,
@@ -22,7 +23,6 @@ from layertap._protocol.assembler import EmbedAssembler, LayerAssembler
 from layertap._protocol.inputs import to_messages
 from layertap._protocol.options import embed_options
 from layertap._protocol.responses import ModelPin, read_embedding
-from layertap._protocol.stream_state import StreamState
 from layertap._transport.settings import resolve
 from layertap._transport.status import translate
 from layertap.v1 import embedding_pb2 as pb
@@ -61,8 +61,8 @@ def test_the_tensors_of_a_unary_answer_have_the_shapes_of_its_header() -> None:
         read_embedding(answer, to_messages("x"), POOLED, ModelPin())
 
 
-def opened(options: pb.EmbedOptions, unit: Any) -> StreamState:
-    state = StreamState(options, ordered=True)
+def opened(options: pb.EmbedOptions, unit: Any) -> OneConnection:
+    state = OneConnection(options, ordered=True)
     state.offer("x")
     state.take()
     state.feed(pb.EmbedStreamResponse(header=header(unit, texts=0)), memoryview(b""))

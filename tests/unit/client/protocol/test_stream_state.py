@@ -19,10 +19,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support import answers
 from support.answers import Answer
+from support.streams import OneConnection
 
 from layertap import DataLossError, FailedPreconditionError, InvalidArgumentError, StreamResult, UnavailableError
 from layertap._protocol import stream_state
-from layertap._protocol.stream_state import StreamState
 from layertap._transport import input_reader
 from layertap.v1 import embedding_pb2 as pb
 from layertap_server.protocol import responses
@@ -35,20 +35,20 @@ ANSWER = answers.make([2, 1, 3, 2, 1, 2], [answers.hidden_states([0, 2], 3), ans
 GONE = UnavailableError("the server is gone")
 
 
-def opened(answer: Answer = ANSWER, *, ordered: bool = True, offered: int | None = None) -> StreamState:
+def opened(answer: Answer = ANSWER, *, ordered: bool = True, offered: int | None = None) -> OneConnection:
     """Returns a ledger whose connection has opened, with the texts of an answer offered."""
-    made = StreamState(answer.options, ordered=ordered)
+    made = OneConnection(answer.options, ordered=ordered)
     for text in answer.texts[:offered]:
         made.offer(text.input_ids.tolist())
     open_again(made, answer)
     return made
 
 
-def open_again(to: StreamState, answer: Answer = ANSWER) -> None:
+def open_again(to: OneConnection, answer: Answer = ANSWER) -> None:
     to.feed(pb.EmbedStreamResponse(header=responses.header(answers.IDENTITY, answer.plan)), memoryview(b""))
 
 
-def send_all(of: StreamState) -> list[int]:
+def send_all(of: OneConnection) -> list[int]:
     """Takes everything that is to be sent; returns the ids."""
     ids = []
     while of.has_unsent:
@@ -132,7 +132,7 @@ def test_items_leave_in_order_with_their_positions_as_ids_and_answers_come_back(
 
 def test_the_opening_carries_options_and_order() -> None:
     for ordered, order in ((True, pb.RESULT_ORDER_AS_SENT), (False, pb.RESULT_ORDER_AS_FINISHED)):
-        opening = StreamState(ANSWER.options, ordered=ordered).opening
+        opening = OneConnection(ANSWER.options, ordered=ordered).opening
         assert opening.options.options == ANSWER.options and opening.options.order == order
 
 
@@ -255,7 +255,7 @@ def test_another_model_is_refused_and_the_same_one_is_not() -> None:
 
 
 def test_items_and_bytes_ahead_are_bounded() -> None:
-    to = StreamState(ANSWER.options, ordered=True)
+    to = OneConnection(ANSWER.options, ordered=True)
     count = 0
     while to.has_room:
         to.offer("x")
@@ -270,7 +270,7 @@ def test_items_and_bytes_ahead_are_bounded() -> None:
         to.feed(*failure(index))
     assert not to.has_room, "an answer that was not handed out takes room too"
     assert len(to.ready()) == quarter + 1 and to.has_room
-    large = StreamState(ANSWER.options, ordered=True)
+    large = OneConnection(ANSWER.options, ordered=True)
     while large.has_room:
         large.offer("x" * (1 << 20))
         count += 1
@@ -285,7 +285,7 @@ def test_items_and_bytes_ahead_are_bounded() -> None:
 
 
 def test_messages_are_bounded() -> None:
-    to = StreamState(ANSWER.options, ordered=True)
+    to = OneConnection(ANSWER.options, ordered=True)
     for _ in range(1000):
         to.offer("short")
     while to.has_unsent:
@@ -389,7 +389,7 @@ def test_tokens_that_were_asked_for_and_are_missing_are_a_data_loss(count: int) 
 
 
 def test_a_connection_must_open_with_a_header() -> None:
-    to = StreamState(ANSWER.options, ordered=True)
+    to = OneConnection(ANSWER.options, ordered=True)
     to.offer("x")
     with pytest.raises(DataLossError, match="header"):
         to.feed(*failure(0))
@@ -409,7 +409,7 @@ def test_whatever_happens_each_item_is_answered_once(data: st.DataObject, ordere
         [answers.hidden_states([1, 2], 2), answers.pooled_vectors(0, 1)],
         "float32",
     )
-    to = StreamState(answer.options, ordered=ordered)
+    to = OneConnection(answer.options, ordered=ordered)
     open_again(to, answer)
     offered, lost_count = 0, 0
     at_server: list[int] = []
