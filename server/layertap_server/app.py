@@ -22,7 +22,7 @@ from layertap_server.config import Config, ConfigError
 from layertap_server.engine import cpu_threads, runtime
 from layertap_server.engine.encoder import Encoder
 from layertap_server.engine.oom_retry import with_oom_retry
-from layertap_server.listening import open_endpoint, open_listener
+from layertap_server.listening import listen_settings, open_endpoint, open_listener
 from layertap_server.loading import find_model, limits_of, timed
 from layertap_server.model.facts import ModelFacts
 from layertap_server.observability.bounded_streams import dropped_line_count
@@ -90,7 +90,8 @@ class App:
         """
         self._config, self._share = config, config.share
         self.http_url = self.metrics_url = ""
-        self._listener = listener or open_listener(config)
+        # Certificates start gRPC, which does not survive a fork.
+        self._listener = listener or (open_listener(config) if config.processes == 1 else None)
         self._make_encoder = make_encoder
         self._found = find_model(config)
         self.tokenizer = self._found.tokenizer
@@ -106,7 +107,7 @@ class App:
                     "model_id": self._found.checkpoint.name,
                     "devices": ",".join(self._found.devices),
                     "dtype": self._found.dtype,
-                    "address": self._listener.address,
+                    "address": listen_settings(config).address(config.port),
                 }
             },
         )
@@ -129,6 +130,7 @@ class App:
             return
         self._prepared, self._process = True, process
         config, found = self._share, self._found
+        self._listener = self._listener or open_listener(self._config)
         encoders = self._encoders = self._encoders or found.encoders(self._make_encoder, before_fork=False)
         model = self.model = found.facts(has_pooler=encoders[0].has_pooler)
         config.check_output_bytes((model.layer_count + 1) * model.max_length * model.hidden_size * 4)
@@ -216,6 +218,7 @@ class App:
         self.prepare()
         config = self._config
         self._show_metrics()
+        assert self._listener is not None
         server = self._listener.make_server(self.metrics or Hooks())
         server.add_generic_rpc_handlers(tuple(self._handlers.values()))
         health = add_standard_services(server, *self._handlers) if standard_services else HealthService(())
@@ -294,6 +297,7 @@ class App:
         from layertap_server.compat.openai import OpenAI
 
         config = self._share
+        assert self._listener is not None
         api = OpenAI(
             model=self.model,
             sentences=self._found.sentences,

@@ -69,9 +69,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     # The tokenizers' own threads take what came first: short texts on the event loop would wait for long ones.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
-        from layertap_server.listening import open_listener
+        from layertap_server.forked import in_child
+        from layertap_server.listening import check_listening, open_listener
 
-        listener = open_listener(config)
+        # In a child, if this process is to be forked: certificates start gRPC, which does not survive that.
+        listener = open_listener(config) if config.processes == 1 else in_child(lambda: check_listening(config))
     except ConfigError as exc:
         return _fail(str(exc))
     except ModuleNotFoundError as exc:
@@ -81,7 +83,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         # Only now, since it imports torch, which takes seconds: a wrong address is refused at once.
         from layertap_server.app import App
 
-        return App(config, listener=listener if config.processes == 1 else None)
+        return App(config, listener=listener)
 
     return run(config, make_app)
 

@@ -16,20 +16,40 @@ if TYPE_CHECKING:
 def open_listener(config: Config) -> Listener:
     """Returns where a server with these settings listens, with the ports of its metrics and of HTTP checked too.
 
+    With several processes no port is checked: others listen already.
+
     Raises:
         ConfigError: if an address cannot be listened on, or a file of TLS or tokens cannot be used.
     """
     try:
         listener = Listener(listen_settings(config))
-        if config.metrics_port >= 0:
-            check_port(config.metrics_host, config.metrics_port, flag="--metrics-port")
-        if config.http_port >= 0:
-            check_port(config.host, config.http_port, flag="--http-port")
-            if importlib.util.find_spec("uvicorn") is None:
-                raise ConfigError("--http-port needs packages (uvicorn): pip install 'layertap[server,http]'")
+        if config.processes == 1:
+            _check_other_ports(config)
     except ListenError as exc:
         raise ConfigError(str(exc)) from exc
     return listener
+
+
+def check_listening(config: Config) -> None:
+    """Checks what several processes need to listen: files, limits, and the ports beside that of gRPC.
+
+    Raises:
+        ConfigError: if something cannot be used, or a limit is too small to be shared out.
+    """
+    open_listener(config)
+    try:
+        _check_other_ports(config)
+    except ListenError as exc:
+        raise ConfigError(str(exc)) from exc
+
+
+def _check_other_ports(config: Config) -> None:
+    if config.metrics_port >= 0:
+        check_port(config.metrics_host, config.metrics_port, flag="--metrics-port")
+    if config.http_port >= 0:
+        check_port(config.host, config.http_port, flag="--http-port")
+        if importlib.util.find_spec("uvicorn") is None:
+            raise ConfigError("--http-port needs packages (uvicorn): pip install 'layertap[server,http]'")
 
 
 def open_endpoint(registry: Registry, config: Config) -> Endpoint:
