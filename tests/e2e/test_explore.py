@@ -6,13 +6,15 @@ import base64
 import io
 import json
 import re
+import socket
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from explore.process import Page, exploring
-from support import ROOT, Server
+from support import ROOT, Server, poll, running
 
 from layertap import Client, Pooling, TokenIds, analysis
 from layertap.cli import main
@@ -282,6 +284,43 @@ def test_without_a_server_the_page_says_so() -> None:
         error = page.refusal("info")
         assert error["code"] == "UNAVAILABLE" and "127.0.0.1:1" in error["details"]
         assert page.request("GET", page.path)[0] == 200
+
+
+def test_a_server_that_comes_back_with_another_model_is_taken(tiny_folder: Path, real_folder: Path) -> None:
+    with running("--device", "cpu", "--model-id", str(tiny_folder)) as server, exploring(server.address) as page:
+        before, _ = page.ask("info")
+        page.ask("change", texts=BANKS)
+        assert server.stop() == 0
+        again = ["--port", server.address.rpartition(":")[2], "--model-id", str(real_folder), "--device", "cpu"]
+        with running(*again):
+            poll(lambda: _answers(page))
+            after, _ = page.ask("info")
+            assert after["fingerprint"] != before["fingerprint"] and after["layer_count"] == 6
+            assert page.ask("change", texts=BANKS)[1]["norm_0"].shape == (7, 11)
+
+
+def _answers(page: Page) -> bool:
+    return page.post("info", b"{}")[0] == 200
+
+
+def test_a_page_that_leaves_ends_its_call(page: Page) -> None:
+    body = json.dumps({"texts": BANKS, "copies": 256}).encode()
+    host, port = page.host.split(":")
+    head = f"POST {page.path}api/layers HTTP/1.1\r\nHost: {page.host}\r\nOrigin: http://{page.host}\r\n"
+    for _ in range(3):
+        with socket.create_connection((host, int(port))) as connection:
+            connection.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
+            assert connection.recv(1024).startswith(b"HTTP/1.1 200")
+    assert page.ask("change", texts=BANKS)[1]  # The command has said nothing about it: see `exploring`.
+
+
+def test_the_browser_is_opened_at_the_address(real_server: Server, tmp_path: Path) -> None:
+    browser, told = tmp_path / "browser", tmp_path / "told"
+    browser.write_text(f'#!/bin/sh\nprintf %s "$1" > {told}.new && mv {told}.new {told}\n')
+    browser.chmod(0o755)
+    with exploring(real_server.address, "--browser", environment={"BROWSER": f"{browser} %s"}) as page:
+        poll(told.exists)
+        assert told.read_text() == page.url
 
 
 def test_a_wrong_target_or_port_is_wrong_usage(capsys: pytest.CaptureFixture[str], page: Page) -> None:

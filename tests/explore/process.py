@@ -5,11 +5,12 @@ from __future__ import annotations
 import contextlib
 import http.client
 import json
+import os
 import struct
 import subprocess
 import sys
 import urllib.parse
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -72,10 +73,11 @@ def messages(data: bytes) -> Iterator[tuple[dict[str, Any], dict[str, np.ndarray
 
 
 @contextlib.contextmanager
-def exploring(target: str, *flags: str) -> Iterator[Page]:
+def exploring(target: str, *flags: str, environment: Mapping[str, str] | None = None) -> Iterator[Page]:
     """Runs the command against a server, and checks that it says nothing but its address."""
     command = [sys.executable, "-m", "layertap", "explore", "--no-browser", "--target", target, *flags]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, env={**os.environ, **(environment or {})}, **pipes) as process:
         assert process.stdout is not None and process.stderr is not None
         try:
             yield Page(process.stdout.readline().strip())

@@ -30,7 +30,6 @@ def show(page: Page, view: str, first: str | None = None, second: str | None = N
         if text is not None:
             page.fill(f"#text-{n}", text)
     page.click(f"#tab-{view}")
-    page.wait_for_timeout(250)  # The pause after the last key, before the page asks.
     idle(page)
 
 

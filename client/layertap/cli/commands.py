@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import threading
 import webbrowser
 from collections.abc import Sequence
 from pathlib import Path
@@ -120,7 +121,8 @@ def explore(args: argparse.Namespace) -> int:
     def opened(address: str) -> None:
         parsing.mention(address)
         if args.browser:
-            webbrowser.open(address)
+            # A browser in a terminal returns only when it is left.
+            threading.Thread(target=webbrowser.open, args=(address,), daemon=True).start()
 
     try:
         server.run(args.target, timeout_s=args.timeout_s, port=args.port, opened=opened)

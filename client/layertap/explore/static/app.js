@@ -50,12 +50,17 @@ export async function run(work) {
     if (own === asking) fault(null);
   } catch (error) {
     if (error.name === "AbortError" || own !== asking) return;
-    if (error instanceof Gone || error.code === "UNAVAILABLE") setAway(error);
-    else if (error instanceof Refusal) fault(error.message);
-    else throw error;
+    fail(error, fault);
   } finally {
-    if (own === asking) by("panel").setAttribute("aria-busy", "false");
+    if (own === asking && !own.signal.aborted) by("panel").setAttribute("aria-busy", "false");
   }
+}
+
+// Shows an error: a lost server at the top and until it is back, a refusal by `refused`.
+export function fail(error, refused) {
+  if (error instanceof Gone || error.code === "UNAVAILABLE") setAway(error);
+  else if (error instanceof Refusal) refused(error.message);
+  else throw error;
 }
 
 function fault(words) {
@@ -81,6 +86,7 @@ function open(view) {
   }
   history.replaceState(null, "", `#${view.id}`);
   by("panel").setAttribute("aria-labelledby", `tab-${view.id}`);
+  page.shown?.leave?.();
   by("panel").replaceChildren();
   by("about").textContent = view.about;
   stop();
@@ -252,6 +258,8 @@ function start() {
   by("inputs").addEventListener("submit", (event) => event.preventDefault());
   by("inputs").addEventListener("input", () => {
     clearTimeout(typing);
+    asking?.abort();
+    by("panel").setAttribute("aria-busy", "true");
     typing = setTimeout(refresh, TYPING_MS);
   });
   by("layer").addEventListener("input", () => chooseLayer(Number(by("layer").value)));

@@ -1,7 +1,7 @@
 // Neighbours: a list of sentences, embedded once, and those nearest to the first sentence in each layer.
 
 import { Refusal, ask, messages } from "./api.js";
-import { fields, page, refresh, run } from "./app.js";
+import { fail, fields, page, refresh } from "./app.js";
 import { Chart } from "./chart.js";
 import { fixed, make, select } from "./dom.js";
 import { Picture } from "./picture.js";
@@ -135,46 +135,46 @@ export default {
       }
     }
 
-    function embed() {
+    let embedding = null;
+
+    // Embeds the sentences. What is typed meanwhile does not end it; another view, or another list, does.
+    async function embed() {
       const sentences = list.value
         .split("\n")
         .map((line) => line.trim())
         .filter((line) => line);
+      embedding?.abort();
+      const { signal } = (embedding = new AbortController());
       fault(null);
-      return run(async (signal) => {
-        go.disabled = true;
-        progress.hidden = false;
-        progress.value = 0;
-        told.textContent = `0 of ${sentences.length}`;
-        try {
-          const { texts, ...cut } = fields();
-          const asked = {
-            ...cut,
-            pooling: state.pooling,
-            ...(state.column ? { column: state.column } : { sentences }),
-          };
-          for await (const message of messages("corpus", asked, { signal })) {
-            if (message.corpus) {
-              state.corpus = message.corpus;
-              const bad = message.bad.length
-                ? `; ${message.bad.length} failed, the first: line ${message.bad[0].index + 1}: ${message.bad[0].details}`
-                : "";
-              told.textContent = `${message.sentence_count} sentences${bad}`;
-            } else {
-              progress.value = message.done_count / message.total;
-              told.textContent = `${message.done_count} of ${message.total}`;
-            }
+      go.disabled = true;
+      progress.hidden = false;
+      progress.value = 0;
+      told.textContent = `0 of ${sentences.length}`;
+      try {
+        const { texts, ...cut } = fields();
+        const source = state.column ? { column: state.column } : { sentences };
+        for await (const message of messages("corpus", { ...cut, pooling: state.pooling, ...source }, { signal })) {
+          if (message.corpus) finish(message);
+          else {
+            progress.value = message.done_count / message.total;
+            told.textContent = `${message.done_count} of ${message.total}`;
           }
-        } catch (error) {
-          if (!(error instanceof Refusal) || error.code === "UNAVAILABLE") throw error;
-          fault(error.message);
-          return;
-        } finally {
-          go.disabled = false;
-          progress.hidden = true;
         }
-        await load(signal);
-      });
+      } catch (error) {
+        told.textContent = "";
+        if (error.name !== "AbortError") fail(error, fault);
+      } finally {
+        go.disabled = false;
+        progress.hidden = true;
+      }
+    }
+
+    function finish({ corpus, sentence_count: count, bad }) {
+      state.corpus = corpus;
+      const [first] = bad;
+      const failed = first ? `; ${bad.length} failed, the first: line ${first.index + 1}: ${first.details}` : "";
+      told.textContent = `${count} sentences${failed}`;
+      refresh();
     }
 
     async function load(signal) {
@@ -259,7 +259,7 @@ export default {
       refresh: (signal) => load(signal),
       chooseLayer: () => found && state.corpus && draw(),
       redraw: () => found && state.corpus && draw(),
-      again: refresh,
+      leave: () => embedding?.abort(),
     };
   },
 };
