@@ -9,13 +9,14 @@
 # 2. **Embeddings**: the last hidden state, the pooler output, all hidden states.
 # 3. **Pictures**: how each token changes from layer to layer, how alike the tokens of a sentence are, how one word
 #    parts ways in two contexts, and where each token looks.
+# 4. **A long document**: more tokens than the model has positions, and a vector for each of its sentences.
 
 # %%
 import os
 
 import numpy as np
 
-from layertap import Client, TokenIds, analysis, plot
+from layertap import Client, TokenIds, Windows, analysis, plot
 
 client = Client(os.environ.get("LAYERTAP_TARGET", "127.0.0.1:50051"))
 info = client.model_info()
@@ -160,6 +161,35 @@ maps = plot.projection(contexts, layers=[0, info.layer_count // 2, info.layer_co
 # %%
 chosen = [round(part * (info.attention_head_count - 1) / 3) for part in range(4)]
 looks = plot.attention(spoken, layer=-1, heads=chosen)
+
+# %% [markdown]
+# ## 4. A long document
+#
+# The model has positions for so many tokens. `windows=` lets a longer text run as windows that overlap, and answers as
+# if it were one text: one row for each token. `spans=` makes a vector of each sentence out of the rows that it has in
+# the whole document.
+
+# %%
+topics = [
+    "Rivers carry water from the mountains to the sea.",
+    "Banks lend money and pay interest on what they keep.",
+    "A guitar has six strings and a hollow body.",
+]
+sentences = [f"{sentence} " for sentence in topics for _ in range(40)]
+ends = np.cumsum([len(one) for one in sentences])
+spans = np.stack([ends - [len(one) for one in sentences], ends - 1], axis=1)
+long = client.embed("".join(sentences), windows=Windows(stride=128), spans=spans, layers=-1)
+print(f"{long.token_counts[0]} tokens, {info.max_length} positions: {long.window_counts[0]} windows")
+print(long.last_hidden_state.shape, long.spans.padded.shape)
+
+# %% [markdown]
+# The sentence nearest to a question, by the cosine of their vectors:
+
+# %%
+question = client.embed("How many strings does a guitar have?", pooling="mean").pooled[0]
+vectors = long.spans.ragged()[0]
+cosines = vectors @ question / np.linalg.norm(vectors, axis=1) / np.linalg.norm(question)
+print(sentences[int(cosines.argmax())])
 
 # %%
 client.close()

@@ -29,10 +29,22 @@ from layertap.results.attentions import Attentions
 from layertap.results.embedding import Embedding
 from layertap.results.export import TorchEmbedding
 from layertap.results.hidden_states import HiddenStates
+from layertap.results.spans import SpanVectors
 from layertap.results.streamed import LayerRows, StreamResult
 from layertap.results.tokens import Tokens
 from layertap.results.words import MixedRows, Words
-from layertap.types import LayerMix, Limits, ModelInfo, ModelRef, Pooling, SentenceConfig, Timings, TokenIds, Windows
+from layertap.types import (
+    LayerMix,
+    Limits,
+    ModelInfo,
+    ModelRef,
+    Pooling,
+    SentenceConfig,
+    Spanned,
+    Timings,
+    TokenIds,
+    Windows,
+)
 from layertap.wire import keep_pages
 
 __all__ = [
@@ -63,6 +75,8 @@ __all__ = [
     "Pooling",
     "ResourceExhaustedError",
     "SentenceConfig",
+    "SpanVectors",
+    "Spanned",
     "StatusCode",
     "StreamResult",
     "Timings",

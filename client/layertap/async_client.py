@@ -12,7 +12,15 @@ from typing import TYPE_CHECKING, Self, Unpack
 from layertap._encode import AsyncSentenceClient
 from layertap._protocol import requests, responses
 from layertap._protocol.inputs import InputItem, Inputs, check_items
-from layertap._protocol.options import EmbedOptions, LayerOptions, OnError, TokenizeOptions, check_names, raises
+from layertap._protocol.options import (
+    EmbedOptions,
+    LayerOptions,
+    OnError,
+    SpanOptions,
+    TokenizeOptions,
+    check_names,
+    raises,
+)
 from layertap._protocol.stream_state import StreamState
 from layertap._transport.readiness import PASSING, Readiness
 from layertap._transport.settings import DEFAULT_TIMEOUT_S, Metadata
@@ -78,7 +86,7 @@ class AsyncClient(AsyncSentenceClient):
         *,
         timeout_s: float | None = None,
         metadata: Metadata = (),
-        **options: Unpack[EmbedOptions],
+        **options: Unpack[SpanOptions],
     ) -> Embedding:
         """See `Client.embed`."""
         return await self._transport.embed(requests.embed(inputs, options), self._connection.call(timeout_s, metadata))

@@ -14,7 +14,15 @@ from typing import TYPE_CHECKING, Self, Unpack
 from layertap._encode import SentenceClient
 from layertap._protocol import requests, responses
 from layertap._protocol.inputs import InputItem, Inputs, check_items
-from layertap._protocol.options import EmbedOptions, LayerOptions, OnError, TokenizeOptions, check_names, raises
+from layertap._protocol.options import (
+    EmbedOptions,
+    LayerOptions,
+    OnError,
+    SpanOptions,
+    TokenizeOptions,
+    check_names,
+    raises,
+)
 from layertap._protocol.stream_state import StreamState
 from layertap._transport.readiness import PASSING, Readiness
 from layertap._transport.settings import DEFAULT_TIMEOUT_S, Metadata
@@ -106,7 +114,7 @@ class Client(SentenceClient):
         *,
         timeout_s: float | None = None,
         metadata: Metadata = (),
-        **options: Unpack[EmbedOptions],
+        **options: Unpack[SpanOptions],
     ) -> Embedding:
         """Embeds texts and returns all requested outputs, from one forward pass.
 
@@ -128,6 +136,10 @@ class Client(SentenceClient):
             max_length: The most tokens of one text; None: the model's.
             windows: Lets texts above max_length run as windows that overlap, `Windows(stride=128)`, instead of being
                 refused; `window_counts` of the answer says how many. Not for pairs, token ids and attentions.
+            spans: Parts of the text that get a vector each: (start, end) pairs, of several texts one list for each.
+                Vectors are made of the whole text's rows; see `Spanned`, which carries them with a text.
+            span_unit: What spans count: "characters" or "tokens".
+            span_pooling: How the rows of a span become its vector, as in `pooling`; None: "mean" if there are spans.
             return_tokens: Whether to return the tokens too.
             prompt: Put before each text as it stands, with its space; only plain strings take one. Tokens and their
                 offsets are those of both together; pools leave it out if `model_info().sentence_config` says so.

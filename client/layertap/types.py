@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -33,6 +33,9 @@ PoolingName: TypeAlias = Literal["mean", "cls", "max", "last", "mean_sqrt_len", 
 
 WordPoolingName: TypeAlias = Literal["first", "last", "mean", "first_last"]
 """How the rows of a word's tokens become one row."""
+
+SpanUnitName: TypeAlias = Literal["characters", "tokens"]
+"""What the bounds of spans count."""
 
 MixName: TypeAlias = Literal["mean", "sum", "concat", "weighted"]
 """How several layers become one."""
@@ -90,6 +93,22 @@ class Windows:
     """
 
     stride: int = 128
+
+
+@dataclasses.dataclass(frozen=True, slots=True, eq=False)
+class Spanned:
+    """A text of which some spans have vectors of their own, made of its tokens in the whole text (late chunking).
+
+    Attributes:
+        text: The text: whatever else an input may be.
+        spans: Start and end of each, the end not included; they may overlap. Shape: [span_count, 2].
+        unit: What they count: "characters" of a str, in Unicode code points and without its prompt, or "tokens",
+            special ones included.
+    """
+
+    text: Any
+    spans: npt.ArrayLike
+    unit: SpanUnitName = "characters"
 
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)

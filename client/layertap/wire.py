@@ -67,6 +67,12 @@ WORD_POOLINGS: dict[str, pb.WordPooling.ValueType] = {
 }
 """Ways to pool the pieces of a word by the names users give them."""
 
+SPAN_UNITS: dict[str, pb.SpanUnit.ValueType] = {
+    "characters": pb.SPAN_UNIT_CHARACTER,
+    "tokens": pb.SPAN_UNIT_TOKEN,
+}
+"""What the bounds of spans count, by the names users give them."""
+
 TRUNCATIONS: dict[str, pb.Truncation.ValueType] = {
     "error": pb.TRUNCATION_ERROR,
     "right": pb.TRUNCATION_RIGHT,

@@ -17,7 +17,7 @@ from support.in_process import serving
 from support.oracle import POOLINGS, Oracle, WordsReference
 from support.windows import WindowsReference
 
-from layertap import Client, InvalidArgumentError, LayerMix, Pooling, Windows
+from layertap import Client, InvalidArgumentError, LayerMix, Pooling, Spanned, TokenIds, Windows
 
 LONG = "The quick brown fox jumps over the lazy dog, and Résumé 東京 sleeps in Paris; unbelievably. " * 9
 SHORT = "I love Paris"
@@ -252,3 +252,86 @@ def test_a_text_of_100_000_tokens_within_the_default_limits(tmp_path: Path) -> N
         rows = found.ragged(-1)[0]
         assert worst(found.pools[0][0], rows.mean(0, dtype=np.float64)) <= BOUND
         assert np.array_equal(found.pools[1][0], rows.max(0))
+
+
+SPANS = [(0, 3), (4, 9), (100, 300), (0, len(LONG)), (250, 252), (2, 3), (len(LONG) - 20, len(LONG)), (99, 700)]
+
+
+def held(oracle: Oracle, text: str, span: tuple[int, int]) -> list[int]:
+    """Returns the tokens of a text that have a character of a span."""
+    found = oracle.tokenizer(text, return_offsets_mapping=True, return_special_tokens_mask=True)
+    rows = zip(found["offset_mapping"], found["special_tokens_mask"], strict=True)
+    return [n for n, ((a, b), special) in enumerate(rows) if not special and a < span[1] and b > span[0]]
+
+
+@pytest.mark.parametrize("text", [LONG, LONG[:60]], ids=["windows", "whole"])
+def test_spans_are_pooled_from_the_rows_of_the_whole_text(client: Client, oracle: Oracle, text: str) -> None:
+    spans = [span for span in SPANS if span[1] <= len(text)]
+    ways: list[Any] = [way for way in POOLINGS if way != "cls"]
+    shaped = [Pooling("mean", layer=LayerMix("mean", "all"), normalize=True), Pooling("max", layer=0, dimensions=7)]
+    found = client.embed([SHORT, text], spans=[[(0, 1)], spans], span_pooling=[*ways, *shaped], layers="all", **CUT)
+    assert found.spans.span_counts.tolist() == [1, len(spans)]
+    layers = [found.ragged(layer)[1] for layer in range(4)]
+    if text is LONG:
+        wanted = WindowsReference(oracle, text, max_length=LENGTH, stride=STRIDE).layers
+        assert all(worst(own, rows) <= BOUND for own, rows in zip(layers, wanted, strict=True))
+    for number, span in enumerate(spans):
+        tokens = held(oracle, text, span)
+        for n, way in enumerate(ways):
+            bound = BOUND * np.sqrt(len(tokens)) if way == "mean_sqrt_len" else BOUND
+            assert worst(found.spans.ragged(n)[1][number], POOLINGS[way](layers[-1][tokens])) <= bound, (span, way)
+        mixed = np.mean(layers, axis=0, dtype=np.float64)[tokens].mean(0)
+        assert worst(found.spans.ragged(len(ways))[1][number], mixed / np.linalg.norm(mixed)) <= BOUND
+        assert worst(found.spans.ragged(len(ways) + 1)[1][number], layers[0][tokens].max(0)[:7]) <= BOUND
+
+
+def test_spans_of_tokens_pairs_words_and_masks(client: Client) -> None:
+    items = [("a pair", "of two"), ["some", "words"], TokenIds([5, 6, 7, 8], [1, 0, 1, 1]), LONG]
+    spans = [(0, 3), (1, 4), (3, 4)]
+    for item in items:
+        found = client.embed([Spanned(item, spans, unit="tokens")], layers=-1, span_pooling="mean", **CUT)
+        rows, mask = found.ragged(-1)[0], found.attention_mask[0] == 1
+        for vector, (start, end) in zip(found.spans.ragged()[0], spans, strict=True):
+            assert worst(vector, rows[start:end][mask[start:end]].mean(0)) <= BOUND
+
+
+def test_spans_have_the_same_bits_in_every_call(client: Client) -> None:
+    options: dict[str, Any] = {"span_pooling": ["mean", "last"], "pooling": "mean", **CUT}
+    some = [Spanned(LONG, SPANS), SHORT, Spanned(SHORT, [(0, 3)]), Spanned(LONG, []), Spanned(LONG, SPANS[::-1])]
+    items = some * 3
+    together = client.embed(items, **options)
+    streamed = {result.index: result.embedding for result in client.embed_stream(items, ordered=False, **options)}
+    for n in range(2):
+        whole = together.spans.ragged(n)
+        assert [len(rows) for rows in whole[:5]] == [len(SPANS), 0, 1, 0, len(SPANS)]
+        assert np.array_equal(whole[0], whole[4][::-1])
+        for index in range(len(items)):
+            assert np.array_equal(streamed[index].spans.ragged(n)[0], whole[index])
+            assert np.array_equal(whole[index], whole[index % 5])
+
+
+SPAN_FAULTS: dict[str, tuple[Any, dict[str, Any], str]] = {
+    "out of bounds": (
+        Spanned(SHORT, [(0, 3), (5, 13)]),
+        {},
+        r"inputs.0..spans.1. is .*out of bounds.*12 characters",
+    ),
+    "empty": (Spanned(SHORT, [(3, 3)]), {}, r"spans.0. is empty"),
+    "without a token": (Spanned(SHORT, [(0, 2), (6, 7)]), {}, r"spans.1. holds no token"),
+    "cut away": (Spanned(LONG, [(500, 510)]), {"truncation": "right"}, r"spans.0. holds no token, after truncation"),
+    "masked": (Spanned(TokenIds([5, 6], [1, 0]), [(1, 2)], "tokens"), {}, r"spans.0. holds no token"),
+    "characters of words": (Spanned(["a", "b"], [(0, 1)]), {}, "spans of characters, which only strings have"),
+    "too many tokens": (Spanned(SHORT, [(0, 12)] * 200), {}, "hold more than .* 64 times"),
+    "no output of them": (Spanned(SHORT, [(0, 1)]), {"span_pooling": None}, "has spans, of which no output is made"),
+    "cls": (Spanned(SHORT, [(0, 1)]), {"span_pooling": "cls"}, "pools spans by cls"),
+    "no pairs": (Spanned(SHORT, [0, 1]), {}, "inputs.0. has spans of dtype int64 and shape"),
+    "no unit": (Spanned(SHORT, [(0, 1)], "words"), {}, "unit is 'words'"),  # type: ignore[arg-type]
+}
+
+
+@ONE_TYPE
+@pytest.mark.parametrize("case", SPAN_FAULTS)
+def test_spans_at_fault_are_named(client: Client, case: str) -> None:
+    item, options, reason = SPAN_FAULTS[case]
+    with pytest.raises(InvalidArgumentError, match=reason):
+        client.embed([item], **{"span_pooling": "mean", **options})

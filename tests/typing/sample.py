@@ -34,6 +34,8 @@ from layertap import (
     Pooling,
     ResourceExhaustedError,
     SentenceConfig,
+    Spanned,
+    SpanVectors,
     StatusCode,
     StreamResult,
     Timings,
@@ -225,6 +227,9 @@ def use(target: str, extras: bool) -> None:
         look_at_results(embedding)
         long = client.embed("I love Paris and Rome. " * 4, max_length=8, windows=Windows(stride=2), pooling="mean")
         assert_type(long.window_counts, npt.NDArray[np.int64])
+        spans = client.embed([Spanned("I love Paris", [(0, 6), (7, 12)])], span_pooling=["mean", "max"]).spans
+        assert_type(spans, SpanVectors)
+        assert spans.ragged(1)[0].shape[0] == client.embed("I love Paris", spans=[(0, 1)] * 2).spans.padded.shape[1]
         assert len(client.encode("I love Paris", windows=Windows())) and long.window_counts[0] > 1
         attentions = client.embed("I love Paris", attentions=[-1]).attentions
         assert_type(attentions, Attentions)

@@ -105,7 +105,7 @@ class EmbedAssembler:
         self._pin.check(header.model_id, header.fingerprint)
         self._header = header
         for unit in {output.unit for output in header.outputs}:
-            counts = row_counts(unit, header.token_counts, header.word_counts)
+            counts = row_counts(unit, header.token_counts, header.word_counts, header.span_counts)
             self._starts[unit] = [0, *itertools.accumulate(counts)]
         for key, (row_count, row_size) in tensor_shapes(header).items():
             self._tensors[key] = _Rows(row_count, row_size, header.dtype)

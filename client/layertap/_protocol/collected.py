@@ -53,6 +53,7 @@ class CollectedStream(StreamState):
             messages=self._messages,
             token_counts=token_counts,
             truncated=np.concatenate([answer.truncated for answer in answers]),
+            span_counts=[answer.span_count for answer in answers],
             window_counts=np.concatenate([answer.window_counts for answer in answers]),
             attention_mask=attention_mask(self._messages, token_counts),
             timings=Timings(

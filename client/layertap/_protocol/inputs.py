@@ -9,26 +9,27 @@ pandas and polars Series, Arrow arrays. Errors name the item by its position, ne
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any, Final, TypeAlias
+from typing import Any, Final, TypeAlias, cast
 
 import numpy as np
 import numpy.typing as npt
 from google.protobuf.internal.containers import RepeatedScalarFieldContainer
 
+from layertap import wire
 from layertap.errors import InvalidArgumentError
 from layertap.results.tokens import Tokens
-from layertap.types import TokenIds
+from layertap.types import Spanned, SpanUnitName, TokenIds
 from layertap.v1 import embedding_pb2 as pb
 
 Words: TypeAlias = "list[str] | npt.NDArray[np.str_] | npt.NDArray[np.object_]"
 """The words of one text."""
 
 InputItem: TypeAlias = (
-    "str | tuple[str, str] | Words | list[int] | npt.NDArray[np.integer] | TokenIds | Mapping[str, Any]"
+    "str | tuple[str, str] | Words | list[int] | npt.NDArray[np.integer] | TokenIds | Mapping[str, Any] | Spanned"
 )
 """One text."""
 
-Inputs: TypeAlias = "str | TokenIds | Tokens | Mapping[str, Any] | Iterable[InputItem]"
+Inputs: TypeAlias = "str | TokenIds | Tokens | Mapping[str, Any] | Spanned | Iterable[InputItem]"
 """One text, or several."""
 
 _MISSING: Final = ("NAType", "NaTType")
@@ -52,7 +53,7 @@ def to_messages(inputs: Inputs) -> list[pb.Input]:
     """
     if isinstance(inputs, Mapping):
         inputs = _from_mapping(inputs, "inputs")
-    if isinstance(inputs, str):
+    if isinstance(inputs, (str, Spanned)):
         messages = [to_message(inputs, 0)]
     elif isinstance(inputs, Tokens):
         messages = list(_from_tokens(inputs))
@@ -76,7 +77,7 @@ def check_items(items: object) -> None:
         raise InvalidArgumentError(f"inputs is {_type_name(items)}; pass one of its columns")
     if isinstance(items, str):
         raise InvalidArgumentError("inputs is one str; pass an iterable of texts, such as a list with this one")
-    if isinstance(items, (Mapping, TokenIds, Tokens)):
+    if isinstance(items, (Mapping, TokenIds, Tokens, Spanned)):
         raise InvalidArgumentError(
             f"inputs is {_type_name(items)}; pass an iterable of texts, or the whole batch to embed"
         )
@@ -100,6 +101,8 @@ def to_message(item: InputItem, index: int) -> pb.Input:
     if isinstance(item, pb.Input):
         return item
     item = _plain(item)
+    if isinstance(item, Spanned):
+        return _spanned(item, index)
     if isinstance(item, Mapping):
         item = _from_mapping(item, f"inputs[{index}]")
     try:
@@ -120,6 +123,41 @@ def to_message(item: InputItem, index: int) -> pb.Input:
     if _is_missing(item):
         raise InvalidArgumentError(f"inputs[{index}] {_IS_MISSING}")
     raise InvalidArgumentError(f"inputs[{index}] is {_type_name(item)}; pass {_WHAT_IS_ALLOWED}")
+
+
+def spanned(inputs: Inputs, spans: Any, unit: SpanUnitName) -> list[Spanned]:
+    """Returns texts with their spans: of one str a list of (start, end), of several texts one such list each.
+
+    Raises:
+        InvalidArgumentError: if there is not one list for each text.
+    """
+    if isinstance(inputs, str):
+        return [Spanned(inputs, spans, unit)]
+    check_items(inputs)
+    items, lists = list(cast("Iterable[Any]", inputs)), list(spans) if isinstance(spans, Iterable) else []
+    if len(items) != len(lists):
+        raise InvalidArgumentError(f"spans has {len(lists)} lists for {len(items)} texts; pass one list for each text")
+    return [Spanned(item, own, unit) for item, own in zip(items, lists, strict=True)]
+
+
+def _spanned(item: Spanned, index: int) -> pb.Input:
+    if isinstance(item.text, Spanned):
+        raise InvalidArgumentError(f"inputs[{index}] is a Spanned of a Spanned; pass all spans in one")
+    message = pb.Input()
+    message.CopyFrom(to_message(item.text, index))
+    if item.unit not in list(wire.SPAN_UNITS):
+        raise InvalidArgumentError(f"inputs[{index}].unit is {item.unit!r}; pass one of {', '.join(wire.SPAN_UNITS)}")
+    bounds = _array(item.spans, f"inputs[{index}].spans")
+    if bounds.size and (bounds.ndim != 2 or bounds.shape[1] != 2 or bounds.dtype.kind not in "iu"):
+        raise InvalidArgumentError(
+            f"inputs[{index}] has spans of dtype {bounds.dtype} and shape {bounds.shape}; pass (start, end) pairs"
+        )
+    if bounds.size and not (int(bounds.min()) >= -(2**31) and int(bounds.max()) < 2**31):
+        raise InvalidArgumentError(f"inputs[{index}].spans has a value beyond 32 bits; pass smaller numbers")
+    message.spans.unit = wire.SPAN_UNITS[item.unit]
+    message.spans.bounds.extend(bounds.astype(np.int64).ravel().tolist())
+    message.spans.SetInParent()
+    return message
 
 
 def _from_tokens(tokens: Tokens) -> Iterator[pb.Input]:

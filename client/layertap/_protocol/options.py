@@ -14,7 +14,16 @@ import numpy.typing as npt
 
 from layertap import wire
 from layertap.errors import InvalidArgumentError
-from layertap.types import DtypeName, LayerMix, Pooling, PoolingName, TruncationName, Windows, WordPoolingName
+from layertap.types import (
+    DtypeName,
+    LayerMix,
+    Pooling,
+    PoolingName,
+    SpanUnitName,
+    TruncationName,
+    Windows,
+    WordPoolingName,
+)
 from layertap.v1 import embedding_pb2 as pb
 
 Layers: TypeAlias = Literal["all"] | int | Iterable[int] | None
@@ -60,7 +69,15 @@ class EmbedOptions(LayerOptions, total=False):
     mix: LayerMix | None
     attentions: Layers
     attention_heads: int | Iterable[int] | None
+    span_pooling: Poolings
     return_tokens: bool
+
+
+class SpanOptions(EmbedOptions, total=False):
+    """The options of `Client.embed`, those of its texts included."""
+
+    spans: npt.ArrayLike | Sequence[npt.ArrayLike] | None
+    span_unit: SpanUnitName
 
 
 class StreamOptions(EmbedOptions, total=False):
@@ -92,18 +109,12 @@ def embed_options(
     prompt_name: str | None = None,
     lower_case: bool = False,
     windows: Windows | None = None,
+    span_pooling: Poolings = None,
 ) -> pb.EmbedOptions:
     """Returns the options that all three embed RPCs share."""
-    if pooling is None:
-        pooling = ()
-    try:
-        poolings = [pooling] if isinstance(pooling, (str, Pooling)) else list(pooling)
-    except TypeError as exc:
-        raise InvalidArgumentError(
-            f"pooling is of type {type(pooling).__name__}; pass a name, a Pooling, or several"
-        ) from exc
+    poolings, of_spans = _poolings("pooling", pooling), _poolings("span_pooling", span_pooling)
     outputs: list[pb.Output] = []
-    if layers is not None or (mix is None and (words is not None or not (pooler_output or poolings))):
+    if layers is not None or (mix is None and (words is not None or not (pooler_output or poolings or of_spans))):
         outputs.append(_rows(words, **_layers("layers", -1 if layers is None else layers)))
     if mix is not None:
         outputs.append(_rows(words, mix=_mix("mix", mix)))
@@ -114,7 +125,8 @@ def embed_options(
         outputs.append(pb.Output(attentions=pb.Attentions(heads=heads, **_layers("attentions", attentions))))
     elif attention_heads is not None:
         raise InvalidArgumentError('attention_heads belongs to attentions; pass attentions="all" or layers too')
-    outputs.extend(pb.Output(pooled_vectors=_pooled_vectors(pooling)) for pooling in poolings)
+    outputs.extend(pb.Output(pooled_vectors=_pooled_vectors("pooling", one)) for one in poolings)
+    outputs.extend(pb.Output(span_vectors=_span_vectors(one)) for one in of_spans)
     return pb.EmbedOptions(
         outputs=outputs,
         truncation=named("truncation", truncation, wire.TRUNCATIONS),
@@ -211,23 +223,47 @@ def _numbers(field: str, values: npt.ArrayLike) -> list[float]:
     return numbers
 
 
-def _pooled_vectors(pooling: PoolingName | Pooling) -> pb.PooledVectors:
+def _poolings(field: str, pooling: Poolings) -> list[PoolingName | Pooling]:
+    try:
+        return [pooling] if isinstance(pooling, (str, Pooling)) else list(pooling or ())
+    except TypeError as exc:
+        raise InvalidArgumentError(
+            f"{field} is of type {type(pooling).__name__}; pass a name, a Pooling, or several"
+        ) from exc
+
+
+def _pooled_vectors(field: str, pooling: PoolingName | Pooling) -> pb.PooledVectors:
     pooling = Pooling(pooling) if isinstance(pooling, str) else pooling
     if not isinstance(pooling, Pooling):
-        raise InvalidArgumentError(f"pooling is of type {type(pooling).__name__}; pass a name or a Pooling")
+        raise InvalidArgumentError(f"{field} is of type {type(pooling).__name__}; pass a name or a Pooling")
     layer = pooling.layer
     source: dict[str, Any] = (
-        {"mix": _mix("pooling.layer", layer)}
+        {"mix": _mix(f"{field}.layer", layer)}
         if isinstance(layer, LayerMix)
-        else {"layer": _integer("pooling.layer", layer)}
+        else {"layer": _integer(f"{field}.layer", layer)}
     )
     return pb.PooledVectors(
-        strategy=named("pooling.strategy", pooling.strategy, wire.POOLING_STRATEGIES),
+        strategy=named(f"{field}.strategy", pooling.strategy, wire.POOLING_STRATEGIES),
         exclude_special_tokens=not pooling.include_special_tokens,
         normalize=pooling.normalize,
-        dimensions=count("pooling.dimensions", pooling.dimensions),
+        dimensions=count(f"{field}.dimensions", pooling.dimensions),
         **source,
     )
+
+
+def _span_vectors(pooling: PoolingName | Pooling) -> pb.SpanVectors:
+    asked = _pooled_vectors("span_pooling", pooling)
+    if asked.exclude_special_tokens:
+        raise InvalidArgumentError(
+            "span_pooling excludes special tokens, which spans of characters never have; leave include_special_tokens "
+            "out, and special tokens out of spans of tokens"
+        )
+    found = pb.SpanVectors(strategy=asked.strategy, normalize=asked.normalize, dimensions=asked.dimensions)
+    if asked.HasField("mix"):
+        found.mix.CopyFrom(asked.mix)
+    else:
+        found.layer = asked.layer
+    return found
 
 
 def _string(field: str, value: str | None) -> str:

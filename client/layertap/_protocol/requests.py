@@ -8,15 +8,23 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Iterable, Iterator
-from typing import Final, Generic, TypeAlias, TypeVar
+from typing import Final, Generic, TypeAlias, TypeVar, cast
 
 import numpy as np
 import numpy.typing as npt
 from google.protobuf.message import Message
 
 from layertap import wire
-from layertap._protocol.inputs import Inputs, to_messages
-from layertap._protocol.options import EmbedOptions, LayerOptions, check_names, count, embed_options, named
+from layertap._protocol.inputs import Inputs, spanned, to_messages
+from layertap._protocol.options import (
+    EmbedOptions,
+    LayerOptions,
+    SpanOptions,
+    check_names,
+    count,
+    embed_options,
+    named,
+)
 from layertap.errors import InvalidArgumentError
 from layertap.results.tokens import Tokens
 from layertap.types import Limits, TokenIds, TruncationName
@@ -139,10 +147,15 @@ class Embed:
         return pb.EmbedLayersRequest(inputs=self.messages, options=self.options)
 
 
-def embed(inputs: Inputs, options: EmbedOptions) -> Embed:
+def embed(inputs: Inputs, options: SpanOptions) -> Embed:
     """Returns the request that `Client.embed` makes."""
-    check_names(options, EmbedOptions)
-    return Embed(to_messages(inputs), embed_options(**options))
+    check_names(options, SpanOptions)
+    spans, unit = options.pop("spans", None), options.pop("span_unit", "characters")
+    rest = cast("EmbedOptions", options)
+    if spans is not None:
+        inputs = spanned(inputs, spans, unit)
+        rest.setdefault("span_pooling", "mean")
+    return Embed(to_messages(inputs), embed_options(**rest))
 
 
 def embed_layers(inputs: Inputs, options: LayerOptions) -> Embed:

@@ -36,6 +36,7 @@ _UNITS = {
     "pooler_output": pb.ROW_UNIT_TEXT,
     "pooled_vectors": pb.ROW_UNIT_TEXT,
     "attentions": pb.ROW_UNIT_TOKEN_PAIR,
+    "span_vectors": pb.ROW_UNIT_SPAN,
 }
 
 
@@ -67,14 +68,29 @@ def has_words(options: pb.EmbedOptions) -> bool:
     return any(output.HasField("word_vectors") for output in options.outputs)
 
 
+def has_spans(options: pb.EmbedOptions) -> bool:
+    """Returns whether an output with a row for each span is requested."""
+    return any(output.HasField("span_vectors") for output in options.outputs)
+
+
+def span_count(message: pb.Input) -> int:
+    """Returns how many spans a text has."""
+    return len(message.spans.bounds) // 2 if message.HasField("spans") else 0
+
+
 def row_counts(
-    unit: pb.RowUnit.ValueType, token_counts: Sequence[int] | IntArray, word_counts: Sequence[int] | IntArray
+    unit: pb.RowUnit.ValueType,
+    token_counts: Sequence[int] | IntArray,
+    word_counts: Sequence[int] | IntArray,
+    span_counts: Sequence[int] | IntArray,
 ) -> Sequence[int] | IntArray:
     """Returns how many rows each text has in an output. Shape: [text_count]."""
     if unit == pb.ROW_UNIT_TOKEN:
         return token_counts
     if unit == pb.ROW_UNIT_TOKEN_PAIR:
         return [int(count) ** 2 for count in token_counts]
+    if unit == pb.ROW_UNIT_SPAN:
+        return span_counts
     return word_counts if unit == pb.ROW_UNIT_WORD else [1] * len(token_counts)
 
 
@@ -103,6 +119,7 @@ def check_header(header: pb.EmbedHeader, options: pb.EmbedOptions, messages: Seq
         len(header.outputs) == len(options.outputs) > 0
         and len(header.token_counts) == len(header.truncated) == text_count
         and len(header.word_counts) == (text_count if has_words(options) else 0)
+        and list(header.span_counts) == (list(map(span_count, messages)) if has_spans(options) else [])
         and len(header.window_counts) == (text_count if options.HasField("windows") else 0)
         and all(0 < count <= tokens for count, tokens in zip(header.window_counts, header.token_counts, strict=False))
         and all(map(_is_output, options.outputs, header.outputs))
@@ -134,7 +151,7 @@ def tensor_shapes(header: pb.EmbedHeader) -> dict[tuple[int, int], tuple[int, in
     """Returns the shape of each tensor that a header promises, by output index and layer: [row_count, row_size]."""
     shapes: dict[tuple[int, int], tuple[int, int]] = {}
     for output_index, output in enumerate(header.outputs):
-        row_count = sum(row_counts(output.unit, header.token_counts, header.word_counts))
+        row_count = sum(row_counts(output.unit, header.token_counts, header.word_counts, header.span_counts))
         shapes.update(((output_index, layer), (row_count, output.row_size)) for layer in output.layers)
     return shapes
 
@@ -196,6 +213,7 @@ def build_whole(
         messages=messages,
         token_counts=token_counts,
         truncated=np.array(header.truncated, np.bool_),
+        span_counts=header.span_counts,
         window_counts=np.array(header.window_counts or [1] * len(messages), np.int64),
         attention_mask=attention_mask(messages, token_counts),
         timings=read_timings(timings),

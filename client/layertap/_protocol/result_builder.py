@@ -10,6 +10,7 @@ from layertap.errors import DataLossError
 from layertap.results.attentions import Attentions
 from layertap.results.embedding import Embedding
 from layertap.results.hidden_states import HiddenStates
+from layertap.results.spans import SpanVectors
 from layertap.results.tokens import Tokens
 from layertap.results.words import MixedRows, Words
 from layertap.types import BoolArray, FloatArray, IntArray, ModelRef, Timings
@@ -47,6 +48,7 @@ class EmbeddingBuilder:
         token_counts: IntArray,
         truncated: BoolArray,
         window_counts: IntArray,
+        span_counts: Sequence[int],
         attention_mask: IntArray,
         timings: Timings,
         tokens: Sequence[pb.TokenizedText],
@@ -66,6 +68,7 @@ class EmbeddingBuilder:
         pools: list[FloatArray] = []
         pooler_output: FloatArray | None = None
         attentions: Attentions | None = None
+        span_pools: list[HiddenStates] = []
         for unit, places, is_pooler, output in self._outputs:
             found = {layer: arrays[place] for layer, place in places}
             if unit == pb.ROW_UNIT_TEXT:
@@ -73,6 +76,9 @@ class EmbeddingBuilder:
                     (pooler_output,) = found.values()
                 else:
                     pools.extend(found.values())
+            elif unit == pb.ROW_UNIT_SPAN:
+                counts = np.array(span_counts, np.int64)
+                span_pools.append(HiddenStates(ragged=found, token_counts=counts, layer_count=self._layer_count))
             elif unit == pb.ROW_UNIT_TOKEN_PAIR:
                 attentions = Attentions(
                     ragged=found,
@@ -114,6 +120,9 @@ class EmbeddingBuilder:
             _mixed=mixed(pb.ROW_UNIT_TOKEN, token_counts),
             _words=split,
             _attentions=attentions,
+            _spans=SpanVectors(span_counts=span_pools[0].token_counts, _pools=tuple(span_pools))
+            if span_pools
+            else None,
             _tokens=build_tokens(tokens, self._header.pad_token_id) if self._returns_tokens else None,
         )
 

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 
 from layertap import wire
-from layertap._protocol.responses import has_words, row_counts
+from layertap._protocol.responses import has_spans, has_words, row_counts
 from layertap._protocol.result_builder import read_timings
 from layertap.errors import DataLossError
 from layertap.types import BoolArray, FloatArray, IntArray, Timings
@@ -27,6 +27,7 @@ class TextAnswer(NamedTuple):
         token_counts: The same as an array. Shape: [1].
         truncated: Whether tokens were cut. Shape: [1].
         window_counts: How many windows it ran as. Shape: [1].
+        span_count: Its spans, if an output has a row for each.
         ones: A mask of 1 for each token. Shape: [1, token_count].
         timings: Where its time went.
         tokens: Its tokens if they were requested.
@@ -38,6 +39,7 @@ class TextAnswer(NamedTuple):
     token_counts: IntArray
     truncated: BoolArray
     window_counts: IntArray
+    span_count: int
     ones: IntArray
     timings: Timings
     tokens: Sequence[pb.TokenizedText]
@@ -72,14 +74,18 @@ def text_answers(
         lengths.add(len(results.tokens))
     if has_words(options):
         lengths.add(len(results.words))
+    if has_spans(options):
+        lengths.add(len(results.span_counts))
     if options.HasField("windows"):
         lengths.add(len(results.window_counts))
     if lengths != {len(results.ids)} or (counts < 1).any():
         raise DataLossError("the lists of the answer differ in length; ask again")
     word_counts = [len(words.piece_counts) for words in results.words]
     token_counts = counts.tolist()
+    span_counts = list(results.span_counts)
     starts = [
-        [0, *itertools.accumulate(row_counts(output.unit, token_counts, word_counts))] for output in header.outputs
+        [0, *itertools.accumulate(row_counts(output.unit, token_counts, word_counts, span_counts))]
+        for output in header.outputs
     ]
     arrays: dict[tuple[int, int], FloatArray] = {}
     for output_index, output in enumerate(header.outputs):
@@ -116,6 +122,7 @@ def text_answers(
                 token_counts=counts[position:after],
                 truncated=truncated[position:after],
                 window_counts=window_counts[position:after],
+                span_count=span_counts[position] if span_counts else 0,
                 ones=ones[:, start : start + token_count],
                 timings=timings,
                 tokens=tokens[position:after],
@@ -139,14 +146,14 @@ class Frames:
         Raises:
             DataLossError: if the frame promises more.
         """
-        if not (1 <= first.token_count <= bound and 0 <= first.word_count <= bound):
+        if not (1 <= first.token_count <= bound and 0 <= first.word_count <= bound and 0 <= first.span_count <= bound):
             raise DataLossError(f"item {first.id} has {first.token_count} tokens; ask again")
         self._dtype = header.dtype
-        self._counts = first.token_count, first.word_count
+        self._counts = first.token_count, first.word_count, first.span_count
         self._row_count = 0
         self._rows: dict[tuple[int, int], FloatArray] = {}
         for output_index, output in enumerate(header.outputs):
-            (row_count,) = row_counts(output.unit, [first.token_count], [first.word_count])
+            (row_count,) = row_counts(output.unit, [first.token_count], [first.word_count], [first.span_count])
             for layer in output.layers:
                 self._rows[output_index, layer] = wire.empty((row_count, output.row_size), header.dtype)
 
@@ -158,7 +165,7 @@ class Frames:
         """
         place = frame.output_index, frame.layer
         before = sum(len(array) for key, array in self._rows.items() if key < place) + frame.first_row
-        came = frame.token_count, frame.word_count, before
+        came = frame.token_count, frame.word_count, frame.span_count, before
         if place not in self._rows or came != (*self._counts, self._row_count):
             raise DataLossError(f"the frames of item {frame.id} are out of order; ask again")
         rows = self._rows[place][frame.first_row : frame.first_row + frame.row_count]
@@ -181,6 +188,7 @@ class Frames:
             token_counts=np.array([last.token_count], np.int64),
             truncated=np.array([last.truncated], np.bool_),
             window_counts=np.array([last.window_count or 1], np.int64),
+            span_count=last.span_count,
             ones=np.ones((1, last.token_count), np.int64),
             timings=read_timings(last.timings),
             tokens=[last.tokens] if last.HasField("tokens") else [],

@@ -12,7 +12,7 @@ from typing import Final
 import numpy as np
 
 from layertap._protocol.inputs import InputItem, to_message
-from layertap._protocol.responses import ModelPin, check_header, token_bound
+from layertap._protocol.responses import ModelPin, check_header, has_spans, span_count, token_bound
 from layertap._protocol.result_builder import EmbeddingBuilder
 from layertap._protocol.stream_results import Frames, TextAnswer
 from layertap.errors import DataLossError, InvalidArgumentError
@@ -77,6 +77,7 @@ class StreamState:
             pin: The one model that may answer.
         """
         self.options = options
+        self._has_spans = has_spans(options)
         self._ordered = ordered
         self._pin = pin or ModelPin()
         self._message_count = min(message_count, MAX_MESSAGE_COUNT)
@@ -216,9 +217,10 @@ class StreamState:
         """Answers an item.
 
         Raises:
-            DataLossError: if the answer has more tokens than the item.
+            DataLossError: if the answer has more tokens than the item, or another number of spans.
         """
-        if answer.token_count > token_bound(item.size, self.options):
+        spans = span_count(item.message) if self._has_spans else 0
+        if answer.token_count > token_bound(item.size, self.options) or answer.span_count != spans:
             raise DataLossError(f"item {index} has {answer.token_count} tokens; ask again")
         self.answer(index, self._result(index, item.message, answer))
 
@@ -244,6 +246,7 @@ class StreamState:
             token_counts=answer.token_counts,
             truncated=answer.truncated,
             window_counts=answer.window_counts,
+            span_counts=[answer.span_count],
             attention_mask=mask,
             timings=answer.timings,
             tokens=answer.tokens,

@@ -12,6 +12,7 @@ from layertap import _repr
 from layertap.results import export
 from layertap.results.attentions import Attentions
 from layertap.results.hidden_states import HiddenStates
+from layertap.results.spans import SpanVectors
 from layertap.results.tokens import Tokens
 from layertap.results.words import MixedRows, Words
 from layertap.types import BoolArray, FloatArray, IntArray, ModelRef, Timings
@@ -50,6 +51,7 @@ class Embedding:
     _mixed: MixedRows | None = None
     _words: Words | None = None
     _attentions: Attentions | None = None
+    _spans: SpanVectors | None = None
     request_id: str | None = None
 
     @property
@@ -125,6 +127,17 @@ class Embedding:
         return self._attentions
 
     @property
+    def spans(self) -> SpanVectors:
+        """The vectors of the spans of the texts.
+
+        Raises:
+            LookupError: if they were not requested.
+        """
+        if self._spans is None:
+            raise LookupError('span vectors were not requested; pass texts as Spanned(…), and span_pooling="mean"')
+        return self._spans
+
+    @property
     def tokens(self) -> Tokens:
         """The tokens of the texts.
 
@@ -184,6 +197,7 @@ class Embedding:
             _mixed=None if self._mixed is None else self._mixed._text(index),
             _words=None if self._words is None else self._words._text(index),
             _attentions=None if self._attentions is None else self._attentions._text(index),
+            _spans=None if self._spans is None else self._spans._text(index),
         )
 
     def __repr__(self) -> str:
@@ -242,8 +256,9 @@ class Embedding:
 
         Columns: token_counts, truncated, layer_K for each held layer and mixed (a List of FixedSizeList), word_counts,
         word_offsets, words_layer_K and words_mixed (likewise), token_pair_counts and attentions_K (likewise: of each
-        query and key, one value for each head), pool_N and pooler_output (FixedSizeList), and tokens (a List of
-        strings), as far as they were requested. The schema's metadata has model_id and fingerprint.
+        query and key, one value for each head), span_counts and spans_N (likewise), pool_N and pooler_output
+        (FixedSizeList), and tokens (a List of strings), as far as they were requested. The schema's metadata has
+        model_id and fingerprint.
 
         Raises:
             ModuleNotFoundError: if pyarrow is missing; `layertap[arrow]` brings it.
@@ -273,6 +288,7 @@ class Embedding:
             *([] if self._mixed is None else self._mixed._columns()),
             *([] if self._words is None else self._words._columns()),
             *([] if self._attentions is None else self._attentions._columns()),
+            *([] if self._spans is None else self._spans._columns()),
             *(export.Column(name=name, values=values) for name, values in self._vectors()),
             *([] if self._tokens is None else [export.Column(name="tokens", values=self._tokens.tokens)]),
         ]
@@ -282,8 +298,13 @@ class Embedding:
         rows = [(name, ", ".join(shown for _, shown in own._summary())) for name, own in self._rows()]
         return [("text_count", str(len(self))), *self.hidden_states._summary(), *rows, *vectors]
 
-    def _rows(self) -> list[tuple[str, MixedRows | Words | Attentions]]:
-        several = (("mixed", self._mixed), ("words", self._words), ("attentions", self._attentions))
+    def _rows(self) -> list[tuple[str, MixedRows | Words | Attentions | SpanVectors]]:
+        several = (
+            ("mixed", self._mixed),
+            ("words", self._words),
+            ("attentions", self._attentions),
+            ("spans", self._spans),
+        )
         return [(name, own) for name, own in several if own is not None]
 
     def _only(self) -> FloatArray:

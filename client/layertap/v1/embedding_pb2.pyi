@@ -254,6 +254,8 @@ class _RowUnitEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_RowUnit.Value
     """A text: each has one row."""
     ROW_UNIT_TOKEN_PAIR: _RowUnit.ValueType  # 4
     """A pair of tokens: each text has as many rows as the square of its token_counts."""
+    ROW_UNIT_SPAN: _RowUnit.ValueType  # 5
+    """A span: each text has as many rows as it came with spans."""
 
 class RowUnit(_RowUnit, metaclass=_RowUnitEnumTypeWrapper):
     """RowUnit says what one row of an output stands for."""
@@ -268,7 +270,39 @@ ROW_UNIT_TEXT: RowUnit.ValueType  # 3
 """A text: each has one row."""
 ROW_UNIT_TOKEN_PAIR: RowUnit.ValueType  # 4
 """A pair of tokens: each text has as many rows as the square of its token_counts."""
+ROW_UNIT_SPAN: RowUnit.ValueType  # 5
+"""A span: each text has as many rows as it came with spans."""
 Global___RowUnit: _TypeAlias = RowUnit  # noqa: Y015
+
+class _SpanUnit:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _SpanUnitEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_SpanUnit.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    SPAN_UNIT_UNSPECIFIED: _SpanUnit.ValueType  # 0
+    """Treated as SPAN_UNIT_CHARACTER."""
+    SPAN_UNIT_CHARACTER: _SpanUnit.ValueType  # 1
+    """Unicode code points of a string, without its prompt. A token belongs to each span that has
+    one of its characters; special tokens belong to none. Pairs, words and token ids have
+    no such spans.
+    """
+    SPAN_UNIT_TOKEN: _SpanUnit.ValueType  # 2
+    """Tokens, special ones and those of a prompt counted: token 0 is the first row."""
+
+class SpanUnit(_SpanUnit, metaclass=_SpanUnitEnumTypeWrapper):
+    """SpanUnit says what the bounds of spans count."""
+
+SPAN_UNIT_UNSPECIFIED: SpanUnit.ValueType  # 0
+"""Treated as SPAN_UNIT_CHARACTER."""
+SPAN_UNIT_CHARACTER: SpanUnit.ValueType  # 1
+"""Unicode code points of a string, without its prompt. A token belongs to each span that has
+one of its characters; special tokens belong to none. Pairs, words and token ids have
+no such spans.
+"""
+SPAN_UNIT_TOKEN: SpanUnit.ValueType  # 2
+"""Tokens, special ones and those of a prompt counted: token 0 is the first row."""
+Global___SpanUnit: _TypeAlias = SpanUnit  # noqa: Y015
 
 class _ResultOrder:
     ValueType = _typing.NewType("ValueType", _builtins.int)
@@ -973,6 +1007,7 @@ class Input(_message.Message):
     PAIR_FIELD_NUMBER: _builtins.int
     WORDS_FIELD_NUMBER: _builtins.int
     TOKEN_IDS_FIELD_NUMBER: _builtins.int
+    SPANS_FIELD_NUMBER: _builtins.int
     text: _builtins.str
     """A string. The empty string is a text: the special tokens that the tokenizer adds,
     such as [CLS][SEP].
@@ -989,6 +1024,12 @@ class Input(_message.Message):
     def token_ids(self) -> Global___TokenIds:
         """Token ids."""
 
+    @_builtins.property
+    def spans(self) -> Global___Spans:
+        """Parts of it, each with a row in outputs of ROW_UNIT_SPAN. Refused with
+        INVALID_ARGUMENT where no output has such rows. Absent: it has no such row.
+        """
+
     def __init__(
         self,
         *,
@@ -996,16 +1037,48 @@ class Input(_message.Message):
         pair: Global___TextPair | None = ...,
         words: Global___Words | None = ...,
         token_ids: Global___TokenIds | None = ...,
+        spans: Global___Spans | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["kind", b"kind", "pair", b"pair", "text", b"text", "token_ids", b"token_ids", "words", b"words"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["kind", b"kind", "pair", b"pair", "spans", b"spans", "text", b"text", "token_ids", b"token_ids", "words", b"words"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["kind", b"kind", "pair", b"pair", "text", b"text", "token_ids", b"token_ids", "words", b"words"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["kind", b"kind", "pair", b"pair", "spans", b"spans", "text", b"text", "token_ids", b"token_ids", "words", b"words"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_kind: _TypeAlias = _typing.Literal["text", "pair", "words", "token_ids"]  # noqa: Y015
     _WhichOneofArgType_kind: _TypeAlias = _typing.Literal["kind", b"kind"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_kind) -> _WhichOneofReturnType_kind | None: ...
 
 Global___Input: _TypeAlias = Input  # noqa: Y015
+
+@_typing.final
+class Spans(_message.Message):
+    """Spans are parts of one text, in any order; they may overlap. Each must hold a token, after
+    truncation too; together they may hold at most 64 times as many tokens as the text has.
+    What is at fault is refused with INVALID_ARGUMENT.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    UNIT_FIELD_NUMBER: _builtins.int
+    BOUNDS_FIELD_NUMBER: _builtins.int
+    unit: Global___SpanUnit.ValueType
+    """What bounds count."""
+    @_builtins.property
+    def bounds(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Two entries a span: start and end, the end not included."""
+
+    def __init__(
+        self,
+        *,
+        unit: Global___SpanUnit.ValueType = ...,
+        bounds: _abc.Iterable[_builtins.int] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bounds", b"bounds", "unit", b"unit"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Spans: _TypeAlias = Spans  # noqa: Y015
 
 @_typing.final
 class TextPair(_message.Message):
@@ -1228,6 +1301,7 @@ class Output(_message.Message):
     POOLED_VECTORS_FIELD_NUMBER: _builtins.int
     WORD_VECTORS_FIELD_NUMBER: _builtins.int
     ATTENTIONS_FIELD_NUMBER: _builtins.int
+    SPAN_VECTORS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def hidden_states(self) -> Global___HiddenStates:
         """Token rows of chosen layers."""
@@ -1248,6 +1322,10 @@ class Output(_message.Message):
     def attentions(self) -> Global___Attentions:
         """Attention probabilities."""
 
+    @_builtins.property
+    def span_vectors(self) -> Global___SpanVectors:
+        """One vector a span."""
+
     def __init__(
         self,
         *,
@@ -1256,12 +1334,13 @@ class Output(_message.Message):
         pooled_vectors: Global___PooledVectors | None = ...,
         word_vectors: Global___WordVectors | None = ...,
         attentions: Global___Attentions | None = ...,
+        span_vectors: Global___SpanVectors | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["attentions", b"attentions", "hidden_states", b"hidden_states", "kind", b"kind", "pooled_vectors", b"pooled_vectors", "pooler_output", b"pooler_output", "word_vectors", b"word_vectors"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["attentions", b"attentions", "hidden_states", b"hidden_states", "kind", b"kind", "pooled_vectors", b"pooled_vectors", "pooler_output", b"pooler_output", "span_vectors", b"span_vectors", "word_vectors", b"word_vectors"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attentions", b"attentions", "hidden_states", b"hidden_states", "kind", b"kind", "pooled_vectors", b"pooled_vectors", "pooler_output", b"pooler_output", "word_vectors", b"word_vectors"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attentions", b"attentions", "hidden_states", b"hidden_states", "kind", b"kind", "pooled_vectors", b"pooled_vectors", "pooler_output", b"pooler_output", "span_vectors", b"span_vectors", "word_vectors", b"word_vectors"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_kind: _TypeAlias = _typing.Literal["hidden_states", "pooler_output", "pooled_vectors", "word_vectors", "attentions"]  # noqa: Y015
+    _WhichOneofReturnType_kind: _TypeAlias = _typing.Literal["hidden_states", "pooler_output", "pooled_vectors", "word_vectors", "attentions", "span_vectors"]  # noqa: Y015
     _WhichOneofArgType_kind: _TypeAlias = _typing.Literal["kind", b"kind"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_kind) -> _WhichOneofReturnType_kind | None: ...
 
@@ -1496,6 +1575,52 @@ class WordVectors(_message.Message):
 Global___WordVectors: _TypeAlias = WordVectors  # noqa: Y015
 
 @_typing.final
+class SpanVectors(_message.Message):
+    """SpanVectors asks for one vector for each of the spans of a text: its tokens are computed
+    in the whole text and then pooled by themselves (late chunking). Rows: ragged, one a span,
+    in the order of Spans. Row size and order of steps as in PooledVectors. Tokens with
+    attention_mask 0 are left out.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    STRATEGY_FIELD_NUMBER: _builtins.int
+    LAYER_FIELD_NUMBER: _builtins.int
+    NORMALIZE_FIELD_NUMBER: _builtins.int
+    DIMENSIONS_FIELD_NUMBER: _builtins.int
+    MIX_FIELD_NUMBER: _builtins.int
+    strategy: Global___PoolingStrategy.ValueType
+    """How rows become one vector. POOLING_STRATEGY_CLS is refused: it is of a whole text."""
+    layer: _builtins.int
+    """The layer that is pooled, -L-1 to L. Absent, without mix: the last one."""
+    normalize: _builtins.bool
+    """Divides each vector by its Euclidean length."""
+    dimensions: _builtins.int
+    """Keeps the first values only. 0: all; at most the row size."""
+    @_builtins.property
+    def mix(self) -> Global___LayerMix:
+        """The mix of layers that is pooled. With it, layer must be absent."""
+
+    def __init__(
+        self,
+        *,
+        strategy: Global___PoolingStrategy.ValueType = ...,
+        layer: _builtins.int | None = ...,
+        normalize: _builtins.bool = ...,
+        dimensions: _builtins.int = ...,
+        mix: Global___LayerMix | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_layer", b"_layer", "layer", b"layer", "mix", b"mix"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_layer", b"_layer", "dimensions", b"dimensions", "layer", b"layer", "mix", b"mix", "normalize", b"normalize", "strategy", b"strategy"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__layer: _TypeAlias = _typing.Literal["layer"]  # noqa: Y015
+    _WhichOneofArgType__layer: _TypeAlias = _typing.Literal["_layer", b"_layer"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__layer) -> _WhichOneofReturnType__layer | None: ...
+
+Global___SpanVectors: _TypeAlias = SpanVectors  # noqa: Y015
+
+@_typing.final
 class LayerMix(_message.Message):
     """LayerMix makes one layer of several, in float32: whatever is then made of its rows
     is made of the mix. Its rows leave once, after the highest of its layers. Row size:
@@ -1666,6 +1791,7 @@ class EmbedHeader(_message.Message):
     WORD_COUNTS_FIELD_NUMBER: _builtins.int
     NAMED_PROMPT_FIELD_NUMBER: _builtins.int
     WINDOW_COUNTS_FIELD_NUMBER: _builtins.int
+    SPAN_COUNTS_FIELD_NUMBER: _builtins.int
     model_id: _builtins.str
     """The name of the model; never a path."""
     fingerprint: _builtins.str
@@ -1708,6 +1834,12 @@ class EmbedHeader(_message.Message):
         without windows in the request, and in EmbedStream.
         """
 
+    @_builtins.property
+    def span_counts(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Shape: [text_count]. Rows each text has in outputs of ROW_UNIT_SPAN; may be 0. Empty
+        where there is no such output, and in EmbedStream.
+        """
+
     def __init__(
         self,
         *,
@@ -1722,10 +1854,11 @@ class EmbedHeader(_message.Message):
         word_counts: _abc.Iterable[_builtins.int] | None = ...,
         named_prompt: _builtins.str = ...,
         window_counts: _abc.Iterable[_builtins.int] | None = ...,
+        span_counts: _abc.Iterable[_builtins.int] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["dtype", b"dtype", "fingerprint", b"fingerprint", "layer_count", b"layer_count", "model_id", b"model_id", "named_prompt", b"named_prompt", "outputs", b"outputs", "pad_token_id", b"pad_token_id", "token_counts", b"token_counts", "truncated", b"truncated", "window_counts", b"window_counts", "word_counts", b"word_counts"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["dtype", b"dtype", "fingerprint", b"fingerprint", "layer_count", b"layer_count", "model_id", b"model_id", "named_prompt", b"named_prompt", "outputs", b"outputs", "pad_token_id", b"pad_token_id", "span_counts", b"span_counts", "token_counts", b"token_counts", "truncated", b"truncated", "window_counts", b"window_counts", "word_counts", b"word_counts"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1811,7 +1944,7 @@ class LayerTensor(_message.Message):
     @_builtins.property
     def tensor(self) -> Global___Tensor:
         """Shape: [row_count, row_size]; row_count is the sum of token_counts, of their
-        squares, or of word_counts, or the text_count, as the output's unit says.
+        squares, or of word_counts, or of the spans, or the text_count, as the output's unit says.
         """
 
     def __init__(
@@ -2388,6 +2521,7 @@ class StreamResults(_message.Message):
     FAILURES_FIELD_NUMBER: _builtins.int
     WORDS_FIELD_NUMBER: _builtins.int
     WINDOW_COUNTS_FIELD_NUMBER: _builtins.int
+    SPAN_COUNTS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """The caller's ids."""
@@ -2420,6 +2554,10 @@ class StreamResults(_message.Message):
     def window_counts(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """How many windows each text ran as. Shape: as ids; empty without windows in the options."""
 
+    @_builtins.property
+    def span_counts(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Spans of each text if an output has a row for each. Shape: as ids."""
+
     def __init__(
         self,
         *,
@@ -2431,10 +2569,11 @@ class StreamResults(_message.Message):
         failures: _abc.Iterable[Global___StreamFailure] | None = ...,
         words: _abc.Iterable[Global___SplitText] | None = ...,
         window_counts: _abc.Iterable[_builtins.int] | None = ...,
+        span_counts: _abc.Iterable[_builtins.int] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["failures", b"failures", "ids", b"ids", "timings", b"timings", "token_counts", b"token_counts", "tokens", b"tokens", "truncated", b"truncated", "window_counts", b"window_counts", "words", b"words"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["failures", b"failures", "ids", b"ids", "span_counts", b"span_counts", "timings", b"timings", "token_counts", b"token_counts", "tokens", b"tokens", "truncated", b"truncated", "window_counts", b"window_counts", "words", b"words"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -2461,6 +2600,7 @@ class StreamFrame(_message.Message):
     WORD_COUNT_FIELD_NUMBER: _builtins.int
     WORDS_FIELD_NUMBER: _builtins.int
     WINDOW_COUNT_FIELD_NUMBER: _builtins.int
+    SPAN_COUNT_FIELD_NUMBER: _builtins.int
     id: _builtins.int
     """The caller's id."""
     output_index: _builtins.int
@@ -2481,6 +2621,8 @@ class StreamFrame(_message.Message):
     """Words of the text; 0 where no output has a row for each."""
     window_count: _builtins.int
     """How many windows the text ran as; 0 without windows in the options."""
+    span_count: _builtins.int
+    """Spans of the text; 0 where no output has a row for each."""
     @_builtins.property
     def timings(self) -> Global___Timings:
         """Where the time went; with done."""
@@ -2509,10 +2651,11 @@ class StreamFrame(_message.Message):
         word_count: _builtins.int = ...,
         words: Global___SplitText | None = ...,
         window_count: _builtins.int = ...,
+        span_count: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["timings", b"timings", "tokens", b"tokens", "words", b"words"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["done", b"done", "first_row", b"first_row", "id", b"id", "layer", b"layer", "output_index", b"output_index", "row_count", b"row_count", "timings", b"timings", "token_count", b"token_count", "tokens", b"tokens", "truncated", b"truncated", "window_count", b"window_count", "word_count", b"word_count", "words", b"words"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["done", b"done", "first_row", b"first_row", "id", b"id", "layer", b"layer", "output_index", b"output_index", "row_count", b"row_count", "span_count", b"span_count", "timings", b"timings", "token_count", b"token_count", "tokens", b"tokens", "truncated", b"truncated", "window_count", b"window_count", "word_count", b"word_count", "words", b"words"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

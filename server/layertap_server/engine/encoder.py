@@ -234,6 +234,10 @@ class _MadeOutput:
             self._make = lambda values: bert.pooler(values.index_select(0, first_rows.tensor))
         elif output.word_pooling is not None:
             self._make = WordsPooling(packed_batch.words(runs), output.word_pooling, upload)
+        elif output.kind is OutputKind.SPAN_VECTORS:
+            assert output.pool is not None
+            bags = packed_batch.spans(runs, output.pool)
+            self._make = TextPooling(bags, output.pool, output.row_size, upload)
         else:
             assert output.pool is not None
             if output.applies_modules:

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-from layertap_server.types import Pool, Run, Text
+from layertap_server.types import Pool, Run, Strategy, Text
 
 Indices = npt.NDArray[np.int64]
 
@@ -144,6 +144,24 @@ class PackedBatch:
         starts += np.repeat(self.first_rows(runs), [len(one.piece_counts) for one in words])
         return Bags(rows=_ranges(starts, counts), counts=counts)
 
+    def spans(self, runs: Sequence[int], pool: Pool) -> Bags:
+        """Returns the rows that are pooled of each span of some runs, run by run, texts in request order."""
+        chosen = [
+            (text, text.spans, row)
+            for text, row in zip(self.texts(runs), self.first_rows(runs), strict=True)
+            if text.spans is not None
+        ]
+        none = np.zeros(0, np.int64)
+        counts = np.concatenate([none, *(spans.counts for _, spans, _ in chosen)])
+        rows = _ranges(np.concatenate([none, *(spans.starts + row for _, spans, row in chosen)]), counts)
+        if any(text.attention_mask is not None for text, _, _ in chosen):
+            kept = np.concatenate([_attended(text)[_ranges(spans.starts, spans.counts)] for text, spans, _ in chosen])
+            counts = np.bincount(np.repeat(np.arange(len(counts)), counts)[kept], minlength=len(counts))
+            rows = rows[kept]
+        if pool.strategy is Strategy.LAST:
+            rows, counts = rows[np.cumsum(counts) - 1], np.ones_like(counts)
+        return Bags(rows=rows, counts=counts)
+
     def _texts(self, runs: Sequence[int]) -> Indices:
         """Returns the indices in the batch of the texts of some runs. Shape: [text_count]."""
         return np.concatenate(
@@ -156,6 +174,11 @@ def _ranges(starts: Indices, lengths: Indices) -> Indices:
     ends = np.cumsum(lengths)
     ranges: Indices = np.arange(int(lengths.sum())) + np.repeat(starts - (ends - lengths), lengths)
     return ranges
+
+
+def _attended(text: Text) -> npt.NDArray[np.bool_]:
+    """Returns which tokens of a text may be attended to. Shape: [token_count]."""
+    return np.ones(text.token_count, np.bool_) if text.attention_mask is None else text.attention_mask == 1
 
 
 def _token_type_ids(ordered: Sequence[Text]) -> npt.NDArray[np.int32] | None:

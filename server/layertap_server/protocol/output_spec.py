@@ -89,10 +89,13 @@ def _output(output: pb.Output, model: ModelFacts, sentences: SentenceConfig, lab
         if output.pooled_vectors.sentence_modules:
             return _sentence_vectors(output.pooled_vectors, model, sentences, label)
         return _pooled_vectors(output.pooled_vectors, model, label)
+    if kind == "span_vectors":
+        return _span_vectors(output.span_vectors, model, label)
     if kind == "attentions":
         return _attentions(output.attentions, model, label)
     raise InvalidArgumentError(
-        f"{label} has no kind; set hidden_states, pooler_output, pooled_vectors, word_vectors or attentions"
+        f"{label} has no kind; set hidden_states, pooler_output, pooled_vectors, word_vectors, span_vectors or "
+        "attentions"
     )
 
 
@@ -186,6 +189,36 @@ def _pooled_vectors(asked: pb.PooledVectors, model: ModelFacts, label: str) -> O
         raise InvalidArgumentError(
             f"{label} pools the first token by cls and excludes special tokens; include them, or pool otherwise"
         )
+    layer, mix, widest = _pooled_rows(asked, strategy, model, label)
+    return Output(
+        kind=OutputKind.POOLED_VECTORS,
+        layers=(layer,),
+        row_size=asked.dimensions or widest,
+        pool=Pool(strategy=strategy, exclude_special_tokens=asked.exclude_special_tokens, normalize=asked.normalize),
+        mix=mix,
+        pooled_size=widest,
+    )
+
+
+def _span_vectors(asked: pb.SpanVectors, model: ModelFacts, label: str) -> Output:
+    strategy = known(f"{label}.strategy", asked.strategy or pb.POOLING_STRATEGY_MEAN, _STRATEGIES)
+    if strategy is Strategy.CLS:
+        raise InvalidArgumentError(f"{label} pools spans by cls, which is of a whole text; pool them otherwise")
+    layer, mix, widest = _pooled_rows(asked, strategy, model, label)
+    return Output(
+        kind=OutputKind.SPAN_VECTORS,
+        layers=(layer,),
+        row_size=asked.dimensions or widest,
+        pool=Pool(strategy=strategy, normalize=asked.normalize),
+        mix=mix,
+        pooled_size=widest,
+    )
+
+
+def _pooled_rows(
+    asked: pb.PooledVectors | pb.SpanVectors, strategy: Strategy, model: ModelFacts, label: str
+) -> tuple[int, Mix | None, int]:
+    """Returns the layer after which pools leave, the mix that they are of, and how many values they have at most."""
     layer, mix, widest = model.layer_count, None, model.hidden_size
     if asked.HasField("mix"):
         if asked.HasField("layer"):
@@ -198,14 +231,7 @@ def _pooled_vectors(asked: pb.PooledVectors, model: ModelFacts, label: str) -> O
         widest *= 2
     if not 0 <= asked.dimensions <= widest:
         raise InvalidArgumentError(f"{label}.dimensions is {asked.dimensions}; it runs from 1 to {widest}, 0 means all")
-    return Output(
-        kind=OutputKind.POOLED_VECTORS,
-        layers=(layer,),
-        row_size=asked.dimensions or widest,
-        pool=Pool(strategy=strategy, exclude_special_tokens=asked.exclude_special_tokens, normalize=asked.normalize),
-        mix=mix,
-        pooled_size=widest,
-    )
+    return layer, mix, widest
 
 
 def _token_embeddings(asked: pb.HiddenStates, model: ModelFacts, sentences: SentenceConfig, label: str) -> Output:

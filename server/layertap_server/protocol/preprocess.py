@@ -23,7 +23,7 @@ from layertap_server.model.tokenized import Tokenized
 from layertap_server.model.tokenizer import Tokenizer
 from layertap_server.model.tokenizer_engine import Detail
 from layertap_server.observability.call_log import Record
-from layertap_server.protocol import output_spec, token_ids, validation
+from layertap_server.protocol import output_spec, spans, token_ids, validation
 from layertap_server.protocol.offload import LARGE_BYTES, Slices, offload
 from layertap_server.protocol.requests import sizes_of
 from layertap_server.types import Plan, Text, Windowing
@@ -47,6 +47,8 @@ HELD_TEXT_BYTES: Final = 1024
 _HELD_TOKEN_BYTES: Final = 16
 _HELD_ENCODED_TOKEN_BYTES: Final = 192
 """Of one token where the tokenizer's own result is kept, measured with tokens of one character."""
+_HELD_SPAN_BYTES: Final = 40
+"""Likewise of one span."""
 _HELD_WORD_BYTES: Final = 40
 
 _CACHED_OPTIONS: Final = 256
@@ -261,7 +263,7 @@ class Preprocessor:
             truncation=validation.truncation(options.truncation),
             lower_case=options.lower_case,
             detail=Detail.EVERYTHING
-            if plan.return_tokens or plan.has_words
+            if plan.return_tokens or plan.has_words or plan.has_spans
             else Detail.SPECIAL_TOKENS
             if plan.excludes_special_tokens
             else Detail.NOTHING,
@@ -298,17 +300,25 @@ class Preprocessor:
             detail=options.detail,
             windowing=options.windowing,
         )
-        if options.detail is Detail.NOTHING:
+        if options.detail is Detail.NOTHING and not any(message.HasField("spans") for message in inputs):
             texts = [result.text for result in results if isinstance(result, Tokenized)]
             if texts and validation.all_fit(options.plan, texts, self.model, self.limits):
                 return results
-        return [self._checked(options.plan, one, label) for one, label in zip(results, labels, strict=True)]
+        return [
+            self._checked(options, message, one, label)
+            for message, one, label in zip(inputs, results, labels, strict=True)
+        ]
 
-    def _checked(self, plan: Plan, result: Result, label: str) -> Result:
+    def _checked(self, options: Options, message: pb.Input, result: Result, label: str) -> Result:
         if isinstance(result, LayertapError):
             return result
+        plan = options.plan
         try:
+            spans.check_asked(message, plan, label)
             validation.check_fits(result.text, label, self.model)
+            if plan.has_spans and message.HasField("spans"):
+                found = spans.spans_of(message, result, label, prompt_length=len(options.prompt))
+                result = dataclasses.replace(result, text=dataclasses.replace(result.text, spans=found))
             if plan.excludes_special_tokens:
                 result = self._tokenizer.mark_special_tokens(result)
             checked = validation.check_tokenized(plan, result, label, self.limits)
@@ -321,7 +331,8 @@ class Preprocessor:
 def held_bytes(one: Tokenized) -> int:
     """Returns about how much memory the server holds for a text until it is answered."""
     token_bytes = _HELD_TOKEN_BYTES if one.encoding is None else _HELD_ENCODED_TOKEN_BYTES
-    return HELD_TEXT_BYTES + token_bytes * one.text.token_count + _HELD_WORD_BYTES * one.text.word_count
+    lists = _HELD_WORD_BYTES * one.text.word_count + _HELD_SPAN_BYTES * one.text.span_count
+    return HELD_TEXT_BYTES + token_bytes * one.text.token_count + lists
 
 
 def _all_good(results: Sequence[Result]) -> list[Tokenized]:

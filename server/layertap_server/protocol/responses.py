@@ -45,6 +45,7 @@ _UNITS = {
     Unit.WORD: pb.ROW_UNIT_WORD,
     Unit.TEXT: pb.ROW_UNIT_TEXT,
     Unit.TOKEN_PAIR: pb.ROW_UNIT_TOKEN_PAIR,
+    Unit.SPAN: pb.ROW_UNIT_SPAN,
 }
 
 
@@ -89,6 +90,7 @@ def _of_texts(plan: Plan, tokenized: Sequence[Tokenized]) -> dict[str, Any]:
         "token_counts": [one.text.token_count for one in tokenized],
         "truncated": [one.truncated for one in tokenized],
         "word_counts": [one.text.word_count for one in tokenized] if plan.has_words else (),
+        "span_counts": [one.text.span_count for one in tokenized] if plan.has_spans else (),
         "window_counts": [one.text.window_count for one in tokenized] if plan.of_windows is not None else (),
     }
 

@@ -189,6 +189,8 @@ def _pack(batch: Sequence[Result], plan: Plan, tokenizer: Tokenizer, shared: pb.
             message.tokens.append(responses.tokens(result.tokenized, tokenizer))
         if has_words:
             message.words.append(responses.words(result.tokenized))
+        if plan.has_spans:
+            message.span_counts.append(result.tokenized.text.span_count)
         if plan.of_windows is not None:
             message.window_counts.append(result.tokenized.text.window_count)
     tensors = list(zip(*(result.parts for result in good), strict=True))
@@ -220,6 +222,7 @@ def _spread(result: Result, plan: Plan, tokenizer: Tokenizer, max_frame_bytes: i
                 row_count=taken,
                 token_count=text.token_count,
                 word_count=text.word_count,
+                span_count=text.span_count,
                 window_count=0 if plan.of_windows is None else text.window_count,
                 truncated=result.tokenized.truncated,
                 done=part is last and first + taken == row_count,

@@ -6,6 +6,7 @@ not depend on which batches the windows were in.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Sequence
 
 import numpy as np
@@ -34,6 +35,8 @@ def whole_rows(
         return parts[0]
     if output.word_pooling is not None:
         return _words(output, whole, windows, parts)
+    if output.kind is OutputKind.SPAN_VECTORS:
+        return _spans(output, whole, windows, parts)
     stacked = np.concatenate(parts)
     widths = [2 if pool.strategy is Strategy.MEAN_MAX else 1 for pool in output.pools]
     ends = np.cumsum(widths) * (stacked.shape[1] // sum(widths))
@@ -42,10 +45,7 @@ def whole_rows(
     vector = np.concatenate(pooled)[None]
     if output.applies_modules:
         vector = apply_modules(vector)
-    vector = vector[:, : output.row_size]
-    if output.pool is not None and output.pool.normalize:
-        vector = vector / np.maximum(np.linalg.norm(vector.astype(np.float64)), 1e-12)
-    return np.ascontiguousarray(vector, np.float32)
+    return _finished(output, vector)
 
 
 def narrowed(rows: Vectors, dtype: str, layer: int) -> tuple[memoryview, LayertapError | None]:
@@ -57,15 +57,45 @@ def narrowed(rows: Vectors, dtype: str, layer: int) -> tuple[memoryview, Layerta
     if dtype == "bfloat16":
         bits = np.ascontiguousarray(rows).view(np.uint32)
         sent = ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).astype(np.uint16)  # To nearest, ties to even.
-        return sent.data.cast("B"), error
+        return sent.reshape(-1).view(np.uint8).data, error
     with np.errstate(over="ignore"):
-        return np.ascontiguousarray(rows, dtype).data.cast("B"), error
+        return np.ascontiguousarray(rows, dtype).reshape(-1).view(np.uint8).data, error
 
 
 def _pooled(pool: Pool, windows: Sequence[Text], values: Vectors) -> Vectors:
     """Pools over windows. Shape: [window_count, size] to [size]."""
     counts = np.array([len(pool.positions(window)) for window in windows], np.float64)
-    values, counts = values[counts > 0], counts[counts > 0]
+    return _combined(pool, values[counts > 0], counts[counts > 0])
+
+
+def _finished(output: Output, vectors: Vectors) -> Vectors:
+    """Returns pooled vectors cut and normalized. Shape: [vector_count, pooled size] to [vector_count, row_size]."""
+    vectors = vectors[:, : output.row_size]
+    if output.pool is not None and output.pool.normalize:
+        vectors = vectors / np.maximum(np.linalg.norm(vectors.astype(np.float64), axis=1, keepdims=True), 1e-12)
+    return np.ascontiguousarray(vectors, np.float32)
+
+
+def _spans(output: Output, whole: Text, windows: Sequence[Text], parts: Sequence[Vectors]) -> Vectors:
+    """Returns the rows of spans, which may have tokens in several windows."""
+    assert whole.spans is not None and output.pool is not None
+    found = np.zeros((whole.span_count, parts[0].shape[1]), np.float32)
+    cut: defaultdict[int, list[tuple[Vectors, int]]] = defaultdict(list)
+    for window, part in zip(windows, parts, strict=True):
+        assert window.spans is not None and window.span_indices is not None
+        counts, indices = window.spans.counts, window.span_indices
+        is_cut = counts < whole.spans.counts[indices]
+        found[indices[~is_cut]] = part[~is_cut]
+        for n in np.flatnonzero(is_cut).tolist():
+            cut[int(indices[n])].append((part[n], int(counts[n])))
+    for index, own in cut.items():
+        values = np.stack([value for value, _ in own])
+        found[index] = _combined(output.pool, values, np.array([count for _, count in own], np.float64))
+    return _finished(output, found)
+
+
+def _combined(pool: Pool, values: Vectors, counts: np.ndarray) -> Vectors:
+    """Pools what was pooled in parts of so many rows, none empty. Shape: [part_count, size] to [size]."""
     if pool.strategy in (Strategy.CLS, Strategy.LAST):
         vector: Vectors = values[0 if pool.strategy is Strategy.CLS else -1]
         return vector

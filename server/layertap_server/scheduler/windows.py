@@ -8,6 +8,7 @@ a text, and of the parts of its rows, are reserved with its first window. Knows 
 from __future__ import annotations
 
 import dataclasses
+import logging
 import threading
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -15,10 +16,12 @@ from collections.abc import Callable, Iterator
 import numpy as np
 import numpy.typing as npt
 
-from layertap.errors import LayertapError
+from layertap.errors import InternalError, LayertapError
 from layertap_server.scheduler.call import Call, Event, RowsReady, RunDone
 from layertap_server.scheduler.window_rows import narrowed, whole_rows
-from layertap_server.types import ApplyModules, Rows, Text, Unit, Vectors, Window
+from layertap_server.types import ApplyModules, DeviceLostError, Rows, Text, Unit, Vectors, Window
+
+log = logging.getLogger(__name__)
 
 _Place = tuple[int, int]
 """Output index, layer."""
@@ -126,8 +129,18 @@ class TextEvents:
         index, layer = place
         own = opened.parts.pop(place)
         windows, parts = zip(*(own[n] for n in range(len(own))), strict=True)
-        found = whole_rows(self._plan.outputs[index], opened.text, windows, parts, self._apply_modules)
-        data, error = narrowed(found, self._plan.dtype, layer)
+        output = self._plan.outputs[index]
+        error: LayertapError | None
+        try:
+            found = whole_rows(output, opened.text, windows, parts, self._apply_modules)
+            data, error = narrowed(found, self._plan.dtype, layer)
+        except DeviceLostError:
+            raise
+        except Exception:  # Other calls of the batch must not fail with it.
+            log.exception("the parts of a text could not be put together")
+            (row_count,) = output.row_counts([opened.text])
+            data = memoryview(bytes(row_count * self._plan.row_bytes(output)))
+            error = InternalError("the encoder failed; the server's log has the reason")
         opened.error = opened.error or error
         return self._ready(opened, first_text, place, data)
 

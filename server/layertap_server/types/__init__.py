@@ -24,7 +24,7 @@ from layertap_server.types.plan import (
     WordPooling,
 )
 from layertap_server.types.run import Allocator, ApplyModules, Encode, Rows, Run, Vectors
-from layertap_server.types.text import Ids, Indices, Text, Words
+from layertap_server.types.text import Ids, Indices, Spans, Text, Words
 from layertap_server.types.windows import Window, Windowing, Windows
 
 __all__ = [
@@ -47,6 +47,7 @@ __all__ = [
     "Pool",
     "Rows",
     "Run",
+    "Spans",
     "Strategy",
     "Text",
     "Unit",

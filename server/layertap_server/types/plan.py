@@ -23,6 +23,7 @@ class OutputKind(enum.Enum):
     POOLED_VECTORS = enum.auto()
     WORD_VECTORS = enum.auto()
     ATTENTIONS = enum.auto()
+    SPAN_VECTORS = enum.auto()
 
 
 class Unit(enum.Enum):
@@ -32,6 +33,7 @@ class Unit(enum.Enum):
     WORD = enum.auto()
     TEXT = enum.auto()
     TOKEN_PAIR = enum.auto()
+    SPAN = enum.auto()
 
 
 class Mixing(enum.Enum):
@@ -139,6 +141,7 @@ _UNITS: Final = {
     OutputKind.HIDDEN_STATES: Unit.TOKEN,
     OutputKind.WORD_VECTORS: Unit.WORD,
     OutputKind.ATTENTIONS: Unit.TOKEN_PAIR,
+    OutputKind.SPAN_VECTORS: Unit.SPAN,
 }
 """What the others have is one row a text."""
 
@@ -151,7 +154,7 @@ class Output:
         kind: What it is.
         layers: The absolute layers after which its rows leave, ascending, without doubles; of a mix its highest.
         row_size: Values a row.
-        pool: The pooling, for pooled vectors.
+        pool: The pooling, for pooled vectors; for those of spans that of each span.
         word_pooling: The pooling of each word, for word vectors.
         mix: What its rows are made of instead of one layer each. None: of each layer by itself.
         joined_pools: More poolings, whose vectors are joined to that of `pool`; it says what is done to the whole.
@@ -183,8 +186,8 @@ class Output:
 
     @property
     def pools(self) -> tuple[Pool, ...]:
-        """All its poolings."""
-        return () if self.pool is None else (self.pool, *self.joined_pools)
+        """All its poolings of whole texts."""
+        return () if self.pool is None or self.unit is Unit.SPAN else (self.pool, *self.joined_pools)
 
     @property
     def unit(self) -> Unit:
@@ -198,6 +201,8 @@ class Output:
             return [text.row_count for text in texts]
         if unit is Unit.TOKEN_PAIR:
             return [text.token_count**2 for text in texts]
+        if unit is Unit.SPAN:
+            return [text.span_count for text in texts]
         return [text.word_count for text in texts] if unit is Unit.WORD else [1] * len(texts)
 
 
@@ -209,11 +214,13 @@ class ByteCounts:
     word: int
     text: int
     token_pair: int
+    span: int
 
     def of(self, text: Text) -> int:
         """Returns the bytes of one text."""
         count = text.row_count
-        return (self.token + self.token_pair * count) * count + self.word * text.word_count + self.text
+        found = (self.token + self.token_pair * count) * count + self.word * text.word_count + self.text
+        return found + self.span * text.span_count if self.span else found
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -228,6 +235,7 @@ class Plan:
         byte_counts: The answer's bytes for each token, pair of tokens, word and text.
         mix_token_bytes: What its mixes take for each token until the answer is made of them.
         has_words: Whether an output has a row for each word.
+        has_spans: Whether an output has a row for each span.
         excludes_special_tokens: Whether a pool leaves special tokens out.
     """
 
@@ -238,6 +246,7 @@ class Plan:
     byte_counts: ByteCounts = dataclasses.field(init=False)
     mix_token_bytes: int = dataclasses.field(init=False)
     has_words: bool = dataclasses.field(init=False)
+    has_spans: bool = dataclasses.field(init=False)
     excludes_special_tokens: bool = dataclasses.field(init=False)
     _hash: int = dataclasses.field(init=False, repr=False, compare=False)
 
@@ -255,6 +264,7 @@ class Plan:
         mixes = {output.mix for output in self.outputs if output.mix is not None}
         object.__setattr__(self, "mix_token_bytes", sum(4 * mix.row_size for mix in mixes))
         object.__setattr__(self, "has_words", any(output.unit is Unit.WORD for output in self.outputs))
+        object.__setattr__(self, "has_spans", any(output.unit is Unit.SPAN for output in self.outputs))
         pools = [pool for output in self.outputs for pool in output.pools]
         object.__setattr__(self, "excludes_special_tokens", any(pool.exclude_special_tokens for pool in pools))
         object.__setattr__(self, "_hash", hash((self.outputs, self.dtype, self.return_tokens, self.of_windows)))
@@ -268,7 +278,7 @@ class Plan:
         """Returns the plan with pools that leave out the rows before one."""
 
         def moved(output: Output) -> Output:
-            if output.pool is None:
+            if not output.pools:
                 return output
             pool, *joined = (dataclasses.replace(pool, first_row=row) for pool in output.pools)
             return dataclasses.replace(output, pool=pool, joined_pools=tuple(joined))
@@ -294,7 +304,13 @@ class Plan:
         if self.of_windows is None or text.windows is None:
             return 0
         sizes, count = self.of_windows.byte_counts, text.window_count
-        return sizes.text * count + sizes.word * (text.word_count + count)
+        found = sizes.text * count + sizes.word * (text.word_count + count)
+        if text.spans is None:
+            return found
+        first_rows = [text.windows[n].first_row for n in range(count)]
+        starts, ends = text.spans.starts, text.spans.starts + text.spans.counts
+        cuts = np.searchsorted(first_rows, ends, side="left") - np.searchsorted(first_rows, starts, side="right")
+        return found + sizes.span * (text.span_count + int(cuts.sum()))
 
     def dtype_of(self, output: Output) -> str:
         """Returns the number format of an output."""

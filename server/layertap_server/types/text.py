@@ -34,16 +34,37 @@ class Words:
 
         `first_word_count` and `offsets` are not those of the part.
         """
-        firsts = np.maximum(self.starts, first)
-        counts = np.minimum(self.starts + self.piece_counts, end) - firsts
-        inside = np.flatnonzero((counts > 0) & (self.piece_counts > 0))
+        inside, starts, counts = _within(self.starts, self.piece_counts, first, end)
         part = Words(
-            starts=firsts[inside] - start,
-            piece_counts=counts[inside],
-            offsets=self.offsets[inside],
-            first_word_count=len(inside),
+            starts=starts - start, piece_counts=counts, offsets=self.offsets[inside], first_word_count=len(inside)
         )
         return inside, part
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Spans:
+    """Runs of tokens of a text that are pooled by themselves. They may overlap.
+
+    Attributes:
+        starts: Shape: [span_count]; the first token of each.
+        counts: Shape: [span_count]; how many tokens each has.
+    """
+
+    starts: Indices
+    counts: Indices
+
+    def within(self, first: int, end: int, *, start: int) -> tuple[Indices, Spans]:
+        """Returns which spans have tokens from `first` to before `end`, and these, counted from `start`."""
+        inside, starts, counts = _within(self.starts, self.counts, first, end)
+        return inside, Spans(starts=starts - start, counts=counts)
+
+
+def _within(starts: Indices, counts: Indices, first: int, end: int) -> tuple[Indices, Indices, Indices]:
+    """Returns which ranges have anything from `first` to before `end`, and where that starts and how much it is."""
+    firsts = np.maximum(starts, first)
+    left = np.minimum(starts + counts, end) - firsts
+    inside = np.flatnonzero((left > 0) & (counts > 0))
+    return inside, firsts[inside], left[inside]
 
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
@@ -56,10 +77,12 @@ class Text:
         token_type_ids: Shape: [token_count], with at least one not 0. None: all 0.
         special_tokens_mask: Shape: [token_count]; 1 for special tokens. None: no output asks for it, or all 0.
         words: Its words. None: no output asks for them, or it has none.
+        spans: Its spans. None: no output asks for them, or it has none.
         windows: The windows that it runs as. None: it runs as a whole.
         window: Which tokens of another text it has. None: it is no window.
         whole: That text. None: it is no window.
         word_indices: Which words of the whole text those of a window are.
+        span_indices: Likewise for spans.
     """
 
     input_ids: Ids
@@ -67,10 +90,12 @@ class Text:
     token_type_ids: Ids | None = None
     special_tokens_mask: Ids | None = None
     words: Words | None = None
+    spans: Spans | None = None
     windows: Windows | None = None
     window: Window | None = None
     whole: Text | None = None
     word_indices: Indices | None = None
+    span_indices: Indices | None = None
 
     @property
     def token_count(self) -> int:
@@ -97,6 +122,11 @@ class Text:
         """How many words it has, as far as they are asked for."""
         return 0 if self.words is None else len(self.words.piece_counts)
 
+    @property
+    def span_count(self) -> int:
+        """How many spans it has, as far as they are asked for."""
+        return 0 if self.spans is None else len(self.spans.counts)
+
     def part(self, index: int) -> Text:
         """Returns one of its windows as a text of its own; of a text that runs as a whole, itself."""
         if self.windows is None:
@@ -113,16 +143,20 @@ class Text:
 
         ids = cut(self.input_ids)
         assert ids is not None
-        inside, words = None, None
+        end = window.first_row + window.row_count
+        inside, words, spans_inside, spans = None, None, None, None
         if self.words is not None:
-            end = window.first_row + window.row_count
             inside, words = self.words.within(window.first_row, end, start=window.start)
+        if self.spans is not None:
+            spans_inside, spans = self.spans.within(window.first_row, end, start=window.start)
         return Text(
             ids,
             token_type_ids=cut(self.token_type_ids),
             special_tokens_mask=cut(self.special_tokens_mask),
             words=words,
+            spans=spans,
             window=window,
             whole=self,
             word_indices=inside,
+            span_indices=spans_inside,
         )
