@@ -41,6 +41,7 @@ def test_the_script_runs(real_server: Server, monkeypatch: pytest.MonkeyPatch, t
     assert found["panels"].axes[0].images[0].get_clim() == (-1, 1)  # No cosine is shown as another.
     attention = found["looks"].axes[0].images[0]
     assert attention.get_clim() == (0, 1) and np.abs(attention.get_array().sum(-1) - 1).max() < 1e-5
+    assert found["long"].window_counts[0] > 1 and "guitar" in found["sentences"][int(found["cosines"].argmax())]
     from matplotlib import pyplot
 
     assert len(pyplot.get_fignums()) == FIGURE_COUNT
