@@ -144,6 +144,7 @@ class Builder:
             token_counts=token_counts,
             truncated=np.array([one.truncated for one in tokenized], np.bool_),
             window_counts=np.array([one.text.window_count for one in tokenized], np.int64),
+            span_counts=[one.text.span_count for one in tokenized],
             attention_mask=attention_mask(messages, token_counts),
             timings=_NO_TIMINGS,
             tokens=[responses.tokens(one, self.tokenizer) for one in tokenized] if self.options.return_tokens else (),
