@@ -110,7 +110,7 @@ async def parse_parts(
     Raises:
         InvalidArgumentError: if it is not such a request, or it or one of its texts is too large.
     """
-    name = kind.DESCRIPTOR.fields_by_number[_ENTRIES].name
+    name = "texts" if kind is pb.DecodeRequest else "inputs"
     if len(raw) <= LARGE_BYTES:
         try:
             message = kind.FromString(raw)

@@ -5,10 +5,10 @@ Knows no protocol of callers: what is asked comes as a plan and tokenized texts,
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, Protocol
 
+from layertap.errors import LayertapError
 from layertap_server.model.tokenized import Tokenized
 from layertap_server.observability.call_log import Record
 from layertap_server.scheduler.batcher import Batcher
@@ -38,7 +38,6 @@ class Caller(Protocol):
         """The deadline of the call, by time.monotonic; None: it has none."""
 
 
-@contextlib.contextmanager
 def queued(
     batcher: Batcher,
     plan: Plan,
@@ -48,13 +47,17 @@ def queued(
     places: Allocator | None = None,
     *,
     keeps_rows: bool = True,
-) -> Iterator[Call]:
-    """Queues the texts of a call, and drops what is left of it at its end; for `keeps_rows` see `Batcher.open`."""
+) -> Call:
+    """Returns a call whose texts are queued; as a context it drops what is left of it at its end.
+
+    For `keeps_rows` see `Batcher.open`.
+    """
     call = batcher.open(
         plan,
         client=caller.client,
         connection=caller.connection,
-        deliver=inbox.put,
+        deliver=inbox.add,
+        wake=inbox.wake,
         expires_at=caller.expires_at,
         allocator=places,
         keeps_rows=keeps_rows,
@@ -62,10 +65,11 @@ def queued(
     texts = [one.text for one in tokenized]
     try:
         call.add(texts)
-        caller.record.take(texts)
-        yield call
-    finally:
+    except LayertapError:
         call.close()
+        raise
+    caller.record.take(texts)
+    return call
 
 
 async def collect(
@@ -91,7 +95,7 @@ async def collect(
         LayertapError: if the call, or one of its texts, has failed.
     """
     parts: list[RowsReady] = []
-    inbox: EventQueue[Event] = EventQueue(waker)
+    inbox: EventQueue[Event] = EventQueue(waker, needs_rows=False)
     with queued(batcher, plan, tokenized, inbox, caller) as call:
         left = len(tokenized)
         while left:

@@ -210,11 +210,7 @@ def all_fit(plan: Plan, texts: Sequence[Text], model: ModelFacts, limits: Limits
 
     False says nothing: texts with masks, types or windows, and plans with words, special tokens or a prompt, need more.
     """
-    if (
-        plan.has_words
-        or plan.excludes_special_tokens
-        or any(pool.first_row for one in plan.outputs for pool in one.pools)
-    ):
+    if not plan.is_plain:
         return False
     if any(text.attention_mask is not None or text.token_type_ids is not None for text in texts):
         return False
@@ -222,12 +218,13 @@ def all_fit(plan: Plan, texts: Sequence[Text], model: ModelFacts, limits: Limits
         return False
     counts = [len(text.input_ids) for text in texts]
     longest = texts[counts.index(max(counts))]
+    ids = longest.input_ids if len(texts) == 1 else np.concatenate([text.input_ids for text in texts])
     return (
         min(counts) > 0
         and longest.token_count <= model.max_length
         and max(plan.byte_counts.of(longest), plan.mix_token_bytes * longest.token_count)
         <= limits.max_call_output_bytes
-        and int(np.concatenate([text.input_ids for text in texts]).max()) < model.vocab_size
+        and int(ids.max()) < model.vocab_size
     )
 
 

@@ -30,13 +30,12 @@ from layertap_server.rpc.caller import (
     Caller,
     CallerLeftError,
     Context,
-    IdleCalls,
+    Deadlines,
     client_of,
     why_left,
 )
-from layertap_server.rpc.reads import Reads
 from layertap_server.scheduler.call import Hooks
-from layertap_server.scheduler.fairness import RequestMemory
+from layertap_server.scheduler.fairness import Reads, RequestMemory
 from layertap_server.types import RETRY_FULL_S, RETRY_STOPPING_S
 
 log = logging.getLogger(__name__)
@@ -77,7 +76,7 @@ class Admission:
             hooks: Called for refusals.
         """
         self._memory = RequestMemory(max_request_bytes, hooks)
-        self._idle_calls = IdleCalls()
+        self._deadlines = Deadlines()
         self._reads = Reads()
         self._max_call_count = max_call_count
         self._stall_timeout_s = stall_timeout_s
@@ -137,7 +136,7 @@ class Admission:
         task = asyncio.current_task()
         assert task is not None
         record = self._call_log.open(name, client=client, metadata=metadata)
-        call = AdmittedCall(record, task, self._memory, self._idle_calls)
+        call = AdmittedCall(record, task, self._memory, self._deadlines)
         self._calls[task] = call
         task.add_done_callback(self._leave)
         try:
@@ -239,5 +238,6 @@ class Admission:
         return self._max_call_count if own <= max(eighth, 1) else self._max_call_count - eighth
 
     def _leave(self, task: asyncio.Task[Any]) -> None:
-        self._calls.pop(task, None)
+        if (call := self._calls.pop(task, None)) is not None:
+            call.leave()
         self._left.set()

@@ -26,8 +26,7 @@ from layertap.errors import (
 )
 from layertap_server.observability.call_log import Record
 from layertap_server.rpc import auth
-from layertap_server.rpc.reads import Reads
-from layertap_server.scheduler.fairness import RequestMemory
+from layertap_server.scheduler.fairness import Reads, RequestMemory
 from layertap_server.types import RETRY_ELSEWHERE_S
 
 Context = grpc.aio.ServicerContext[bytes, bytes]
@@ -39,8 +38,8 @@ _NEAR_S: Final = 0.05
 """A caller's clock ends a call a little before ours does: what is cancelled so near to its deadline has met it."""
 
 
-class IdleCalls:
-    """Ends calls that are idle for too long, with one timer for all: one for each would cost every short call."""
+class Deadlines:
+    """Ends calls that wait for too long, with one timer for all: one for each would cost every short call."""
 
     def __init__(self) -> None:
         self._deadlines: dict[AdmittedCall, float] = {}
@@ -64,7 +63,7 @@ class IdleCalls:
         self._timer = None
         for call in [call for call, deadline in self._deadlines.items() if deadline <= now]:
             del self._deadlines[call]
-            call.end_idle()
+            call.end_late()
         if self._deadlines:
             at = max(min(self._deadlines.values()), now + _LEAST_WAIT_S)
             self._timer = loop.call_at(at, self._end_late, loop)
@@ -78,12 +77,12 @@ class AdmittedCall:
         ending: The error that it ends with, once it has been ended from outside.
     """
 
-    def __init__(self, record: Record, task: asyncio.Task[Any], memory: RequestMemory, idle_calls: IdleCalls) -> None:
+    def __init__(self, record: Record, task: asyncio.Task[Any], memory: RequestMemory, deadlines: Deadlines) -> None:
         self.record = record
         self.ending: LayertapError | None = None
         self._task = task
         self._memory = memory
-        self._idle_calls = idle_calls
+        self._deadlines = deadlines
         self._idle_error: Callable[[], LayertapError] | None = None
         self._byte_count = self._stream_byte_count = 0
         self._idle_since: float | None = None
@@ -130,18 +129,20 @@ class AdmittedCall:
         """Notes that the call is idle; after so many seconds it ends with an error, which `error` then makes."""
         self._idle_since = time.monotonic()
         self._idle_error = error
-        self._idle_calls.add(self, timeout_s)
+        self._deadlines.add(self, timeout_s)
 
     def set_busy(self) -> None:
         """Notes that the call is no longer idle."""
         if self._idle_since is not None:
             self._idle_since = self._idle_error = None
-            self._idle_calls.remove(self)
+            self._deadlines.remove(self)
 
-    def end_idle(self) -> None:
-        """Ends the call, which has been idle for too long."""
+    def end_late(self) -> None:
+        """Ends the call, which has been idle for too long, or whose only message gRPC could not send."""
         if self._idle_error is not None:
             self.end(self._idle_error())
+        else:
+            self._task.cancel()
 
     def end(self, error: LayertapError) -> None:
         """Ends the call with an error."""
@@ -151,8 +152,11 @@ class AdmittedCall:
 
     def end_in(self, seconds: float) -> None:
         """Ends the call after so many seconds, unless gRPC has sent its only message by then."""
-        timer = asyncio.get_running_loop().call_later(seconds, self._task.cancel)
-        self._task.add_done_callback(lambda _: timer.cancel())
+        self._deadlines.add(self, seconds)
+
+    def leave(self) -> None:
+        """Notes that gRPC has nothing left to send."""
+        self._deadlines.remove(self)
 
     def close(self) -> None:
         """Gives back what the call holds."""

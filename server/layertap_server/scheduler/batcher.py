@@ -123,34 +123,30 @@ class Batcher:
         client: str,
         connection: str = "",
         deliver: Callable[[Event], None],
+        wake: Callable[[], None] = lambda: None,
         expires_at: float | None = None,
         allocator: Allocator | None = None,
         keeps_rows: bool = True,
     ) -> Call:
-        """Returns a new call.
+        """Returns a new call; whether there is room for it, and a server that goes on, is found as its texts are added.
 
         Args:
             plan: The outputs of its texts.
             client: Its client; see `fairness`.
             connection: Its connection among those of the client.
             deliver: Called with each event, in the thread of an instance; must not block.
+            wake: Called after one or several of them, likewise.
             expires_at: Its deadline, by time.monotonic. None: it has none.
             allocator: Where its rows are written. None: in any buffer.
             keeps_rows: Whether token rows of a text that runs as windows come all at once.
-
-        Raises:
-            ResourceExhaustedError: if the queue is full.
-            UnavailableError: if the server is stopping, or its engine has failed.
         """
-        with self._lock:
-            self._check_alive()
-            self._waiting.check(client, 0, 0)
         call = Call(
             self,
             plan,
             client=client,
             connection=connection,
             deliver=deliver,
+            wake=wake,
             expires_at=expires_at,
             allocator=allocator,
         )
@@ -185,7 +181,7 @@ class Batcher:
         with self._lock:
             calls = list(dict.fromkeys([*self._queue, *self._full_calls, *self._calls_without_room]))
         for call in calls:
-            call.deliver(CallFailed(error))
+            call.report(CallFailed(error))
             call.close()
 
     def _check_alive(self) -> None:
@@ -256,7 +252,7 @@ class Batcher:
                 calls = self._take_calls_without_room()
             _announce_room(calls)
             for call in expired:
-                call.deliver(
+                call.report(
                     CallFailed(DeadlineExceededError("the deadline passed in the queue; raise it, or ask for less"))
                 )
             if batch:
@@ -358,4 +354,4 @@ class Batcher:
 def _announce_room(calls: Sequence[Call]) -> None:
     """Lets calls that wait for room in the queue try again."""
     for call in calls:
-        call.deliver(QueueRoom())
+        call.report(QueueRoom())

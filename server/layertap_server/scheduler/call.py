@@ -119,6 +119,7 @@ class Call:
         client: str,
         connection: str = "",
         deliver: Callable[[Event], None],
+        wake: Callable[[], None] = lambda: None,
         expires_at: float | None,
         allocator: Allocator | None = None,
     ) -> None:
@@ -127,6 +128,7 @@ class Call:
         self.client = client
         self.connection = connection
         self.deliver = deliver
+        self.wake = wake
         self.expires_at = expires_at
         self.waiting: deque[WaitingText] = deque()
         self.waiting_token_count = 0
@@ -139,6 +141,17 @@ class Call:
         self._byte_counts = plan.byte_counts
         self._queue = queue
         self._part: tuple[Text, Text] | None = None
+
+    def __enter__(self) -> Call:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def report(self, event: Event) -> None:
+        """Delivers an event and wakes its reader."""
+        self.deliver(event)
+        self.wake()
 
     def add(self, texts: Sequence[Text], *, waits: bool = False) -> bool:
         """Queues texts.
@@ -255,10 +268,13 @@ class LoopWaker:
         self._callbacks: deque[Callable[[], None]] = deque()
         self._scheduled = False
 
-    def call(self, callback: Callable[[], None]) -> None:
-        """Runs `callback` in the loop; may be called from any thread."""
+    def add(self, callback: Callable[[], None]) -> None:
+        """Notes what the loop runs once it is woken; may be called from any thread."""
         self._callbacks.append(callback)
-        if not self._scheduled:
+
+    def wake(self) -> None:
+        """Wakes the loop if there is anything for it; may be called from any thread."""
+        if self._callbacks and not self._scheduled:
             self._scheduled = True
             with contextlib.suppress(RuntimeError):  # The loop has closed: no call waits any more.
                 self._loop.call_soon_threadsafe(self._run)
@@ -270,30 +286,48 @@ class LoopWaker:
 
 
 class EventQueue(Generic[EventT]):
-    """Events of one call: put from any thread, read in the call's own event loop."""
+    """Events of one call: put from any thread, read in the call's own event loop.
 
-    def __init__(self, waker: LoopWaker) -> None:
+    Attributes:
+        wake: Lets the reader go on with what was added; several queues of a loop share it.
+    """
+
+    def __init__(self, waker: LoopWaker, *, needs_rows: bool = True) -> None:
+        """Starts empty.
+
+        Args:
+            waker: Wakes the loop of the reader.
+            needs_rows: Whether the reader goes on with each layer, or once a run is done.
+        """
+        self.wake = waker.wake
         self._waker = waker
+        self._needs_rows = needs_rows
         self._events: deque[EventT] = deque()
-        self._arrived = asyncio.Event()
+        self._reader: asyncio.Future[None] | None = None
         self._waking = False
 
     def put(self, event: EventT) -> None:
-        """Adds an event; may be called from any thread."""
-        self._events.append(event)
-        if not self._waking:
-            self._waking = True
-            self._waker.call(self._wake)
+        """Adds an event and wakes the reader; may be called from any thread."""
+        self.add(event)
+        self.wake()
 
-    def _wake(self) -> None:
+    def add(self, event: EventT) -> None:
+        """Adds an event; may be called from any thread. The reader goes on with it after `wake`."""
+        self._events.append(event)
+        if not self._waking and (self._needs_rows or not isinstance(event, RowsReady)):
+            self._waking = True
+            self._waker.add(self._go_on)
+
+    def _go_on(self) -> None:
         self._waking = False
-        self._arrived.set()
+        if self._reader is not None and not self._reader.done():
+            self._reader.set_result(None)
 
     async def take(self) -> list[EventT]:
         """Returns all events that have come; waits for the first one."""
         while not self._events:
-            self._arrived.clear()
-            await self._arrived.wait()
+            self._reader = asyncio.get_running_loop().create_future()
+            await self._reader
         events = []
         while self._events:
             events.append(self._events.popleft())

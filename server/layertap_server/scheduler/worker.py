@@ -160,7 +160,7 @@ class Worker:
                 if self.lost or all(part.call.closed for part in batch):
                     return
                 if not part.call.closed:
-                    part.call.deliver(RowsReady(part.first_text, part.texts, rows))
+                    part.call.report(RowsReady(part.first_text, part.texts, rows))
         except DeviceLostError:
             raise
         except Exception:
@@ -182,9 +182,11 @@ class Worker:
                     reserved_bytes=part.reserved_bytes,
                 )
             )
+        for wake in {part.call.wake for part in batch}:  # Once a loop, when all its calls have their events.
+            wake()
 
     @staticmethod
     def _fail(batch: list[BatchPart], error: LayertapError) -> None:
         for part in batch:
             if not part.call.closed:
-                part.call.deliver(CallFailed(error))
+                part.call.report(CallFailed(error))

@@ -237,6 +237,7 @@ class Plan:
         has_words: Whether an output has a row for each word.
         has_spans: Whether an output has a row for each span.
         excludes_special_tokens: Whether a pool leaves special tokens out.
+        is_plain: Whether it asks for no words, and its pools leave out no special tokens and no prompt.
     """
 
     outputs: tuple[Output, ...]
@@ -248,6 +249,7 @@ class Plan:
     has_words: bool = dataclasses.field(init=False)
     has_spans: bool = dataclasses.field(init=False)
     excludes_special_tokens: bool = dataclasses.field(init=False)
+    is_plain: bool = dataclasses.field(init=False)
     _hash: int = dataclasses.field(init=False, repr=False, compare=False)
 
     def __hash__(self) -> int:
@@ -267,6 +269,8 @@ class Plan:
         object.__setattr__(self, "has_spans", any(output.unit is Unit.SPAN for output in self.outputs))
         pools = [pool for output in self.outputs for pool in output.pools]
         object.__setattr__(self, "excludes_special_tokens", any(pool.exclude_special_tokens for pool in pools))
+        leaves_out = self.excludes_special_tokens or any(pool.first_row for pool in pools)
+        object.__setattr__(self, "is_plain", not (self.has_words or leaves_out))
         object.__setattr__(self, "_hash", hash((self.outputs, self.dtype, self.return_tokens, self.of_windows)))
 
     @property

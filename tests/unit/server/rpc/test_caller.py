@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from layertap.errors import DeadlineExceededError, LayertapError
 from layertap_server.observability.call_log import Record
-from layertap_server.rpc.caller import AdmittedCall, IdleCalls
+from layertap_server.rpc.caller import AdmittedCall, Deadlines
 from layertap_server.scheduler.call import Hooks
 from layertap_server.scheduler.fairness import RequestMemory
 
@@ -18,7 +18,7 @@ def late(name: str) -> Callable[[], LayertapError]:
 
 def test_each_idle_call_ends_at_its_time_and_a_busy_one_does_not() -> None:
     async def run() -> None:
-        memory, idle = RequestMemory(1000, Hooks()), IdleCalls()
+        memory, idle = RequestMemory(1000, Hooks()), Deadlines()
         ended: list[str] = []
 
         async def call(name: str, timeout_s: float, *, busy: bool = False) -> None:

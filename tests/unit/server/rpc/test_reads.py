@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 
-from layertap_server.rpc.reads import MAX_COUNT, Reads
+from layertap_server.scheduler.fairness import MAX_COUNT, Reads
 
 
 async def begun(reads: Reads, client: str, count: int) -> list[asyncio.Task[None]]:

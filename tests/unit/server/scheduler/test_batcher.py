@@ -604,7 +604,7 @@ def test_stopping_answers_what_waits_and_lets_what_runs_finish(make: Make, engin
         assert isinstance(caller.failure(), UnavailableError)
     assert batcher.waiting_text_count == 0
     with pytest.raises(UnavailableError) as caught:
-        Caller(batcher)
+        Caller(batcher).add(1)
     assert caught.value.retry_after_s is not None
     with pytest.raises(UnavailableError):
         plug.add(1)
