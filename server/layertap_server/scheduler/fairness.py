@@ -278,7 +278,7 @@ class Reads:
 
     gRPC copies a whole message on the event loop when its last byte has come, some milliseconds for 8 MB, and all that
     end at once before it looks at anything else. So only some messages of a client come in at once; the others stay
-    with the caller. What has not come whole after a while holds up no other: it may never come, or a stream may be idle.
+    with the caller. What has not come whole after a while holds up no other: it may never come.
     """
 
     def __init__(self) -> None:
