@@ -119,9 +119,20 @@ def test_the_image_is_made_without_root_a_compiler_or_a_named_index() -> None:
     stages = re.findall(r"^FROM \S+ AS (\w+)", text, re.MULTILINE)
     assert stages == ["wheel", "base", "cuda", "cpu"]
     for stage in ("cuda", "cpu"):
-        own = text.split(f" AS {stage}\n")[1].split("\nFROM ")[0]
-        assert "USER layertap" in own and 'ENTRYPOINT ["layertap-server"]' in own
+        assert "USER 10001\n" in text.split(f" AS {stage}\n")[1].split("\nFROM ")[0]
     assert "HEALTHCHECK" in text and "://" not in text and "build-essential" not in text
+
+
+def test_the_image_has_what_is_locked_and_the_wheel_alone() -> None:
+    text = (DEPLOY / "Dockerfile").read_text()
+    installs = re.findall(r"pip install (.+?)(?:;|$)", text, re.MULTILINE)
+    assert len(installs) == 8
+    for one in installs:
+        assert "--no-deps" in one and ("--require-hashes" in one or one.endswith(" ./*.whl")), one
+    copied = [name for line in re.findall(r"^COPY (?!--from)(.+) \S+$", text, re.MULTILINE) for name in line.split()]
+    assert copied and all((ROOT / name).exists() for name in copied)
+    kept = re.findall(r"^!(\S+)$", (ROOT / ".dockerignore").read_text(), re.MULTILINE)
+    assert {name.split("/")[0] for name in copied} == {*kept}
 
 
 @pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="systemd is not here")
