@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import grpc
 import psutil
 import pytest
 from google.protobuf.message import Message
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 from support import Server
 
 from layertap.types import Limits
@@ -131,3 +134,35 @@ def test_texts_of_one_request_are_tokenized_in_slices_that_other_callers_come_be
         return first
 
     assert asyncio.run(run())
+
+
+def test_health_is_answered_while_a_message_of_many_small_texts_is_taken_in(
+    stub: embedding_pb2_grpc.EmbeddingServiceStub, tiny_server: Server
+) -> None:
+    texts = [pb.StreamInput(id=n, input=pb.Input()) for n in range(16_000)]  # Each is refused by itself.
+    requests = [
+        pb.EmbedStreamRequest(options=pb.StreamOptions(options=LAST)),
+        pb.EmbedStreamRequest(inputs=pb.StreamInputs(inputs=texts)),
+    ]
+    waits_s = []
+    done = threading.Event()
+
+    def ask() -> None:
+        with grpc.insecure_channel(tiny_server.address, [("grpc.use_local_subchannel_pool", 1)]) as channel:
+            health = health_pb2_grpc.HealthStub(channel)
+            while not done.is_set():
+                started = time.monotonic()
+                health.Check(health_pb2.HealthCheckRequest(), timeout=60)
+                waits_s.append(time.monotonic() - started)
+
+    with ThreadPoolExecutor(1) as threads:
+        asked = threads.submit(ask)
+        started = time.monotonic()
+        try:
+            answered = sum(len(one.results.failures) for one in stub.EmbedStream(iter(requests), timeout=60))
+        finally:
+            took_s = time.monotonic() - started
+            done.set()
+        asked.result()
+    assert answered == len(texts)
+    assert max(waits_s) < took_s / 3

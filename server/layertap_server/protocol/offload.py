@@ -18,7 +18,8 @@ T = TypeVar("T")
 
 LARGE_BYTES: Final = 64 << 10
 """Parsing and packing of more leave the event loop."""
-_SLICE_ENTRIES: Final = 256
+SLICE_ENTRIES: Final = 256
+"""Entries of a slice, however small they are."""
 
 
 async def offload(work: Callable[[], T], *, in_thread: bool) -> T:
@@ -113,6 +114,7 @@ class Slices:
                     found = work(part)
                     note(found)
                     results += found
+                    await asyncio.sleep(0)  # Others need the event loop in between.
                     continue
                 under_way.append(self._threads.submit(client, functools.partial(work, part)))
                 if len(under_way) == self._threads.count:
@@ -129,7 +131,7 @@ def _cut(sizes: Sequence[int], most: int) -> Iterator[tuple[slice, int]]:
     """Yields consecutive slices of a list, each with its size."""
     start = total = 0
     for end, size in enumerate(sizes):
-        if end > start and (total + size > most or end - start == _SLICE_ENTRIES):
+        if end > start and (total + size > most or end - start == SLICE_ENTRIES):
             yield slice(start, end), total
             start, total = end, 0
         total += size

@@ -24,7 +24,7 @@ from layertap_server.model.tokenizer import Tokenizer
 from layertap_server.model.tokenizer_engine import Detail
 from layertap_server.observability.call_log import Record
 from layertap_server.protocol import output_spec, spans, token_ids, validation
-from layertap_server.protocol.offload import LARGE_BYTES, Slices, offload
+from layertap_server.protocol.offload import LARGE_BYTES, SLICE_ENTRIES, Slices, offload
 from layertap_server.protocol.requests import sizes_of
 from layertap_server.types import Plan, Text, Windowing
 
@@ -280,7 +280,7 @@ class Preprocessor:
         """Returns what tokenizing gives for all inputs, and notes each slice and the time that all took."""
         started_at_ns = time.monotonic_ns()
         sizes = sizes_of(inputs)
-        if sum(sizes) <= _LARGE_SLICE_BYTES:
+        if len(sizes) <= SLICE_ENTRIES and sum(sizes) <= _LARGE_SLICE_BYTES:
             results = work(slice(len(sizes)))
             note(results)
         else:

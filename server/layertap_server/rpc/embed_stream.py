@@ -191,6 +191,7 @@ class Stream:
             if not await self._room(call):
                 return False
             await self._admit([one for n in range(len(chunk)) if (one := self._parse(chunk, n)) is not None], call)
+            await asyncio.sleep(0)  # Short texts are taken in on the event loop, which others need in between.
         return True
 
     async def _room(self, call: Call) -> bool:

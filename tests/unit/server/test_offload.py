@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import threading
 
 import pytest
@@ -65,3 +66,21 @@ def test_a_fault_ends_the_run_and_the_slices_after_it() -> None:
     with pytest.raises(ValueError, match="0"):
         asyncio.run(run())
     assert len(begun) < 1000
+
+
+def test_the_event_loop_runs_between_slices_that_need_no_thread() -> None:
+    steps: list[str] = []
+
+    async def other() -> None:
+        while True:
+            steps.append("other")
+            await asyncio.sleep(0)
+
+    async def run() -> None:
+        task = asyncio.create_task(other())
+        await Slices().run(lambda _: [steps.append("slice")], [1] * 2560, client="a", most=10_000, large=10_000)
+        task.cancel()
+
+    asyncio.run(run())
+    assert steps.count("slice") == 10
+    assert all(pair != ("slice", "slice") for pair in itertools.pairwise(steps))

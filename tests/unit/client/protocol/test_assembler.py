@@ -593,6 +593,8 @@ def test_what_the_server_packs_or_spreads_the_ledger_unpacks(
 def test_small_results_share_a_message_and_large_ones_are_spread(tokenizer: Vocabulary) -> None:
     small = answers.make([3] * 50, [answers.pooled_vectors(2, 4)], "float32")
     assert len(list(messages_of(stream_results(small), small.plan, tokenizer, 1 << 14))) == 1
+    many = stream_results(answers.make([1] * 1200, [answers.pooled_vectors(2, 4)], "float32"))
+    assert [len(done) for _, done in messages_of(many, small.plan, tokenizer, 1 << 20)] == [512, 512, 176]
     large = answers.make([40, 2, 40], [answers.hidden_states([0, 1, 4], 32)], "float32")
     messages = list(messages_of(stream_results(large), large.plan, tokenizer, 2000))
     kinds = [wire.split(pb.EmbedStreamResponse, raw)[0].WhichOneof("part") for raw, _ in messages]
