@@ -5,6 +5,8 @@ from __future__ import annotations
 import csv
 import json
 import re
+import signal
+import socket
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -361,3 +363,18 @@ def test_the_copied_lines_run_alone(page: Page, tmp_path: Path) -> None:
     python = Path(__file__).parents[2] / ".venv/bin/python"
     done = subprocess.run([python, path], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0 and done.stdout.startswith("(11, 10) 0.")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_make_explore_shows_the_embedded_model_and_leaves_no_server(number: int, browser: Browser) -> None:
+    root = Path(__file__).parents[2]
+    command = [root / ".venv/bin/python", root / "examples/explore.py", "--no-browser"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process, browser.new_context() as context:
+        assert process.stdout is not None
+        page = opened(context.new_page(), process.stdout.readline().strip())
+        expect(page.locator(".piece").first).to_be_visible()
+        host, port = page.inner_text("#server").split()[-1].split(":")
+        process.send_signal(number)
+        assert process.wait(timeout=60) == 0
+    with pytest.raises(ConnectionRefusedError):
+        socket.create_connection((host, int(port)))
