@@ -25,11 +25,14 @@ from sentence_transformers.sentence_transformer.modules import Dense, Normalize,
 from support import family
 from support.in_process import serving
 from support.oracle import POOLINGS, Oracle, WordsReference
+from support.windows import WindowsReference, tokens_of
 
-from layertap import Client, TokenIds
+from layertap import Client, Spanned, TokenIds, Windows
 
 SIZES = {"hidden_size": 384, "num_hidden_layers": 6, "num_attention_heads": 12, "max_position_embeddings": 514}
 LONGEST = 500
+LONG = " ".join(family.CORPUS * 5)
+SPANS = [(0, 40), (50, 900), (901, len(LONG))]
 ITEMS: list[Any] = [
     *family.CORPUS,
     "",
@@ -43,6 +46,8 @@ OUTPUTS = (
     "pooler output",
     "words",
     "poolings",
+    "windows",
+    "spans",
     "`encode`",
     "`encode`, Dense",
     "`encode`, token Dense",
@@ -91,6 +96,13 @@ def measured(kind: str, plain: Path) -> Iterator[tuple[str, float]]:
                 yield "words", far(words.ragged(k)[n], reference.pooled("mean", rows))
             for pool, strategy in zip(pools, POOLINGS, strict=True):
                 yield "poolings", far(pool[n], POOLINGS[strategy](reference.layers[-1]))
+        cut = {"max_length": 128, "windows": Windows(stride=32)}
+        long = client.embed([Spanned(LONG, SPANS)], layers="all", pooling="mean", span_pooling="mean", **cut)
+        windows = WindowsReference(oracle, LONG, max_length=128, stride=32)
+        yield from (("windows", far(long.ragged(k)[0], rows)) for k, rows in enumerate(windows.layers))
+        yield "windows", far(long.pooled[0], windows.layers[-1].mean(0))
+        for vector, span in zip(long.spans.ragged()[0], SPANS, strict=True):
+            yield "spans", far(vector, windows.layers[-1][tokens_of(oracle, LONG, span)].mean(0))
 
 
 def sentences(plain: Path, folder: Path) -> Iterator[tuple[str, float]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,9 @@ from sentence_transformers.sentence_transformer.modules import Pooling as STPool
 from support import BOUND, family, worst
 from support.in_process import serving
 from support.oracle import POOLINGS, Oracle, WordsReference
-from support.windows import WindowsReference
+from support.windows import WindowsReference, tokens_of
 
-from layertap import Client, InvalidArgumentError, LayerMix, Pooling, Spanned, TokenIds, Windows
+from layertap import Client, InvalidArgumentError, LayerMix, Pooling, Spanned, TokenIds, Windows, cli
 
 LONG = "The quick brown fox jumps over the lazy dog, and Résumé 東京 sleeps in Paris; unbelievably. " * 9
 SHORT = "I love Paris"
@@ -257,13 +258,6 @@ def test_a_text_of_100_000_tokens_within_the_default_limits(tmp_path: Path) -> N
 SPANS = [(0, 3), (4, 9), (100, 300), (0, len(LONG)), (250, 252), (2, 3), (len(LONG) - 20, len(LONG)), (99, 700)]
 
 
-def held(oracle: Oracle, text: str, span: tuple[int, int]) -> list[int]:
-    """Returns the tokens of a text that have a character of a span."""
-    found = oracle.tokenizer(text, return_offsets_mapping=True, return_special_tokens_mask=True)
-    rows = zip(found["offset_mapping"], found["special_tokens_mask"], strict=True)
-    return [n for n, ((a, b), special) in enumerate(rows) if not special and a < span[1] and b > span[0]]
-
-
 @pytest.mark.parametrize("text", [LONG, LONG[:60]], ids=["windows", "whole"])
 def test_spans_are_pooled_from_the_rows_of_the_whole_text(client: Client, oracle: Oracle, text: str) -> None:
     spans = [span for span in SPANS if span[1] <= len(text)]
@@ -276,7 +270,7 @@ def test_spans_are_pooled_from_the_rows_of_the_whole_text(client: Client, oracle
         wanted = WindowsReference(oracle, text, max_length=LENGTH, stride=STRIDE).layers
         assert all(worst(own, rows) <= BOUND for own, rows in zip(layers, wanted, strict=True))
     for number, span in enumerate(spans):
-        tokens = held(oracle, text, span)
+        tokens = tokens_of(oracle, text, span)
         for n, way in enumerate(ways):
             bound = BOUND * np.sqrt(len(tokens)) if way == "mean_sqrt_len" else BOUND
             assert worst(found.spans.ragged(n)[1][number], POOLINGS[way](layers[-1][tokens])) <= bound, (span, way)
@@ -297,17 +291,17 @@ def test_spans_of_tokens_pairs_words_and_masks(client: Client) -> None:
 
 def test_spans_have_the_same_bits_in_every_call(client: Client) -> None:
     options: dict[str, Any] = {"span_pooling": ["mean", "last"], "pooling": "mean", **CUT}
-    some = [Spanned(LONG, SPANS), SHORT, Spanned(SHORT, [(0, 3)]), Spanned(LONG, []), Spanned(LONG, SPANS[::-1])]
+    some = [Spanned(LONG, SPANS), SHORT, Spanned(SHORT, [(0, 3)]), Spanned(LONG, []), Spanned(LONG, SPANS[::-1]), LONG]
     items = some * 3
     together = client.embed(items, **options)
     streamed = {result.index: result.embedding for result in client.embed_stream(items, ordered=False, **options)}
     for n in range(2):
         whole = together.spans.ragged(n)
-        assert [len(rows) for rows in whole[:5]] == [len(SPANS), 0, 1, 0, len(SPANS)]
+        assert [len(rows) for rows in whole[:6]] == [len(SPANS), 0, 1, 0, len(SPANS), 0]
         assert np.array_equal(whole[0], whole[4][::-1])
         for index in range(len(items)):
             assert np.array_equal(streamed[index].spans.ragged(n)[0], whole[index])
-            assert np.array_equal(whole[index], whole[index % 5])
+            assert np.array_equal(whole[index], whole[index % 6])
 
 
 SPAN_FAULTS: dict[str, tuple[Any, dict[str, Any], str]] = {
@@ -335,3 +329,52 @@ def test_spans_at_fault_are_named(client: Client, case: str) -> None:
     item, options, reason = SPAN_FAULTS[case]
     with pytest.raises(InvalidArgumentError, match=reason):
         client.embed([item], **{"span_pooling": "mean", **options})
+
+
+@ONE_TYPE
+def test_over_shared_memory_the_bits_are_the_same(folder: Path) -> None:
+    options: dict[str, Any] = {"layers": [0, -1], "pooling": "mean", "words": "mean", "span_pooling": "max", **CUT}
+    items = [SHORT, Spanned(LONG, SPANS), SHORT * 3, LONG, SHORT]
+    with (
+        serving(folder, shared_memory_bytes=8 << 20) as address,
+        Client(address, shared_memory=True) as shared,
+        Client(address, shared_memory=False) as plain,
+    ):
+        wanted, found = plain.embed(items, **options), shared.embed(items, **options)
+        streamed = [result.embedding for result in shared.embed_stream(items, **options)]
+        for index in range(len(items)):
+            for layer in (0, -1):
+                rows = wanted.words.ragged(layer)[index]
+                assert np.array_equal(found.words.ragged(layer)[index], rows)
+                assert np.array_equal(streamed[index].words.ragged(layer)[0], rows)
+            assert np.array_equal(found.pooled[index], wanted.pooled[index])
+            assert np.array_equal(streamed[index].pooled[0], wanted.pooled[index])
+            assert np.array_equal(streamed[index].spans.ragged()[0], wanted.spans.ragged()[index])
+        layers = {
+            text: rows
+            for part in shared.embed_layers([SHORT, LONG], layers=-1, **CUT)
+            for text, rows in zip(part.texts, part.rows, strict=True)
+        }
+        for text, rows in enumerate(plain.embed([SHORT, LONG], layers=-1, **CUT).ragged(-1)):
+            assert np.array_equal(layers[text], rows)
+
+
+@ONE_TYPE
+def test_the_command_line(client: Client, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with serving(folder) as address:
+        flags = ["--target", address, "--max-length", str(LENGTH), "--window-stride", str(STRIDE), "--pooling", "mean"]
+        assert cli.main(["embed", "--text", LONG, "--json", *flags]) == 0
+        wanted = client.embed(LONG, pooling="mean", **CUT)
+        shown = json.loads(capsys.readouterr().out)
+        assert shown["token_count"] == wanted.token_counts[0] and not shown["truncated"]
+        assert np.allclose(shown["pool_0"], wanted.pooled[0])
+        (tmp_path / "long.txt").write_text(f"{LONG}\n{SHORT}\n")
+        assert cli.main(["embed", str(tmp_path / "long.txt"), "-o", str(tmp_path / "out.npz"), *flags]) == 0
+        written = np.load(tmp_path / "out.npz")["pool_0"]
+        assert np.array_equal(written[0], wanted.pooled[0]) and len(written) == 2
+        assert cli.main(["encode", "--text", LONG, "--json", "--target", address, "--window-stride", "8"]) == 0
+        vector = client.encode(LONG, windows=Windows(stride=8))
+        capsys.readouterr()
+        assert vector.shape == (32,)
+        with pytest.raises(SystemExit):
+            cli.main(["embed", LONG, "--window-stride", "x"])

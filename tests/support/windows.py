@@ -49,6 +49,13 @@ class WindowsReference:
         ]
 
 
+def tokens_of(oracle: Oracle, text: str, span: tuple[int, int]) -> list[int]:
+    """Returns the tokens of a text that have a character of a span."""
+    found = oracle.tokenizer(text, return_offsets_mapping=True, return_special_tokens_mask=True)
+    rows = zip(found["offset_mapping"], found["special_tokens_mask"], strict=True)
+    return [n for n, ((a, b), special) in enumerate(rows) if not special and a < span[1] and b > span[0]]
+
+
 def _best(contents: list[tuple[int, int]], token: int) -> tuple[int, int]:
     """Returns the window in which the nearer edge is farthest from a token, and the token's row in it."""
     distances = [min(token - start, end - 1 - token) for start, end in contents]

@@ -78,7 +78,9 @@ def _finished(output: Output, vectors: Vectors) -> Vectors:
 
 def _spans(output: Output, whole: Text, windows: Sequence[Text], parts: Sequence[Vectors]) -> Vectors:
     """Returns the rows of spans, which may have tokens in several windows."""
-    assert whole.spans is not None and output.pool is not None
+    if whole.spans is None:
+        return np.zeros((0, output.row_size), np.float32)
+    assert output.pool is not None
     found = np.zeros((whole.span_count, parts[0].shape[1]), np.float32)
     cut: defaultdict[int, list[tuple[Vectors, int]]] = defaultdict(list)
     for window, part in zip(windows, parts, strict=True):

@@ -12,10 +12,11 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 from layertap import InvalidArgumentError, OutOfRangeError
+from layertap_server.engine.oom_retry import with_oom_retry
 from layertap_server.scheduler.batcher import Batcher
 from layertap_server.scheduler.call import Call, Event, RowsReady, RunDone
 from layertap_server.scheduler.window_rows import narrowed
-from layertap_server.types import Output, OutputKind, Plan, Pool, Rows, Run, Strategy, Text, Windows
+from layertap_server.types import OutOfMemoryError, Output, OutputKind, Plan, Pool, Rows, Run, Strategy, Text, Windows
 
 WAIT_S = 20.0
 LAYER = Output(kind=OutputKind.HIDDEN_STATES, layers=(0, 1), row_size=1)
@@ -70,17 +71,19 @@ def engine() -> Engine:
     return Engine()
 
 
+LIMITS = {
+    "max_batch_tokens": 30,
+    "max_batch_bytes": 10_000,
+    "min_share_tokens": 1,
+    "max_queue_texts": 1000,
+    "max_queue_tokens": 10_000,
+    "max_output_bytes": 100_000,
+    "max_call_output_bytes": 50_000,
+}
+
+
 def batcher_of(*engines: Engine, **limits: int) -> Batcher:
-    generous = {
-        "max_batch_tokens": 30,
-        "max_batch_bytes": 10_000,
-        "min_share_tokens": 1,
-        "max_queue_texts": 1000,
-        "max_queue_tokens": 10_000,
-        "max_output_bytes": 100_000,
-        "max_call_output_bytes": 50_000,
-    }
-    return Batcher(engines, **generous | limits)
+    return Batcher(engines, **LIMITS | limits)
 
 
 @pytest.fixture
@@ -205,6 +208,32 @@ def test_a_call_that_has_left_computes_no_more_windows(engine: Engine) -> None:
     assert batcher.waiting_token_count == 0 and batcher.held_bytes == 0
     assert batcher.stop(WAIT_S)
     assert engine.batches.qsize() < 100
+
+
+def test_windows_that_find_no_memory_together_run_alone(engine: Engine) -> None:
+    most = 12
+
+    def small(runs: Sequence[Run]) -> Iterator[Rows]:
+        if sum(one.token_count for run in runs for one in run.texts) > most:
+            raise OutOfMemoryError
+        yield from engine(runs)
+
+    batcher = Batcher((with_oom_retry(small),), **LIMITS)
+    events: queue.Queue[Event] = queue.Queue()
+    call = batcher.open(PLAN, client="a", deliver=events.put)
+    texts = [text(0, 40), text(100, 5), text(200, 60), text(300, 12)]
+    call.add(texts)
+    ready, _ = collected(events, 4, call)
+    assert not any(event.rows.failures for event in ready)
+    for n, one in enumerate(texts):
+        assert rows_of(ready, n, 0, 0) == one.input_ids.tolist()
+        assert rows_of(ready, n, 1, 1) == [np.float32(one.input_ids.mean())]
+    most = 8
+    call.add([text(0, 40)])
+    ready, _ = collected(events, 1, call)
+    assert all("no memory" in event.rows.failures[0].details for event in ready)
+    assert batcher.held_bytes == 0
+    batcher.stop(WAIT_S)
 
 
 @pytest.mark.parametrize(("dtype", "value"), [("float16", 65520.0), ("bfloat16", 3.3953138e38)])
