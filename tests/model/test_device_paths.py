@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -33,6 +34,7 @@ from layertap_server.types import (
     Run,
     Strategy,
     Text,
+    Windows,
     WordPooling,
     Words,
 )
@@ -143,6 +145,48 @@ def test_a_batch_is_one_upload_and_nothing_waits_for_the_device(
         assert gpu.uploads == uploads + 1
         assert count.operators > 50
         assert len(found) == sum(len(output.layers) for run in batch for output in run.plan.outputs)
+
+
+def _kept(part: Text) -> range:
+    assert part.window is not None
+    return part.window.kept
+
+
+def test_windows_give_their_rows_and_parts_of_what_is_made_of_them(encoder: Encoder) -> None:
+    whole = _text(50)
+    whole = dataclasses.replace(
+        whole,
+        words=Words(
+            starts=np.array([1, 20, 0]),
+            piece_counts=np.array([19, 29, 0]),
+            offsets=np.zeros((3, 2), np.int64),
+            first_word_count=3,
+        ),
+        windows=Windows(token_count=50, max_length=16, stride=5, prefix_count=1, suffix_count=1),
+    )
+    outputs = tuple(
+        dataclasses.replace(output, pooled_size=output.row_size if output.pool else 0)
+        for output in EVERY_OUTPUT
+        if output.kind is not OutputKind.ATTENTIONS
+    )
+    plan = Plan(outputs=outputs, dtype="bfloat16").with_windows()
+    assert plan.of_windows is not None
+    parts = [whole.part(n) for n in range(whole.window_count)]
+    batch = [_run([_text(9)], ALL_LAYERS), Run(plan=plan.of_windows, texts=parts)]
+    found = {(rows.output_index, rows.layer): rows for rows in encoder.encode(batch) if rows.run_index == 1}
+    alone = _layers(encoder, [Text(part.input_ids) for part in parts])
+    starts = np.cumsum([0, *(part.token_count for part in parts)])
+    for index, output in enumerate(plan.of_windows.outputs):
+        for layer in output.layers:
+            rows = found[index, layer]
+            assert not rows.failures
+            if output.kind is OutputKind.HIDDEN_STATES and output.mix is None:
+                bits = np.frombuffer(rows.data, np.uint16).astype(np.uint32) << 16
+                kept = [start + row for start, part in zip(starts, parts, strict=False) for row in _kept(part)]
+                assert np.abs(bits.view(np.float32).reshape(50, -1) - alone[layer][kept]).max() < BOUNDS["bfloat16"]
+            elif output.is_part:
+                values = np.frombuffer(rows.data, np.float32).reshape(-1, output.row_size)
+                assert len(values) == sum(output.row_counts(parts)) and np.isfinite(values).all()
 
 
 def test_the_count_sees_what_it_is_for() -> None:
