@@ -37,7 +37,7 @@ LONG = "paris " * 510
 FLAGS = (
     *("--metrics-port", "0", "--instances", "1", "--stall-timeout-s", "1", "--max-concurrent-call-count", "4"),
     *("--max-output-bytes", "300000", "--max-call-output-bytes", "300000"),
-    *("--max-text-count", "100", "--max-queue-text-count", "100"),
+    *("--max-text-count", "100", "--max-queue-text-count", "100", "--shared-memory-bytes", "65536"),
 )
 
 
@@ -113,6 +113,12 @@ class Load:
         self.tokens[method] += tokens
         self.bytes[method] += sum(map(len, answers))
 
+    def lease(self) -> Any:
+        """Returns a call that has its answer, and lasts, and is never idle."""
+        call = self.channel.unary_stream(SERVICE + "ShareMemory", None, None)(b"", timeout=WAIT_S)
+        self.took("ShareMemory", 0, 0, [next(call)])
+        return call
+
     def ended(self, method: str, call: Any) -> str:
         """Reads a call to its end and counts it under its code."""
         with contextlib.suppress(grpc.RpcError):  # Its code says it.
@@ -163,7 +169,8 @@ def test_the_metrics_are_what_the_callers_counted(load: Load, url: str) -> None:
     load.unary("Decode", pb.DecodeRequest(texts=[pb.TokenIds(input_ids=[101, 7592, 102])]), texts=1, tokens=3)
     load.took("EmbedLayers", 2, 8, list(call := load.layers(["I love Paris", "Hello"])))
     load.ended("EmbedLayers", call)
-    load.ended("ShareMemory", load.channel.unary_stream(SERVICE + "ShareMemory", None, None)(b"", timeout=WAIT_S))
+    (lease := load.lease()).cancel()
+    load.ended("ShareMemory", lease)
     load.took("EmbedStream", 2, 6, list(call := load.stream(stream_of("Hello", LONG + LONG, "Hello"))))
     assert load.ended("EmbedStream", call) == "OK"
     poll(lambda: sum(Exposed(url).by_method("layertap_request_started_total").values()) == sum(load.handled.values()))
@@ -178,7 +185,7 @@ def test_the_metrics_are_what_the_callers_counted(load: Load, url: str) -> None:
     assert found("batch_inference_duration_seconds_sum") > 0 and found("request_queue_duration_seconds_sum") > 0
     assert found("request_tokenization_duration_seconds_count") == 5
 
-    # Under way: streams that last are counted while they do, and keep others out.
+    # Under way: streams that last are counted while they do; calls that last keep others out.
     last = [*stream_of("Hello")]
     streams = []
     for _ in range(4):
@@ -188,11 +195,17 @@ def test_the_metrics_are_what_the_callers_counted(load: Load, url: str) -> None:
         assert len([next(call), next(call)]) == 2  # The header and the one result: it is certainly under way.
     live = Exposed(url)
     assert live("request_texts_total", method="EmbedStream") == load.texts["EmbedStream"] + 4
-    load.unary("GetModelInfo", pb.GetModelInfoRequest())
     for call, done in streams:
         done.set()
         assert load.ended("EmbedStream", call) == "OK"
     load.took("EmbedStream", 4, 12, [])
+    check_calls(load, url)
+    leases = [load.lease() for _ in range(4)]
+    load.unary("GetModelInfo", pb.GetModelInfoRequest())
+    for lease in leases:
+        lease.cancel()
+        assert load.ended("ShareMemory", lease) == "CANCELLED"
+    check_calls(load, url)
 
     # A reader who stops, and while its texts fill the queue, one who is refused.
     stalled = load.layers([LONG] * 100)

@@ -302,9 +302,11 @@ class Parts:
 
     @staticmethod
     def is_foreign(folder: Path) -> bool:
-        """Returns whether a folder was not made for a job: no manifest lies in it, but something else."""
+        """Returns whether a folder was not made for a job: it has neither a manifest nor the lock alone."""
         names = {path.name for path in folder.iterdir()}
-        return not names & {MANIFEST, _CLEARED} and not names <= {_LOCK, MANIFEST + atomic_files.TEMPORARY}
+        return not names & {MANIFEST, _CLEARED} and (
+            not names or not names <= {_LOCK, MANIFEST + atomic_files.TEMPORARY}
+        )
 
     def _own(self) -> list[Path]:
         return [path for path in self.folder.iterdir() if _OWN.fullmatch(path.name)]
