@@ -185,7 +185,7 @@ class Stream:
             if inputs:
                 for text in inputs:
                     self._enter(text.id)
-                await self._admit(inputs, call)
+                await self._admit(inputs, call, len(raw))
                 return True
         for chunk in stream_chunks(raw, count=_CHUNK_TEXTS, byte_count=_CHUNK_BYTES):
             if not await self._room(call):
@@ -236,27 +236,32 @@ class Stream:
     def _note_idle(self) -> None:
         self._caller.set_idle(self._reading and not self._entries)
 
-    async def _admit(self, inputs: Sequence[pb.StreamInput], call: Call) -> None:
-        """Tokenizes and queues texts that have entered; a text at fault gets its own error."""
+    async def _admit(self, inputs: Sequence[pb.StreamInput], call: Call, byte_count: int | None = None) -> None:
+        """Tokenizes and queues texts that have entered, of so many bytes; a text at fault gets its own error."""
         self._caller.call.add_stream_bytes(self._entered_bytes)
         self._entered_bytes = 0
         started_at_ns = time.monotonic_ns()
+        numbers = [one.id for one in inputs]
         results = await self._preprocessor.embed_each(
-            [one.input for one in inputs], self._options, [f"item {one.id}" for one in inputs], self._record
+            [one.input for one in inputs],
+            self._options,
+            [f"item {number}" for number in numbers],
+            self._record,
+            byte_count=byte_count,
         )
         tokenize_time_ns = time.monotonic_ns() - started_at_ns
         texts = []
         held = 0
-        for one, result in zip(inputs, results, strict=True):
+        for number, result in zip(numbers, results, strict=True):
             if isinstance(result, LayertapError):
-                self.inbox.put(_Refused(one.id, result))
+                self.inbox.put(_Refused(number, result))
                 continue
-            entry = self._entries[one.id]
+            entry = self._entries[number]
             size = held_bytes(result)
             held += size - entry.held_bytes
             entry.held_bytes = size
             entry.tokenized, entry.tokenize_time_ns = result, tokenize_time_ns
-            self._queued[self._queued_count] = one.id
+            self._queued[self._queued_count] = number
             self._queued_count += 1
             texts.append(result.text)
         self._caller.call.add_stream_bytes(held)

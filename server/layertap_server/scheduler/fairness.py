@@ -65,6 +65,11 @@ class FairQueue:
                 return calls[0]
         return None
 
+    @property
+    def is_alone(self) -> bool:
+        """Whether only one connection has calls here."""
+        return len(self._clients) == 1 and len(next(iter(self._clients.values()))) == 1
+
     def add(self, call: Call) -> None:
         """Adds a call to its connection by its arrival; a client or connection that had none comes last."""
         calls = self._clients.setdefault(call.client, OrderedDict()).setdefault(call.connection, [])
