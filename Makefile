@@ -49,7 +49,7 @@ torch = { $(call locked,$(1),cpu) 2>/dev/null || $(call locked,$(1),cuda); }
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: bench-balancer bench-imports coverage dist lock test-deploy bench-compat bench-compute bench-callers bench-fidelity bench-fuzz bench-gpu bench-host bench-jobs bench-load bench-streams bench-wire gpu-wheels help install model protos protos-fresh lint format check test test-unit test-model test-e2e test-heavy test-cpus test-floors test-newest test-compat test-cluster demo docs notebook serve bench clean
+.PHONY: bench-balancer bench-imports coverage dist lock test-deploy bench-compat bench-compute bench-callers bench-fidelity bench-fuzz bench-gpu bench-host bench-jobs bench-load bench-processes bench-streams bench-wire gpu-wheels help install model protos protos-fresh lint format check test test-unit test-model test-e2e test-heavy test-cpus test-floors test-newest test-processes test-compat test-cluster demo docs notebook serve bench clean
 
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z][a-z-]*:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -111,6 +111,11 @@ test-e2e: $(INSTALL_STAMP) $(MODEL_STAMP)  ## Run the tests that start real serv
 
 test-heavy: $(INSTALL_STAMP) $(MODEL_STAMP)  ## Run the tests that take long: kills at any step of a file job
 	$(BIN)/python -m pytest -m heavy $(ARGS)
+
+SHARED := $(addprefix tests/e2e/test_,shared_memory.py auth_and_tls.py lifecycle.py faults.py health.py connections.py)
+
+test-processes: $(INSTALL_STAMP) $(MODEL_STAMP)  ## Run the tests of servers with two processes each (3 min)
+	LAYERTAP_PROCESSES=2 $(BIN)/python -m pytest -m "not heavy" -n $(WORKERS) --dist loadfile $(SHARED) $(ARGS)
 
 coverage: $(INSTALL_STAMP) $(MODEL_STAMP)  ## Run the tests of make test and list the lines that none of them runs
 	@rm -rf .coverage
@@ -193,6 +198,9 @@ bench-imports: $(INSTALL_STAMP)  ## How long importing the client takes
 
 bench-host: $(INSTALL_STAMP) $(MODEL_STAMP)  ## CPU time of server and client for a text, a call, a gigabyte (3 min)
 	$(BIN)/python bench/host.py $(ARGS)
+
+bench-processes: $(INSTALL_STAMP) $(MODEL_STAMP)  ## One process against several on one port: rates, CPU time, memory (10 min)
+	$(BIN)/python bench/processes.py $(ARGS)
 
 bench-load: $(INSTALL_STAMP) $(MODEL_STAMP)  ## Ten times the capacity, a flooding client, ten minutes of mixed traffic, metrics
 	$(BIN)/python bench/load.py $(ARGS)

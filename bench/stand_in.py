@@ -22,7 +22,6 @@ import tensors
 import torch
 from compute import BASE_SETTINGS
 
-from layertap import keep_pages
 from layertap_server import app, cli
 from layertap_server.engine.encoder import Encoder
 from layertap_server.model.checkpoint import Checkpoint
@@ -68,18 +67,23 @@ class StandIn(Encoder):
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--fresh-pages", action="store_true", help="start without layertap.keep_pages")
+    parser.add_argument("--fresh-pages", action="store_true", help="serve without layertap.keep_pages")
     parser.add_argument("--batch-s", type=float, default=0.0, help="how long each batch takes at least")
     arguments, flags = parser.parse_known_args()
-    if not arguments.fresh_pages:
-        keep_pages()
-    with tempfile.TemporaryDirectory() as folder:
-        (Path(folder) / "config.json").write_text(json.dumps(BASE_SETTINGS))
-        own = ["--port", "0", "--model-id", folder, "--model-name", "stand-in", "--load-format", "dummy"]
-        config = cli.parse([*own, *flags], os.environ)
-        logging.basicConfig(level=config.log_level.upper())
-        server = app.App(config, make_encoder=functools.partial(StandIn, batch_s=arguments.batch_s))
-    asyncio.run(server.serve(ready=lambda address: print(address, flush=True)))
+    # Kept: a server ends at once, without a chance to remove it.
+    folder = Path(tempfile.gettempdir()) / f"layertap-stand-in-{os.getuid()}"
+    folder.mkdir(exist_ok=True)
+    (folder / f"config.{os.getpid()}").write_text(json.dumps(BASE_SETTINGS))
+    (folder / f"config.{os.getpid()}").replace(folder / "config.json")
+    own = ["--port", "0", "--model-id", str(folder), "--model-name", "stand-in", "--load-format", "dummy"]
+    config = cli.parse([*own, *flags], os.environ)
+    logging.basicConfig(level=config.log_level.upper())
+    make_encoder = functools.partial(StandIn, batch_s=arguments.batch_s)
+    make_app = functools.partial(app.App, make_encoder=make_encoder)
+    if arguments.fresh_pages:
+        asyncio.run(make_app(config).serve(ready=lambda address: print(address, flush=True)))
+    else:
+        cli.run(config, make_app)
 
 
 if __name__ == "__main__":

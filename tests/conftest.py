@@ -34,6 +34,14 @@ hypothesis.settings.load_profile("repeatable")
 collect_ignore = ["compat", "deploy", "cluster", "explore"]
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Leaves out what is true of one process alone where LAYERTAP_PROCESSES gives each server several."""
+    if int(os.environ.get("LAYERTAP_PROCESSES", "1")) > 1:
+        for item in items:
+            if item.get_closest_marker("one_process"):
+                item.add_marker(pytest.mark.skip(reason="it is about one process"))
+
+
 @pytest.fixture(scope="session", autouse=True)
 def forking_process_ends() -> Iterator[None]:
     """Is set up first and so torn down last, after the servers of the session."""

@@ -156,6 +156,7 @@ def test_a_row_that_is_no_number_fails_its_own_text_and_names_the_layer(value: f
 # Instances that are lost.
 
 
+@pytest.mark.one_process
 @pytest.mark.parametrize("demand", [Demand.STUCK, Demand.DEVICE_LOST])
 def test_lost_instances_fail_their_callers_and_the_last_one_ends_the_server(tiny_folder: Path, demand: Demand) -> None:
     flags = ("--device", "cpu", "--instances", "2", "--model-id", str(tiny_folder), "--instance-timeout-s", "1")

@@ -153,6 +153,7 @@ def tight_server(tiny_folder: Path) -> Iterator[Server]:
         yield server
 
 
+@pytest.mark.one_process
 def test_a_stalled_reader_harms_no_other_client_and_is_dropped(tight_server: Server) -> None:
     with stub_of(tight_server) as (stub, _), Client(tight_server.address) as client:
         stalled = stub.EmbedLayers(request_for([LONG] * 50), timeout=WAIT_S)
@@ -169,6 +170,7 @@ def test_a_stalled_reader_harms_no_other_client_and_is_dropped(tight_server: Ser
         assert "not read for 1.0 s" in caught.value.details()
 
 
+@pytest.mark.one_process
 def test_a_cancelled_call_frees_the_queue(tight_server: Server) -> None:
     with stub_of(tight_server) as (stub, _), Client(tight_server.address, retries=0) as client:
         stalled = stub.EmbedLayers(request_for([LONG] * 100), timeout=WAIT_S)
@@ -187,6 +189,7 @@ def test_a_cancelled_call_frees_the_queue(tight_server: Server) -> None:
         poll(served)
 
 
+@pytest.mark.one_process
 def test_a_text_whose_outputs_can_never_fit_is_refused_and_does_not_wait_for_ever(tight_server: Server) -> None:
     options = embed_options(**ALL_LAYERS)
     options.outputs.append(options.outputs[0])
@@ -284,6 +287,7 @@ def test_a_stream_refuses_another_model_and_gives_up_when_no_server_returns(tiny
         ended(server)
 
 
+@pytest.mark.one_process
 def test_leaving_a_stream_ends_it_on_the_server_too(tight_server: Server) -> None:
     with Client(tight_server.address) as client:
         for _ in range(3):

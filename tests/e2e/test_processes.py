@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 import os
 import re
 import signal
+import threading
 import urllib.request
+from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import grpc
+import numpy as np
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from prometheus_client.parser import text_string_to_metric_families
-from support import Server, faulty, forks, poll, running
+from support import Server, faulty, forks, open_client, poll, running
 from support.faulty import Demand
 
-from layertap import Client, UnavailableError
+from layertap import AsyncClient, Client, InvalidArgumentError, UnavailableError
 from layertap_server.testing import ServerProcess, running_server
 
 WAIT_S = 60.0
@@ -98,6 +103,91 @@ def test_the_supervisor_has_no_torch_and_the_processes_share_the_weights() -> No
             sizes = {name: int(kib) for name, kib in re.findall(r"^(\w+): +(\d+) kB", rollup, re.MULTILINE)}
             # The weights of the embedded model have 87 MiB; what is written to after the fork is less.
             assert sizes["Private_Dirty"] < 87 << 10 < sizes["Shared_Dirty"]
+
+
+def by_process(server: Server, method: str, since: int) -> Counter[int]:
+    """Returns how many calls each process has answered, of those that the log has after so many lines."""
+    answered = (one for one in lines(server)[since:] if (one.get("method"), one.get("code")) == (method, "OK"))
+    return Counter(one["process"] for one in answered)
+
+
+def test_a_long_stream_and_many_calls_at_once_meet_all_processes(kind: str, two: Server) -> None:
+    texts = [f"text {n}" for n in range(3000)]
+    with contextlib.closing(open_client(kind, two.address)) as client:
+        since = len(lines(two))
+        results = list(client.embed_stream(texts, pooling="mean"))
+        assert [one.index for one in results] == list(range(3000))
+        wanted = client.embed(texts[::50], pooling="mean").pooled
+    assert np.abs(np.stack([one.embedding.pooled[0] for one in results[::50]]) - wanted).max() <= 2e-5
+    poll(lambda: by_process(two, "EmbedStream", since) == {1: 1, 2: 1})
+
+
+def test_threads_that_share_a_client_meet_all_processes(two: Server) -> None:
+    since = len(lines(two))
+    with Client(two.address) as client, ThreadPoolExecutor(16) as pool:
+        found = list(pool.map(lambda n: client.embed(f"text {n}", pooling="mean").pooled[0], range(320)))
+    assert len(found) == 320
+    poll(lambda: by_process(two, "Embed", since).total() == 320)
+    counts = by_process(two, "Embed", since)
+    assert min(counts[1], counts[2]) >= 80, counts
+
+
+def test_tasks_that_share_a_client_meet_all_processes(two: Server) -> None:
+    since = len(lines(two))
+
+    async def ask() -> None:
+        async with AsyncClient(two.address) as client:
+            await asyncio.gather(*(client.embed(f"text {n}", pooling="mean") for n in range(50)))
+            await asyncio.gather(*(client.embed(f"text {n}", pooling="mean") for n in range(50)))
+
+    asyncio.run(ask())
+    poll(lambda: by_process(two, "Embed", since).total() == 100)
+    assert set(by_process(two, "Embed", since)) == {1, 2}
+
+
+def test_a_client_told_to_have_one_connection_meets_one_process(two: Server) -> None:
+    since = len(lines(two))
+    with Client(two.address, connections=1) as client:
+        assert len(list(client.embed_stream((f"text {n}" for n in range(3000)), pooling="mean"))) == 3000
+    poll(lambda: by_process(two, "EmbedStream", since).total() == 1)
+    with pytest.raises(InvalidArgumentError, match="connections is 0; it runs from 1 to 256"):
+        Client(two.address, connections=0)
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize("attempt", range(3))
+def test_a_stream_of_20000_texts_survives_a_killed_process_of_four_and_others_notice_nothing(
+    attempt: int, tiny_folder: Path
+) -> None:
+    texts = [f"text {n} of attempt {attempt}" for n in range(20_000)]
+    with running("--device", "cpu", "--model-id", str(tiny_folder), "--processes", "4") as server:
+        others, asked, done = ThreadPoolExecutor(4), [], threading.Event()
+
+        def ask(n: int) -> int:
+            """Calls one after the other, over a connection of its own, and returns how many were answered."""
+            count = 0
+            with connections(server, 1) as (client,):
+                while not done.is_set():
+                    assert client.embed(f"other {n}", pooling="mean", timeout_s=WAIT_S).pooled.shape == (1, 32)
+                    count += 1
+            return count
+
+        with others, Client(server.address) as client:
+            wanted = np.concatenate(
+                [client.embed(texts[n : n + 1000], pooling="mean").pooled for n in range(0, 20_000, 1000)]
+            )
+            asked.extend(others.submit(ask, n) for n in range(4))
+            try:
+                found = []
+                for result in client.embed_stream(iter(texts), pooling="mean"):
+                    found.append(result)
+                    if len(found) == 4000 * (attempt + 1):
+                        os.kill(members(server)[attempt + 1], signal.SIGKILL)
+            finally:
+                done.set()
+            assert all(one.result() > 10 for one in asked)
+        assert [one.index for one in found] == list(range(20_000))
+        assert np.abs(np.stack([one.embedding.pooled[0] for one in found]) - wanted).max() <= 2e-5
 
 
 def test_a_killed_process_is_replaced_while_the_others_serve_and_its_counts_stay(tiny_folder: Path) -> None:

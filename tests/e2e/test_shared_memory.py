@@ -19,6 +19,7 @@ from typing import Any
 
 import grpc
 import numpy as np
+import psutil
 import pytest
 from support import BOUND, Server, open_client, poll, running
 
@@ -62,12 +63,14 @@ def opened(kind: str, target: str, *, shared_memory: bool = True) -> Iterator[An
 
 def segment_count(server: Server) -> int:
     """Returns how many segments the server has open, mapped or as files."""
-    folder = Path(f"/proc/{server.process.pid}")
-    links = []
-    for entry in (folder / "fd").iterdir():
-        with contextlib.suppress(FileNotFoundError):
-            links.append(os.readlink(entry))
-    return sum("memfd:layertap" in line for line in [*links, *(folder / "maps").read_text().splitlines()])
+    found: list[str] = []
+    for process in (psutil.Process(server.process.pid), *psutil.Process(server.process.pid).children()):
+        folder = Path(f"/proc/{process.pid}")
+        for entry in (folder / "fd").iterdir():
+            with contextlib.suppress(FileNotFoundError):
+                found.append(os.readlink(entry))
+        found.extend((folder / "maps").read_text().splitlines())
+    return sum("memfd:layertap" in line for line in found)
 
 
 @pytest.fixture(scope="module")
@@ -356,6 +359,7 @@ def test_a_server_that_shares_nothing_is_used_over_grpc_and_the_log_says_so_once
     assert record.name == "layertap" and "--shared-memory-bytes" in record.getMessage()
 
 
+@pytest.mark.one_process
 def test_clients_above_the_most_get_bytes(tiny_folder: Path, caplog: pytest.LogCaptureFixture) -> None:
     with running(*flags(tiny_folder), "--max-shared-memory-call-count", "1") as server:
         with Client(server.address, shared_memory=True) as one, Client(server.address, shared_memory=True) as other:
@@ -422,6 +426,7 @@ def test_a_client_that_overwrites_its_segment_harms_no_other_client(large: Serve
 # Unix sockets.
 
 
+@pytest.mark.one_process
 def test_a_unix_socket_carries_everything_and_a_killed_server_leaves_the_path_usable(
     kind: str, tiny_folder: Path, tmp_path: Path
 ) -> None:
@@ -442,6 +447,7 @@ def test_a_unix_socket_carries_everything_and_a_killed_server_leaves_the_path_us
             ended(server)
 
 
+@pytest.mark.one_process
 def test_a_path_that_is_taken_is_refused_in_one_line_and_stays_as_it_is(tiny_folder: Path, tmp_path: Path) -> None:
     def refused(path: Path) -> str:
         command = [sys.executable, "-m", "layertap_server", *flags(tiny_folder), "--log-level", "error"]
