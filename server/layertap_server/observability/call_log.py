@@ -107,7 +107,7 @@ class Record:
     def take(self, texts: Sequence[Text]) -> None:
         """Counts admitted texts."""
         self.text_count += len(texts)
-        self.token_count += sum(text.token_count for text in texts)
+        self.token_count += sum([len(text.input_ids) for text in texts])
 
     def run(self, done: RunDone) -> int:
         """Adds a completed run; returns its number of texts."""

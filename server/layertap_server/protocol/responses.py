@@ -253,9 +253,10 @@ def tensors(parts: Sequence[RowsReady], plan: Plan) -> Iterator[pb.LayerTensor]:
     """Yields all layers of all texts as whole tensors, by output and layer."""
     for output_index, output in enumerate(plan.outputs):
         for layer in output.layers:
-            own = [p for p in parts if (p.rows.output_index, p.rows.layer) == (output_index, layer)]
-            own.sort(key=lambda part: (part.first_text, part.first_row))
-            data = b"".join(part.rows.data for part in own)
+            own = [p for p in parts if p.rows.output_index == output_index and p.rows.layer == layer]
+            if len(own) > 1:
+                own.sort(key=lambda part: (part.first_text, part.first_row))
+            data = b"".join([part.rows.data for part in own])
             shape = len(data) // plan.row_bytes(output), output.row_size
             tensor = pb.Tensor(dtype=wire.DTYPES[plan.dtype], shape=shape, data=data)
             yield pb.LayerTensor(output_index=output_index, layer=layer, tensor=tensor)

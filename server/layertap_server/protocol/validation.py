@@ -220,11 +220,11 @@ def all_fit(plan: Plan, texts: Sequence[Text], model: ModelFacts, limits: Limits
     longest = texts[counts.index(max(counts))]
     ids = longest.input_ids if len(texts) == 1 else np.concatenate([text.input_ids for text in texts])
     return (
-        min(counts) > 0
+        0 not in counts
         and longest.token_count <= model.max_length
         and max(plan.byte_counts.of(longest), plan.mix_token_bytes * longest.token_count)
         <= limits.max_call_output_bytes
-        and int(ids.max()) < model.vocab_size
+        and np.maximum.reduce(ids) < model.vocab_size
     )
 
 
