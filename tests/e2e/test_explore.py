@@ -7,6 +7,7 @@ import io
 import json
 import re
 import socket
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -321,6 +322,14 @@ def test_the_browser_is_opened_at_the_address(real_server: Server, tmp_path: Pat
     with exploring(real_server.address, "--browser", environment={"BROWSER": f"{browser} %s"}) as page:
         poll(told.exists)
         assert told.read_text() == page.url
+
+
+def test_without_its_extra_the_command_says_what_to_install(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "uvicorn", None)
+    assert main(["explore", "--no-browser"]) == 2
+    assert "layertap explore needs uvicorn; install it with: pip install 'layertap[explore]'" in capsys.readouterr().err
 
 
 def test_a_wrong_target_or_port_is_wrong_usage(capsys: pytest.CaptureFixture[str], page: Page) -> None:
