@@ -62,15 +62,15 @@ def main() -> None:
         ):
             wanted = client.embed(GOOD, layers="all").hidden_states
             fuzzer = Fuzzer(server.address, heavy_share=arguments.heavy)
-            started, grown, most = time.perf_counter(), 0.0, 0.0
+            started, most = time.perf_counter(), 0.0
             step = max(arguments.cases // 10, 1)
-            before = None
+            grown: list[float] = []
+            before = server.memory_mb
             with health(server.address) as waits_s:
                 for first in range(arguments.seed, arguments.seed + arguments.cases, step):
                     count = min(step, arguments.seed + arguments.cases - first)
                     asyncio.run(fuzzer.run(count, seed=first, concurrency=arguments.concurrency))
-                    before = before or server.memory_mb
-                    grown = server.memory_mb - before
+                    grown.append(server.memory_mb - before)
                     most = max(most, server.peak_memory_mb - before)
             seconds = time.perf_counter() - started
             found = client.embed(GOOD, layers="all").hidden_states
@@ -81,7 +81,7 @@ def main() -> None:
         table.setdefault(rpc, Counter())[code] += count
     total = fuzzer.codes.total()
     print(f"fuzz: {total} calls in {seconds:.0f} s, seeds {arguments.seed} to {arguments.seed + total - 1}")
-    print(f"  server: {grown:+.1f} MB after the first tenth, at most {most:+.1f} MB")
+    print(f"  server: {', '.join(f'{one:+.0f}' for one in grown)} MB after each tenth, at most {most:+.0f} MB")
     median, p99, longest = np.percentile(waits_s, [50, 99, 100]) * 1e3
     print(f"  health (it waits for the event loop): median {median:.1f} ms, p99 {p99:.1f} ms, at most {longest:.0f} ms")
     for rpc, codes in table.items():

@@ -155,6 +155,18 @@ def mixes(address: str, seconds: float) -> None:
     call_all(address, seconds, whole("Embed", request, 4))
 
 
+def attentions(address: str, seconds: float) -> None:
+    options = pb.EmbedOptions(outputs=[pb.Output(attentions=pb.Attentions(all_layers=True))], truncation=CUT.truncation)
+    request = pb.EmbedLayersRequest(inputs=[pb.Input(text="paris " * 500)] * 20, options=options).SerializeToString()
+    call_all(address, seconds, 20 * [("EmbedLayers", (request, bytes(100 * MB)), None, False)])
+
+
+def windows(address: str, seconds: float) -> None:
+    options = pb.EmbedOptions(outputs=POOLED.outputs, windows=pb.Windows(stride=64))
+    texts = [pb.Input(text="paris " * 16_000)] * 20
+    call_all(address, seconds, whole("Embed", pb.EmbedRequest(inputs=texts, options=options).SerializeToString(), 20))
+
+
 def bombs(address: str, seconds: float) -> None:
     call_all(address, seconds, whole("Embed", bytes(1 << 30), 60, compressed=True))
 
@@ -185,6 +197,8 @@ KINDS: dict[str, tuple[str, Callable[[str, float], None]]] = {
     "buffers": ("20 calls that send 100 MB that nothing reads", buffers),
     "idle": ("9 addresses with 30 idle streams each", idle),
     "mixes": ("64 different mixes of all layers on 5 texts, 4 times", mixes),
+    "attentions": ("20 calls of 20 texts with all attentions, and 100 MB that nothing reads", attentions),
+    "windows": ("20 requests of 20 texts of 16,000 tokens as windows", windows),
     "bombs": ("60 requests of 1 GiB, gzipped to 1 MB", bombs),
     "health": ("60 health checks of 8 MB without their last byte", health_halves),
 }

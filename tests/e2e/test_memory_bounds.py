@@ -129,6 +129,27 @@ def test_what_a_call_does_not_read_stays_with_its_caller(server: Server) -> None
         assert memory(server) - before < MARGIN
 
 
+def test_attentions_count_by_pairs_of_tokens_before_they_are_computed(server: Server) -> None:
+    every = pb.EmbedOptions(outputs=[pb.Output(attentions=pb.Attentions(all_layers=True))])
+    before = memory(server)
+    with (
+        grpc.insecure_channel(server.address) as channel,
+        pytest.raises(grpc.RpcError, match="12000000 bytes") as caught,
+    ):
+        # 3 layers and 4 heads of 500 * 500 values: more than one call may have.
+        request = pb.EmbedLayersRequest(inputs=[pb.Input(text="paris " * 498)], options=every)
+        list(embedding_pb2_grpc.EmbeddingServiceStub(channel).EmbedLayers(request, timeout=60))
+    assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+    request = pb.EmbedLayersRequest(inputs=[pb.Input(text="paris " * 348)] * 20, options=every)  # 6 MB each.
+    with Connection(server.address, host="127.0.0.2") as hostile, Client(server.address) as client:
+        for _ in range(20):
+            hostile.open(LAYERS, request.SerializeToString())
+        hostile.pump(1.0)
+        hostile.wait(1.0, count=20)
+        assert len(client.embed("short", timeout_s=10)) == 1
+        assert memory(server) - before < FLAGS["max-output-bytes"] + MARGIN, "without the bound it were 2.3 GB"
+
+
 def test_a_message_counts_by_what_it_is_decompressed_to(server: Server) -> None:
     before = memory(server)
     bomb = gzip.compress(bytes(256 << 20))
