@@ -272,7 +272,7 @@ class Batcher:
         while (call := self._queue.first) is not None:
             text, waiting = call.next_part, call.waiting[0]
             byte_count, mix_bytes = call.bytes_of(text), call.plan.mix_token_bytes * text.token_count
-            reserved_bytes = byte_count if text.window is None else call.reserved_bytes_of(text)
+            reserved_bytes = byte_count if text.window is None else call.next_window_bytes
             if call.expires_at is not None and call.expires_at <= now:
                 self._drop_waiting(call)
                 expired.append(call)

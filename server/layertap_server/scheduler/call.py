@@ -141,6 +141,7 @@ class Call:
         self._byte_counts = plan.byte_counts
         self._queue = queue
         self._part: tuple[Text, Text] | None = None
+        self._window_bytes = 0
 
     def __enter__(self) -> Call:
         return self
@@ -190,6 +191,7 @@ class Call:
             return text
         if self._part is None or self._part[0] is not text:
             self._part = text, text.part(self.next_window)
+            self._window_bytes = 0 if self.next_window else self.plan.held_bytes(text)
         return self._part[1]
 
     def take_part(self) -> None:
@@ -202,10 +204,10 @@ class Call:
             self.next_text += 1
             self.next_window = 0
 
-    def reserved_bytes_of(self, window: Text) -> int:
-        """Returns the bytes to reserve for a window: the first one of a text reserves for all of them."""
-        assert window.window is not None and window.whole is not None
-        return 0 if window.window.index else self.plan.held_bytes(window.whole)
+    @property
+    def next_window_bytes(self) -> int:
+        """The bytes to reserve for `next_part` if it is a window: the first one of a text reserves for all of them."""
+        return self._window_bytes
 
 
 @dataclasses.dataclass(slots=True)
