@@ -188,7 +188,7 @@ def parse(argv: Sequence[str], environment: Mapping[str, str]) -> Config:
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="layertap-server",
-        description="Serves tokens and every layer of a BERT over gRPC.",
+        description="Serves tokens and every layer of a BERT over gRPC. What it prints first ends with its address.",
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         argument_default=argparse.SUPPRESS,

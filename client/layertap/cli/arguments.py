@@ -79,7 +79,7 @@ example:
 
 _HEALTH: Final = """\
 example:
-  layertap health --timeout-s 2 || restart"""
+  layertap health --timeout-s 2 || echo 'not serving'"""
 
 _COMPLETION: Final = """\
 bash, in ~/.bashrc:
@@ -102,8 +102,8 @@ examples:
 
 Texts are arguments, the lines of a file, or lines of stdin; an empty line is a text. An argument that looks like a file
 is one; --text says that it is a text. Before a text that begins with a dash write --, before negative layers =
-(--layers=-1,-2). LAYERTAP_TARGET and LAYERTAP_TIMEOUT_S replace the defaults; LAYERTAP_TLS_CA, LAYERTAP_TLS_CERT,
-LAYERTAP_TLS_KEY and LAYERTAP_TOKEN set encryption and identity.
+(--layers=-1,-2). What a command's help has in brackets is the default. LAYERTAP_TARGET and LAYERTAP_TIMEOUT_S replace
+those of the server; LAYERTAP_TLS_CA, LAYERTAP_TLS_CERT, LAYERTAP_TLS_KEY and LAYERTAP_TOKEN encrypt and identify.
 
 exit codes:
   0    done; health: the server serves
@@ -124,7 +124,7 @@ def build() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=f"layertap {__version__}")
-    commands_of = parser.add_subparsers(required=True, metavar="COMMAND")
+    commands_of = parser.add_subparsers(required=True, metavar="COMMAND", title="commands (each has its own --help)")
 
     def command(name: str, summary: str, examples: str) -> argparse.ArgumentParser:
         return commands_of.add_parser(
@@ -151,11 +151,14 @@ def build() -> argparse.ArgumentParser:
 
 def _server(parser: argparse.ArgumentParser, *, prints_json: bool = True) -> argparse.ArgumentParser:
     target = os.environ.get("LAYERTAP_TARGET") or DEFAULT_TARGET
-    parser.add_argument("--target", default=target, help="the server, as host:port [%(default)s]")
-    timeout_s = os.environ.get("LAYERTAP_TIMEOUT_S") or "60"
-    parser.add_argument("--timeout-s", type=float, default=timeout_s, help="wait so long for an answer [%(default)s]")
     if prints_json:
-        parser.add_argument("--json", action="store_true", help="print one JSON object a line")
+        parser.add_argument("--json", action="store_true", help="print JSON, one object a line")
+    connecting = parser.add_argument_group("the server")
+    what = "where it listens: host:port, unix:/path, or dns:///name:port for all servers of a name [%(default)s]"
+    connecting.add_argument("--target", default=target, help=what)
+    timeout_s = os.environ.get("LAYERTAP_TIMEOUT_S") or "60"
+    what = "how many seconds to wait for an answer [%(default)s]"
+    connecting.add_argument("--timeout-s", type=float, default=timeout_s, metavar="N", help=what)
     return parser
 
 
@@ -164,7 +167,9 @@ def _texts(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
     parser.add_argument("texts", nargs="*", metavar="TEXT", help=what)
     parser.add_argument("--text", action="store_true", help="the arguments are texts, whatever they look like")
     reading = parser.add_argument_group("reading a file")
-    reading.add_argument("--input-format", choices=FORMATS, help="[by the ending; of stdin txt]")
+    reading.add_argument(
+        "--input-format", choices=FORMATS, help="how the input is read [by the ending of its name; stdin as txt]"
+    )
     what = "the field or column of the text, or of a list of its words [text]"
     reading.add_argument("--text-field", metavar="NAME", help=what)
     what = "the field or column of the id, a string or a whole number [the number of the line or row, from 1]"
@@ -173,7 +178,10 @@ def _texts(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
 
 
 def _cutting(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--truncation", choices=wire.TRUNCATIONS, help="above --max-length [error]", default="error")
+    what = (
+        "what a text above --max-length loses: its end (right) or its beginning (left); error refuses it [%(default)s]"
+    )
+    parser.add_argument("--truncation", choices=wire.TRUNCATIONS, help=what, default="error")
     parser.add_argument("--max-length", type=int, metavar="N", help="the most tokens of a text [the model's]")
 
 
@@ -183,8 +191,8 @@ def _windows(parser: argparse.ArgumentParser) -> None:
 
 
 def _prompts(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--prompt", metavar="TEXT", help="put before each text, as it stands")
-    parser.add_argument("--prompt-name", metavar="NAME", help="the same, by its name in the model's folder")
+    parser.add_argument("--prompt", metavar="TEXT", help="what to put before each text, as it stands")
+    parser.add_argument("--prompt-name", metavar="NAME", help="the same by its name, as info shows it")
 
 
 def _writing(parser: argparse.ArgumentParser, reading: argparse._ArgumentGroup) -> None:
@@ -238,16 +246,16 @@ def _embed(parser: argparse.ArgumentParser) -> None:
     what = "which heads of them, such as 0,3 [all]"
     parser.add_argument("--attention-heads", type=parsing.numbers, metavar="HEADS", help=what)
     _prompts(parser)
-    parser.add_argument("--pooler-output", action="store_true", help="the model's own pooler")
-    parser.add_argument("--dtype", choices=wire.DTYPES, default="float32", help="on the wire [%(default)s]")
+    parser.add_argument("--pooler-output", action="store_true", help="get the output of the model's own pooler too")
+    parser.add_argument("--dtype", choices=wire.DTYPES, default="float32", help="the type of the numbers [%(default)s]")
     pooling = parser.add_argument_group("pooled vectors (for what sentence-transformers gives, use layertap encode)")
-    what = f"{', '.join(wire.POOLING_STRATEGIES)}; may be given several times"
+    what = f"get one vector a text: {', '.join(wire.POOLING_STRATEGIES)}; may be given several times"
     pooling.add_argument("--pooling", action="append", choices=wire.POOLING_STRATEGIES, metavar="STRATEGY", help=what)
     what = "the layer that is pooled, or a mix as in --mix [the last]"
     pooling.add_argument("--pooling-layer", type=parsing.layer_or_mix, default=-1, metavar="K", help=what)
     pooling.add_argument("--pool-no-special-tokens", action="store_true", help="leave special tokens out of pools")
-    pooling.add_argument("--normalize", action="store_true", help="to length 1, after --dimensions")
-    pooling.add_argument("--dimensions", type=int, metavar="N", help="keep the first N values")
+    pooling.add_argument("--normalize", action="store_true", help="scale vectors to length 1, after --dimensions")
+    pooling.add_argument("--dimensions", type=int, metavar="N", help="keep the first N values of each vector")
     _writing(parser, reading)
     _server(parser).set_defaults(run=commands.embed)
 
@@ -256,7 +264,9 @@ def _encode(parser: argparse.ArgumentParser) -> None:
     reading = _texts(parser)
     _windows(parser)
     _prompts(parser)
-    parser.add_argument("--normalize", action="store_true", help="to length 1, also if the model does not")
+    parser.add_argument(
+        "--normalize", action="store_true", help="scale vectors to length 1, also if the model does not"
+    )
     what = "keep the first N values [what the model's folder says]"
     parser.add_argument("--truncate-dim", type=int, metavar="N", help=what)
     what = f"{', '.join(quantization.PRECISIONS)} [%(default)s]; int8 and uint8 by the ranges of all texts together"
