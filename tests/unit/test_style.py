@@ -41,6 +41,12 @@ def test_a_module_is_short_and_opens_with_what_it_does(path: Path) -> None:
     assert ast.get_docstring(ast.parse(text)), f"{path} has no docstring"
 
 
+@pytest.mark.parametrize("path", sorted((CLIENT / "explore/static").glob("*.js")), ids=name_of)
+def test_a_module_of_the_page_is_short_and_opens_with_what_it_does(path: Path) -> None:
+    lines = path.read_text().splitlines()
+    assert len(lines) <= 300 and re.match(r"// .*\w", lines[0])
+
+
 @pytest.mark.parametrize("path", MODULES, ids=name_of)
 def test_docstrings_state_errors_with_their_condition(path: Path) -> None:
     for line, text in docstrings(ast.parse(path.read_text())):
