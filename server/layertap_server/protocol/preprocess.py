@@ -23,10 +23,11 @@ from layertap_server.model.tokenized import Tokenized
 from layertap_server.model.tokenizer import Tokenizer
 from layertap_server.model.tokenizer_engine import Detail
 from layertap_server.observability.call_log import Record
-from layertap_server.protocol import output_spec, spans, token_ids, validation
+from layertap_server.protocol import spans, token_ids, validation
 from layertap_server.protocol.offload import LARGE_BYTES, SLICE_ENTRIES, Slices, offload
+from layertap_server.protocol.options import Options, max_length_of, resolve, truncation_of
 from layertap_server.protocol.requests import sizes_of
-from layertap_server.types import Plan, Text, Windowing
+from layertap_server.types import Plan, Text
 
 T = TypeVar("T")
 Result = Tokenized | LayertapError
@@ -58,29 +59,6 @@ _MAX_KEY_BYTES: Final = 4 << 10
 """Larger options are resolved anew for each request. The keys of a full cache take 1 MiB."""
 
 
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Options:
-    """The options of an embed request, checked and resolved for one model.
-
-    Attributes:
-        plan: What is asked of each text.
-        prompt: What is put before each text.
-        max_length: The most tokens of a text.
-        truncation: "error", "right" or "left".
-        lower_case: Whether strings are turned to lower case first.
-        detail: What the tokenizer is asked for beside ids.
-        windowing: How texts above max_length run as windows; None: they do not.
-    """
-
-    plan: Plan
-    prompt: str
-    max_length: int
-    truncation: str
-    lower_case: bool
-    detail: Detail
-    windowing: Windowing | None
-
-
 class Preprocessor:
     """The pipeline of one model.
 
@@ -95,10 +73,13 @@ class Preprocessor:
         self.limits = limits
         self._sentences = sentences
         self._tokenizer = tokenizer
+        self._resolve = functools.partial(resolve, model=model, sentences=sentences, tokenizer=tokenizer, limits=limits)
         # Words of one character take most, or ids with masks.
         self.max_input_bytes = max(8 * limits.max_character_count, 32 * model.max_length) + (4 << 10)
         self._slices = Slices()
-        self._cached = functools.lru_cache(_CACHED_OPTIONS)(self._parse_options)
+        self._cached = functools.lru_cache(_CACHED_OPTIONS)(
+            lambda options: self._resolve(pb.EmbedOptions.FromString(options))
+        )
 
     def options(self, options: pb.EmbedOptions) -> Options:
         """Returns resolved options.
@@ -197,9 +178,9 @@ class Preprocessor:
         """
         limits = self.limits
         validation.check_text_count(len(inputs), limits)
-        max_length = validation.max_length(request.max_length, self.model, at_most=limits.max_character_count)
+        max_length = max_length_of(request.max_length, self.model, at_most=limits.max_character_count)
         validation.check_padding(request.pad_to, max_length, len(inputs), limits)
-        truncation = validation.truncation(request.truncation)
+        truncation = truncation_of(request.truncation)
         labels = [f"inputs[{request.first_text + n}]" for n in range(len(inputs))]
 
         token_count = 0
@@ -264,30 +245,6 @@ class Preprocessor:
 
         return await self._slices.run(
             work, counts, client=record.client, most=_SLICE_IDS, large=_LARGE_SLICE_IDS, note=note
-        )
-
-    def _parse_options(self, options: bytes) -> Options:
-        return self._resolve(pb.EmbedOptions.FromString(options))
-
-    def _resolve(self, options: pb.EmbedOptions) -> Options:
-        plan = output_spec.plan(options, self.model, self._sentences)
-        prompt = validation.prompt(options, self._sentences)
-        max_length = validation.max_length(options.max_length, self.model, at_most=self.model.max_length)
-        if prompt and not self._sentences.include_prompt:
-            first_row = self._tokenizer.prompt_token_count(prompt, max_length=max_length, lower_case=options.lower_case)
-            plan = plan.pooling_from(first_row)
-        return Options(
-            plan=plan,
-            prompt=prompt,
-            max_length=max_length,
-            truncation=validation.truncation(options.truncation),
-            lower_case=options.lower_case,
-            detail=Detail.EVERYTHING
-            if plan.return_tokens or plan.has_words or plan.has_spans
-            else Detail.SPECIAL_TOKENS
-            if plan.excludes_special_tokens
-            else Detail.NOTHING,
-            windowing=validation.windowing(options, max_length, self._tokenizer.special_token_count, self.limits),
         )
 
     async def _run(

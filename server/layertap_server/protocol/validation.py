@@ -2,8 +2,8 @@
 
 A fault is refused by its field or item, the limit and the next step, never by the text itself. Rules:
 - The length of a list is checked before an object is made of it.
-- `items` checks what a caller sent, `check_tokenized` what the tokenizer made of it; what an output may ask for is
-  checked in `output_spec`.
+- `items` checks what a caller sent, `check_tokenized` what the tokenizer made of it; options are
+  checked in `options`.
 """
 
 from __future__ import annotations
@@ -13,94 +13,20 @@ from typing import Final
 
 import numpy as np
 
-from layertap import wire
 from layertap.errors import InvalidArgumentError, LayertapError
 from layertap.types import Limits
 from layertap.v1 import embedding_pb2 as pb
 from layertap_server.model.facts import ModelFacts
-from layertap_server.model.sentence_config import SentenceConfig
 from layertap_server.model.tokenized import Tokenized
 from layertap_server.model.tokenizer import Item
 from layertap_server.protocol import token_ids
-from layertap_server.protocol.output_spec import known
 from layertap_server.protocol.responses import LEAST_TOKEN_BYTES
-from layertap_server.types import OutputKind, Plan, Text, Windowing
-
-MAX_PROMPT_CHARACTERS: Final = 10_000
-"""Characters of a prompt, which may have to be tokenized alone before any text is read."""
+from layertap_server.types import OutputKind, Plan, Text
 
 ID_BYTES: Final = 4
 """What one token id of a Decode request counts against the size of its answer."""
 
 _WITHOUT_PROMPT: Final = {"pair": "a pair", "words": "words", "token_ids": "token ids"}
-_TRUNCATIONS: Final = {number: name for name, number in wire.TRUNCATIONS.items()}
-
-
-def prompt(options: pb.EmbedOptions, sentences: SentenceConfig) -> str:
-    """Returns what is put before each text.
-
-    Raises:
-        InvalidArgumentError: if it is given twice or too long, or the model has no prompt of that name.
-    """
-    if not options.prompt_name:
-        if len(options.prompt) > MAX_PROMPT_CHARACTERS:
-            raise InvalidArgumentError(
-                f"options.prompt has {len(options.prompt)} characters, the most is {MAX_PROMPT_CHARACTERS}; "
-                "shorten it, or make it part of each text"
-            )
-        return options.prompt
-    if options.prompt:
-        raise InvalidArgumentError("options has both prompt and prompt_name; set one of them")
-    if options.prompt_name not in sentences.prompts:
-        raise InvalidArgumentError(
-            "options.prompt_name is none of this model's prompts; it has "
-            f"{', '.join(sorted(sentences.prompts))}; or send the prompt itself"
-        )
-    return sentences.prompts[options.prompt_name]
-
-
-def truncation(value: pb.Truncation.ValueType) -> str:
-    """Returns the name of a truncation.
-
-    Raises:
-        InvalidArgumentError: if the contract does not name it.
-    """
-    return known("truncation", value or pb.TRUNCATION_ERROR, _TRUNCATIONS)
-
-
-def max_length(value: int, model: ModelFacts, *, at_most: int) -> int:
-    """Returns the most tokens a text may have.
-
-    Raises:
-        InvalidArgumentError: if it is out of range.
-    """
-    if value and not 2 <= value <= at_most:
-        raise InvalidArgumentError(f"max_length is {value}; it runs from 2 to {at_most}, 0 means the model's")
-    return value or model.default_max_length
-
-
-def windowing(options: pb.EmbedOptions, max_length: int, special_count: int, limits: Limits) -> Windowing | None:
-    """Returns how long texts run as windows; None: they do not.
-
-    Args:
-        options: The options.
-        max_length: The most tokens of a window.
-        special_count: How many of them are special tokens.
-        limits: The limits in force.
-
-    Raises:
-        InvalidArgumentError: if the stride is out of range, or texts are to be cut as well.
-    """
-    if not options.HasField("windows"):
-        return None
-    if options.truncation not in (pb.TRUNCATION_UNSPECIFIED, pb.TRUNCATION_ERROR):
-        raise InvalidArgumentError("options has windows, with which no text is cut; leave truncation out")
-    stride, most = options.windows.stride, max_length - special_count - 1
-    if not 0 <= stride <= most:
-        raise InvalidArgumentError(
-            f"options.windows.stride is {stride}; with max_length {max_length} it runs from 0 to {most}"
-        )
-    return Windowing(stride=stride, max_count=limits.max_window_count)
 
 
 def check_text_count(count: int, limits: Limits) -> None:
