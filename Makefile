@@ -49,7 +49,7 @@ torch = { $(call locked,$(1),cpu) 2>/dev/null || $(call locked,$(1),cuda); }
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: bench-balancer bench-imports coverage dist lock test-deploy bench-compat bench-compute bench-callers bench-fidelity bench-fuzz bench-gpu bench-host bench-jobs bench-load bench-processes bench-streams bench-wire gpu-wheels help install model protos protos-fresh lint format check test test-unit test-model test-e2e test-heavy test-cpus test-floors test-newest test-processes test-compat test-cluster demo docs notebook serve bench clean
+.PHONY: bench-balancer bench-imports coverage dist lock test-deploy bench-compat bench-compute bench-callers bench-fidelity bench-fuzz bench-gpu bench-host bench-jobs bench-load bench-processes bench-streams bench-tokens bench-wire gpu-wheels help install model protos protos-fresh lint format check test test-unit test-model test-e2e test-heavy test-cpus test-floors test-newest test-processes test-compat test-cluster demo docs notebook serve bench clean
 
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z][a-z-]*:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -192,6 +192,9 @@ bench-wire: $(INSTALL_STAMP) $(MODEL_STAMP) $(PEERS_STAMP)  ## Layers on the wir
 
 bench-streams: $(INSTALL_STAMP) $(MODEL_STAMP)  ## Long streams: memory, stopped readers, crashes, bad items, health
 	$(BIN)/python bench/streams.py $(ARGS)
+
+bench-tokens: $(INSTALL_STAMP) $(MODEL_STAMP)  ## A million texts of all scripts: ids of streams beside those of Tokenize (25 min)
+	$(BIN)/python bench/tokens.py $(ARGS)
 
 bench-imports: $(INSTALL_STAMP)  ## How long importing the client takes
 	$(BIN)/python bench/imports.py $(ARGS)
