@@ -107,6 +107,38 @@ def test_rows_of_csv_are_items(tmp_path: Path) -> None:
         list(Csv(path=path, fields=Fields(text="body"), delimiter=",").items())
 
 
+def test_a_row_that_is_not_csv_is_one_bad_item(tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    path.write_bytes(b"text\nfirst\nse\rcond\nthird\n")
+    first, broken, third = Csv(path=path, fields=Fields(), delimiter=",").items()
+    assert isinstance(broken, BadItem) and broken.number == 2 and "not CSV" in broken.reason
+    assert first == Item(number=1, id=1, content="first") and third == Item(number=3, id=3, content="third")
+
+
+@pytest.mark.parametrize(
+    ("flag", "value", "hint"),
+    [
+        ("--layers", "first", "pass all, or numbers such as 0,6"),
+        ("--attention-heads", "0,", "pass numbers such as 0,3"),
+        ("--mix", "median:0,6", "pass such as mean:-4,-3,-2,-1"),
+        ("--mix", "mean", "pass such as mean:-4,-3,-2,-1"),
+        ("--mix", "weighted:0,6:a,b", "weights are numbers with commas"),
+        ("--pooling-layer", "top", "pass such as mean:-4,-3,-2,-1"),
+        ("--window-stride", "wide", "pass a number of tokens, such as 128"),
+        ("--keep", "title,title", "pass field names such as title,url, each once"),
+        ("--keep", "ids", "pass field names such as title,url, each once; ids is the name of the ids"),
+        ("--shard", "8/8", "pass such as 0/8"),
+        ("--part-texts", "0", "it starts at 1"),
+    ],
+)
+def test_a_value_that_a_flag_does_not_take_is_refused_with_one_that_it_takes(
+    flag: str, value: str, hint: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        parsed(f"{flag}={value}", "a text")
+    assert ended.value.code == 2 and f"argument {flag}: {hint}" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("kind", [pa.string(), pa.large_string(), pa.dictionary(pa.int32(), pa.string())])
 def test_a_parquet_string_that_is_not_utf_8_is_one_bad_item(kind: pa.DataType, tmp_path: Path) -> None:
     binary = pa.large_binary() if kind == pa.large_string() else pa.binary()
