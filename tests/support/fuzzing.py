@@ -101,6 +101,18 @@ def message(kind: type[Message], chance: random.Random, depth: int = 0) -> Messa
     if isinstance(made, pb.EmbedOptions) and chance.random() < 0.5:
         made = pb.EmbedOptions(shared_memory=made.shared_memory if made.HasField("shared_memory") else None)
         made.outputs.append(pb.Output(hidden_states=pb.HiddenStates(all_layers=True)))
+        if chance.random() < 0.3:
+            made.max_length = 8
+            made.windows.stride = chance.choice((0, 2, 5))
+            made.outputs.append(pb.Output(pooled_vectors=pb.PooledVectors()))
+        if chance.random() < 0.3:
+            made.outputs.append(pb.Output(span_vectors=pb.SpanVectors()))
+    elif isinstance(made, pb.EmbedOptions) and chance.random() < 0.9:
+        made.ClearField("windows")
+    if isinstance(made, pb.Input) and chance.random() < 0.9:
+        made.ClearField("spans")
+        if chance.random() < 0.1:
+            made.spans.CopyFrom(pb.Spans(unit=pb.SPAN_UNIT_TOKEN, bounds=(0, 1)))
     if isinstance(made, pb.TokenIds) and chance.random() < 0.8:
         _mend(made, chance)
     return made
