@@ -15,6 +15,7 @@ PEERS_STAMP := .bench/.installed
 COMPAT_STAMP := .compat/.installed
 DIST_STAMP := .dist/.installed
 CLUSTER_STAMP := .cluster/.installed
+RAY_STAMP := .ray/.installed
 EXPLORE_STAMP := .explore/.installed
 LOCK_STAMP := .lock/.installed
 EXAMPLES_STAMP := .venv/.examples
@@ -47,9 +48,12 @@ locked = $(1)/bin/python -m pip --disable-pip-version-check install -q --no-deps
 # torch's build for CPUs where pip finds it, and else the default one with the libraries it needs.
 torch = { $(call locked,$(1),cpu) 2>/dev/null || $(call locked,$(1),cuda); }
 
+# For processes that are started elsewhere.
+with_layertap = PYTHONPATH=$(CURDIR)/client:$(CURDIR)/server
+
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: bench-balancer bench-imports coverage dist lock test-deploy bench-compat bench-compute bench-callers bench-fidelity bench-fuzz bench-gpu bench-host bench-jobs bench-load bench-processes bench-streams bench-tokens bench-wire gpu-wheels help install model protos protos-fresh lint format check test test-unit test-model test-e2e test-heavy test-cpus test-floors test-newest test-processes test-compat test-cluster demo docs notebook serve bench clean
+.PHONY: bench-balancer bench-imports coverage dist lock test-deploy bench-compat bench-compute bench-corpora bench-callers bench-fidelity bench-fuzz bench-gpu bench-host bench-jobs bench-load bench-processes bench-streams bench-tokens bench-wire gpu-wheels help install model protos protos-fresh lint format check test test-unit test-model test-e2e test-heavy test-cpus test-floors test-newest test-processes test-compat test-cluster test-ray demo docs notebook serve bench clean
 
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z][a-z-]*:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -152,6 +156,9 @@ test-explore: $(INSTALL_STAMP) $(MODEL_STAMP) $(EXPLORE_STAMP)  ## Drive the pag
 screenshots: $(INSTALL_STAMP) $(MODEL_STAMP) $(EXPLORE_STAMP)  ## Make the pictures of layertap explore in docs/ anew
 	PYTHONPATH=client:server:tests .explore/bin/python docs/screenshots.py $(ARGS)
 
+test-ray: $(MODEL_STAMP) $(RAY_STAMP)  ## Run Ray Data on two nodes with one killed, Spark and Dask (2 min)
+	$(with_layertap) .ray/bin/python -m pytest --confcutdir=tests/corpora tests/corpora $(ARGS)
+
 demo: $(INSTALL_STAMP) $(MODEL_STAMP)  ## Start a server, do the main job as a user would, stop it
 	$(BIN)/python examples/demo.py $(ARGS)
 
@@ -196,6 +203,9 @@ bench-streams: $(INSTALL_STAMP) $(MODEL_STAMP)  ## Long streams: memory, stopped
 bench-tokens: $(INSTALL_STAMP) $(MODEL_STAMP)  ## A million texts of all scripts: ids of streams beside those of Tokenize (25 min)
 	$(BIN)/python bench/tokens.py $(ARGS)
 
+bench-corpora: $(INSTALL_STAMP) $(MODEL_STAMP) $(RAY_STAMP)  ## Ray Data with one actor beside the bare engine (3 min)
+	$(with_layertap) .ray/bin/python bench/corpora.py $(ARGS)
+
 bench-imports: $(INSTALL_STAMP)  ## How long importing the client takes
 	$(BIN)/python bench/imports.py $(ARGS)
 
@@ -234,7 +244,7 @@ gpu-wheels:  ## Fetch into .wheels what bench/gpu.py needs on a machine that has
 		grpcio-health-checking==1.71.2 grpcio-reflection==1.71.2
 
 clean:  ## Remove all that make has made
-	rm -rf .venv .models .tools .bench .wheels .floors .compat .cluster .explore .coverage .dist .docs .lock build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis \
+	rm -rf .venv .models .tools .bench .wheels .floors .compat .cluster .explore .ray .coverage .dist .docs .lock build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis \
 		.import_linter_cache
 	find client server tests bench examples -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
 
@@ -290,6 +300,12 @@ $(CLUSTER_STAMP): locks/cluster.txt
 $(EXPLORE_STAMP): locks/explore.txt
 	$(PYTHON) -m venv .explore
 	$(call locked,.explore,explore)
+	@touch $@
+
+$(RAY_STAMP): locks/ray.txt locks/cpu.txt locks/cuda.txt
+	$(PYTHON) -m venv .ray
+	@$(call torch,.ray)
+	$(call locked,.ray,ray)
 	@touch $@
 
 $(LOCK_STAMP): Makefile $(VENV_STAMP)

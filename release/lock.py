@@ -33,6 +33,10 @@ ENVIRONMENTS = {
     "dist": ("release/tools.txt",),
     "cluster": ("tests/cluster/requirements.txt",),
     "explore": ("tests/explore/requirements.txt",),
+    "ray": (
+        "pyproject.toml",
+        *("--extra=server", "--extra=ray", "tests/corpora/requirements.txt", "--constraint=locks/dev.txt"),
+    ),
     "compat": ("tests/compat/requirements.txt",),
 }
 """For each file in locks/ the arguments of `uv pip compile`."""

@@ -30,8 +30,8 @@ if TYPE_CHECKING:
 hypothesis.settings.register_profile("repeatable", derandomize=True, deadline=None)
 hypothesis.settings.load_profile("repeatable")
 
-# Each has a command of its own: `make test-compat`, `test-deploy`, `test-cluster`, `test-explore`.
-collect_ignore = ["compat", "deploy", "cluster", "explore"]
+# Each has a command of its own: `make test-compat`, `test-deploy`, `test-cluster`, `test-explore`, `test-ray`.
+collect_ignore = ["compat", "deploy", "cluster", "explore", "corpora"]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

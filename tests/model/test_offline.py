@@ -14,9 +14,11 @@ from support import Server
 
 from layertap import Client, LayerMix, Pooling, Windows
 from layertap._protocol import requests
+from layertap.cli import main
 from layertap.errors import InvalidArgumentError
 from layertap_server.offline.embedder import Embedder
 from layertap_server.offline.model import OfflineModel
+from layertap_server.offline.shards import ShardEmbedder, assign
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "pools": {"pooling": ["mean", Pooling("max", layer=1, normalize=True)], "pooler_output": True},
@@ -89,7 +91,8 @@ def test_a_table_without_a_good_text_has_the_same_columns(tiny_folder: Path) -> 
     (bad,) = embedder({"id": np.array([2, 3]), "text": np.array([None, None])})
     assert good.schema == bad.schema
     assert bad.column("pool_0").null_count == bad.column("layer_0").null_count == bad.column("tokens").null_count == 2
-    assert list(embedder(pa.table({"id": pa.array([], pa.int64()), "text": pa.array([], pa.string())}))) == []
+    (empty,) = embedder(pa.table({"id": pa.array([], pa.int64()), "text": pa.array([], pa.string())}))
+    assert empty.num_rows == 0 and empty.schema == good.schema
 
 
 def test_words_and_token_ids_are_columns_of_lists(client: Client, tiny_folder: Path) -> None:
@@ -147,3 +150,45 @@ def test_a_reader_that_stops_stops_the_reading(options: dict[str, Any], tiny_fol
     assert first.embedding is not None and len(first.errors) == len(first.embedding) >= 1024
     pieces.close()  # type: ignore[attr-defined]
     assert read < 10_000
+
+
+@pytest.mark.parametrize(
+    ("flags", "options"),
+    [
+        (["--pooling", "mean", "--layers=-1"], {"pooling": "mean", "layers": -1}),
+        (["--words", "mean", "--attentions", "0"], {"words": "mean", "attentions": [0]}),
+    ],
+)
+def test_files_are_those_of_the_command_and_each_passes_over_what_the_other_has_done(
+    flags: list[str],
+    options: dict[str, Any],
+    tiny_server: Server,
+    tiny_folder: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    corpus, out = tmp_path / "corpus", tmp_path / "out"
+    corpus.mkdir()
+    for n in range(2):
+        (corpus / f"{n}.txt").write_text("".join(f"paris {'love ' * (k % 9)}{k}\n" for k in range(60)))
+    with (corpus / "1.txt").open("a") as file:
+        file.write("word " * 600 + "\n")
+    command = ["embed", str(corpus), "--target", tiny_server.address, *flags]
+    assert main([*command, "-o", str(tmp_path / "wanted")]) == 3
+    embedder = ShardEmbedder(model_id=str(tiny_folder), engine={"device": "cpu"}, **options)
+    first, second = assign(corpus, out)
+    assert (embedder(first).text_count, embedder(first).was_done) == (60, True)
+    capsys.readouterr()
+    assert main([*command, "-o", str(out)]) == 3
+    assert capsys.readouterr().out.count("was done before") == 1
+    result = embedder(second)
+    assert (result.bad_count, result.was_done, result.error) == (1, True, None)
+    for name in ("0.parquet", "1.parquet", "_layertap/1.parquet.errors.jsonl"):
+        assert (out / name).read_bytes() == (tmp_path / "wanted" / name).read_bytes(), name
+    (corpus / "0.txt").write_text("other")
+    assert "another input" in (embedder(first).error or "")
+
+
+def test_options_that_files_have_no_place_for_are_refused_before_the_model_is_loaded() -> None:
+    with pytest.raises(TypeError, match="return_tokens"):
+        ShardEmbedder(model_id="/there/is/none", return_tokens=True)

@@ -43,6 +43,7 @@ def _lines(path: str) -> list[str]:
         ("dist", _lines("release/tools.txt")),
         ("cluster", _lines("tests/cluster/requirements.txt")),
         ("explore", _lines("tests/explore/requirements.txt")),
+        ("ray", _extras("server", "ray") + _lines("tests/corpora/requirements.txt")),
         ("compat", _lines("tests/compat/requirements.txt")),
     ],
 )

@@ -135,8 +135,8 @@ def explore(args: argparse.Namespace) -> int:
 
 def embed(args: argparse.Namespace) -> int:
     """Shows layers, words and pooled vectors, or writes them to a file."""
-    options = {name: getattr(args, name) for name in _EMBED_OPTIONS} | {"pooling": _poolings(args)}
-    return _answer(args, EmbedTask(options=options))
+    options: Any = {name: getattr(args, name) for name in _EMBED_OPTIONS} | {"pooling": _poolings(args)}
+    return _answer(args, EmbedTask.of(options))
 
 
 def encode(args: argparse.Namespace) -> int:

@@ -100,11 +100,16 @@ def rows_of(columns: Iterable[ResultColumn]) -> tuple[tuple[Column, ...], list[A
             name=name,
             dtype=rows.dtype.str,
             row_shape=rows.shape[1:],
-            counts="" if counts is None else next(other for other, values, _ in named if values is counts),
+            counts="" if counts is None else _name_of(counts, named),
         )
         for name, rows, counts in named
     )
     return found, [rows for _, rows, _ in named]
+
+
+def _name_of(counts: Array, named: Iterable[tuple[str, Array, Array | None]]) -> str:
+    """Returns which column has the counts of another: the same memory, perhaps as another view of it."""
+    return next(name for name, values, _ in named if values is counts or np.shares_memory(values, counts))
 
 
 def as_string(value: Value) -> str:

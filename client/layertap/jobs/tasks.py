@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any, Protocol
+from typing import Any, Final, Protocol, cast
 
 import numpy as np
 
 from layertap._encode import stream_sentences
 from layertap._protocol.inputs import InputItem
+from layertap._protocol.options import EmbedOptions
 from layertap.client import Client
 from layertap.jobs.items import Item
 from layertap.quantization import Precision
@@ -17,7 +18,7 @@ from layertap.results.embedding import Embedding
 from layertap.results.export import Column
 from layertap.results.streamed import StreamResult
 from layertap.sentence_transformers import TOKENS, Encoding, OutputValue, PromptedOptions
-from layertap.types import ModelInfo
+from layertap.types import ModelInfo, Pooling, PoolingName
 
 
 class Task(Protocol):
@@ -48,6 +49,14 @@ class Task(Protocol):
         """Returns the rows of one text."""
 
 
+_DEFAULTS: Final[EmbedOptions] = {
+    **{"layers": None, "words": None, "mix": None, "attentions": None, "attention_heads": None, "pooler_output": False},
+    **{"dtype": "float32", "truncation": "error", "max_length": None, "prompt": None, "prompt_name": None},
+    **{"windows": None, "pooling": None},
+}
+"""The options of a file of vectors. `Client.embed` takes one more, for tokens, which files have no place for."""
+
+
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class EmbedTask:
     """Layers, words, pooled vectors: what `Client.embed_stream` gives.
@@ -57,6 +66,25 @@ class EmbedTask:
     """
 
     options: Mapping[str, Any]
+
+    @classmethod
+    def of(cls, options: EmbedOptions) -> EmbedTask:
+        """Returns the task that the command line makes of the same options, so that each resumes the other's jobs.
+
+        Raises:
+            TypeError: if there is no such option.
+        """
+        for name in options:
+            if name not in _DEFAULTS:
+                raise TypeError(f"got {name!r}; the options of a file are {', '.join(sorted(_DEFAULTS))}")
+        whole: dict[str, Any] = {**_DEFAULTS, **options}
+        for name in ("layers", "attentions", "attention_heads"):
+            if isinstance(whole[name], int):
+                whole[name] = [whole[name]]
+        if (pooling := whole["pooling"]) is not None:
+            several: Any = [pooling] if isinstance(pooling, (str, Pooling)) else pooling
+            whole["pooling"] = [Pooling(cast("PoolingName", one)) if isinstance(one, str) else one for one in several]
+        return cls(options=whole)
 
     @property
     def settings(self) -> dict[str, Any]:

@@ -6,6 +6,7 @@ numbers never become Python objects. A text that fails has nulls there, and its 
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Final, Unpack
 
@@ -17,6 +18,10 @@ from layertap_server.offline.pieces import Piece
 
 ERROR: Final = "error"
 """The column with the reason of a text that has no vectors; null: it has."""
+
+
+_lock: Final = threading.Lock()
+_shared: Final[dict[str, Embedder]] = {}
 
 
 class Embedder:
@@ -32,6 +37,7 @@ class Embedder:
         model_id: str = "",
         text_column: str = "text",
         keep: Sequence[str] | None = None,
+        fixed_size: bool = True,
         engine: EngineOptions | None = None,
         **options: Unpack[EmbedOptions],
     ) -> None:
@@ -41,6 +47,7 @@ class Embedder:
             model_id: A folder with a checkpoint, or the name of one on the hub. Empty: the embedded model.
             text_column: The column of the texts: strings, or lists of words or of token ids.
             keep: Columns that are carried over. None: all.
+            fixed_size: Whether a vector is a FixedSizeList; False: a List, for what knows no other, as Spark.
             engine: How the model is loaded and run: flags of `layertap-server`, such as `{"dtype": "bfloat16"}`.
             options: What is asked of each text: the options of `Client.embed_stream`.
 
@@ -56,8 +63,25 @@ class Embedder:
         self._options = requests.embed_stream(options)
         self._model = OfflineModel(model_id, **(engine or {}))
         columns = self._model.blank(self._options).to_arrow().schema
+        if not fixed_size:
+            columns = self._pa.schema([field.with_type(self._list(field.type)) for field in columns], columns.metadata)
         self._empty = columns.empty_table()
         self.schema = columns.append(self._pa.field(ERROR, self._pa.string()))
+
+    @classmethod
+    def shared(cls, **arguments: Any) -> Embedder:
+        """Returns the embedder of this process with these arguments, which is made the first time.
+
+        For frameworks that call a function of yours once for each partition.
+
+        Args:
+            arguments: Those of an `Embedder`.
+        """
+        key = repr(sorted(arguments.items()))
+        with _lock:
+            if key not in _shared:
+                _shared[key] = cls(**arguments)
+            return _shared[key]
 
     def __call__(self, batch: Any) -> Iterator[Any]:
         """Yields a table, piece by piece, with the outputs as more columns.
@@ -78,6 +102,8 @@ class Embedder:
             table = table.select(self._keep)
         if taken := sorted({*table.column_names} & {*self.schema.names}):
             raise KeyError(f"the column {taken[0]} is there already; rename it, or leave it out of keep")
+        if not texts:
+            yield self._joined(table, self.schema.empty_table())
         start = 0
         for piece in self._model.embed(texts, self._options):
             count = len(piece.errors)
@@ -89,10 +115,18 @@ class Embedder:
             return self._pa.Table.from_batches([batch])
         return self._pa.table(dict(batch)) if isinstance(batch, Mapping) else batch
 
+    def _list(self, kind: Any) -> Any:
+        """Returns a type with Lists in place of FixedSizeLists."""
+        types = self._pa.types
+        is_list = types.is_fixed_size_list(kind) or types.is_list(kind)
+        return self._pa.list_(self._list(kind.value_type)) if is_list else kind
+
     def _columns(self, piece: Piece) -> Any:
         """Returns the added columns for each row of a piece."""
         errors = piece.errors
         found = self._empty if piece.embedding is None else piece.embedding.to_arrow()
+        if found.schema != self._empty.schema:
+            found = found.cast(self._empty.schema)
         if any(error is not None for error in errors):
             places = iter(range(len(errors)))
             rows = [next(places) if error is None else None for error in errors]
