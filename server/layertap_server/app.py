@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Final
 import layertap
 from layertap import wire
 from layertap.errors import LayertapError
-from layertap_server import lifecycle
+from layertap_server import additions, lifecycle
 from layertap_server.config import Config, ConfigError
 from layertap_server.engine import cpu_threads, runtime
 from layertap_server.engine.encoder import Encoder
@@ -27,11 +27,10 @@ from layertap_server.loading import find_model, limits_of, timed
 from layertap_server.model.facts import ModelFacts
 from layertap_server.observability.bounded_streams import dropped_line_count
 from layertap_server.observability.call_log import CallLog
-from layertap_server.observability.metrics import Endpoint, Metrics, Server, State
+from layertap_server.observability.metrics import Endpoint, Metrics, State
 from layertap_server.protocol.model_info import info_of
 from layertap_server.protocol.preprocess import Preprocessor
 from layertap_server.rpc.admission import Admission
-from layertap_server.rpc.handlers import handler
 from layertap_server.rpc.health import HealthService
 from layertap_server.rpc.server import Listener, ListenError, add_standard_services
 from layertap_server.rpc.service import EmbeddingService
@@ -42,7 +41,6 @@ from layertap_server.shared_memory.lease import Sharing
 
 if TYPE_CHECKING:
     from layertap_server.compat.http import HttpServer
-    from layertap_server.observability.tracing import Tracing
 
 log = logging.getLogger(__name__)
 
@@ -135,9 +133,9 @@ class App:
         model = self.model = found.facts(has_pooler=encoders[0].has_pooler)
         config.check_output_bytes((model.layer_count + 1) * model.max_length * model.hidden_size * 4)
         batch_tokens = config.max_batch_tokens or found.batch_tokens
-        self.metrics = self._make_metrics(batch_tokens) if config.metrics_port >= 0 else None
+        self.metrics = additions.metrics(config, model, batch_tokens) if config.metrics_port >= 0 else None
         hooks = self.metrics or Hooks()
-        self._tracing = _tracing() if config.traces == "otlp" else None
+        self._tracing = additions.tracing() if config.traces == "otlp" else None
         self.batcher = Batcher(
             [with_oom_retry(encode) for encode in cpu_threads.make(encoders, found.threads)],
             max_batch_tokens=batch_tokens,
@@ -189,9 +187,24 @@ class App:
         )
         self._handlers = {wire.SERVICE_NAME: service.handler()}
         if config.kserve:
-            self._add_kserve(preprocessor)
+            self._handlers |= additions.kserve(
+                model=model,
+                sentences=found.sentences,
+                preprocessor=preprocessor,
+                batcher=self.batcher,
+                admission=self._admission,
+            )
         if config.http_port >= 0:
-            self._http = self._make_http(preprocessor, hooks)
+            self._http = additions.http(
+                config,
+                model=model,
+                sentences=found.sentences,
+                preprocessor=preprocessor,
+                batcher=self.batcher,
+                admission=self._admission,
+                listener=self._listener,
+                hooks=hooks,
+            )
         timed("warmed the engine", self._warm)
 
     async def serve(
@@ -258,69 +271,6 @@ class App:
             raise EngineLostError("the engine has failed, the log says how; start the server again")
         log.info("stopped")
 
-    def _make_metrics(self, batch_tokens: int) -> Metrics:
-        config = self._share
-        methods = wire.RPC_NAMES
-        if config.kserve:
-            from layertap_server.compat import kserve
-
-            methods += (*kserve.UNARY, *kserve.STREAMS)
-        if config.http_port >= 0:
-            from layertap_server.compat import openai
-
-            methods += openai.METHODS
-        return Metrics(
-            Server(
-                version=layertap.__version__,
-                model_id=self.model.model_id,
-                fingerprint=self.model.fingerprint,
-                methods=methods,
-                max_batch_tokens=batch_tokens,
-                max_output_bytes=config.max_output_bytes,
-            )
-        )
-
-    def _add_kserve(self, preprocessor: Preprocessor) -> None:
-        from layertap_server.compat import kserve
-
-        service = kserve.Service(
-            model=self.model,
-            sentences=self._found.sentences,
-            preprocessor=preprocessor,
-            batcher=self.batcher,
-            stopping=self._admission.closed,
-        )
-        self._handlers[kserve.SERVICE_NAME] = handler(kserve.SERVICE_NAME, service, self._admission)
-
-    def _make_http(self, preprocessor: Preprocessor, hooks: Hooks) -> HttpServer:
-        from layertap_server.compat.http import HttpServer
-        from layertap_server.compat.openai import OpenAI
-
-        config = self._share
-        assert self._listener is not None
-        api = OpenAI(
-            model=self.model,
-            sentences=self._found.sentences,
-            preprocessor=preprocessor,
-            batcher=self.batcher,
-            admit=self._admission.call,
-            identify=self._listener.identify,
-            stall_timeout_s=config.stall_timeout_s,
-            hooks=hooks,
-        )
-        try:
-            return HttpServer(
-                api.answer,
-                host=config.host,
-                port=config.http_port,
-                shares_port=config.processes > 1,
-                context=self._listener.http_context(),
-                max_connection_count=config.max_connection_count,
-                stall_timeout_s=config.stall_timeout_s,
-            )
-        except ListenError as exc:
-            raise ConfigError(str(exc)) from exc
-
     async def _start_http(self) -> None:
         if self._http is None:
             return
@@ -368,11 +318,3 @@ class App:
             )
         except LayertapError as exc:
             raise ConfigError(f"the engine does not run on --device {self._config.device}; the log says why") from exc
-
-
-def _tracing() -> Tracing:
-    try:
-        from layertap_server.observability.tracing import Tracing, otlp_provider
-    except ModuleNotFoundError as exc:
-        raise ConfigError(f"--traces otlp needs packages ({exc.name}): pip install 'layertap[server,otel]'") from exc
-    return Tracing(otlp_provider(layertap.__version__))

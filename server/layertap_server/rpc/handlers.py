@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Mapping
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeAlias
 
 import grpc
 
 from layertap_server.rpc.admission import Admission
 from layertap_server.rpc.caller import Caller, Context
 from layertap_server.rpc.short_requests import ShortRequests
+
+Handler: TypeAlias = "grpc.GenericRpcHandler[bytes, bytes]"
+"""What a gRPC server is given for one service."""
 
 
 class Service(Protocol):
@@ -28,7 +31,7 @@ class Service(Protocol):
         """Those with streams of messages in both directions; they get the first message, and read the others."""
 
 
-def handler(name: str, service: Service, admission: Admission) -> grpc.GenericRpcHandler[bytes, bytes]:
+def handler(name: str, service: Service, admission: Admission) -> Handler:
     """Returns what a gRPC server is given to answer the calls of a service; see `Admission.answered`.
 
     Args:
