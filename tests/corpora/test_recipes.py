@@ -14,6 +14,8 @@ from corpora.conftest import pooled, texts_of, write_corpus
 
 from layertap import Client
 
+pytestmark = pytest.mark.timeout(300)  # Spark starts a virtual machine, and each a model.
+
 PAGE = (Path(__file__).parents[2] / "docs/operate/corpora.md").read_text()
 
 
