@@ -17,8 +17,8 @@ from cluster.servers import Server
 
 from layertap import Client
 
-pytestmark = pytest.mark.timeout(300)
-TEXTS = [f"text {n} of a stream through a balancer" for n in range(3000)]
+pytestmark = pytest.mark.timeout(600)
+TEXTS = [f"text {n} of a stream through a balancer" for n in range(2000)]
 
 
 def _same(found: np.ndarray, wanted: np.ndarray) -> None:
