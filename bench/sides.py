@@ -83,7 +83,7 @@ class Engine:
         for start in range(0, len(texts), 256):
             group = texts[start : start + 256]
             encoded = tokenizer.encode(group, labels=group, max_length=max_length, truncation="right")
-            call.add([one.text for one in encoded], admitted=True)
+            call.add([one.text for one in encoded])
         vectors = np.empty((len(texts), model.hidden_size), np.float32)
         left = len(texts)
         while left:
