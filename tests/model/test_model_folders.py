@@ -51,7 +51,7 @@ SMALL = {
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "Paris", "paris", "I", "i", "love", "É", "é", "e", "##s", "##S"]
 VOCABULARY = WORDS + [f"[unused{n}]" for n in range(60 - len(WORDS))]
 
-NOWHERE = ("--host", "unix:/tmp/" + "x" * 200)
+NOWHERE = ("--log-level", "warning", "--host", "unix:/tmp/" + "x" * 200)
 """A path too long for a socket, which is found after the model is loaded: no server of these tests ever serves."""
 
 Weights = dict[str, torch.Tensor]
@@ -423,10 +423,10 @@ def _line(error: str, *named: str) -> None:
         assert words in error, error
 
 
-def _fails(capsys: pytest.CaptureFixture[str], argv: list[str], *named: str) -> None:
+def _fails(capfd: pytest.CaptureFixture[str], argv: list[str], *named: str) -> None:
     """Checks that the server's command line ends with code 2 and one line."""
     assert cli.main([*NOWHERE, *argv]) == 2
-    out, err = capsys.readouterr()
+    out, err = capfd.readouterr()
     assert not out and err.startswith("layertap-server: ")
     _line(err, *named)
 
@@ -520,10 +520,10 @@ REFUSED: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
 @pytest.mark.timeout(30)
 @pytest.mark.parametrize(("spoil", "named"), REFUSED.values(), ids=REFUSED.keys())
 def test_a_model_that_cannot_be_served(
-    copy: Path, capsys: pytest.CaptureFixture[str], spoil: Callable[[Path], object], named: tuple[str, ...]
+    copy: Path, capfd: pytest.CaptureFixture[str], spoil: Callable[[Path], object], named: tuple[str, ...]
 ) -> None:
     spoil(copy)
-    _fails(capsys, ["--model-id", str(copy), "--device", "cpu"], *named)
+    _fails(capfd, ["--model-id", str(copy), "--device", "cpu"], *named)
     assert not (copy / "opened").exists()
 
 
@@ -535,39 +535,39 @@ def test_a_pickle_beside_safetensors_is_not_opened(copy: Path, weights: Weights)
 
 
 @pytest.mark.parametrize("folder", ["/nowhere/at/all", "./nowhere", "~/nowhere-at-all", "a/b/c"])
-def test_a_folder_that_is_not_there(capsys: pytest.CaptureFixture[str], folder: str) -> None:
-    _fails(capsys, ["--model-id", folder], "--model-id", "folder", "does not exist")
+def test_a_folder_that_is_not_there(capfd: pytest.CaptureFixture[str], folder: str) -> None:
+    _fails(capfd, ["--model-id", folder], "--model-id", "folder", "does not exist")
 
 
-def test_a_vocabulary_beyond_the_model_is_refused(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_vocabulary_beyond_the_model_is_refused(copy: Path, capfd: pytest.CaptureFixture[str]) -> None:
     # Its texts would ask for rows that the model does not have.
     with (copy / "vocab.txt").open("a") as file:
         file.write("berlin\n")
-    _fails(capsys, ["--model-id", str(copy), "--device", "cpu"], "vocab", "up to 60", "is 60")
+    _fails(capfd, ["--model-id", str(copy), "--device", "cpu"], "vocab", "up to 60", "is 60")
 
 
-def test_float16_needs_cuda(small: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_float16_needs_cuda(small: Path, capfd: pytest.CaptureFixture[str]) -> None:
     argv = ["--model-id", str(small), "--device", "cpu", "--dtype", "float16"]
-    _fails(capsys, argv, "--dtype", "float16", "cuda", "bfloat16")
+    _fails(capfd, argv, "--dtype", "float16", "cuda", "bfloat16")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is cuda")
 @pytest.mark.parametrize("device", ["cuda", "cuda:0", "cuda:0,cuda:1"])
-def test_no_cuda(small: Path, capsys: pytest.CaptureFixture[str], device: str) -> None:
-    _fails(capsys, ["--model-id", str(small), "--device", device], "--device", device, "no cuda", "--device cpu")
+def test_no_cuda(small: Path, capfd: pytest.CaptureFixture[str], device: str) -> None:
+    _fails(capfd, ["--model-id", str(small), "--device", device], "--device", device, "no cuda", "--device cpu")
 
 
 @pytest.mark.parametrize("device", ["gpu", "cpu:0", "", "cuda:99", "cpu,cpu"])
-def test_a_device_that_is_none(small: Path, capsys: pytest.CaptureFixture[str], device: str) -> None:
-    _fails(capsys, ["--model-id", str(small), "--device", device], "--device", "--device cpu")
+def test_a_device_that_is_none(small: Path, capfd: pytest.CaptureFixture[str], device: str) -> None:
+    _fails(capfd, ["--model-id", str(small), "--device", device], "--device", "--device cpu")
 
 
 @pytest.mark.parametrize("name", ["max-output-bytes", "max-call-output-bytes"])
-def test_less_memory_than_one_longest_text_takes(small: Path, capsys: pytest.CaptureFixture[str], name: str) -> None:
+def test_less_memory_than_one_longest_text_takes(small: Path, capfd: pytest.CaptureFixture[str], name: str) -> None:
     longest = 3 * 64 * 24 * 4
     flags = [f"--{name}", str(longest - 1), "--max-call-output-bytes", str(longest - 1)]
     argv = ["--model-id", str(small), "--device", "cpu", *flags]
-    _fails(capsys, argv, f"--{name}", str(longest), "raise")
+    _fails(capfd, argv, f"--{name}", str(longest), "raise")
 
 
 def _run(*argv: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -615,13 +615,13 @@ BAD_VALUES: dict[str, tuple[str, ...]] = {
 
 
 @pytest.mark.parametrize(("name", "value"), [(name, value) for name, values in BAD_VALUES.items() for value in values])
-def test_bad_values_of_flags_and_variables(capsys: pytest.CaptureFixture[str], name: str, value: str) -> None:
+def test_bad_values_of_flags_and_variables(capfd: pytest.CaptureFixture[str], name: str, value: str) -> None:
     flag = "--" + name.replace("_", "-")
     try:
         code = cli.main([*NOWHERE, f"{flag}={value}"])
     except SystemExit as exc:
         code = exc.code
-    out, err = capsys.readouterr()
+    out, err = capfd.readouterr()
     assert code == 2 and not out
     _line(err.strip().splitlines()[-1], flag)
     with pytest.raises(ConfigError) as caught:
@@ -631,11 +631,11 @@ def test_bad_values_of_flags_and_variables(capsys: pytest.CaptureFixture[str], n
     _line(message)
 
 
-def test_an_unknown_flag(capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_unknown_flag(capfd: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         cli.main(["--max-texts", "5"])
     assert caught.value.code == 2
-    _line(capsys.readouterr().err.strip().splitlines()[-1], "--max-texts")
+    _line(capfd.readouterr().err.strip().splitlines()[-1], "--max-texts")
 
 
 def test_every_flag_is_a_variable_too() -> None:
@@ -658,12 +658,12 @@ def test_a_variable_reaches_the_server(small: Path) -> None:
         Server("--model-id", str(small), environment=variables)
 
 
-def test_help_tells_all_of_every_knob(capsys: pytest.CaptureFixture[str]) -> None:
+def test_help_tells_all_of_every_knob(capfd: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         cli.main(["--help"])
     assert not caught.value.code
     # argparse breaks lines where it likes.
-    told = "".join(capsys.readouterr().out.split())
+    told = "".join(capfd.readouterr().out.split())
     for field in dataclasses.fields(Config):
         default = "empty" if field.default == "" else field.default
         assert "--" + field.name.replace("_", "-") in told

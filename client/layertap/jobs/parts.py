@@ -302,11 +302,12 @@ class Parts:
 
     @staticmethod
     def is_foreign(folder: Path) -> bool:
-        """Returns whether a folder was not made for a job: it has neither a manifest nor the lock alone."""
+        """Returns whether a folder was not made for a job: no manifest lies in it, but something else.
+
+        An empty one is as a job leaves it that is killed before it has written anything, so it is used and removed.
+        """
         names = {path.name for path in folder.iterdir()}
-        return not names & {MANIFEST, _CLEARED} and (
-            not names or not names <= {_LOCK, MANIFEST + atomic_files.TEMPORARY}
-        )
+        return not names & {MANIFEST, _CLEARED} and not names <= {_LOCK, MANIFEST + atomic_files.TEMPORARY}
 
     def _own(self) -> list[Path]:
         return [path for path in self.folder.iterdir() if _OWN.fullmatch(path.name)]

@@ -179,12 +179,6 @@ def test_a_folder_of_the_user_is_never_touched(corpus: Path, tmp_path: Path, ove
     refused(job(corpus, tmp_path / "file.npz", overwrite=overwrite), "is not a folder of this command")
 
 
-def test_an_empty_folder_of_the_user_stays(corpus: Path, tmp_path: Path) -> None:
-    (tmp_path / "out.npz.parts").mkdir()
-    refused(job(corpus, tmp_path / "out.npz"), "was not made by this command")
-    assert (tmp_path / "out.npz.parts").is_dir()
-
-
 def test_files_of_the_user_among_the_parts_stay(corpus: Path, half_done: Path) -> None:
     folder = half_done.with_name("out.npz.parts")
     for name in ("part-notes.txt", "notes.tmp"):
