@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -87,7 +89,9 @@ class Run:
         return self.process.poll() is None
 
     def part_count(self) -> int:
-        return sum(1 for _ in self.folder.glob("part-????????"))
+        with contextlib.suppress(FileNotFoundError):  # The command removes the folder at its end.
+            return sum(re.fullmatch(r"part-\d{8}", name) is not None for name in os.listdir(self.folder))
+        return 0
 
     def finish(self) -> tuple[int, str]:
         with self.process:
