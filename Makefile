@@ -46,7 +46,8 @@ generate = $(protoc) --python_out=$(1) --grpc_python_out=$(1) --mypy_out=quiet:$
 # Installs the locked packages $(2) into the environment $(1), no others, and none whose bytes differ.
 locked = $(1)/bin/python -m pip --disable-pip-version-check install -q --no-deps --require-hashes $(patsubst %,-r locks/%.txt,$(2))
 # torch's build for CPUs where pip finds it, and else the default one with the libraries it needs.
-torch = { $(call locked,$(1),cpu) 2>/dev/null || $(call locked,$(1),cuda); }
+torch = { $(call locked,$(1),cpu) 2>/dev/null \
+	|| { echo "pip cannot install locks/cpu.txt: the default build of torch is next"; $(call locked,$(1),cuda); }; }
 
 # For processes that are started elsewhere.
 with_layertap = PYTHONPATH=$(CURDIR)/client:$(CURDIR)/server

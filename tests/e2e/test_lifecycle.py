@@ -113,7 +113,7 @@ def test_neither_an_unread_log_nor_a_silent_collector_delays_calls_or_the_end_af
                 server.signal(signal.SIGHUP)
                 messages.extend(stream)
                 assert assemble(request_for([LONG] * 60), messages).last_hidden_state.shape == (60, 512, 32)
-            assert server.process.wait(WAIT_S) == 0
+            assert server.process.wait(10) == 0
             server.stop()
         finally:
             ended(server)
