@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import os
 import re
 import subprocess
 import sys
@@ -163,10 +164,10 @@ def test_the_table_of_errors_has_every_exception_with_its_code() -> None:
 
 
 def fresh(code: str) -> Any:
-    """Runs code in a process of its own; returns what it prints, as JSON."""
-    done = subprocess.run(
-        [sys.executable, "-W", "error", "-c", textwrap.dedent(code)], capture_output=True, text=True, timeout=60
-    )
+    """Runs code in a process of its own, without what measures coverage; returns what it prints, as JSON."""
+    command = [sys.executable, "-W", "error", "-c", textwrap.dedent(code)]
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("COVERAGE_")}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 
