@@ -66,4 +66,4 @@ class AttentionOutput:
                 scores += masked.tensor * torch.finfo(torch.float32).min
             found.append(scores.softmax(-1).permute(1, 2, 0).reshape(count * count, -1))
             start += count
-        return torch.cat(found)
+        return found[0] if len(found) == 1 else torch.cat(found)

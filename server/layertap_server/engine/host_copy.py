@@ -152,7 +152,11 @@ class HostCopy:
     def _row_peaks(self, values: torch.Tensor) -> torch.Tensor:
         """Returns the largest magnitude of each row, NaN where there is one; once for a layer that several share."""
         if self._peaks is None or self._peaks[0] is not values:
-            self._peaks = values, torch.linalg.vector_norm(values, ord=float("inf"), dim=1)
+            if self._runtime is None:  # The norm takes 4 to 50 times as long on the CPU, and is one kernel elsewhere.
+                peaks = torch.maximum(values.amax(1), values.amin(1).neg_())
+            else:
+                peaks = torch.linalg.vector_norm(values, ord=float("inf"), dim=1)
+            self._peaks = values, peaks
         return self._peaks[1]
 
 
