@@ -61,10 +61,11 @@ class Engine:
     """The tokenizer, the batcher and the encoder as the server wires them, without gRPC."""
 
     def __init__(self, folder: Path, flags: list[str]) -> None:
-        from layertap_server import app, cli
+        from layertap_server import cli
+        from layertap_server.app.server import App
 
         self._config = cli.parse(["--model-id", str(folder), *flags], os.environ)
-        self._app = app.App(self._config)
+        self._app = App(self._config)
         self._app.prepare()
 
     def __call__(self, texts: list[str], max_length: int) -> np.ndarray:

@@ -22,7 +22,8 @@ import tensors
 import torch
 from compute import BASE_SETTINGS
 
-from layertap_server import app, cli
+from layertap_server import cli
+from layertap_server.app.server import App
 from layertap_server.engine.encoder import Encoder
 from layertap_server.model.checkpoint import Checkpoint
 from layertap_server.types import Rows, Run
@@ -79,7 +80,7 @@ def main() -> None:
     config = cli.parse([*own, *flags], os.environ)
     logging.basicConfig(level=config.log_level.upper())
     make_encoder = functools.partial(StandIn, batch_s=arguments.batch_s)
-    make_app = functools.partial(app.App, make_encoder=make_encoder)
+    make_app = functools.partial(App, make_encoder=make_encoder)
     if arguments.fresh_pages:
         asyncio.run(make_app(config).serve(ready=lambda address: print(address, flush=True)))
     else:

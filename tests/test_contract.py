@@ -220,7 +220,7 @@ def test_parts_of_the_server_that_need_no_torch_load_none(module: str) -> None:
 def test_the_server_loads_protocols_of_other_projects_only_with_their_flags() -> None:
     found = fresh("""
         import json, sys
-        import layertap_server.app, layertap_server.cli
+        import layertap_server.app.server, layertap_server.cli
         print(json.dumps([name for name in sys.modules if name.startswith(("layertap_server.compat", "uvicorn"))]))
     """)
     assert not found

@@ -26,7 +26,7 @@ from layertap_server.observability import log_format
 from layertap_server.observability.bounded_streams import bounded_streams
 
 if TYPE_CHECKING:
-    from layertap_server.app import App
+    from layertap_server.app.server import App
 
 _SWITCH_INTERVAL_S: Final = 0.0005
 """How long one thread may keep the interpreter that another waits for. Instances need it often and for a moment; with
@@ -69,8 +69,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     # The tokenizers' own threads take what came first: short texts on the event loop would wait for long ones.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
-        from layertap_server.forked import in_child
-        from layertap_server.listening import check_listening, open_listener
+        from layertap_server.app.child_process import in_child
+        from layertap_server.app.listening import check_listening, open_listener
 
         # In a child, if this process is to be forked: certificates start gRPC, which does not survive that.
         listener = open_listener(config) if config.processes == 1 else in_child(lambda: check_listening(config))
@@ -81,7 +81,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def make_app(config: Config) -> App:
         # Only now, since it imports torch, which takes seconds: a wrong address is refused at once.
-        from layertap_server.app import App
+        from layertap_server.app.server import App
 
         return App(config, listener=listener)
 
@@ -126,7 +126,7 @@ def _run_here(config: Config, make_app: Callable[[Config], App]) -> int:
             raise
         return _fail(_EXTRA_MISSING.format(name=exc.name))
     except Exception as exc:
-        from layertap_server.app import EngineLostError
+        from layertap_server.app.server import EngineLostError
 
         if isinstance(exc, EngineLostError):
             _fail(str(exc))
@@ -139,7 +139,7 @@ def _run_here(config: Config, make_app: Callable[[Config], App]) -> int:
 
 
 def _run_processes(config: Config, make_app: Callable[[Config], App]) -> int:
-    from layertap_server.processes import launch
+    from layertap_server.app.processes import launch
 
     def load(config: Config) -> App:
         from layertap_server.model.files import CheckpointError

@@ -7,7 +7,7 @@ library, because imports take seconds.
 Rules:
 - Until the server listens, and from the second signal on, a signal ends the process at once: SIGINT with exit code 130,
   the others with 0.
-- While the server listens, the first signal begins the shutdown; see `lifecycle`.
+- While the server listens, the first signal begins the shutdown; see `app.lifecycle`.
 - SIGHUP stays ignored where it is ignored at the start, as under nohup.
 """
 

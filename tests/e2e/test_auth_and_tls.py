@@ -25,10 +25,10 @@ from support.authority import Authority
 from layertap import TLS, Client, LayertapError, UnauthenticatedError, UnavailableError, wire
 from layertap.v1 import embedding_pb2 as pb
 from layertap.v1 import embedding_pb2_grpc
+from layertap_server.app.listening import listen_settings
 from layertap_server.cli import parse
-from layertap_server.listening import listen_settings
 from layertap_server.rpc.caller import client_of, connection_of
-from layertap_server.rpc.server import Listener, ListenError
+from layertap_server.rpc.listener import Listener, ListenError
 from layertap_server.scheduler.call import Hooks
 
 WAIT_S = 30.0

@@ -264,7 +264,7 @@ def test_a_signal_drains_all_processes(number: signal.Signals, tiny_folder: Path
             watch.cancel()
         assert server.process.wait(WAIT_S) == 0
         server.stop()
-        assert server.log.count(b"app: stopped process=") == 2
+        assert server.log.count(b"server: stopped process=") == 2
         assert not any(Path(f"/proc/{pid}").exists() for pid in pids)
     finally:
         ended(server)

@@ -18,7 +18,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from layertap_server import cli
-from layertap_server.app import App
+from layertap_server.app.server import App
 from layertap_server.engine.encoder import Encoder
 from layertap_server.observability import log_format
 from layertap_server.types import DeviceLostError, OutOfMemoryError, Rows, Run

@@ -151,7 +151,7 @@ def _fork(request: bytes, descriptors: Sequence[int]) -> int:
 def _main(descriptor: int) -> None:
     import transformers
 
-    import layertap_server.app
+    import layertap_server.app.server
     import layertap_server.cli  # noqa: F401 - imported for the forks
 
     transformers.AutoTokenizer  # noqa: B018 - an attribute that imports

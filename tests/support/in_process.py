@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from layertap_server.app import App
+from layertap_server.app.server import App
 from layertap_server.config import Config
 
 

@@ -18,10 +18,10 @@ from layertap.errors import LayertapError
 from layertap.results.embedding import Embedding
 from layertap.types import ModelRef
 from layertap.v1 import embedding_pb2 as pb
+from layertap_server.app.model_loading import find_model, limits_of
 from layertap_server.config import Config
 from layertap_server.engine import cpu_threads
 from layertap_server.engine.encoder import Encoder
-from layertap_server.loading import find_model, limits_of
 from layertap_server.observability.call_log import Record
 from layertap_server.offline.pieces import LABEL, Builder, Good, Piece, Stream, Tokenize
 from layertap_server.protocol import responses

@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 
 import layertap
+from layertap_server.app.listening import open_listener
 from layertap_server.cli import main, parse
 from layertap_server.config import Config, ConfigError, flag, variable
-from layertap_server.listening import open_listener
 
 FIELDS = dataclasses.fields(Config)
 NUMBERS = [field for field in FIELDS if isinstance(field.default, (int, float)) and not isinstance(field.default, bool)]

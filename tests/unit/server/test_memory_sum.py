@@ -7,7 +7,7 @@ import dataclasses
 from support import memory
 
 from layertap_server.config import Config
-from layertap_server.rpc.server import MAX_STREAM_COUNT, WINDOW_BYTES
+from layertap_server.rpc.listener import MAX_STREAM_COUNT, WINDOW_BYTES
 
 
 def test_the_sums_of_the_page_are_those_of_the_defaults() -> None:

@@ -19,10 +19,10 @@ from collections.abc import Callable
 from typing import Any, Final
 
 from layertap_server import signals
+from layertap_server.app.processes.control import Control
+from layertap_server.app.processes.fork_server import Child, ForkServer, ForkServerLostError
 from layertap_server.config import Config, ConfigError
 from layertap_server.observability.metrics_sum import MetricsSum
-from layertap_server.processes.control import Control
-from layertap_server.processes.fork_server import Child, ForkServer, ForkServerLostError
 
 log = logging.getLogger(__name__)
 

@@ -7,7 +7,7 @@ import importlib.util
 from typing import TYPE_CHECKING
 
 from layertap_server.config import Config, ConfigError
-from layertap_server.rpc.server import Listener, ListenError, ListenSettings, check_port
+from layertap_server.rpc.listener import Listener, ListenError, ListenSettings, check_port
 
 if TYPE_CHECKING:
     from layertap_server.observability.metrics import Endpoint, Registry

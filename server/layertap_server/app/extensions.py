@@ -16,7 +16,7 @@ from layertap_server.observability.metrics import Metrics, Server
 from layertap_server.protocol.preprocess import Preprocessor
 from layertap_server.rpc.admission import Admission
 from layertap_server.rpc.handlers import Handler, handler
-from layertap_server.rpc.server import Listener, ListenError
+from layertap_server.rpc.listener import Listener, ListenError
 from layertap_server.scheduler.batcher import Batcher
 from layertap_server.scheduler.call import Hooks
 

@@ -14,11 +14,11 @@ from collections.abc import Callable
 from typing import Final, TypeVar
 
 from layertap.types import Limits
+from layertap_server.app.child_process import in_child
 from layertap_server.config import Config
 from layertap_server.engine import cpu_threads, device
 from layertap_server.engine.cpu_threads import CpuThreads
 from layertap_server.engine.encoder import Encoder
-from layertap_server.forked import in_child
 from layertap_server.model import checkpoint
 from layertap_server.model.checkpoint import Checkpoint
 from layertap_server.model.facts import ModelFacts

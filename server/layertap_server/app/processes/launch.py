@@ -7,17 +7,17 @@ from collections.abc import Callable
 from socket import socket
 from typing import TYPE_CHECKING, NoReturn
 
+from layertap_server.app.listening import open_endpoint
+from layertap_server.app.processes import process
+from layertap_server.app.processes.fork_server import ForkServer
+from layertap_server.app.processes.ports import KeptPorts
+from layertap_server.app.processes.supervisor import Supervisor
 from layertap_server.config import Config
-from layertap_server.listening import open_endpoint
 from layertap_server.observability import log_format
 from layertap_server.observability.bounded_streams import bounded_streams
-from layertap_server.processes import process
-from layertap_server.processes.fork_server import ForkServer
-from layertap_server.processes.ports import KeptPorts
-from layertap_server.processes.supervisor import Supervisor
 
 if TYPE_CHECKING:
-    from layertap_server.app import App
+    from layertap_server.app.server import App
 
 
 def run(config: Config, load: Callable[[Config], App], announce: Callable[[str, str, str], None]) -> int:

@@ -17,13 +17,13 @@ from typing import TYPE_CHECKING, Final
 import layertap
 from layertap import wire
 from layertap.errors import LayertapError
-from layertap_server import additions, lifecycle
+from layertap_server.app import extensions, lifecycle
+from layertap_server.app.listening import listen_settings, open_endpoint, open_listener
+from layertap_server.app.model_loading import find_model, limits_of, timed
 from layertap_server.config import Config, ConfigError
 from layertap_server.engine import cpu_threads, runtime
 from layertap_server.engine.encoder import Encoder
 from layertap_server.engine.oom_retry import with_oom_retry
-from layertap_server.listening import listen_settings, open_endpoint, open_listener
-from layertap_server.loading import find_model, limits_of, timed
 from layertap_server.model.facts import ModelFacts
 from layertap_server.observability.bounded_streams import dropped_line_count
 from layertap_server.observability.call_log import CallLog
@@ -32,7 +32,7 @@ from layertap_server.protocol.model_info import info_of
 from layertap_server.protocol.preprocess import Preprocessor
 from layertap_server.rpc.admission import Admission
 from layertap_server.rpc.health import HealthService
-from layertap_server.rpc.server import Listener, ListenError, add_standard_services
+from layertap_server.rpc.listener import Listener, ListenError, add_standard_services
 from layertap_server.rpc.service import EmbeddingService
 from layertap_server.scheduler.batcher import Batcher
 from layertap_server.scheduler.call import Hooks
@@ -133,9 +133,9 @@ class App:
         model = self.model = found.facts(has_pooler=encoders[0].has_pooler)
         config.check_output_bytes((model.layer_count + 1) * model.max_length * model.hidden_size * 4)
         batch_tokens = config.max_batch_tokens or found.batch_tokens
-        self.metrics = additions.metrics(config, model, batch_tokens) if config.metrics_port >= 0 else None
+        self.metrics = extensions.metrics(config, model, batch_tokens) if config.metrics_port >= 0 else None
         hooks = self.metrics or Hooks()
-        self._tracing = additions.tracing() if config.traces == "otlp" else None
+        self._tracing = extensions.tracing() if config.traces == "otlp" else None
         self.batcher = Batcher(
             [with_oom_retry(encode) for encode in cpu_threads.make(encoders, found.threads)],
             max_batch_tokens=batch_tokens,
@@ -187,7 +187,7 @@ class App:
         )
         self._handlers = {wire.SERVICE_NAME: service.handler()}
         if config.kserve:
-            self._handlers |= additions.kserve(
+            self._handlers |= extensions.kserve(
                 model=model,
                 sentences=found.sentences,
                 preprocessor=preprocessor,
@@ -195,7 +195,7 @@ class App:
                 admission=self._admission,
             )
         if config.http_port >= 0:
-            self._http = additions.http(
+            self._http = extensions.http(
                 config,
                 model=model,
                 sentences=found.sentences,

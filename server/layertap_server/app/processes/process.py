@@ -14,21 +14,22 @@ from collections.abc import AsyncIterator
 from socket import socket
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from layertap_server import lifecycle, signals
+from layertap_server import signals
+from layertap_server.app import lifecycle
+from layertap_server.app.processes.control import Control
 from layertap_server.config import ConfigError
 from layertap_server.model.files import CheckpointError
 from layertap_server.observability.bounded_streams import bounded_streams
-from layertap_server.processes.control import Control
 
 if TYPE_CHECKING:
-    from layertap_server.app import App
+    from layertap_server.app.server import App
 
 log = logging.getLogger(__name__)
 
 
 def run(app: App, end: socket, number: int) -> NoReturn:
     """Serves, then ends the process: with 0, or with 1 if it has failed."""
-    from layertap_server.app import EngineLostError
+    from layertap_server.app.server import EngineLostError
 
     code = 1
     with bounded_streams():
