@@ -19,7 +19,31 @@ MODULES = [
     if not path.stem.endswith(GENERATED) and path.read_text()
 ]
 RESULTS = [*sorted((CLIENT / "results").glob("*.py")), CLIENT / "types.py"]
-MOST_LINES = 400
+MOST_LINES = 300
+STILL_LONGER = {
+    "client/layertap/_protocol/assembler.py",
+    "client/layertap/_protocol/inputs.py",
+    "client/layertap/_protocol/responses.py",
+    "client/layertap/_transport/transport.py",
+    "client/layertap/jobs/job.py",
+    "client/layertap/jobs/parts.py",
+    "client/layertap/results/embedding.py",
+    "client/layertap/types.py",
+    "server/layertap_server/app/server.py",
+    "server/layertap_server/compat/http.py",
+    "server/layertap_server/compat/kserve.py",
+    "server/layertap_server/config.py",
+    "server/layertap_server/engine/bert.py",
+    "server/layertap_server/model/tokenizer_engine.py",
+    "server/layertap_server/protocol/preprocess.py",
+    "server/layertap_server/rpc/caller.py",
+    "server/layertap_server/rpc/embed_stream.py",
+    "server/layertap_server/scheduler/batcher.py",
+    "server/layertap_server/scheduler/call.py",
+    "server/layertap_server/scheduler/fairness.py",
+    "server/layertap_server/types/plan.py",
+}
+"""Modules that have not been divided yet."""
 
 
 def name_of(path: Path) -> str:
@@ -37,7 +61,7 @@ def docstrings(tree: ast.Module) -> Iterator[tuple[int, str]]:
 @pytest.mark.parametrize("path", MODULES, ids=name_of)
 def test_a_module_is_short_and_opens_with_what_it_does(path: Path) -> None:
     text = path.read_text()
-    assert len(text.splitlines()) <= MOST_LINES
+    assert len(text.splitlines()) <= MOST_LINES or name_of(path) in STILL_LONGER
     assert ast.get_docstring(ast.parse(text)), f"{path} has no docstring"
 
 
