@@ -11,7 +11,8 @@ from typing import Any, Final
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 
-from layertap_server.config import Config, flag, variable
+from layertap_server.config import Config
+from layertap_server.flags import flag, variable
 
 _ROOT: Final = Path(__file__).parent.parent
 _PROTO: Final = _ROOT / "protos/layertap/v1/embedding.proto"

@@ -11,7 +11,6 @@ import dataclasses
 import functools
 import gc
 import os
-import re
 import sys
 import traceback
 from collections.abc import Callable, Mapping, Sequence
@@ -21,7 +20,8 @@ import layertap
 from layertap import wire
 from layertap.errors import printable
 from layertap_server import signals
-from layertap_server.config import Config, ConfigError, flag, variable
+from layertap_server.config import Config, ConfigError
+from layertap_server.flags import flag, read, variable
 from layertap_server.observability import log_format
 from layertap_server.observability.bounded_streams import bounded_streams
 
@@ -178,7 +178,7 @@ def parse(argv: Sequence[str], environment: Mapping[str, str]) -> Config:
     for field in dataclasses.fields(Config):
         if variable(field.name) in environment:
             try:
-                settings[field.name] = _read(field, environment[variable(field.name)])
+                settings[field.name] = read(field, environment[variable(field.name)])
             except argparse.ArgumentTypeError as exc:
                 raise ConfigError(f"{variable(field.name)} {exc}; correct or unset it") from exc
     settings |= vars(_parser().parse_args(argv))
@@ -208,55 +208,13 @@ def _parser() -> argparse.ArgumentParser:
             groups[name] = parser.add_argument_group(name)
         groups[name].add_argument(
             flag(field.name),
-            type=functools.partial(_read, field),
+            type=functools.partial(read, field),
             **alone,
             choices=field.metadata["choices"] or None,
             metavar=None if field.metadata["choices"] else kind.__name__.upper(),
             help=about.replace("%", "%%"),
         )
     return parser
-
-
-def _bool(value: str) -> bool:
-    try:
-        return {"true": True, "1": True, "false": False, "0": False}[value.lower()]
-    except KeyError as exc:
-        raise ValueError("neither true nor false") from exc
-
-
-_SIZE: Final = re.compile(r"(\d+) *([KMGT]iB)?")
-_UNITS: Final = {"": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30, "TiB": 1 << 40}
-
-
-def _bytes(value: str) -> int:
-    """Reads a number of bytes, such as 65536 or 64MiB."""
-    found = _SIZE.fullmatch(value.strip())
-    if not found:
-        return int(value)  # For negative numbers, which are refused by their bounds, and for the error.
-    return int(found[1]) * _UNITS[found[2] or ""]
-
-
-def _read(field: dataclasses.Field[Any], value: str) -> Any:
-    """Returns the value of a knob from its text.
-
-    Raises:
-        ArgumentTypeError: if the text is no such value.
-    """
-    kind = "bytes" if field.metadata["unit"] == "bytes" else type(field.default).__name__
-    read, expected = _READERS[kind]
-    try:
-        return read(value)
-    except ValueError as exc:
-        raise argparse.ArgumentTypeError(f"must be {expected}") from exc
-
-
-_READERS: Final[Mapping[str, tuple[Callable[[str], Any], str]]] = {
-    "bool": (_bool, "true or false"),
-    "bytes": (_bytes, "a number of bytes, such as 65536 or 64MiB"),
-    "int": (int, "a whole number"),
-    "float": (float, "a number"),
-    "str": (str, "a text"),
-}
 
 
 class _Parser(argparse.ArgumentParser):

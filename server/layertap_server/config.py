@@ -1,6 +1,6 @@
-"""Every knob of the server: one field each, with its type, default, unit, reason and bounds.
+"""Every setting of the server: one field each, with its type, default, unit, reason and bounds.
 
-The command line, its help and the environment variables are made from this class; see `cli`.
+The command line, its help and the environment variables are made from this class; see `cli` and `flags`.
 """
 
 from __future__ import annotations
@@ -9,43 +9,22 @@ import dataclasses
 import functools
 import ipaddress
 import sys
-from typing import Any
+
+from layertap_server.flags import fault, flag, setting
 
 
 class ConfigError(Exception):
-    """A knob has a value that it cannot have; the message is one line that names its flag."""
+    """A setting has a value that it cannot have; the message is one line that names its flag."""
 
 
-def _knob(
-    default: Any,
-    reason: str,
-    *,
-    group: str,
-    unit: str = "",
-    choices: tuple[str, ...] = (),
-    least: float | None = None,
-    most: float | None = None,
-    shared: bool = False,
-) -> Any:
-    """Returns a field; the largest value of one with a unit is, unless stated, a day or 1 << 40.
-
-    A shared one is of the whole server: each of several processes gets its part of it.
-    """
-    if unit and most is None:
-        most = 86_400 if unit == "seconds" else 1 << 40
-    metadata = {"reason": reason, "group": group, "unit": unit, "choices": choices, "least": least, "most": most}
-    metadata["shared"] = shared
-    return dataclasses.field(default=default, metadata=metadata)
-
-
-_model = functools.partial(_knob, group="model")
-_device = functools.partial(_knob, group="device")
-_listening = functools.partial(_knob, group="listening")
-_request = functools.partial(_knob, group="one request")
-_batching = functools.partial(_knob, group="batches and the queue")
-_memory = functools.partial(_knob, group="memory for outputs")
-_stopping = functools.partial(_knob, group="stopping")
-_observing = functools.partial(_knob, group="logs, metrics and traces")
+_model = functools.partial(setting, group="model")
+_device = functools.partial(setting, group="device")
+_listening = functools.partial(setting, group="listening")
+_request = functools.partial(setting, group="one request")
+_batching = functools.partial(setting, group="batches and the queue")
+_memory = functools.partial(setting, group="memory for outputs")
+_stopping = functools.partial(setting, group="stopping")
+_observing = functools.partial(setting, group="logs, metrics and traces")
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -123,20 +102,13 @@ class Config:
     )
     insecure_listen: bool = _listening(False, "Listens in plaintext on an address that others can reach.")
     max_text_count: int = _request(
-        1000, "Texts in one request; embed_stream has no such limit.", unit="texts", least=1, most=1_000_000
+        1000, "Texts in one request; embed_stream has no such limit.", unit="texts", most=1_000_000
     )
     max_character_count: int = _request(
-        100_000,
-        "Unicode code points in one text, so that no single one holds up the tokenizer.",
-        unit="characters",
-        least=1,
+        100_000, "Unicode code points in one text, so that no single one holds up the tokenizer.", unit="characters"
     )
     max_windows: int = _request(
-        1024,
-        "Windows of one text, where a caller lets long texts run as windows.",
-        unit="windows",
-        least=1,
-        most=1 << 20,
+        1024, "Windows of one text, where a caller lets long texts run as windows.", unit="windows", most=1 << 20
     )
     max_request_bytes: int = _request(
         8 << 20,
@@ -162,23 +134,15 @@ class Config:
         least=0,
     )
     max_batch_bytes: int = _batching(
-        32 << 20,
-        "Output bytes of one batch; a call may hold one batch more than there are instances.",
-        unit="bytes",
-        least=1,
+        32 << 20, "Output bytes of one batch; a call may hold one batch more than there are instances.", unit="bytes"
     )
     min_share_tokens: int = _batching(
-        256,
-        "What an instance takes at least while other instances idle: less is not worth splitting.",
-        unit="tokens",
-        least=1,
+        256, "What an instance takes at least while other instances idle: less is not worth splitting.", unit="tokens"
     )
     max_queue_text_count: int = _batching(
-        8192, "Texts that may wait; above it callers are refused at once.", unit="texts", least=1, shared=True
+        8192, "Texts that may wait; above it callers are refused at once.", unit="texts", shared=True
     )
-    max_queue_token_count: int = _batching(
-        1 << 20, "Tokens that may wait, likewise.", unit="tokens", least=1, shared=True
-    )
+    max_queue_token_count: int = _batching(1 << 20, "Tokens that may wait, likewise.", unit="tokens", shared=True)
     max_queue_bytes: int = _batching(
         256 << 20,
         "What the requests of calls under way take, with all that is made of them; above it callers are refused at "
@@ -188,9 +152,9 @@ class Config:
         shared=True,
     )
     max_output_bytes: int = _memory(
-        512 << 20, "Computed but unsent tensors, all calls together.", unit="bytes", least=1, shared=True
+        512 << 20, "Computed but unsent tensors, all calls together.", unit="bytes", shared=True
     )
-    max_call_output_bytes: int = _memory(128 << 20, "Computed but unsent tensors of one call.", unit="bytes", least=1)
+    max_call_output_bytes: int = _memory(128 << 20, "Computed but unsent tensors of one call.", unit="bytes")
     shared_memory_bytes: int = _memory(
         0,
         "Memory shared with each client on this host that asks for it, so that layers need not travel: a few answers "
@@ -199,23 +163,13 @@ class Config:
         least=0,
     )
     max_shared_memory_call_count: int = _memory(
-        16,
-        "Clients that memory is shared with at once; the others get bytes.",
-        unit="calls",
-        least=1,
-        most=100_000,
-        shared=True,
+        16, "Clients that memory is shared with at once; the others get bytes.", unit="calls", most=100_000, shared=True
     )
     max_concurrent_call_count: int = _batching(
-        256, "Calls under way at once.", unit="calls", least=1, most=1_000_000, shared=True
+        256, "Calls under way at once.", unit="calls", most=1_000_000, shared=True
     )
     max_connection_count: int = _listening(
-        256,
-        "Connections at once; more are closed as they come.",
-        unit="connections",
-        least=1,
-        most=1_000_000,
-        shared=True,
+        256, "Connections at once; more are closed as they come.", unit="connections", most=1_000_000, shared=True
     )
     grace_s: float = _stopping(
         30.0, "How long running calls may take to finish after SIGTERM.", unit="seconds", least=0
@@ -242,10 +196,10 @@ class Config:
         most=2_000_000,
     )
     keepalive_time_s: float = _listening(
-        30.0, "How long a connection may be silent before it is asked whether it still lives.", unit="seconds", least=1
+        30.0, "How long a connection may be silent before it is asked whether it still lives.", unit="seconds"
     )
     keepalive_timeout_s: float = _listening(
-        10.0, "How long it may take to answer that, before it is given up with all its calls.", unit="seconds", least=1
+        10.0, "How long it may take to answer that, before it is given up with all its calls.", unit="seconds"
     )
     instance_timeout_s: float = _stopping(
         300.0,
@@ -272,62 +226,36 @@ class Config:
         "text", "text is for people; json is one object a line, for programs.", choices=("text", "json")
     )
 
-    @property
-    def share(self) -> Config:
-        """What each process gets of these settings.
-
-        Raises:
-            ConfigError: if that is too little for one full request.
-        """
-        if self.processes == 1:
-            return self
-        parts = {
-            field.name: getattr(self, field.name) // self.processes
-            for field in dataclasses.fields(self)
-            if field.metadata["shared"]
-        }
-        parts["max_call_output_bytes"] = min(self.max_call_output_bytes, parts["max_output_bytes"])
-        try:
-            return dataclasses.replace(self, **parts)
-        except ConfigError as exc:
-            raise ConfigError(f"shared out to {self.processes} processes, {exc}") from exc
-
     def __post_init__(self) -> None:
-        """Checks every knob.
+        """Checks every setting.
 
         Raises:
             ConfigError: if one is out of its bounds, or two contradict each other.
         """
         for field in dataclasses.fields(self):
-            value, choices, least = getattr(self, field.name), field.metadata["choices"], field.metadata["least"]
-            if choices and value not in choices:
-                raise ConfigError(f"{flag(field.name)} is {value!r}; choose one of {', '.join(choices)}")
-            most = field.metadata["most"]
-            if least is not None and not least <= value:
-                raise ConfigError(f"{flag(field.name)} is {value}; the least is {least}")
-            if most is not None and not value <= most:
-                raise ConfigError(f"{flag(field.name)} is {value}; the most is {most}")
+            if found := fault(field, getattr(self, field.name)):
+                raise ConfigError(found)
         self._check_listening()
-        if self.max_queue_bytes < self.max_request_bytes:
+        for queue, request in (("max_queue_bytes", "max_request_bytes"), ("max_queue_text_count", "max_text_count")):
+            if getattr(self, queue) < getattr(self, request):
+                raise ConfigError(
+                    f"{flag(queue)} is {getattr(self, queue)}, below {flag(request)} {getattr(self, request)}: "
+                    "a full request would never be admitted; raise the one or lower the other"
+                )
+        if (call := self.max_call_output_bytes) > (most := self.max_output_bytes):
             raise ConfigError(
-                f"--max-queue-bytes is {self.max_queue_bytes}, below --max-request-bytes {self.max_request_bytes}: "
-                "a full request would never be admitted; raise the one or lower the other"
+                f"--max-call-output-bytes is {call}, above --max-output-bytes {most}; lower the one or raise the other"
             )
-        if self.max_queue_text_count < self.max_text_count:
-            raise ConfigError(
-                f"--max-queue-text-count is {self.max_queue_text_count}, below --max-text-count {self.max_text_count}: "
-                "a full request would never be admitted; raise the one or lower the other"
-            )
-        if self.max_call_output_bytes > self.max_output_bytes:
-            raise ConfigError(
-                f"--max-call-output-bytes is {self.max_call_output_bytes}, "
-                f"above --max-output-bytes {self.max_output_bytes}; lower the one or raise the other"
-            )
+
+    @property
+    def is_unix(self) -> bool:
+        """Whether the server listens on a unix socket."""
+        return self.host.startswith(("unix:", "unix-abstract:"))
 
     @property
     def is_local(self) -> bool:
         """Whether only this host can reach the server."""
-        if self.host == "localhost" or self.host.startswith(("unix:", "unix-abstract:")):
+        if self.host == "localhost" or self.is_unix:
             return True
         try:
             return ipaddress.ip_address(self.host.strip("[]")).is_loopback
@@ -335,14 +263,14 @@ class Config:
             return False
 
     def _check_listening(self) -> None:
-        if self.processes > 1 and self.host.startswith(("unix:", "unix-abstract:")):
+        if self.processes > 1 and self.is_unix:
             raise ConfigError(
                 f"--processes is {self.processes}, but --host is a unix socket, on which gRPC listens in one process "
                 "only; give --host an address such as 127.0.0.1, or leave --processes out"
             )
         if self.processes > 1 and sys.platform != "linux":
             raise ConfigError(f"--processes is {self.processes}, but only Linux shares a port fairly; leave it out")
-        if self.http_port >= 0 and self.host.startswith(("unix:", "unix-abstract:")):
+        if self.http_port >= 0 and self.is_unix:
             raise ConfigError("--http-port is given, but --host is a unix socket; give --host an address")
         if bool(self.tls_cert) != bool(self.tls_key):
             given, missing = ("tls_cert", "tls_key") if self.tls_cert else ("tls_key", "tls_cert")
@@ -354,27 +282,3 @@ class Config:
                 f"--host is {self.host}, which others can reach, and nothing would be encrypted; "
                 "give --tls-cert and --tls-key, or listen on 127.0.0.1, or say --insecure-listen"
             )
-
-    def check_output_bytes(self, longest_text_bytes: int) -> None:
-        """Checks that one longest text with all layers fits the memory for outputs.
-
-        Raises:
-            ConfigError: if it does not: its caller would wait for ever.
-        """
-        for name in ("max_output_bytes", "max_call_output_bytes"):
-            if getattr(self, name) < longest_text_bytes:
-                shared = f"shared out to {self.processes} processes, " if self.processes > 1 else ""
-                raise ConfigError(
-                    f"{shared}{flag(name)} is {getattr(self, name)}, "
-                    f"but one longest text with all layers takes {longest_text_bytes}; raise it"
-                )
-
-
-def flag(name: str) -> str:
-    """Returns the command line flag of a knob."""
-    return "--" + name.replace("_", "-")
-
-
-def variable(name: str) -> str:
-    """Returns the environment variable of a knob."""
-    return "LAYERTAP_" + name.upper()

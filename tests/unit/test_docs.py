@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from layertap_server.config import Config, flag
+from layertap_server.config import Config
+from layertap_server.flags import flag
 from layertap_server.model.architectures import MODEL_TYPES
 from layertap_server.parity.compare import BOUNDS
 

@@ -32,7 +32,6 @@ STILL_LONGER = {
     "server/layertap_server/app/server.py",
     "server/layertap_server/compat/http.py",
     "server/layertap_server/compat/kserve.py",
-    "server/layertap_server/config.py",
     "server/layertap_server/engine/bert.py",
     "server/layertap_server/model/tokenizer_engine.py",
     "server/layertap_server/protocol/preprocess.py",

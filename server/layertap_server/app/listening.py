@@ -6,6 +6,7 @@ import dataclasses
 import importlib.util
 from typing import TYPE_CHECKING
 
+from layertap_server.app.limits import share_of
 from layertap_server.config import Config, ConfigError
 from layertap_server.rpc.listener import Listener, ListenError, ListenSettings, check_port
 
@@ -76,5 +77,5 @@ def open_endpoint(registry: Registry, config: Config) -> Endpoint:
 def listen_settings(config: Config) -> ListenSettings:
     """Returns how a server with these settings listens."""
     names = {field.name for field in dataclasses.fields(ListenSettings)}
-    share = config.share
+    share = share_of(config)
     return ListenSettings(**{name: getattr(share, name) for name in names})

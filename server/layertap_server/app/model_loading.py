@@ -13,7 +13,6 @@ import time
 from collections.abc import Callable
 from typing import Final, TypeVar
 
-from layertap.types import Limits
 from layertap_server.app.child_process import in_child
 from layertap_server.config import Config
 from layertap_server.engine import cpu_threads, device
@@ -139,18 +138,6 @@ def find_model(config: Config) -> FoundModel:
         threads=cpu_threads.share(
             instance_count=config.instances, thread_count=config.instance_threads, process_count=config.processes
         ),
-    )
-
-
-def limits_of(config: Config) -> Limits:
-    """Returns the limits that the settings put in force."""
-    alike = {field.name for field in dataclasses.fields(Limits)} & {field.name for field in dataclasses.fields(Config)}
-    return Limits(
-        **{name: getattr(config, name) for name in alike},
-        stall_time_ns=int(config.stall_timeout_s * 1e9),
-        grace_time_ns=int(config.grace_s * 1e9),
-        max_connection_age_ns=int(config.max_connection_age_s * 1e9),
-        max_window_count=config.max_windows,
     )
 
 

@@ -18,8 +18,9 @@ import layertap
 from layertap import wire
 from layertap.errors import LayertapError
 from layertap_server.app import extensions, lifecycle
+from layertap_server.app.limits import check_output_bytes, limits_of, share_of
 from layertap_server.app.listening import listen_settings, open_endpoint, open_listener
-from layertap_server.app.model_loading import find_model, limits_of, timed
+from layertap_server.app.model_loading import find_model, timed
 from layertap_server.config import Config, ConfigError
 from layertap_server.engine import cpu_threads, runtime
 from layertap_server.engine.encoder import Encoder
@@ -86,7 +87,7 @@ class App:
             CheckpointError: if the model cannot be served.
             ConfigError: if a knob does not suit the model or the machine.
         """
-        self._config, self._share = config, config.share
+        self._config, self._share = config, share_of(config)
         self.http_url = self.metrics_url = ""
         # Certificates start gRPC, which does not survive a fork.
         self._listener = listener or (open_listener(config) if config.processes == 1 else None)
@@ -131,7 +132,7 @@ class App:
         self._listener = self._listener or open_listener(self._config)
         encoders = self._encoders = self._encoders or found.encoders(self._make_encoder, before_fork=False)
         model = self.model = found.facts(has_pooler=encoders[0].has_pooler)
-        config.check_output_bytes((model.layer_count + 1) * model.max_length * model.hidden_size * 4)
+        check_output_bytes(config, (model.layer_count + 1) * model.max_length * model.hidden_size * 4)
         batch_tokens = config.max_batch_tokens or found.batch_tokens
         self.metrics = extensions.metrics(config, model, batch_tokens) if config.metrics_port >= 0 else None
         hooks = self.metrics or Hooks()

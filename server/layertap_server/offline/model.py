@@ -18,7 +18,8 @@ from layertap.errors import LayertapError
 from layertap.results.embedding import Embedding
 from layertap.types import ModelRef
 from layertap.v1 import embedding_pb2 as pb
-from layertap_server.app.model_loading import find_model, limits_of
+from layertap_server.app.limits import limits_of
+from layertap_server.app.model_loading import find_model
 from layertap_server.config import Config
 from layertap_server.engine import cpu_threads
 from layertap_server.engine.encoder import Encoder

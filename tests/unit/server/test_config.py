@@ -12,9 +12,11 @@ from typing import Any
 import pytest
 
 import layertap
+from layertap_server.app.limits import check_output_bytes
 from layertap_server.app.listening import open_listener
 from layertap_server.cli import main, parse
-from layertap_server.config import Config, ConfigError, flag, variable
+from layertap_server.config import Config, ConfigError
+from layertap_server.flags import flag, variable
 
 FIELDS = dataclasses.fields(Config)
 NUMBERS = [field for field in FIELDS if isinstance(field.default, (int, float)) and not isinstance(field.default, bool)]
@@ -160,11 +162,11 @@ def test_knobs_that_just_agree_are_taken() -> None:
 
 def test_memory_for_outputs_must_hold_the_longest_text() -> None:
     config = Config(max_output_bytes=1000, max_call_output_bytes=900)
-    config.check_output_bytes(900)
+    check_output_bytes(config, 900)
     with pytest.raises(ConfigError, match=r"^--max-call-output-bytes is 900.*901; raise it"):
-        config.check_output_bytes(901)
+        check_output_bytes(config, 901)
     with pytest.raises(ConfigError, match=r"^--max-output-bytes is 1000.*1001"):
-        config.check_output_bytes(1001)
+        check_output_bytes(config, 1001)
 
 
 def test_a_config_cannot_be_changed() -> None:
