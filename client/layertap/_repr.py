@@ -18,6 +18,23 @@ _TEXTS_SHOWN: Final = 3
 _IDS_SHOWN: Final = 16
 
 
+class Shown:
+    """What shows itself by its summary: in one line as its `repr`, in a small table in a notebook."""
+
+    __slots__ = ()
+
+    def _summary(self) -> Iterable[tuple[str, str]]:
+        """Returns what is shown, each part with its name."""
+        raise NotImplementedError
+
+    def __repr__(self) -> str:
+        """Shapes, never a page of numbers."""
+        return line(type(self).__name__, self._summary())
+
+    def _repr_html_(self) -> str:
+        return table(type(self).__name__, self._summary())
+
+
 def array(shape: Sequence[int], dtype: object) -> str:
     """Returns an array's dtype and shape, such as "float32 [2, 5, 384]"."""
     return f"{dtype} {list(shape)}"

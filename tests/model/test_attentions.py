@@ -116,7 +116,7 @@ def test_what_does_not_exist_is_refused(real: Any, options: dict[str, Any], why:
 
 def test_what_was_not_asked_for_is_named(real: Any) -> None:
     embedding = real.embed("x", attentions=[1])
-    with pytest.raises(IndexError, match=r"layer 0 are not held \(held: 1\); ask for them with attentions=\[0\]"):
+    with pytest.raises(IndexError, match=r"layer 0 is not held \(held: 1\); ask for it with attentions=\[0\]"):
         embedding.attentions[0]
     with pytest.raises(LookupError, match="attentions were not requested"):
         _ = real.embed("x").attentions

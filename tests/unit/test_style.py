@@ -27,7 +27,6 @@ STILL_LONGER = {
     "client/layertap/_transport/transport.py",
     "client/layertap/jobs/job.py",
     "client/layertap/jobs/parts.py",
-    "client/layertap/results/embedding.py",
     "client/layertap/types.py",
     "server/layertap_server/app/server.py",
     "server/layertap_server/compat/http.py",

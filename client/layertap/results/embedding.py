@@ -3,27 +3,29 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy.typing as npt
 
 from layertap import _repr
 from layertap.results import export
 from layertap.results.attentions import Attentions
+from layertap.results.by_text import ByText
 from layertap.results.hidden_states import HiddenStates
 from layertap.results.spans import SpanVectors
 from layertap.results.tokens import Tokens
-from layertap.results.words import MixedRows, Words
+from layertap.results.words import NO_MIX, MixedRows, Words
 from layertap.types import BoolArray, FloatArray, IntArray, ModelRef, Timings
 
 if TYPE_CHECKING:
     import pandas
     import pyarrow
 
+_T = TypeVar("_T")
+
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True, eq=False, repr=False)
-class Embedding:
+class Embedding(ByText):
     """The result of one request, under the names of transformers. Arrays are C-contiguous and writable.
 
     Attributes:
@@ -98,11 +100,8 @@ class Embedding:
         Raises:
             LookupError: if it was not requested, or comes one row a word.
         """
-        if self._mixed is None:
-            if self._words is not None:
-                raise LookupError("no mix was requested one row a token; that of words is .words.mixed")
-            raise LookupError('no mix was requested; pass mix=LayerMix("mean", layers=[-4, -3, -2, -1]) or another')
-        return self._mixed
+        of_words = "no mix was requested one row a token; that of words is .words.mixed"
+        return _requested(self._mixed, NO_MIX if self._words is None else of_words)
 
     @property
     def words(self) -> Words:
@@ -111,9 +110,7 @@ class Embedding:
         Raises:
             LookupError: if they were not requested.
         """
-        if self._words is None:
-            raise LookupError('words were not requested; pass words="mean" or another way to pool their pieces')
-        return self._words
+        return _requested(self._words, 'words were not requested; pass words="mean" or another way to pool them')
 
     @property
     def attentions(self) -> Attentions:
@@ -122,9 +119,7 @@ class Embedding:
         Raises:
             LookupError: if they were not requested.
         """
-        if self._attentions is None:
-            raise LookupError('attentions were not requested; pass attentions="all" or layer numbers')
-        return self._attentions
+        return _requested(self._attentions, 'attentions were not requested; pass attentions="all" or layer numbers')
 
     @property
     def spans(self) -> SpanVectors:
@@ -133,9 +128,7 @@ class Embedding:
         Raises:
             LookupError: if they were not requested.
         """
-        if self._spans is None:
-            raise LookupError('span vectors were not requested; pass texts as Spanned(…), and span_pooling="mean"')
-        return self._spans
+        return _requested(self._spans, "span vectors were not requested; pass spans=[(start, end), …]")
 
     @property
     def tokens(self) -> Tokens:
@@ -144,9 +137,7 @@ class Embedding:
         Raises:
             LookupError: if they were not requested.
         """
-        if self._tokens is None:
-            raise LookupError("tokens were not requested; pass return_tokens=True")
-        return self._tokens
+        return _requested(self._tokens, "tokens were not requested; pass return_tokens=True")
 
     def ragged(self, layer: int) -> list[FloatArray]:
         """Returns views of one layer, one a text. Shape of each: [token_count, hidden_size].
@@ -177,13 +168,9 @@ class Embedding:
         """The number of texts."""
         return len(self.token_counts)
 
-    def __iter__(self) -> Iterator[Embedding]:
-        """Yields the embedding of each text by itself, as views without the padding that others needed."""
-        return (self._text(index) for index in range(len(self)))
-
     def _text(self, index: int) -> Embedding:
-        """Returns the embedding of one text."""
         one = slice(index, index + 1)
+        rows: dict[str, Any] = {f"_{name}": own._text(index) for name, own in self._rows()}
         return dataclasses.replace(
             self,
             hidden_states=self.hidden_states._text(index),
@@ -194,18 +181,11 @@ class Embedding:
             attention_mask=self.attention_mask[one, : int(self.token_counts[index])],
             _pooler_output=None if self._pooler_output is None else self._pooler_output[one],
             _tokens=None if self._tokens is None else self._tokens._text(index),
-            _mixed=None if self._mixed is None else self._mixed._text(index),
-            _words=None if self._words is None else self._words._text(index),
-            _attentions=None if self._attentions is None else self._attentions._text(index),
-            _spans=None if self._spans is None else self._spans._text(index),
+            **rows,
         )
 
-    def __repr__(self) -> str:
-        """Shapes, never a page of numbers."""
-        return _repr.line("Embedding", [*self._summary(), ("model", repr(self.model.model_id))])
-
     def _repr_html_(self) -> str:
-        html = _repr.table(f"Embedding: {self.model.model_id}", self._summary())
+        html = _repr.Shown._repr_html_(self)
         return html if self._tokens is None else f"{html}\n{self._tokens._repr_html_()}"
 
     def __array__(self, dtype: npt.DTypeLike | None = None, copy: bool | None = None) -> npt.NDArray[Any]:
@@ -285,27 +265,21 @@ class Embedding:
             export.Column(name="token_counts", values=self.token_counts),
             export.Column(name="truncated", values=self.truncated),
             *self.hidden_states._columns(),
-            *([] if self._mixed is None else self._mixed._columns()),
-            *([] if self._words is None else self._words._columns()),
-            *([] if self._attentions is None else self._attentions._columns()),
-            *([] if self._spans is None else self._spans._columns()),
+            *(column for _, own in self._rows() for column in own._columns()),
             *(export.Column(name=name, values=values) for name, values in self._vectors()),
             *([] if self._tokens is None else [export.Column(name="tokens", values=self._tokens.tokens)]),
         ]
 
     def _summary(self) -> list[tuple[str, str]]:
         vectors = [(name, _repr.array(values.shape, values.dtype)) for name, values in self._vectors()]
-        rows = [(name, ", ".join(shown for _, shown in own._summary())) for name, own in self._rows()]
-        return [("text_count", str(len(self))), *self.hidden_states._summary(), *rows, *vectors]
+        rows = [(name, repr(own)) for name, own in self._rows()]
+        model = ("model", repr(self.model.model_id))
+        return [("text_count", str(len(self))), *self.hidden_states._summary(), *rows, *vectors, model]
 
     def _rows(self) -> list[tuple[str, MixedRows | Words | Attentions | SpanVectors]]:
-        several = (
-            ("mixed", self._mixed),
-            ("words", self._words),
-            ("attentions", self._attentions),
-            ("spans", self._spans),
-        )
-        return [(name, own) for name, own in several if own is not None]
+        """Returns the requested ones of what has rows of its own, by their names."""
+        names = ("mixed", "words", "attentions", "spans")
+        return [(name, own) for name in names if (own := getattr(self, f"_{name}")) is not None]
 
     def _only(self) -> FloatArray:
         vectors = [values for _, values in self._vectors()]
@@ -316,3 +290,10 @@ class Embedding:
             ]
             raise TypeError(f"this embedding holds {', '.join(names) or 'no array'}; take the one array that is meant")
         return vectors[0] if vectors else next(iter(self.hidden_states))
+
+
+def _requested(value: _T | None, otherwise: str) -> _T:
+    """Returns an output, or raises a LookupError that says how to ask for it."""
+    if value is None:
+        raise LookupError(otherwise)
+    return value

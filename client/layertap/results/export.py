@@ -40,7 +40,7 @@ class Column:
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True, eq=False, repr=False)
-class TorchEmbedding:
+class TorchEmbedding(_repr.Shown):
     """The arrays of an embedding as torch tensors, under the names of transformers' model outputs.
 
     Attributes:
@@ -60,12 +60,11 @@ class TorchEmbedding:
     pools: tuple[torch.Tensor, ...]
     attention_mask: torch.Tensor
 
-    def __repr__(self) -> str:
-        """Shapes, never a page of numbers."""
+    def _summary(self) -> list[tuple[str, str]]:
         arrays = [("last_hidden_state", self.last_hidden_state), ("pooler_output", self.pooler_output)]
         arrays += [(f"pool_{n}", pool) for n, pool in enumerate(self.pools)]
         shown = [(name, str(list(array.shape))) for name, array in arrays if array is not None]
-        return _repr.line("TorchEmbedding", [*shown, ("hidden_states", str(len(self.hidden_states)))])
+        return [*shown, ("hidden_states", str(len(self.hidden_states)))]
 
 
 def as_array(array: Array, dtype: npt.DTypeLike | None, copy: bool | None) -> Array:

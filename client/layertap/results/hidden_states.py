@@ -1,47 +1,35 @@
-"""The requested layers, each with the rows of all texts.
-
-Rows are kept *ragged* (texts one after the other, divided by `token_counts`), which is how they are sent
-and what needs least memory; the padded arrays that transformers would return are made at their first use.
-"""
+"""The requested layers of hidden states, each with the rows of all texts."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, overload
+from typing import Any, ClassVar, overload
 
 import numpy as np
 import numpy.typing as npt
 
 from layertap import _repr
 from layertap.results import export
-from layertap.types import FloatArray, IntArray
-
-if TYPE_CHECKING:
-    import torch
+from layertap.results.held_layers import HeldLayers
+from layertap.types import FloatArray
 
 
-class HiddenStates:
+class HiddenStates(HeldLayers):
     """The token rows of the requested layers, like transformers' `hidden_states` tuple.
 
     Indexed by layer number, absolute or negative: `hidden_states[0]` is the embedding output and
     `hidden_states[-1]` the last layer of the *model*, whichever layers are held. Slices run over layer
     numbers too. Iterates over the held layers in ascending order; `len` is how many are held.
     Each item: Shape: [text_count, length, hidden_size], rows past a text's token count are 0.
+
+    Attributes:
+        token_counts: Shape: [text_count].
+        layer_count: The encoder blocks of the model.
     """
 
-    __slots__ = ("_padded", "_ragged", "layer_count", "token_counts")
+    __slots__ = ()
 
-    def __init__(self, *, ragged: dict[int, FloatArray], token_counts: IntArray, layer_count: int) -> None:
-        """Holds one array for each layer. Shape: [sum of token_counts, hidden_size]."""
-        self._ragged = ragged
-        self._padded: dict[int, FloatArray] = {}
-        self.token_counts = token_counts
-        self.layer_count = layer_count
-
-    @property
-    def layers(self) -> tuple[int, ...]:
-        """The held layers, absolute, ascending."""
-        return tuple(self._ragged)
+    _option: ClassVar[str] = "layers"
+    _first_is_input: ClassVar[bool] = True
 
     @overload
     def __getitem__(self, layer: int) -> FloatArray: ...
@@ -54,30 +42,8 @@ class HiddenStates:
             IndexError: if the layer is not held.
         """
         if isinstance(layer, slice):
-            return tuple(self[k] for k in range(self.layer_count + 1)[layer])
-        absolute = self._absolute(layer)
-        if absolute not in self._padded:
-            self._padded[absolute] = self._pad(self._ragged[absolute])
-        return self._padded[absolute]
-
-    def __iter__(self) -> Iterator[FloatArray]:
-        """Yields the held layers in ascending order, padded."""
-        return (self[layer] for layer in self._ragged)
-
-    def __len__(self) -> int:
-        """The number of held layers."""
-        return len(self._ragged)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        """Pickles the ragged rows only; padded arrays are made again."""
-        return _hidden_states, (self._ragged, self.token_counts, self.layer_count)
-
-    def __repr__(self) -> str:
-        """Shapes, never a page of numbers."""
-        return _repr.line("HiddenStates", self._summary())
-
-    def _repr_html_(self) -> str:
-        return _repr.table("HiddenStates", self._summary())
+            return tuple(map(self._whole, range(self.layer_count + 1)[layer]))
+        return self._whole(layer)
 
     def __array__(self, dtype: npt.DTypeLike | None = None, copy: bool | None = None) -> npt.NDArray[Any]:
         """Returns the held layers as one array. Shape: [held layers, text_count, length, hidden_size].
@@ -91,27 +57,18 @@ class HiddenStates:
             raise ValueError(f"{len(self)} layers become one array by a copy; leave copy=False out, or take one layer")
         return np.array(tuple(self), dtype)
 
-    def to_torch(self) -> tuple[torch.Tensor, ...]:
-        """Returns the held layers as tensors that share their memory, like transformers' own `hidden_states`.
-
-        Shape of each: [text_count, length, hidden_size]. The tensor of a read-only array is a copy.
+    def ragged(self, layer: int) -> list[FloatArray]:
+        """Returns views of one layer, one a text. Shape of each: [token_count, hidden_size].
 
         Raises:
-            ModuleNotFoundError: if torch is missing; `layertap[torch]` brings it.
+            IndexError: if the layer is not held.
         """
-        return tuple(export.to_torch(states) for states in self)
-
-    def ragged(self, layer: int) -> list[FloatArray]:
-        """Returns views of one layer, one a text. Shape of each: [token_count, hidden_size]."""
-        return export.split(self._ragged[self._absolute(layer)], self.token_counts)
+        return self._split(layer)
 
     def _text(self, index: int) -> HiddenStates:
         """Returns the held layers of one text."""
         counts = self.token_counts[index : index + 1]
-        start = int(self.token_counts[:index].sum())
-        rows = slice(start, start + int(counts[0]))
-        ragged = {layer: values[rows] for layer, values in self._ragged.items()}
-        return HiddenStates(ragged=ragged, token_counts=counts, layer_count=self.layer_count)
+        return HiddenStates(ragged=self._rows_of(index), token_counts=counts, layer_count=self.layer_count)
 
     def _columns(self) -> list[export.Column]:
         """Returns the held layers as columns of a table, one row a text."""
@@ -127,24 +84,12 @@ class HiddenStates:
             return [("layers", _repr.layers(self.layers)), ("each", _repr.array(shape, rows.dtype))]
         return []
 
-    def _absolute(self, layer: int) -> int:
-        absolute = layer + self.layer_count + 1 if layer < 0 else layer
-        if absolute not in self._ragged:
-            held = ", ".join(map(str, self._ragged)) or "none"
-            raise IndexError(f"layer {layer} is not held (held: {held}); ask for it with layers=[{layer}]")
-        return absolute
-
-    def _pad(self, rows: FloatArray) -> FloatArray:
-        text_count, length = len(self.token_counts), int(self.token_counts.max(initial=0))
-        if text_count * length == len(rows):
-            return rows.reshape(text_count, length, rows.shape[1])
-        padded = np.zeros((text_count, length, rows.shape[1]), rows.dtype)
-        end = 0
-        for text, count in zip(padded, self.token_counts, strict=True):
-            text[:count] = rows[end : end + count]
-            end += count
+    def _pad(self, layer: int) -> FloatArray:
+        rows = self._ragged[layer]
+        shape = len(self.token_counts), int(self.token_counts.max(initial=0)), rows.shape[1]
+        if shape[0] * shape[1] == len(rows):
+            return rows.reshape(shape)
+        padded = np.zeros(shape, rows.dtype)
+        for text, own in zip(padded, self.ragged(layer), strict=True):
+            text[: len(own)] = own
         return padded
-
-
-def _hidden_states(ragged: dict[int, FloatArray], token_counts: IntArray, layer_count: int) -> HiddenStates:
-    return HiddenStates(ragged=ragged, token_counts=token_counts, layer_count=layer_count)

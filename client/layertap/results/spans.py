@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
 
-from layertap import _repr
 from layertap.results import export
+from layertap.results.by_text import ByText
 from layertap.results.hidden_states import HiddenStates
 from layertap.types import FloatArray, IntArray
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True, eq=False, repr=False)
-class SpanVectors:
+class SpanVectors(ByText):
     """The vectors of the spans of the texts: of each pooling one vector for each span, in the order of the request.
 
     Attributes:
@@ -54,21 +53,9 @@ class SpanVectors:
         """The number of texts."""
         return len(self.span_counts)
 
-    def __iter__(self) -> Iterator[SpanVectors]:
-        """Yields the spans of each text by themselves, as views."""
-        return (self._text(index) for index in range(len(self)))
-
     def _text(self, index: int) -> SpanVectors:
-        """Returns the spans of one text."""
         counts = self.span_counts[index : index + 1]
         return SpanVectors(span_counts=counts, _pools=tuple(pool._text(index) for pool in self._pools))
-
-    def __repr__(self) -> str:
-        """Shapes, never a page of numbers."""
-        return _repr.line("SpanVectors", self._summary())
-
-    def _repr_html_(self) -> str:
-        return _repr.table("SpanVectors", self._summary())
 
     def _columns(self) -> list[export.Column]:
         """Returns the vectors as columns of a table, one row a text."""

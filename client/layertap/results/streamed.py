@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 from layertap import _repr
 from layertap.errors import LayertapError
+from layertap.results.by_text import ByText
 from layertap.results.embedding import Embedding
 from layertap.types import FloatArray
 
 
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class LayerRows:
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True, eq=False, repr=False)
+class LayerRows(ByText):
     """The rows of some texts in one layer, as they arrived.
 
     Attributes:
@@ -30,25 +31,17 @@ class LayerRows:
         """The number of texts."""
         return len(self.texts)
 
-    def __iter__(self) -> Iterator[LayerRows]:
-        """Yields the rows of each text by themselves, as views."""
-        for n, text in enumerate(self.texts):
-            yield LayerRows(layer=self.layer, texts=range(text, text + 1), rows=self.rows[n : n + 1])
-
-    def __repr__(self) -> str:
-        """Shapes, never a page of numbers."""
-        return _repr.line("LayerRows", self._summary())
-
-    def _repr_html_(self) -> str:
-        return _repr.table("LayerRows", self._summary())
+    def _text(self, index: int) -> LayerRows:
+        one = slice(index, index + 1)
+        return LayerRows(layer=self.layer, texts=self.texts[one], rows=self.rows[one])
 
     def _summary(self) -> list[tuple[str, str]]:
         shapes = [list(rows.shape) for rows in self.rows]
         return [("layer", str(self.layer)), ("texts", str(self.texts)), ("rows", " ".join(_repr.first(shapes)))]
 
 
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class StreamResult:
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True, eq=False, repr=False)
+class StreamResult(_repr.Shown):
     """The answer to one item of `embed_stream`: an embedding of one text, or an error.
 
     Attributes:
@@ -71,12 +64,9 @@ class StreamResult:
             raise self.error or LayertapError("the item has no embedding")
         return self._embedding
 
-    def __repr__(self) -> str:
-        """Its embedding or error."""
-        what = f"embedding={self._embedding!r}" if self.error is None else f"error={self.error!r}"
-        return f"StreamResult(index={self.index}, {what})"
+    def _summary(self) -> list[tuple[str, str]]:
+        what = ("embedding", repr(self._embedding)) if self.error is None else ("error", repr(self.error))
+        return [("index", str(self.index)), what]
 
     def _repr_html_(self) -> str:
-        if self._embedding is not None:
-            return self._embedding._repr_html_()
-        return _repr.table(f"StreamResult {self.index}", [("error", str(self.error))])
+        return _repr.Shown._repr_html_(self) if self._embedding is None else self._embedding._repr_html_()

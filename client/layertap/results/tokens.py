@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from layertap import _repr
 from layertap.results import export
+from layertap.results.by_text import ByText
 from layertap.types import BoolArray, IntArray
 
 if TYPE_CHECKING:
@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     import pyarrow
 
 
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Tokens:
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True, eq=False, repr=False)
+class Tokens(ByText):
     """Texts as tokens, rectangular. `length` is that of the longest text, or `pad_to` if that is more.
 
     A `Tokens` can be embedded. Padding that `pad_to` requested counts as rows of its text and is
@@ -52,12 +52,7 @@ class Tokens:
         """The number of texts."""
         return len(self.token_counts)
 
-    def __iter__(self) -> Iterator[Tokens]:
-        """Yields the tokens of each text by themselves, as views without the padding that others needed."""
-        return (self._text(index) for index in range(len(self)))
-
     def _text(self, index: int) -> Tokens:
-        """Returns the tokens of one text."""
         one, length = slice(index, index + 1), slice(int(self.token_counts[index]))
         return Tokens(
             tokens=self.tokens[one],
@@ -71,10 +66,11 @@ class Tokens:
             truncated=self.truncated[one],
         )
 
-    def __repr__(self) -> str:
-        """Shapes and the first tokens."""
+    def _summary(self) -> list[tuple[str, str]]:
+        """Returns the shape in words, and the first tokens."""
         tokens = " ".join(_repr.first(self.tokens[0])) if self.tokens else ""
-        return f"Tokens(text_count={len(self)}, length={self.input_ids.shape[1]}, tokens={tokens!r})"
+        text_count, length = self.input_ids.shape
+        return [("text_count", str(text_count)), ("length", str(length)), ("tokens", repr(tokens))]
 
     def _repr_html_(self) -> str:
         text_count, length = self.input_ids.shape

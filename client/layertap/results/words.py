@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from typing import Final
 
 import numpy as np
 
 from layertap import _repr
 from layertap.results import export
+from layertap.results.by_text import ByText
 from layertap.results.hidden_states import HiddenStates
 from layertap.types import FloatArray, IntArray
 
+NO_MIX: Final = 'no mix was requested; pass mix=LayerMix("mean", layers=[-4, -3, -2, -1]) or another'
+
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True, eq=False, repr=False)
-class MixedRows:
+class MixedRows(ByText):
     """The rows of one mix of layers: one a token, or one a word in `Words.mixed`.
 
     Attributes:
@@ -37,20 +40,8 @@ class MixedRows:
         """The number of texts."""
         return len(self._states.token_counts)
 
-    def __iter__(self) -> Iterator[MixedRows]:
-        """Yields the rows of each text by itself, as views."""
-        return (self._text(index) for index in range(len(self)))
-
     def _text(self, index: int) -> MixedRows:
-        """Returns the rows of one text."""
         return MixedRows(layers=self.layers, _states=self._states._text(index))
-
-    def __repr__(self) -> str:
-        """Shapes, never a page of numbers."""
-        return _repr.line("MixedRows", self._summary())
-
-    def _repr_html_(self) -> str:
-        return _repr.table("MixedRows", self._summary())
 
     def _columns(self) -> list[export.Column]:
         """Returns the rows as the column of a table, one row a text."""
@@ -62,7 +53,7 @@ class MixedRows:
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True, eq=False, repr=False)
-class Words:
+class Words(ByText):
     """The words of the texts: where they are, and one vector each for each requested layer.
 
     Indexed by layer number like `HiddenStates`: `words[-1]` are the vectors of the model's last layer, padded.
@@ -103,7 +94,7 @@ class Words:
             LookupError: if it was not requested.
         """
         if self._mixed is None:
-            raise LookupError('no mix was requested; pass mix=LayerMix("mean", layers=[-4, -3, -2, -1]) or another')
+            raise LookupError(NO_MIX)
         return self._mixed
 
     def __getitem__(self, layer: int) -> FloatArray:
@@ -126,12 +117,7 @@ class Words:
         """The number of texts."""
         return len(self.word_counts)
 
-    def __iter__(self) -> Iterator[Words]:
-        """Yields the words of each text by themselves, as views."""
-        return (self._text(index) for index in range(len(self)))
-
     def _text(self, index: int) -> Words:
-        """Returns the words of one text."""
         one = slice(index, index + 1)
         return Words(
             word_counts=self.word_counts[one],
@@ -142,13 +128,6 @@ class Words:
             _mixed=None if self._mixed is None else self._mixed._text(index),
             strings=self.strings[one],
         )
-
-    def __repr__(self) -> str:
-        """Shapes, never a page of numbers."""
-        return _repr.line("Words", self._summary())
-
-    def _repr_html_(self) -> str:
-        return _repr.table("Words", self._summary())
 
     def _columns(self) -> list[export.Column]:
         """Returns the words as columns of a table, one row a text."""

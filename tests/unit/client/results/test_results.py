@@ -10,7 +10,18 @@ import numpy as np
 import pytest
 from support.results import FULL, MODEL, NASTY, SIZE, embedding, numbers, tokens
 
-from layertap import Embedding, LayerRows, Limits, ModelInfo, SentenceConfig, StreamResult, Timings, TokenIds, Tokens
+from layertap import (
+    Embedding,
+    LayerRows,
+    Limits,
+    MixedRows,
+    ModelInfo,
+    SentenceConfig,
+    StreamResult,
+    Timings,
+    TokenIds,
+    Tokens,
+)
 from layertap.errors import DataLossError
 
 # One array.
@@ -115,6 +126,10 @@ LOOKS: dict[str, tuple[Any, str]] = {
     "pools": (embedding(pools=1), f"Embedding(text_count=2, pool_0=float32 [2, 4], model={MODEL!r})"),
     "hidden states": (embedding(layers=(0, 1, 2)).hidden_states, "HiddenStates(layers=0…2, each=float32 [2, 5, 4])"),
     "no hidden states": (embedding().hidden_states, "HiddenStates()"),
+    "rows of their own": (
+        embedding(_mixed=MixedRows(layers=(1, 2), _states=embedding(layers=(2,)).hidden_states)),
+        f"Embedding(text_count=2, mixed=MixedRows(layers=1,2, each=float32 [2, 5, 4]), model={MODEL!r})",
+    ),
     "tokens": (tokens(), f"""Tokens(text_count=2, length=5, tokens="[CLS] i love {NASTY} [SEP]")"""),
     "rows": (
         LayerRows(layer=3, texts=range(2), rows=embedding(layers=(3,)).ragged(3)),
