@@ -39,7 +39,6 @@ STILL_LONGER = {
     "server/layertap_server/scheduler/batcher.py",
     "server/layertap_server/scheduler/call.py",
     "server/layertap_server/scheduler/fairness.py",
-    "server/layertap_server/types/plan.py",
 }
 """Modules that have not been divided yet."""
 

@@ -11,18 +11,8 @@ from layertap_server.types.errors import (
     DeviceLostError,
     OutOfMemoryError,
 )
-from layertap_server.types.plan import (
-    ByteCounts,
-    Mix,
-    Mixing,
-    Output,
-    OutputKind,
-    Plan,
-    Pool,
-    Strategy,
-    Unit,
-    WordPooling,
-)
+from layertap_server.types.output import Mix, Mixing, Output, OutputKind, Pool, Strategy, Unit, WordPooling
+from layertap_server.types.plan import ByteCounts, Plan
 from layertap_server.types.run import Allocator, ApplyModules, Encode, Rows, Run, Vectors
 from layertap_server.types.text import Ids, Indices, Spans, Text, Words
 from layertap_server.types.windows import Window, Windowing, Windows

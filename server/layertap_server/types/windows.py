@@ -83,11 +83,6 @@ class Windows:
         start, stop = self._content(index)
         return Window(index=index, start=start, stop=stop, first_row=first, row_count=end - first)
 
-    def token_count_of(self, index: int) -> int:
-        """Returns how many tokens a window has, special tokens counted."""
-        start, stop = self._content(index)
-        return stop - start + self._special_count
-
     @property
     def _special_count(self) -> int:
         return self.prefix_count + self.suffix_count

@@ -57,7 +57,8 @@ def test_each_token_has_one_row_from_the_window_whose_nearer_edge_is_farthest(pl
 def test_the_tokens_of_windows_are_counted_before_there_are_any(plan: Windows) -> None:
     text = Text(np.arange(plan.token_count, dtype=np.int32), windows=plan)
     parts = [text.part(n) for n in range(plan.count)]
-    assert [part.token_count for part in parts] == [plan.token_count_of(n) for n in range(plan.count)]
+    special = plan.prefix_count + plan.suffix_count
+    assert [part.token_count for part in parts] == [end - start + special for start, end in by_hand(plan)]
     assert text.computed_token_count == sum(part.token_count for part in parts)
     assert max(part.token_count for part in parts) <= plan.max_length
     for part in parts:
