@@ -41,10 +41,13 @@ class SimulatedGpu:
     """Implements `layertap_server.engine.runtime.Runtime`.
 
     Attributes:
+        trial_rows: Few, so that trials are short.
         uploads: How many copies to the device there were.
         downloads: How many copies to the host.
         replays: How many times a recorded graph ran.
     """
+
+    trial_rows = 1024
 
     def __init__(self, device: str = "cpu", *, prefers_fast: bool = True, varlen: bool = True) -> None:
         """Makes a device.
@@ -87,6 +90,9 @@ class SimulatedGpu:
 
     def reached(self) -> Arrival:
         return _Copy(())
+
+    def selected(self) -> contextlib.AbstractContextManager[object]:
+        return contextlib.nullcontext()
 
     def capture(self, work: Callable[[], None]) -> Callable[[], None]:
         def replay() -> None:

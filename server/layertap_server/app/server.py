@@ -154,7 +154,7 @@ class App:
         self._sharing = Sharing(
             byte_count=config.shared_memory_bytes,
             max_count=config.max_shared_memory_call_count,
-            pin=None if found.on_cpu else runtime.pin,
+            pin=None if found.on_cpu else functools.partial(runtime.pin, encoders[0].device),
         )
         self._admission = Admission(
             max_call_count=config.max_concurrent_call_count,

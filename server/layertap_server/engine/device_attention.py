@@ -8,7 +8,8 @@ Two ways, both over rows that lie one text after the other:
 - *Variable-length* flash attention, in half precision and without masks: texts of up to a tile of its kernel in one
   launch, longer ones in another; together, one long text would make the kernel start empty blocks for all the others.
 
-Which lengths go which way is found by trial at start; see `fast_path`.
+Which lengths go which way is found by trial at start; see `fast_path`. Graphs need the second way, if it is right,
+whatever its speed: its launches are the same for any lengths.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from layertap_server.engine.fast_path import better
+from layertap_server.engine.fast_path import Trial, tried
 from layertap_server.engine.packing import Group
 from layertap_server.engine.runtime import Runtime, VarlenAttention
 from layertap_server.engine.upload import Sent, Upload
@@ -30,8 +31,9 @@ from layertap_server.engine.upload import Sent, Upload
 TILE: Final = 128
 """Rows that one block of the flash kernel works on."""
 _LEAST_PADDED: Final = 8
-_TRIAL_LENGTHS: Final = (64, 32, 16, 8)
-_TRIAL_ROWS: Final = 8192
+_ANY_LENGTH: Final = 1 << 31
+_TRIAL_LENGTHS: Final = (512, TILE, 64, 32, 16, 8)
+_TRIAL_VALUES: Final = 1 << 20
 _TOLERANCE: Final = 2e-2
 
 
@@ -54,7 +56,7 @@ class DeviceAttention:
     """The attention of all blocks of one model on one accelerator.
 
     Attributes:
-        varlen: The variable-length attention that the trial found right. None: all texts run padded.
+        varlen: The variable-length attention, if the trial found it right. None: all texts run padded.
     """
 
     def __init__(self, runtime: Runtime, *, dtype: torch.dtype, head_count: int, hidden_size: int) -> None:
@@ -63,7 +65,7 @@ class DeviceAttention:
         # What is added to the score of a position that takes no part, and of one that does.
         self._added = torch.tensor([-torch.inf, 0.0], dtype=dtype, device=runtime.device)
         self.varlen: VarlenAttention | None = None
-        self._padded_up_to = np.iinfo(np.int64).max
+        self._padded_up_to = _ANY_LENGTH
         if dtype is not torch.float32 and runtime.varlen_attention is not None:
             self._try(runtime, runtime.varlen_attention, dtype)
 
@@ -143,26 +145,30 @@ class DeviceAttention:
 
     def _try(self, runtime: Runtime, varlen: VarlenAttention, dtype: torch.dtype) -> None:
         """Compares the two ways at some lengths: from the longest that runs better padded, all texts do."""
-        found = self._prefers_varlen(runtime, varlen, dtype, TILE)
-        if not found:
-            return
-        self.varlen, self._padded_up_to = varlen, 0
         for length in _TRIAL_LENGTHS:
-            if not self._prefers_varlen(runtime, varlen, dtype, length):
-                self._padded_up_to = length
+            found = self._trial(runtime, varlen, dtype, length)
+            if found.way is None:
+                self.varlen, self._padded_up_to = None, _ANY_LENGTH
                 return
+            self.varlen = varlen
+            self._padded_up_to = length if length < _TRIAL_LENGTHS[0] else _ANY_LENGTH
+            if not found.is_faster:
+                return
+        self._padded_up_to = 0
 
-    def _prefers_varlen(self, runtime: Runtime, varlen: VarlenAttention, dtype: torch.dtype, length: int) -> bool:
-        """Whether texts of up to a length, from half of it on, run better in one variable-length launch."""
-        lengths = np.resize([length, length - 1, length // 2 + 1], _TRIAL_ROWS // length)
-        generator = torch.Generator().manual_seed(0)
-        host = torch.randn(int(lengths.sum()), 3 * self._head_count * self._head_size, generator=generator)
-        qkv = host.to(runtime.device, dtype)
+    def _trial(
+        self, runtime: Runtime, varlen: VarlenAttention, dtype: torch.dtype, length: int
+    ) -> Trial[Callable[[torch.Tensor], torch.Tensor]]:
+        """Runs texts of up to a length, from half of it on, padded and in one variable-length launch."""
+        lengths = np.resize([length, length - 1, length // 2 + 1], max(3, runtime.trial_rows // length))
+        row_count, width = int(lengths.sum()), 3 * self._head_count * self._head_size
+        some = torch.randn(-(-_TRIAL_VALUES // width), width, generator=torch.Generator().manual_seed(0))
+        qkv = some.to(runtime.device, dtype).repeat(-(-row_count // len(some)), 1)[:row_count]
         upload = Upload(runtime)
         padded: Callable[[torch.Tensor], torch.Tensor] = self._padded((), lengths, upload)
         varied = self._varied(varlen, lengths.tolist(), upload)
         upload.send()
-        way = better(
+        found = tried(
             f"variable-length attention of texts of up to {length} tokens",
             padded,
             lambda: varied,
@@ -171,7 +177,7 @@ class DeviceAttention:
             tolerance=_TOLERANCE,
         )
         upload.wait()
-        return way is varied
+        return found
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True, eq=False)

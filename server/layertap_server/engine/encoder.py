@@ -9,6 +9,7 @@ On an accelerator the host only queues work: from `Upload.send` to the last laye
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 from collections.abc import Callable, Iterator, Sequence
@@ -81,11 +82,12 @@ class Encoder:
         self._runtime = runtime
         if self.device.type == "cpu":
             self.use_threads(1)  # The loading thread may have no team; see `instances`.
+        self._selected = contextlib.nullcontext if runtime is None else runtime.selected
         self._allocate = allocate
         weights = (
             dummy_weights(checkpoint.settings, checkpoint.seed) if not checkpoint.weight_files else _load(checkpoint)
         )
-        with torch.inference_mode():
+        with torch.inference_mode(), self._selected():
             self._bert = Bert(
                 checkpoint.settings,
                 weights,
@@ -142,7 +144,7 @@ class Encoder:
             OutOfMemoryError: if the device has no memory for the batch.
             DeviceLostError: if the device no longer works.
         """
-        with named_errors(self.device):
+        with named_errors(self.device), self._selected():
             yield from self._encode(batch)
 
     def _encode(self, batch: Sequence[Run]) -> Iterator[Rows]:

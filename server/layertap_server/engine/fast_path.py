@@ -7,9 +7,10 @@ wrong one cannot be used.
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from collections.abc import Callable, Sequence
-from typing import Final, TypeVar
+from typing import Final, Generic, TypeVar
 
 import torch
 
@@ -23,42 +24,69 @@ _CLEARLY_FASTER: Final = 1.03
 """Ratios near 1 would fall differently at each start of a server, and two ways give different bits."""
 
 
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Trial(Generic[Way]):
+    """What a trial found of a fast way.
+
+    Attributes:
+        way: The fast way. None: it is missing, or its numbers differ.
+        is_faster: Whether it is clearly faster than the plain one.
+    """
+
+    way: Way | None
+    is_faster: bool
+
+
 def better(
     what: str,
     plain: Way,
     fast: Callable[[], Way],
-    trial: Callable[[Way], Sequence[torch.Tensor]],
+    run: Callable[[Way], Sequence[torch.Tensor]],
     *,
     runtime: Runtime,
     tolerance: float,
 ) -> Way:
-    """Returns the fast way if it agrees with the plain one and is clearly faster, else the plain one.
+    """Returns the fast way if it agrees with the plain one and is clearly faster, else the plain one; see `tried`."""
+    found = tried(what, plain, fast, run, runtime=runtime, tolerance=tolerance)
+    return plain if found.way is None or not found.is_faster else found.way
+
+
+def tried(
+    what: str,
+    plain: Way,
+    fast: Callable[[], Way],
+    run: Callable[[Way], Sequence[torch.Tensor]],
+    *,
+    runtime: Runtime,
+    tolerance: float,
+) -> Trial[Way]:
+    """Compares two ways.
 
     Args:
-        what: Its name in the log.
+        what: The name of the fast one in the log.
         plain: The way that is known to be right.
         fast: Makes the other one.
-        trial: Runs a way; both get the same input, and what they return is compared.
+        run: Runs a way; both get the same input, and what they return is compared.
         runtime: The device, and its clock.
         tolerance: The largest difference between results that agree, as a part of the largest value.
     """
     try:
         way = fast()
-        pairs = zip(trial(plain), trial(way), strict=True)
+        pairs = zip(run(plain), run(way), strict=True)
         differences = [runtime.difference(found, wanted) for wanted, found in pairs]
         if not all(difference <= tolerance for difference in differences):  # NaN is not agreement either.
             log.warning("%s: not used, its numbers differ by %s (at most %.1e)", what, differences, tolerance)
-            return plain
-        ratio = runtime.seconds(lambda: trial(plain)) / runtime.seconds(lambda: trial(way))
+            return Trial(way=None, is_faster=False)
+        ratio = runtime.seconds(lambda: run(plain)) / runtime.seconds(lambda: run(way))
     except Exception as exc:  # It may be missing, or refuse this device, shape or dtype in any way.
         log.info("%s: not available here (%s: %s)", what, type(exc).__name__, exc)
-        return plain
-    used = ratio >= _CLEARLY_FASTER
+        return Trial(way=None, is_faster=False)
+    is_faster = ratio >= _CLEARLY_FASTER
     log.info(
         "%s: %s (%.2f times as fast, largest difference %.1e)",
         what,
-        "used" if used else "not used",
+        "used" if is_faster else "not used",
         ratio,
         max(differences),
     )
-    return way if used else plain
+    return Trial(way=way, is_faster=is_faster)

@@ -36,7 +36,9 @@ _MOST_TEXTS: Final = 64
 _MOST_SECONDS: Final = 20.0
 _MOST_BYTES: Final = 1 << 30
 _WARM_RUNS: Final = 2
-_TOLERANCE: Final = 1e-2
+_TOLERANCE: Final = 5e-2
+"""Of a whole pass in half precision: other row counts take other kernels, and their rounding adds up layer by layer.
+Where memory is not ready, or the recorded batch runs again, values are off by themselves."""
 
 
 class Graph:

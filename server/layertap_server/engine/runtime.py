@@ -7,9 +7,10 @@ A CPU has no runtime: its tensors are the host's own. Everything that behaves ot
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 from collections.abc import Callable, Sequence
-from typing import Any, Final, Protocol
+from typing import Final, Protocol
 
 import numpy as np
 import torch
@@ -25,6 +26,9 @@ VarlenAttention = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tens
 int32) and the length of the longest, to the attended values. Shape: [row_count, head_count, head_size]."""
 
 _CLOCK_ROUNDS: Final = 5
+_CLOCK_SECONDS: Final = 2e-3
+"""A timing repeats work for so long, so that the device need not wait for the host between the runs."""
+_MOST_REPEATS: Final = 64
 
 
 class Arrival(Protocol):
@@ -42,10 +46,12 @@ class Runtime(Protocol):
 
     Attributes:
         device: What torch calls it.
+        trial_rows: How many rows keep it busy: trials compare two ways with so many.
         varlen_attention: Attention over texts of many lengths in one launch. None: the device has none.
     """
 
     device: torch.device
+    trial_rows: int
     varlen_attention: VarlenAttention | None
 
     def host_memory(self, byte_count: int) -> memoryview:
@@ -63,6 +69,9 @@ class Runtime(Protocol):
     def reached(self) -> Arrival:
         """Returns the point in this thread's queue up to which everything is queued now."""
 
+    def selected(self) -> contextlib.AbstractContextManager[object]:
+        """Returns what makes it the device of work that names none."""
+
     def capture(self, work: Callable[[], None]) -> Callable[[], None]:
         """Records the device's part of some work, which must be the same each time; returns what repeats it."""
 
@@ -74,15 +83,24 @@ class Runtime(Protocol):
 
 
 class CudaRuntime:
-    """One cuda device; implements `Runtime`."""
+    """One cuda device; implements `Runtime`.
+
+    Copies to the host run in a stream beside each queue, so that the rows of a small batch do not wait for those of a
+    large one.
+    """
+
+    trial_rows = 32_768
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.varlen_attention = _varlen_attention()
-        # Torch gives neither streams nor events the types of their arguments.
-        self._copies = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-        self._memory = PinnedMemory(pin)
+        self._copies: dict[torch.cuda.Stream, torch.cuda.Stream] = {}
+        self._memory = PinnedMemory(functools.partial(pin, device))
         self.host_memory = self._memory.allocate
+        # cuDNN's attention makes a plan for each shape, tens of milliseconds long, and batches have any shape.
+        torch.backends.cuda.enable_cudnn_sdp(False)
+        # Images may turn TF32 on by a variable of the environment; float32 would be off by 1e-3.
+        torch.set_float32_matmul_precision("highest")
 
     def to_device(self, host: torch.Tensor) -> torch.Tensor:
         """See `Runtime`."""
@@ -90,24 +108,34 @@ class CudaRuntime:
 
     def to_host(self, copies: Copies) -> Arrival:
         """See `Runtime`."""
-        self._copies.wait_stream(torch.cuda.current_stream(self.device))
-        with torch.cuda.stream(self._copies):
+        queue = torch.cuda.current_stream(self.device)
+        beside = self._copies.get(queue)
+        if beside is None:
+            beside = self._copies[queue] = _stream(self.device)
+        beside.wait_stream(queue)
+        with torch.cuda.stream(beside):
             for host, sent in copies:
                 host.copy_(sent, non_blocking=True)
-            return _event(self._copies)
+            return _event(beside)
 
     def queue(self) -> contextlib.AbstractContextManager[object]:
         """See `Runtime`."""
-        return torch.cuda.stream(torch.cuda.Stream(self.device))  # type: ignore[no-untyped-call]
+        return torch.cuda.stream(_stream(self.device))
 
     def reached(self) -> Arrival:
         """See `Runtime`."""
         return _event(torch.cuda.current_stream(self.device))
 
+    def selected(self) -> contextlib.AbstractContextManager[object]:
+        """See `Runtime`."""
+        return torch.cuda.device(self.device)
+
     def capture(self, work: Callable[[], None]) -> Callable[[], None]:
         """See `Runtime`."""
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=torch.cuda.Stream(self.device)):  # type: ignore[no-untyped-call]
+        queue = torch.cuda.stream(torch.cuda.current_stream(self.device))  # A failed recording would stay in its own.
+        # Other threads may use the device meanwhile: the metrics ask for its memory.
+        with queue, torch.cuda.graph(graph, stream=_stream(self.device), capture_error_mode="thread_local"):
             work()
         return graph.replay
 
@@ -117,16 +145,20 @@ class CudaRuntime:
 
     def seconds(self, work: Callable[[], object]) -> float:
         """See `Runtime`."""
-        work()
+        self._timed(work, 1)  # The first run may load kernels.
+        repeats = max(1, min(_MOST_REPEATS, int(_CLOCK_SECONDS / max(self._timed(work, 1), 1e-6))))
+        return float(np.median([self._timed(work, repeats) for _ in range(_CLOCK_ROUNDS)]))
+
+    def _timed(self, work: Callable[[], object], repeats: int) -> float:
+        """Returns how long the device takes for one of so many runs, in seconds."""
         stream = torch.cuda.current_stream(self.device)
-        times = []
-        for _ in range(_CLOCK_ROUNDS):
-            started = _event(stream, timed=True)
+        started = _event(stream, timed=True)
+        for _ in range(repeats):
             work()
-            ended = _event(stream, timed=True)
-            ended.synchronize()
-            times.append(started.elapsed_time(ended) / 1e3)
-        return float(np.median(times))
+        ended = _event(stream, timed=True)
+        ended.synchronize()
+        milliseconds: float = started.elapsed_time(ended)
+        return milliseconds / 1e3 / repeats
 
 
 def relative_difference(found: torch.Tensor, wanted: torch.Tensor) -> float:
@@ -135,43 +167,61 @@ def relative_difference(found: torch.Tensor, wanted: torch.Tensor) -> float:
     return float((found.float() - wanted).abs().max() / wanted.abs().max())
 
 
+def _stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]  # Torch gives it no types.
+
+
 def _event(stream: torch.cuda.Stream, *, timed: bool = False) -> torch.cuda.Event:
     event = torch.cuda.Event(enable_timing=timed)  # type: ignore[no-untyped-call]
     event.record(stream)
     return event
 
 
-def pin(memory: memoryview) -> Callable[[], None]:
+def pin(device: torch.device, memory: memoryview) -> Callable[[], None]:
     """Registers host memory with cuda, so that every device copies straight into it; returns what undoes that.
 
     Memory that cuda refuses stays what it is: copies into it are right, but slower.
+
+    Args:
+        device: A device that is in use: registering sets up the selected one, which takes memory of it.
+        memory: What to register.
     """
     runtime = torch.cuda.cudart()  # type: ignore[no-untyped-call]
     address = np.frombuffer(memory, np.uint8).ctypes.data
     portable = 1
-    if int(runtime.cudaHostRegister(address, memory.nbytes, portable)):
+    with torch.cuda.device(device):
+        code = int(runtime.cudaHostRegister(address, memory.nbytes, portable))
+    if code:
         log.warning("cuda does not register %d bytes of host memory; copies into them will be slower", memory.nbytes)
         return lambda: None
 
     def unpin() -> None:
-        runtime.cudaHostUnregister(address)
+        with torch.cuda.device(device):
+            runtime.cudaHostUnregister(address)
 
     return unpin
 
 
 def _varlen_attention() -> VarlenAttention | None:
+    """Returns torch's variable-length flash attention. None: it has none.
+
+    Its operator is called, which torch names private, because it is in more releases than the function around it, and
+    the function takes the host longer than the kernel the device.
+    """
     try:
-        from torch.nn.attention.varlen import varlen_attn
-    except ImportError:
+        operator = torch.ops.aten._flash_attention_forward.default
+        has_splits = any(argument.name == "num_splits" for argument in operator._schema.arguments)
+    except AttributeError:
         return None
+    # One split makes the order of sums, and so the bits, independent of what else is in the batch.
+    options = {"num_splits": 1} if has_splits else {}
 
     def attend(
         query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bounds: torch.Tensor, longest: int
     ) -> torch.Tensor:
-        # One split makes the order of sums, and so the bits, independent of what else is in the batch.
-        result: torch.Tensor = attention(query, key, value, bounds, bounds, longest, longest, **options)
+        dropout, causal, debug = 0.0, False, False
+        found = operator(query, key, value, bounds, bounds, longest, longest, dropout, causal, debug, **options)
+        result: torch.Tensor = found[0]
         return result
 
-    attention: Any = varlen_attn  # Its options differ from torch to torch.
-    options = {"num_splits": 1} if "num_splits" in (varlen_attn.__kwdefaults__ or {}) else {}
     return attend
