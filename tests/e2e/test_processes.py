@@ -105,6 +105,21 @@ def test_the_supervisor_has_no_torch_and_the_processes_share_the_weights() -> No
             assert sizes["Private_Dirty"] < 87 << 10 < sizes["Shared_Dirty"]
 
 
+def test_cuda_is_set_up_in_each_process_after_the_fork_and_not_before(tiny_folder: Path) -> None:
+    script = Path(__file__).parents[1] / "support" / "pretended_cuda.py"
+    flags = ("--device", "cuda", "--dtype", "auto", "--processes", "2", "--model-id", str(tiny_folder))
+    with running(*flags, script=script) as server:
+        asked = {int(pid) for pid in re.findall(rb"^cuda: (\d+) ", server.log, re.MULTILINE)}
+        serving = set(members(server).values())
+        children = Path(f"/proc/{server.process.pid}/task/{server.process.pid}/children").read_text().split()
+        forked_from = set(map(int, children)) - serving
+        assert len(serving) == 2 and serving < asked
+        assert not asked & {server.process.pid, *forked_from}
+        assert len(asked) == 3  # One more chose the devices, and has ended.
+        with Client(server.address) as client:
+            assert client.embed("I love Paris").last_hidden_state.shape[2] == 32
+
+
 def by_process(server: Server, method: str, since: int) -> Counter[int]:
     """Returns how many calls each process has answered, of those that the log has after so many lines."""
     answered = (one for one in lines(server)[since:] if (one.get("method"), one.get("code")) == (method, "OK"))

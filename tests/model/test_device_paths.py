@@ -16,6 +16,7 @@ from support.oracle import Oracle
 from support.simulated_gpu import SimulatedGpu, TransferCount
 from torch.nn import functional as F
 
+from layertap_server.engine.device_attention import DeviceAttention
 from layertap_server.engine.encoder import Encoder
 from layertap_server.engine.fast_path import better
 from layertap_server.engine.upload import Upload
@@ -32,6 +33,7 @@ from layertap_server.types import (
     Pool,
     Rows,
     Run,
+    Spans,
     Strategy,
     Text,
     Windows,
@@ -70,6 +72,31 @@ def _text(length: int, *, mask: Sequence[int] | None = None, words: bool = False
         attention_mask=None if mask is None else np.array(mask, np.int32),
         token_type_ids=np.arange(length, dtype=np.int32) % 2 if types else None,
         words=halves if words else None,
+        spans=Spans(starts=np.array([0, length // 3]), counts=np.array([length, 1])) if words else None,
+    )
+
+
+def _sentences(folder: Path, *, vector_size: int = 5) -> SentenceConfig:
+    """Returns modules of every kind: on token rows, which keep their size, and on vectors."""
+    modules: list[sentence_modules.Module] = []
+    for name, of_tokens, size in (("rows", True, HIDDEN_SIZE), ("vectors", False, vector_size)):
+        weights = folder / f"{name}.safetensors"
+        safetensors.torch.save_file({"linear.weight": torch.randn(size, HIDDEN_SIZE)}, weights)
+        modules.append(
+            sentence_modules.Dense(
+                of_tokens=of_tokens,
+                in_size=HIDDEN_SIZE,
+                out_size=size,
+                has_bias=False,
+                activation="Tanh",
+                has_residual=of_tokens,
+                weights=weights,
+                digest="",
+            )
+        )
+    rows, vectors = modules
+    return SentenceConfig(
+        max_length=64, token_modules=(rows, sentence_modules.Normalize(of_tokens=True)), vector_modules=(vectors,)
     )
 
 
@@ -91,6 +118,17 @@ EVERY_OUTPUT = [
             pool=Pool(strategy=strategy, normalize=strategy is Strategy.MEAN),
         )
         for strategy in Strategy
+    ),
+    *(
+        _output(
+            OutputKind.SPAN_VECTORS,
+            1,
+            LAYER_COUNT,
+            size=HIDDEN_SIZE * (1 + (strategy is Strategy.MEAN_MAX)),
+            pool=Pool(strategy=strategy),
+        )
+        for strategy in Strategy
+        if strategy is not Strategy.CLS  # Which is of a whole text.
     ),
     *(
         _output(
@@ -124,19 +162,68 @@ def _agrees(encoder: Encoder, texts: Sequence[Text], oracle: Oracle, bound: floa
         start += text.token_count
 
 
+OF_MODULES = [
+    _output(OutputKind.HIDDEN_STATES, LAYER_COUNT, applies_modules=True),
+    _output(
+        OutputKind.POOLED_VECTORS,
+        LAYER_COUNT,
+        size=5,
+        pool=Pool(strategy=Strategy.MEAN, normalize=True),
+        applies_modules=True,
+    ),
+]
+
+
+def _long_text() -> Text:
+    """Returns a text that runs as windows, with words and spans that lie in several."""
+    return dataclasses.replace(
+        _text(50, words=True),
+        words=Words(
+            starts=np.array([1, 20, 0]),
+            piece_counts=np.array([19, 29, 0]),
+            offsets=np.zeros((3, 2), np.int64),
+            first_word_count=3,
+        ),
+        windows=Windows(token_count=50, max_length=16, stride=5, prefix_count=1, suffix_count=1),
+    )
+
+
+def _of_windows(outputs: Sequence[Output]) -> Plan:
+    """Returns the plan of windows for all outputs that windows may have."""
+    fitting = tuple(
+        dataclasses.replace(output, pooled_size=HIDDEN_SIZE if output.applies_modules else output.row_size)
+        if output.pool
+        else output
+        for output in outputs
+        if output.kind is not OutputKind.ATTENTIONS
+    )
+    plan = Plan(outputs=fitting, dtype="bfloat16").with_windows().of_windows
+    assert plan is not None
+    return plan
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("prefers_fast", [False, True], ids=["plain ways", "fast ways"])
 def test_a_batch_is_one_upload_and_nothing_waits_for_the_device(
-    tiny: Checkpoint, dtype: str, prefers_fast: bool
+    tiny: Checkpoint, dtype: str, prefers_fast: bool, tmp_path: Path
 ) -> None:
     gpu = SimulatedGpu("meta", prefers_fast=prefers_fast)
-    encoder = Encoder(tiny, device="meta", dtype=dtype, runtime=gpu)
+    encoder = Encoder(tiny, device="meta", dtype=dtype, runtime=gpu, sentences=_sentences(tmp_path))
+    long = _long_text()
+    windows = Run(
+        plan=_of_windows([*EVERY_OUTPUT, *OF_MODULES]), texts=[long.part(n) for n in range(long.window_count)]
+    )
     masked = [_text(9, mask=[1, 0] * 4 + [1]), _text(5, mask=[0] * 5)]
     for texts in ([_text(4, words=True)], [_text(n, words=True, types=n % 2 == 0) for n in (3, 3, 40, 200)] + masked):
         texts = [text if text.words else _text(7, words=True) for text in texts]
         batch = [
-            _run(texts, *EVERY_OUTPUT),
-            _run(masked, _output(OutputKind.HIDDEN_STATES, 1)),
+            _run(texts, *EVERY_OUTPUT, *OF_MODULES),
+            _run(
+                masked,
+                _output(OutputKind.HIDDEN_STATES, 1),
+                _output(OutputKind.ATTENTIONS, 1, size=4, heads=(0, 1, 2, 3)),
+            ),
+            windows,
             _run(texts[:1], ALL_LAYERS, dtype="float16"),
         ]
         uploads = gpu.uploads
@@ -153,30 +240,13 @@ def _kept(part: Text) -> range:
 
 
 def test_windows_give_their_rows_and_parts_of_what_is_made_of_them(encoder: Encoder) -> None:
-    whole = _text(50)
-    whole = dataclasses.replace(
-        whole,
-        words=Words(
-            starts=np.array([1, 20, 0]),
-            piece_counts=np.array([19, 29, 0]),
-            offsets=np.zeros((3, 2), np.int64),
-            first_word_count=3,
-        ),
-        windows=Windows(token_count=50, max_length=16, stride=5, prefix_count=1, suffix_count=1),
-    )
-    outputs = tuple(
-        dataclasses.replace(output, pooled_size=output.row_size if output.pool else 0)
-        for output in EVERY_OUTPUT
-        if output.kind is not OutputKind.ATTENTIONS
-    )
-    plan = Plan(outputs=outputs, dtype="bfloat16").with_windows()
-    assert plan.of_windows is not None
+    whole, plan = _long_text(), _of_windows(EVERY_OUTPUT)
     parts = [whole.part(n) for n in range(whole.window_count)]
-    batch = [_run([_text(9)], ALL_LAYERS), Run(plan=plan.of_windows, texts=parts)]
+    batch = [_run([_text(9)], ALL_LAYERS), Run(plan=plan, texts=parts)]
     found = {(rows.output_index, rows.layer): rows for rows in encoder.encode(batch) if rows.run_index == 1}
     alone = _layers(encoder, [Text(part.input_ids) for part in parts])
     starts = np.cumsum([0, *(part.token_count for part in parts)])
-    for index, output in enumerate(plan.of_windows.outputs):
+    for index, output in enumerate(plan.outputs):
         for layer in output.layers:
             rows = found[index, layer]
             assert not rows.failures
@@ -187,6 +257,19 @@ def test_windows_give_their_rows_and_parts_of_what_is_made_of_them(encoder: Enco
             elif output.is_part:
                 values = np.frombuffer(rows.data, np.float32).reshape(-1, output.row_size)
                 assert len(values) == sum(output.row_counts(parts)) and np.isfinite(values).all()
+
+
+def test_a_varying_attention_that_is_right_and_slow_still_serves_the_graphs(caplog: pytest.LogCaptureFixture) -> None:
+    attentions = {
+        name: DeviceAttention(gpu, dtype=torch.bfloat16, head_count=4, hidden_size=HIDDEN_SIZE)
+        for name, gpu in (("slow", SimulatedGpu(prefers_fast=False)), ("none", SimulatedGpu(varlen=False)))
+    }
+    assert attentions["slow"].varlen is not None and attentions["none"].varlen is None
+    wrong = SimulatedGpu()
+    wrong.varlen_attention = lambda query, key, value, bounds, longest: value * 1.1
+    with caplog.at_level("INFO"):
+        assert DeviceAttention(wrong, dtype=torch.bfloat16, head_count=4, hidden_size=HIDDEN_SIZE).varlen is None
+    assert "its numbers differ" in caplog.text
 
 
 def test_the_count_sees_what_it_is_for() -> None:
