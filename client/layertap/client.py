@@ -121,8 +121,8 @@ class Client(SentenceClient):
         Args:
             inputs: One str, or an iterable of texts: str, (str, str) pairs, lists of words, token ids, `TokenIds`;
                 or a batch: `TokenIds`, `Tokens`, or what a transformers tokenizer answers.
-            layers: "all", a layer number or several (negative ones count from the last). None: the last layer if
-                nothing else is asked, or words without a mix; no layer otherwise.
+            layers: "all", a layer number or several (negative ones count from the last). None: no layer beside a mix,
+                or without words beside poolings, spans or pooler_output; the last layer otherwise.
             pooler_output: Whether to return the model's pooler.
             pooling: A strategy ("mean", "cls", "max", "last", "mean_sqrt_len", "mean_max"), a `Pooling`, or several.
             words: "first", "last", "mean" or "first_last" ([first; last], twice as wide): the rows of `layers` and

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -47,6 +48,11 @@ def name_of(path: Path) -> str:
     return str(path.relative_to(ROOT))
 
 
+@functools.cache
+def parsed(path: Path) -> ast.Module:
+    return ast.parse(path.read_text())
+
+
 def docstrings(tree: ast.Module) -> Iterator[tuple[int, str]]:
     for node in ast.walk(tree):
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
@@ -57,9 +63,8 @@ def docstrings(tree: ast.Module) -> Iterator[tuple[int, str]]:
 
 @pytest.mark.parametrize("path", MODULES, ids=name_of)
 def test_a_module_is_short_and_opens_with_what_it_does(path: Path) -> None:
-    text = path.read_text()
-    assert len(text.splitlines()) <= MOST_LINES or name_of(path) in STILL_LONGER
-    assert ast.get_docstring(ast.parse(text)), f"{path} has no docstring"
+    assert len(path.read_text().splitlines()) <= MOST_LINES or name_of(path) in STILL_LONGER
+    assert ast.get_docstring(parsed(path)), f"{path} has no docstring"
 
 
 @pytest.mark.parametrize("path", sorted((CLIENT / "explore/static").glob("*.js")), ids=name_of)
@@ -70,7 +75,7 @@ def test_a_module_of_the_page_is_short_and_opens_with_what_it_does(path: Path) -
 
 @pytest.mark.parametrize("path", MODULES, ids=name_of)
 def test_docstrings_state_errors_with_their_condition(path: Path) -> None:
-    for line, text in docstrings(ast.parse(path.read_text())):
+    for line, text in docstrings(parsed(path)):
         assert not text.startswith("Takes "), f"{path}:{line} says what it takes; state Args, or drop it"
         _, _, raises = text.partition("Raises:\n")
         for entry in re.findall(r"^    \w+(?:Error|Exception): .*", raises, re.MULTILINE):
@@ -79,7 +84,7 @@ def test_docstrings_state_errors_with_their_condition(path: Path) -> None:
 
 @pytest.mark.parametrize("path", MODULES, ids=name_of)
 def test_data_have_slots_and_are_not_dicts_with_known_keys(path: Path) -> None:
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in ast.walk(parsed(path)):
         if isinstance(node, ast.ClassDef):
             # The options of a method are one, so that type checkers know them where it passes them on.
             public = {CLIENT, SERVER / "offline"}  # What users call.
@@ -92,7 +97,7 @@ def test_data_have_slots_and_are_not_dicts_with_known_keys(path: Path) -> None:
 
 @pytest.mark.parametrize("path", RESULTS, ids=name_of)
 def test_every_array_of_a_result_has_its_shape(path: Path) -> None:
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in ast.walk(parsed(path)):
         if isinstance(node, ast.ClassDef):
             described = ast.get_docstring(node) or ""
             for field in node.body:

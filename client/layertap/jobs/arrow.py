@@ -26,7 +26,7 @@ _ROWS: Final = 1024
 
 _BUFFER_BYTES: Final = 1 << 20
 
-_TYPES: Final = {"bool": pa.bool_(), "integer": pa.int64(), "number": pa.float64()}
+_TYPES: Final = {"bool": pa.bool_(), "integer": pa.int64(), "long": pa.int64(), "number": pa.float64()}
 """The types of columns that are kept; all others are strings."""
 
 

@@ -20,6 +20,12 @@ Array: TypeAlias = npt.NDArray[Any]
 
 IDS: Final = "ids"
 
+_JOINED: Final = {frozenset(("integer", "number")): "number", frozenset(("integer", "long")): "long"}
+"""What values of two kinds are together; all others are strings."""
+
+_FLOAT_DIGITS: Final = 2**53
+"""Floats hold all digits of integers up to this."""
+
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Column:
@@ -49,7 +55,8 @@ class Label:
 
     Attributes:
         name: What it is called.
-        kind: "bool", "integer", "number", "string", or "null" if all are null.
+        kind: "bool", "integer", "long" (integers of which no float holds all digits), "number", "string", or "null" if
+            all are null.
         null_count: Values that are null.
         characters: Those of the longest value as a string.
         byte_count: Of all values as strings in UTF-8, one after the other.
@@ -82,7 +89,7 @@ class Label:
         """Returns what these values and others are together."""
         kinds = {self.kind, other.kind} - {"null"}
         if len(kinds) > 1:
-            kinds = {"number"} if kinds == {"integer", "number"} else {"string"}
+            kinds = {_JOINED.get(frozenset(kinds), "string")}
         return Label(
             name=self.name,
             kind=kinds.pop() if kinds else "null",
@@ -123,5 +130,7 @@ def _kind(value: Value) -> str:
     if isinstance(value, bool):
         return "bool"
     if isinstance(value, int):
-        return "integer" if -(2**63) <= value < 2**63 else "string"
+        if -_FLOAT_DIGITS <= value <= _FLOAT_DIGITS:
+            return "integer"
+        return "long" if -(2**63) <= value < 2**63 else "string"
     return "number" if isinstance(value, float) else "string"

@@ -85,7 +85,7 @@ class Table:
         joined = [functools.reduce(Label.joined, labels) for labels in zip(*(one.labels for one in facts), strict=True)]
         # Ids are whole numbers if all of them are, else strings.
         self.labels = tuple(
-            dataclasses.replace(one, kind="string") if one.name == IDS and one.kind != "integer" else one
+            dataclasses.replace(one, kind="string") if one.name == IDS and one.kind not in ("integer", "long") else one
             for one in joined
         )
 
@@ -103,7 +103,8 @@ class Table:
     def label_members(self, *, has_strings: bool) -> list[Member]:
         """Returns ids and kept values as arrays.
 
-        Numbers with nulls are floats, and NaN where they are null; a null among strings is the empty string. Strings
+        Numbers with nulls are floats, and NaN where they are null; a null among strings, or among integers that floats
+        would round, is the empty string. Strings
         are one array, or for files that have none (and where one is very long) two: `NAME_utf8`, all of them in UTF-8,
         and `NAME_ends`, where each ends.
         """
@@ -152,8 +153,8 @@ class Table:
         def member(suffix: str, dtype: object, count: int, pieces: Callable[[], Iterable[Array]]) -> Member:
             return Member(name=label.name + suffix, dtype=np.dtype(dtype), shape=(count,), pieces=pieces)  # type: ignore[call-overload]
 
-        if label.kind not in ("string", "null"):
-            dtype = {"bool": np.bool_, "integer": np.int64, "number": np.float64}[label.kind]
+        if label.kind not in ("string", "null") and not (label.kind == "long" and label.null_count):
+            dtype = {"bool": np.bool_, "integer": np.int64, "long": np.int64, "number": np.float64}[label.kind]
             dtype = np.float64 if label.null_count else dtype
             return [member("", dtype, self.text_count, lambda: (np.array(part, dtype) for part in values()))]
         if has_strings and label.characters <= _WIDEST_STRING:

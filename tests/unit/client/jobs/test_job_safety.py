@@ -278,6 +278,19 @@ def test_kept_fields_are_in_every_format(corpus: Path, tmp_path: Path) -> None:
         run(job(corpus, tmp_path / "other.npz", fields=Fields(keep=("vector",))))
 
 
+@pytest.mark.parametrize("beside", [None, 1.5, 3], ids=["null", "float", "integer"])
+def test_a_kept_number_is_never_rounded(beside: float | None, tmp_path: Path) -> None:
+    corpus = tmp_path / "corpus.jsonl"
+    values = [2**53 + 1, beside, -(2**63)]
+    corpus.write_text("".join(json.dumps({"text": "x", "key": value}) + "\n" for value in values))
+    for name in ("out.npz", "out.parquet"):
+        run(job(corpus, tmp_path / name, fields=Fields(keep=("key",))))
+    with np.load(tmp_path / "out.npz") as found:
+        assert found["key"].tolist() == (values if beside == 3 else ["" if v is None else str(v) for v in values])
+    found = pq.read_table(tmp_path / "out.parquet")["key"].to_pylist()
+    assert found == ([str(value) for value in values] if beside == 1.5 else values)
+
+
 def test_a_kept_field_that_no_item_has_is_told(corpus: Path, tmp_path: Path) -> None:
     said: list[str] = []
     run(job(corpus, tmp_path / "out.npz", fields=Fields(keep=("titel",)), said=said))
