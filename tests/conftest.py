@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import hypothesis
 import pytest
-from support import TINY_SETTINGS, Server, forks, open_client, running
+from support import PROCESSES, TINY_SETTINGS, Server, forks, open_client, running
 
 from layertap_server.model.checkpoint import EMBEDDED_MODEL
 
@@ -36,7 +36,7 @@ collect_ignore = ["compat", "deploy", "cluster", "explore", "corpora"]
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Leaves out what is true of one process alone where LAYERTAP_PROCESSES gives each server several."""
-    if int(os.environ.get("LAYERTAP_PROCESSES", "1")) > 1:
+    if PROCESSES > 1:
         for item in items:
             if item.get_closest_marker("one_process"):
                 item.add_marker(pytest.mark.skip(reason="it is about one process"))

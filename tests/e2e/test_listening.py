@@ -17,8 +17,8 @@ from support import running
 
 from layertap import Client
 from layertap_server.app import lifecycle
+from layertap_server.rpc.address import ListenError, check_port, join_host_port
 from layertap_server.rpc.health import HealthService
-from layertap_server.rpc.listener import ListenError, check_port, join_host_port
 
 STATUS = health_pb2.HealthCheckResponse
 WAIT_S = 30.0

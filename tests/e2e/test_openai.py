@@ -364,16 +364,19 @@ def test_tls_and_tokens_are_those_of_grpc_and_read_again_when_they_change(folder
             reply = models(token)
             assert (reply.status, reply.error["type"]) == (401, "authentication_error")
         assert ask(server, b"x" * 100_000, tls=tls).status == 401
-        tokens.write_text(f"bob {BOB}\n")
+        with server.logging("the token file changed and is in force"):
+            tokens.write_text(f"bob {BOB}\n")
         assert models(f"Bearer {ALICE}").status == 401
         assert models(f"Bearer {BOB}").status == 200
-        other.sign("the server").write(tmp_path, "server")
+        with server.logging("the certificate changed and is in force"):
+            other.sign("the server").write(tmp_path, "server")
         with pytest.raises(ssl.SSLCertVerificationError):
             models(f"Bearer {BOB}")
         next_tls = ssl.create_default_context(cadata=other.pem.decode())
         next_tls.load_cert_chain(*own)
         assert models(f"Bearer {BOB}", next_tls).status == 200
-        (tmp_path / "server.pem").write_text("half a certifi")
+        with server.logging("the certificate changed and cannot be used"):
+            (tmp_path / "server.pem").write_text("half a certifi")
         assert models(f"Bearer {BOB}", next_tls).status == 200
         with socket.create_connection(address_of(server), WAIT_S) as plain, contextlib.suppress(ConnectionError):
             plain.sendall(b"GET /v1/models HTTP/1.1\r\nhost: x\r\n\r\n")

@@ -9,6 +9,8 @@ import asyncio
 import contextlib
 import inspect
 import json
+import os
+import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -25,6 +27,9 @@ ROOT = Path(__file__).parents[2]
 """The checkout."""
 
 STOP_TIMEOUT_S = 60.0
+
+PROCESSES = int(os.environ.get("LAYERTAP_PROCESSES", "1"))
+"""How many processes a server has that the tests start without the flag."""
 
 BOUND = BOUNDS["float32"]
 """How far any number may be from the oracle's, in float32."""
@@ -72,6 +77,14 @@ class Server(ServerProcess):
     def log(self) -> bytes:
         """What it has logged so far."""
         return super().log.encode()
+
+    @contextlib.contextmanager
+    def logging(self, words: str) -> Iterator[None]:
+        """Waits, at its end, until each process of the server has logged these words since its start."""
+        start = len(self.log)
+        line = re.compile(re.escape(words.encode()) + rb"[^\n]*?(?: process=(\d+))?\n")
+        yield
+        poll(lambda: len(set(line.findall(self.log, start))) == PROCESSES)
 
 
 @contextlib.contextmanager

@@ -16,7 +16,7 @@ from layertap_server.observability.metrics import Metrics, Server
 from layertap_server.protocol.preprocess import Preprocessor
 from layertap_server.rpc.admission import Admission
 from layertap_server.rpc.handlers import Handler, handler
-from layertap_server.rpc.listener import Listener, ListenError
+from layertap_server.rpc.listener import Listener
 from layertap_server.scheduler.batcher import Batcher
 from layertap_server.scheduler.call import Hooks
 
@@ -82,11 +82,7 @@ def http(
     listener: Listener,
     hooks: Hooks,
 ) -> HttpServer:
-    """Returns the server of OpenAI's API, which listens nowhere yet.
-
-    Raises:
-        ConfigError: if a file of TLS cannot be used.
-    """
+    """Returns the server of OpenAI's API, which listens nowhere yet."""
     from layertap_server.compat.http import HttpServer
     from layertap_server.compat.openai import OpenAI
 
@@ -100,18 +96,15 @@ def http(
         stall_timeout_s=config.stall_timeout_s,
         hooks=hooks,
     )
-    try:
-        return HttpServer(
-            api.answer,
-            host=config.host,
-            port=config.http_port,
-            shares_port=config.processes > 1,
-            context=listener.http_context(),
-            max_connection_count=config.max_connection_count,
-            stall_timeout_s=config.stall_timeout_s,
-        )
-    except ListenError as exc:
-        raise ConfigError(str(exc)) from exc
+    return HttpServer(
+        api.answer,
+        host=config.host,
+        port=config.http_port,
+        shares_port=config.processes > 1,
+        context=listener.http_context,
+        max_connection_count=config.max_connection_count,
+        stall_timeout_s=config.stall_timeout_s,
+    )
 
 
 def tracing() -> Tracing:

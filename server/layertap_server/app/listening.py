@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 
 from layertap_server.app.limits import share_of
 from layertap_server.config import Config, ConfigError
-from layertap_server.rpc.listener import Listener, ListenError, ListenSettings, check_port
+from layertap_server.rpc.address import ListenError, check_port
+from layertap_server.rpc.listener import Listener, ListenSettings
 
 if TYPE_CHECKING:
     from layertap_server.observability.metrics import Endpoint, Registry

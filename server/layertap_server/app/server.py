@@ -31,9 +31,10 @@ from layertap_server.observability.call_log import CallLog
 from layertap_server.observability.metrics import Endpoint, Metrics, State
 from layertap_server.protocol.model_info import info_of
 from layertap_server.protocol.preprocess import Preprocessor
+from layertap_server.rpc.address import ListenError
 from layertap_server.rpc.admission import Admission
 from layertap_server.rpc.health import HealthService
-from layertap_server.rpc.listener import Listener, ListenError, add_standard_services
+from layertap_server.rpc.listener import Listener, add_standard_services
 from layertap_server.rpc.service import EmbeddingService
 from layertap_server.scheduler.batcher import Batcher
 from layertap_server.scheduler.call import Hooks
@@ -250,8 +251,10 @@ class App:
         )
         ready(address)
         lost = asyncio.create_task(lifecycle.until_lost(self.batcher, timeout_s=config.instance_timeout_s))
+        following = asyncio.create_task(self._listener.follow_files())
         await asyncio.wait({stopped, lost}, return_when=asyncio.FIRST_COMPLETED)
         lost.cancel()
+        following.cancel()
         log.info("stopping: running calls have %.0f s to finish", config.grace_s)
         self._serving = False
         await health.set_serving(False)

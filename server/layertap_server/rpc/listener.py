@@ -5,39 +5,31 @@ Whatever can be wrong with them is found when a `Listener` is made, which is bef
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
-import errno
 import logging
-import os
-import socket
 import ssl
-import stat
-from collections.abc import Callable, Mapping
-from typing import Any, Final, TypeVar
+from collections.abc import Mapping
+from typing import Any, Final
 
 import grpc
 import grpc.aio
 
-from layertap_server.rpc import tls
+from layertap_server.rpc.address import ListenError, check_port, free_socket_file, join_host_port
 from layertap_server.rpc.auth import AuthInterceptor, Tokens, authenticate, certificate_name, read_tokens
 from layertap_server.rpc.file_reload import ReloadedFiles
 from layertap_server.rpc.health import HealthService
 from layertap_server.rpc.short_requests import ServerOfShortRequests
+from layertap_server.rpc.tls import ServerTLS
 from layertap_server.scheduler.call import Hooks
 
 log = logging.getLogger(__name__)
-
-T = TypeVar("T")
 
 WINDOW_BYTES: Final = (1 << 16) - 1
 """What a caller may send of a message before the server reads it; HTTP/2 begins with this."""
 
 MAX_STREAM_COUNT: Final = 128
 """Calls of one connection at once; more of them wait at the client."""
-
-
-class ListenError(Exception):
-    """The server cannot listen as its settings say; the message is one line with the reason and the next step."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -99,9 +91,9 @@ class Listener:
         """
         self._settings = settings
         self._tokens = self._read_tokens()
-        self._credentials = self._read_tls(tls.credentials)
+        self._tls = self._read_tls()
         if settings.is_unix:
-            _free_socket_file(settings.host)
+            free_socket_file(settings.host)
         elif settings.processes == 1:
             check_port(settings.host, settings.port, flag="--port")
 
@@ -115,7 +107,7 @@ class Listener:
         options = _options(self._settings)
         if self._tokens is None:
             return grpc.aio.server(options=options)
-        if not self._settings.is_local and self._credentials is None:
+        if not self._settings.is_local and self._tls is None:
             log.warning("tokens cross the network unencrypted; give --tls-cert and --tls-key")
         return grpc.aio.server(options=options, interceptors=[AuthInterceptor(self._tokens, hooks)])
 
@@ -134,13 +126,19 @@ class Listener:
             return authenticate(self._tokens.get(), authorization)
         return certificate_name(certificate) or address
 
+    @property
     def http_context(self) -> ssl.SSLContext | None:
-        """Returns the TLS of an HTTP server; None: plaintext.
+        """The TLS of an HTTP server; None: plaintext."""
+        return None if self._tls is None else self._tls.http_context()
 
-        Raises:
-            ListenError: if a file cannot be used.
-        """
-        return self._read_tls(tls.http_context)
+    @property
+    def certificate_expires_at(self) -> float | None:
+        """When the first of the server's certificates expires, in seconds since the epoch; None: it has none."""
+        return None if self._tls is None else self._tls.expires_at
+
+    async def follow_files(self) -> None:
+        """Keeps the certificate and the tokens as their files have them, for ever."""
+        await asyncio.gather(*(one.follow() for one in (self._tls, self._tokens) if one is not None))
 
     def bind(self, server: grpc.aio.Server) -> str:
         """Lets a server listen; returns the address for clients.
@@ -149,16 +147,16 @@ class Listener:
             ListenError: if the address cannot be listened on.
         """
         settings = self._settings
-        if self._credentials is None and not settings.is_local:
+        if self._tls is None and not settings.is_local:
             log.warning("nothing is encrypted on %s, which other hosts can reach", settings.host)
         address = settings.address(settings.port)
         if settings.is_unix:
-            _free_socket_file(settings.host)
+            free_socket_file(settings.host)
         try:
-            if self._credentials is None:
+            if self._tls is None:
                 port = server.add_insecure_port(address)
             else:
-                port = server.add_secure_port(address, self._credentials)
+                port = server.add_secure_port(address, self._tls.credentials())
         except RuntimeError as exc:
             if not settings.is_unix and settings.processes == 1:
                 check_port(settings.host, settings.port, flag="--port")
@@ -176,61 +174,16 @@ class Listener:
             why = exc.strerror or str(exc) if isinstance(exc, OSError) else str(exc)
             raise ListenError(f"--token-file {path} cannot be used: {why}") from exc
 
-    def _read_tls(self, read: Callable[..., T]) -> T | None:
+    def _read_tls(self) -> ServerTLS | None:
         settings = self._settings
         if not settings.tls_cert:
             return None
         try:
-            return read(cert=settings.tls_cert, key=settings.tls_key, client_ca=settings.tls_client_ca)
+            return ServerTLS(cert=settings.tls_cert, key=settings.tls_key, client_ca=settings.tls_client_ca)
         except OSError as exc:
             raise ListenError(f"a file of TLS cannot be read: {exc.filename}: {exc.strerror}") from exc
         except ValueError as exc:
             raise ListenError(f"TLS cannot be set up: {exc}") from exc
-
-
-def join_host_port(host: str, port: int) -> str:
-    """Returns `host:port`; an IPv6 address gets its brackets."""
-    host = host.strip("[]")
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-
-
-def check_port(host: str, port: int, *, flag: str) -> None:
-    """Checks that a port can be listened on.
-
-    Args:
-        host: A host name or an address.
-        port: The port; 0: any free one.
-        flag: The flag of the port, for the message.
-
-    Raises:
-        ListenError: if it cannot.
-    """
-    address = join_host_port(host, port)
-    try:
-        found = socket.getaddrinfo(host.strip("[]"), port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-    except (OSError, UnicodeError) as exc:
-        raise ListenError(
-            f"cannot listen on {address}: the host name does not resolve; use an address of this machine"
-        ) from exc
-    for family, kind, protocol, _, where in found:
-        try:
-            with socket.socket(family, kind, protocol) as probe:
-                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-                if family == socket.AF_INET6:
-                    probe.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-                probe.bind(where)
-        except OSError as exc:
-            raise ListenError(f"cannot listen on {address}: {_why_not(exc, flag)}") from exc
-
-
-def _why_not(exc: OSError, flag: str) -> str:
-    if exc.errno == errno.EADDRINUSE:
-        return f"the port is taken; stop the program that has it, or use another port ({flag} 0: any free one)"
-    if exc.errno in (errno.EACCES, errno.EPERM):
-        return f"this user may not listen on this port; use a {flag} of 1024 or more"
-    if exc.errno in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT):
-        return "this machine does not have this address; use one of its own, or 127.0.0.1"
-    return exc.strerror or str(exc)
 
 
 def add_standard_services(server: grpc.aio.Server, *service_names: str) -> HealthService:
@@ -269,32 +222,3 @@ def _options(settings: ListenSettings) -> list[tuple[str, int]]:
         ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
         ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),
     ]
-
-
-def _free_socket_file(address: str) -> None:
-    """Removes the file of a unix socket that a killed server has left.
-
-    gRPC would remove any, also that of a running server, whose callers would then be lost in silence.
-
-    Raises:
-        ListenError: if another program listens there, or the file is not a socket.
-    """
-    if not address.startswith("unix:"):
-        return
-    path = address.removeprefix("unix:")
-    path = "/" + path.lstrip("/") if path.startswith("//") else path
-    try:
-        if not stat.S_ISSOCK(os.stat(path).st_mode):
-            raise ListenError(f"--host is {address}, but that file is not a socket; choose another path")
-        with socket.socket(socket.AF_UNIX) as probe:
-            probe.connect(path)
-    except FileNotFoundError:
-        folder = os.path.dirname(path) or "."
-        if not os.access(folder, os.W_OK | os.X_OK):
-            raise ListenError(f"cannot listen on {address}: {folder} is not a folder that may be written to") from None
-    except ConnectionRefusedError:
-        os.unlink(path)
-    except OSError as exc:
-        raise ListenError(f"cannot listen on {address}: {exc.strerror or exc}") from exc
-    else:
-        raise ListenError(f"cannot listen on {address}: another server does; stop it, or choose another path")

@@ -1,8 +1,7 @@
 """The server's side of TLS: its certificate, its key, and the authorities of clients, read again when the files change.
 
-gRPC asks before each handshake, in a thread of its own, which costs a look at the files. New files are checked here,
-since gRPC would not report a certificate that it cannot use. A certificate that has expired, or is not yet valid, does
-not replace a valid one.
+New files are checked here, since gRPC would not report a certificate that it cannot use. A certificate that has expired
+or is not yet valid does not replace a valid one. Each handshake uses what is in force then.
 """
 
 from __future__ import annotations
@@ -24,31 +23,6 @@ log = logging.getLogger(__name__)
 _WARN_INTERVAL_S: Final = 86_400.0
 
 
-def credentials(*, cert: str, key: str, client_ca: str) -> grpc.ServerCredentials:
-    """Returns what a gRPC server listens with.
-
-    Args:
-        cert: The path of the certificate in PEM, with those between it and the root.
-        key: The path of its key in PEM.
-        client_ca: The path of the certificates in PEM that sign those of clients; empty: clients need none.
-
-    Raises:
-        OSError: if a file cannot be read.
-        ValueError: if a file is not what it should be, or a certificate is not valid now.
-    """
-
-    def read() -> _Certificate:
-        return _read(cert, key, client_ca)
-
-    files = ReloadedFiles("the certificate", [path for path in (cert, key, client_ca) if path], read)
-    current = _Current(files)
-    return grpc.dynamic_ssl_server_credentials(
-        current.certificate.configuration,
-        current.changed,  # type: ignore[arg-type]  # grpc-stubs does not know that None means no change
-        require_client_authentication=bool(client_ca),
-    )
-
-
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class _Certificate:
     """What the files say.
@@ -64,47 +38,74 @@ class _Certificate:
     first_to_expire: Validity
 
 
+class ServerTLS:
+    """The certificate of a server, for gRPC and for HTTP; the log warns once a day of one that will soon expire."""
+
+    def __init__(self, *, cert: str, key: str, client_ca: str) -> None:
+        """Reads the files.
+
+        Args:
+            cert: The path of the certificate in PEM, with those between it and the root.
+            key: The path of its key in PEM.
+            client_ca: The path of the certificates in PEM that sign those of clients; empty: clients need none.
+
+        Raises:
+            OSError: if a file cannot be read.
+            ValueError: if a file is not what it should be, or a certificate is not valid now.
+        """
+        paths = [path for path in (cert, key, client_ca) if path]
+        self._files = ReloadedFiles("the certificate", paths, lambda: _read(cert, key, client_ca))
+        self._asks_clients = bool(client_ca)
+        self._warned: _Certificate | None = None
+        self._warn_at = 0.0
+
+    @property
+    def expires_at(self) -> float:
+        """When the first of the server's certificates expires, in seconds since the epoch."""
+        return self._files.get().first_to_expire.end.timestamp()
+
+    def credentials(self) -> grpc.ServerCredentials:
+        """Returns what a gRPC server listens with."""
+        given = self._files.get()
+
+        def changed() -> grpc.ServerCertificateConfiguration | None:
+            # gRPC asks before each handshake, one at a time for each port.
+            nonlocal given
+            before, given = given, self._files.get()
+            return None if given is before else given.configuration
+
+        return grpc.dynamic_ssl_server_credentials(
+            given.configuration,
+            changed,  # type: ignore[arg-type]  # grpc-stubs does not know that None means no change
+            require_client_authentication=self._asks_clients,
+        )
+
+    def http_context(self) -> ssl.SSLContext:
+        """Returns what an HTTP server listens with."""
+        context = _ReloadedContext(ssl.PROTOCOL_TLS_SERVER)
+        context.files = self._files
+        return context
+
+    async def follow(self) -> None:
+        """Keeps the certificate as the files have it, for ever."""
+        self._warn(self._files.get())
+        await self._files.follow(self._warn)
+
+    def _warn(self, found: _Certificate) -> None:
+        if found is not self._warned or time.monotonic() >= self._warn_at:
+            self._warned, self._warn_at = found, time.monotonic() + _WARN_INTERVAL_S
+            if warning := found.first_to_expire.warning(_now()):
+                log.warning("a certificate of --tls-cert %s", warning)
+
+
 class _ReloadedContext(ssl.SSLContext):
-    """What an HTTP server listens with: each handshake uses the files as they are then."""
+    """What an HTTP server listens with: each handshake uses the certificate that is then in force."""
 
     files: ReloadedFiles[_Certificate]
 
     def wrap_bio(self, *args: Any, **options: Any) -> ssl.SSLObject:
         """See `ssl.SSLContext`."""
         return self.files.get().context.wrap_bio(*args, **options)
-
-
-def http_context(*, cert: str, key: str, client_ca: str) -> ssl.SSLContext:
-    """Returns what an HTTP server listens with. The arguments and errors are those of `credentials`."""
-    paths = [path for path in (cert, key, client_ca) if path]
-    context = _ReloadedContext(ssl.PROTOCOL_TLS_SERVER)
-    context.files = ReloadedFiles("the certificate of HTTP", paths, lambda: _read(cert, key, client_ca))
-    return context
-
-
-class _Current:
-    """The certificate in force; warns once a day of one that will soon expire."""
-
-    def __init__(self, files: ReloadedFiles[_Certificate]) -> None:
-        self.certificate = files.get()
-        self._files = files
-        self._warn_at = 0.0
-        self._warn()
-
-    def changed(self) -> grpc.ServerCertificateConfiguration | None:
-        """Returns the new certificate, if there is one since the last call."""
-        found = self._files.get()
-        is_new = found is not self.certificate
-        if is_new:
-            self.certificate, self._warn_at = found, 0.0
-        self._warn()
-        return found.configuration if is_new else None
-
-    def _warn(self) -> None:
-        if time.monotonic() >= self._warn_at:
-            if warning := self.certificate.first_to_expire.warning(_now()):
-                log.warning("a certificate of --tls-cert %s", warning)
-            self._warn_at = time.monotonic() + _WARN_INTERVAL_S
 
 
 def _read(cert: str, key: str, client_ca: str) -> _Certificate:
@@ -125,7 +126,7 @@ def _read(cert: str, key: str, client_ca: str) -> _Certificate:
             raise ValueError(f"--tls-client-ca has no certificates in PEM ({_why(exc)})") from exc
         context.verify_mode = ssl.CERT_REQUIRED
     if (_pem(cert), _pem(key)) != (chain, secret):
-        raise ValueError("they are being written; the next connection looks again")
+        raise ValueError("they are being written, and are read again once they are not")
     own = validities(chain)
     if not own:
         raise ValueError("--tls-cert has no certificate in PEM")

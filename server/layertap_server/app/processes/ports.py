@@ -10,7 +10,7 @@ import dataclasses
 import socket
 
 from layertap_server.config import Config, ConfigError
-from layertap_server.rpc.listener import ListenError, check_port
+from layertap_server.rpc.address import ListenError, check_port
 
 
 class KeptPorts:

@@ -1,9 +1,7 @@
-"""Tokens and the files that are read again: what a file may say, who a token belongs to, and what half a file does."""
+"""Tokens: what their file may say, and which client a token belongs to."""
 
 from __future__ import annotations
 
-import logging
-import os
 import time
 from pathlib import Path
 from typing import Any
@@ -12,7 +10,6 @@ import pytest
 
 from layertap.errors import UnauthenticatedError
 from layertap_server.rpc.auth import Tokens, authenticate, certificate_name, read_tokens
-from layertap_server.rpc.file_reload import ReloadedFiles
 
 ONE, OTHER, THIRD = "0123456789abcdef", "fedcba9876543210", "x" * 64
 
@@ -81,67 +78,6 @@ def test_a_file_that_everybody_can_read_is_warned_of(
     path.chmod(mode)
     assert read_tokens(str(path)).name_of(ONE) == "alice"
     assert ("chmod" in caplog.text) is warned and ONE not in caplog.text
-
-
-def replaced(path: Path, text: str) -> None:
-    """Puts another file in the place of one, as those who rotate secrets do."""
-    new = path.with_suffix(".new")
-    new.write_text(text)
-    os.replace(new, path)
-
-
-def test_a_changed_file_is_read_again_and_a_bad_one_changes_nothing(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    caplog.set_level(logging.INFO)
-    path = tmp_path / "tokens"
-    path.write_text(f"alice {ONE}\n")
-    watched = ReloadedFiles("the token file", [str(path)], lambda: read_tokens(str(path)))
-    first = watched.get()
-    assert watched.get() is first
-
-    replaced(path, "alice\n")
-    for _ in range(3):
-        assert watched.get() is first
-    assert caplog.text.count("cannot be used") == 1
-
-    path.unlink()
-    assert watched.get() is first
-    replaced(path, f"bob {OTHER}\n")
-    second = watched.get()
-    assert second is not first and second.name_of(OTHER) == "bob" and second.name_of(ONE) is None
-    assert watched.get() is second
-    assert ONE not in caplog.text and OTHER not in caplog.text
-
-
-def test_files_that_could_not_be_used_are_tried_again_after_a_minute(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    path = tmp_path / "file"
-    path.write_text("now")
-    valid, now = {"now"}, 0.0
-
-    def read() -> str:
-        if (content := path.read_text()) not in valid:
-            raise ValueError("it is not valid yet")
-        return content
-
-    watched = ReloadedFiles("the file", [str(path)], read, clock=lambda: now)
-    replaced(path, "later")
-    assert watched.get() == "now"
-    valid.add("later")
-    assert watched.get() == "now"
-    now = 60.0
-    assert watched.get() == "later" and caplog.text.count("not valid yet") == 1
-
-
-def test_what_is_missing_or_bad_at_first_is_an_error(tmp_path: Path) -> None:
-    path = tmp_path / "tokens"
-    with pytest.raises(FileNotFoundError):
-        ReloadedFiles("the token file", [str(path)], lambda: read_tokens(str(path)))
-    path.write_text("alice\n")
-    with pytest.raises(ValueError, match="line 1"):
-        ReloadedFiles("the token file", [str(path)], lambda: read_tokens(str(path)))
 
 
 def test_a_bearer_token_tells_whose_call_it_is() -> None:
