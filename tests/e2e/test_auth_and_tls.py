@@ -10,6 +10,7 @@ import os
 import re
 import subprocess
 import time
+import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,6 +18,7 @@ from typing import Any
 
 import grpc
 import pytest
+from cryptography import x509
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from support import ROOT, Server, http2, open_client, poll, running
@@ -44,10 +46,18 @@ class House:
     authority: Authority
     folder: Path
     ca: str
+    metrics_url: str
 
     @property
     def tls(self) -> TLS:
         return TLS(ca=self.ca)
+
+    def expiry(self) -> float:
+        """Returns what the metrics say of the certificate."""
+        with urllib.request.urlopen(self.metrics_url, timeout=WAIT_S) as answer:
+            found = re.search(rb"^layertap_certificate_expiry_timestamp_seconds (\S+)$", answer.read(), re.MULTILINE)
+        assert found
+        return float(found[1])
 
     def write_tokens(self, text: str) -> None:
         new = self.folder / "tokens.new"
@@ -60,8 +70,10 @@ def serve(folder: Path, model: Path, *flags: str) -> Iterator[House]:
     authority = Authority()
     cert, key = authority.sign("the server").write(folder, "server")
     tls = ("--tls-cert", cert, "--tls-key", key)
-    with running("--device", "cpu", "--model-id", str(model), *tls, *flags) as server:
-        yield House(server, authority, folder, authority.write(folder))
+    with running("--device", "cpu", "--model-id", str(model), "--metrics-port", "0", *tls, *flags) as server:
+        assert server.process.stdout
+        url = server.process.stdout.readline().split()[-1].decode()
+        yield House(server, authority, folder, authority.write(folder), url)
 
 
 @pytest.fixture(scope="module")
@@ -268,8 +280,10 @@ def test_a_certificate_is_rotated_in_every_process_while_the_server_runs(kind: s
             house.authority.sign("the server", days=days).write(house.folder, "server")
         assert ask(kind, address, tls=house.tls, token=ALICE) == (1, 32)
 
+    paper = other.sign("the server", days=(-3, 0.5))
     with house.server.logging(f"{CHANGED}is in force"):
-        other.sign("the server").write(house.folder, "server")
+        paper.write(house.folder, "server")
+    assert house.expiry() == x509.load_pem_x509_certificate(paper.cert).not_valid_after_utc.timestamp()
     assert ask(kind, address, tls=TLS(ca=other.pem), token=ALICE) == (1, 32)
     assert isinstance(refusal(kind, address, tls=house.tls, token=ALICE), UnavailableError)
     assert before.model_info().layer_count == 3  # What is connected stays so.

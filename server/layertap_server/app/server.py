@@ -305,6 +305,7 @@ class App:
             instances=batcher.instance_count,
             live_instances=batcher.live_instance_count,
             busy_instances=batcher.live_instance_count - batcher.idle_instance_count,
+            certificate_expires_at=self._listener.certificate_expires_at if self._listener else None,
             dropped_log_lines=dropped_line_count(),
             device_memory={
                 (str(one.device), kind): value for one in self._encoders for kind, value in one.memory().items()

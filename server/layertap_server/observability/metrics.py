@@ -62,6 +62,7 @@ class State:
         instances: Instances there were at the start.
         live_instances: Instances that are not lost.
         busy_instances: Instances with a batch.
+        certificate_expires_at: When the first certificate expires, in seconds since the epoch; None: there is none.
         dropped_log_lines: Lines of the log that were dropped, because they were not read or could not be written.
         device_memory: Bytes by device and kind; empty where the device is the CPU.
     """
@@ -73,6 +74,7 @@ class State:
     instances: int
     live_instances: int
     busy_instances: int
+    certificate_expires_at: float | None
     dropped_log_lines: int
     device_memory: Mapping[tuple[str, str], int]
 
@@ -269,6 +271,11 @@ class _States(Collector):
             ("instances_busy", "Instances with a batch.", state.busy_instances),
         ):
             yield GaugeMetricFamily(f"layertap_{name}", about, value=float(value))
+        yield GaugeMetricFamily(
+            "layertap_certificate_expiry_timestamp_seconds",
+            "When the first certificate in force expires, in seconds since the epoch.",
+            value=state.certificate_expires_at,
+        )
         yield CounterMetricFamily(
             "layertap_log_dropped_lines",
             "Lines of the log that were dropped, because they were not read or could not be written.",

@@ -27,6 +27,7 @@ _COUNTED: Final = ("counter", "histogram")
 _HOW: Final[dict[str, Callable[[float, float], float]]] = {
     "layertap_serving": min,
     "layertap_server_info": max,
+    "layertap_certificate_expiry_timestamp_seconds": min,
     "process_start_time_seconds": min,
     "layertap_device_memory_bytes{free}": min,
     "layertap_device_memory_bytes{total}": max,
