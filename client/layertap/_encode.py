@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable
 from typing import TYPE_CHECKING, Any, Literal, Unpack, overload
 
 import numpy.typing as npt
@@ -278,7 +278,7 @@ class AsyncSentenceClient(BaseClient):
 
 def stream_sentences(
     client: SentenceClient, encoding: Encoding, sentences: Iterable[InputItem], timeout_s: float
-) -> Iterator[StreamResult]:
+) -> Generator[StreamResult, None, None]:
     """Returns the results of any number of sentences, in their order; the error of one is its result.
 
     Args:

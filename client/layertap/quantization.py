@@ -7,7 +7,7 @@ says whether a value is above 0, and depends on nothing else.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Final, Literal, TypeAlias
 
 import numpy as np
@@ -92,15 +92,20 @@ def _ranges(matrices: Sequence[Array], precision: Precision) -> Array:
             f"one embedding alone has no ranges for precision {precision}; quantize several at once, or take float32 "
             "and quantize_embeddings with the ranges of others"
         )
-    rows = [matrix for matrix in matrices if len(matrix)]
-    if not rows:
-        return np.zeros((2, matrices[0].shape[-1]), np.float32)
-    return np.stack(
-        [
-            np.min([matrix.min(axis=0) for matrix in rows], axis=0),
-            np.max([matrix.max(axis=0) for matrix in rows], axis=0),
-        ]
-    )
+    return ranges_of(matrices)
+
+
+def ranges_of(matrices: Iterable[Array]) -> Array:
+    """Returns the least and the greatest value of each dimension over all rows. Shape: [2, dim].
+
+    Args:
+        matrices: At least one; each is read once. Shape of each: [row_count, dim].
+    """
+    least, greatest = np.array(np.inf, np.float32), np.array(-np.inf, np.float32)
+    for matrix in matrices:
+        least = np.minimum(least, matrix.min(axis=0, initial=np.inf))
+        greatest = np.maximum(greatest, matrix.max(axis=0, initial=-np.inf))
+    return np.stack([least, greatest])
 
 
 def _bytes(array: Array, ranges: Array, *, signed: bool) -> Array:

@@ -26,8 +26,6 @@ STILL_LONGER = {
     "client/layertap/_protocol/inputs.py",
     "client/layertap/_protocol/responses.py",
     "client/layertap/_transport/transport.py",
-    "client/layertap/jobs/job.py",
-    "client/layertap/jobs/parts.py",
     "client/layertap/types.py",
     "server/layertap_server/app/server.py",
     "server/layertap_server/compat/http.py",

@@ -23,10 +23,11 @@ from layertap.cli.parsing import connect
 from layertap.client import Client
 from layertap.errors import InvalidArgumentError, LayertapError
 from layertap.jobs import JobError, shards
+from layertap.jobs.destination import Destination
 from layertap.jobs.items import BadItem
 from layertap.jobs.job import Job
 from layertap.jobs.readers import Lines, Source
-from layertap.jobs.runner import Answers
+from layertap.jobs.runner import answers
 from layertap.jobs.shards import Shard
 from layertap.jobs.tasks import EmbedTask, EncodeTask, Task
 from layertap.quantization import Precision
@@ -178,15 +179,13 @@ def _answer(args: argparse.Namespace, task: Task) -> int:
 def _job(args: argparse.Namespace, source: Source, output: Path, task: Task, work_folder: Path | None = None) -> Job:
     return Job(
         source=source,
-        output=output,
+        destination=Destination(output=output, overwrite=args.overwrite, work_folder=work_folder),
         task=task,
         fields=parsing.fields(args),
         input_format=args.input_format,
-        overwrite=args.overwrite,
         part_items=args.part_texts,
         timeout_s=args.timeout_s,
         warn=parsing.warn,
-        work_folder=work_folder,
     )
 
 
@@ -212,28 +211,30 @@ def _write_shards(args: argparse.Namespace, found: Sequence[Shard], task: Task) 
 
 
 def _write(args: argparse.Namespace, client: Client, job: Job) -> int:
+    output, errors = job.destination.output, job.destination.errors
     try:
         outcome = job.run(client, shown=args.progress)
     except (KeyboardInterrupt, LayertapError, OSError):
         if count := job.kept_count():
-            parsing.warn(f"{count} items are done and lie in {job.folder}; the same command resumes after them")
+            folder = job.destination.folder
+            parsing.warn(f"{count} items are done and lie in {folder}; the same command resumes after them")
         raise
     if outcome.bad_count:
-        parsing.warn(f"{outcome.bad_count} items failed; {job.errors} has their reasons, the first:")
+        parsing.warn(f"{outcome.bad_count} items failed; {errors} has their reasons, the first:")
         for reason in outcome.reasons:
             parsing.warn(reason)
     if args.json:
-        bad = {"bad_count": outcome.bad_count, "errors": str(job.errors) if outcome.bad_count else None}
-        facts = {"path": str(job.output), "text_count": outcome.text_count, **bad, "shapes": outcome.shapes}
+        bad = {"bad_count": outcome.bad_count, "errors": str(errors) if outcome.bad_count else None}
+        facts = {"path": str(output), "text_count": outcome.text_count, **bad, "shapes": outcome.shapes}
         parsing.mention(parsing.to_json(facts))
     elif outcome.was_done:
-        parsing.mention(f"{job.output}: {outcome.text_count} texts, was done before")
+        parsing.mention(f"{output}: {outcome.text_count} texts, was done before")
     elif outcome.text_count:
         shapes = (f"{name} {list(shape)}" for name, shape in outcome.shapes.items())
-        parsing.mention(f"{job.output}: {outcome.text_count} texts, {', '.join(shapes)}")
+        parsing.mention(f"{output}: {outcome.text_count} texts, {', '.join(shapes)}")
     if not outcome.text_count:
-        parsing.warn(f"there is no good item, so {job.output} is not written")
-        return 1 if job.work_folder is None else parsing.SOME_ARE_BAD * bool(outcome.bad_count)
+        parsing.warn(f"there is no good item, so {output} is not written")
+        return 1 if job.destination.work_folder is None else parsing.SOME_ARE_BAD * bool(outcome.bad_count)
     return parsing.SOME_ARE_BAD if outcome.bad_count else 0
 
 
@@ -243,7 +244,7 @@ def _show(args: argparse.Namespace, source: Source, task: Task) -> int:
     held: list[tuple[dict[str, Any], dict[str, Any]]] | None = [] if task.precision.endswith("int8") else None
     with connect(args) as client:
         task.begin(client.model_info(timeout_s=args.timeout_s))
-        with contextlib.closing(Answers(client, task=task, timeout_s=args.timeout_s).of(source.items())) as found:
+        with contextlib.closing(answers(client, source.items(), task=task, timeout_s=args.timeout_s)) as found:
             for count, answer in enumerate(found, 1):
                 if isinstance(answer.embedding, BadItem):
                     bad_count += 1

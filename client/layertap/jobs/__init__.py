@@ -1,8 +1,8 @@
 """Long jobs: a corpus in, one file of vectors out, in bounded memory, and nothing lost when the process dies.
 
 A text passes these modules in this order: `readers` reads it as one of `items`, `runner` embeds it as a `task` says,
-`parts` keeps the rows on disk, `table` and `formats` put the parts together as one file. `job` alone knows them all.
-The output depends on the input, the settings and the model, not on how often the job was interrupted.
+`parts` keeps the rows on disk, `table` and `formats` put the parts together as one file at its `destination`. `job`
+alone knows them all. The output depends on the input, the settings and the model, not on interruptions.
 """
 
 

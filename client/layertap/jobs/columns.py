@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, Final, TypeAlias
 
 import numpy as np
@@ -21,7 +21,7 @@ Array: TypeAlias = npt.NDArray[Any]
 IDS: Final = "ids"
 
 _JOINED: Final = {frozenset(("integer", "number")): "number", frozenset(("integer", "long")): "long"}
-"""What values of two kinds are together; all others are strings."""
+"""What values of several kinds are together; all others are strings."""
 
 _FLOAT_DIGITS: Final = 2**53
 """Floats hold all digits of integers up to this."""
@@ -63,39 +63,32 @@ class Label:
     """
 
     name: str
-    kind: str = "null"
-    null_count: int = 0
-    characters: int = 0
-    byte_count: int = 0
+    kind: str
+    null_count: int
+    characters: int
+    byte_count: int
 
     @classmethod
-    def of(cls, name: str, values: Iterable[Value]) -> Label:
+    def of(cls, name: str, values: Sequence[Value]) -> Label:
         """Returns what some values are."""
-        found = cls(name=name)
-        for value in values:
-            text = as_string(value)
-            found = found.joined(
-                cls(
-                    name=name,
-                    kind=_kind(value),
-                    null_count=int(value is None),
-                    characters=len(text),
-                    byte_count=len(text.encode()),
-                )
-            )
-        return found
+        strings = list(map(as_string, values))
+        return cls(
+            name=name,
+            kind=_common(map(_kind, values)),
+            null_count=sum(value is None for value in values),
+            characters=max(map(len, strings), default=0),
+            byte_count=sum(len(one.encode()) for one in strings),
+        )
 
-    def joined(self, other: Label) -> Label:
-        """Returns what these values and others are together."""
-        kinds = {self.kind, other.kind} - {"null"}
-        if len(kinds) > 1:
-            kinds = {_JOINED.get(frozenset(kinds), "string")}
-        return Label(
-            name=self.name,
-            kind=kinds.pop() if kinds else "null",
-            null_count=self.null_count + other.null_count,
-            characters=max(self.characters, other.characters),
-            byte_count=self.byte_count + other.byte_count,
+    @classmethod
+    def joined(cls, labels: Sequence[Label]) -> Label:
+        """Returns what the values of several parts are together."""
+        return cls(
+            name=labels[0].name,
+            kind=_common(one.kind for one in labels),
+            null_count=sum(one.null_count for one in labels),
+            characters=max(one.characters for one in labels),
+            byte_count=sum(one.byte_count for one in labels),
         )
 
 
@@ -122,6 +115,14 @@ def _name_of(counts: Array, named: Iterable[tuple[str, Array, Array | None]]) ->
 def as_string(value: Value) -> str:
     """Returns an id or kept value as a string; null is the empty one."""
     return value if isinstance(value, str) else "" if value is None else json.dumps(value)
+
+
+def _common(kinds: Iterable[str]) -> str:
+    """Returns the kind of values of several kinds."""
+    found = set(kinds) - {"null"}
+    if len(found) > 1:
+        return _JOINED.get(frozenset(found), "string")
+    return found.pop() if found else "null"
 
 
 def _kind(value: Value) -> str:

@@ -3,27 +3,26 @@
 What is done lies in `OUTPUT.parts` beside the output. Whenever the process dies, the same job resumes after the last
 part and ends with the same bytes, wherever the server is batch-invariant. It refuses where it would not: other
 settings, another model, other items than those that were done. Whatever can be refused is refused before anything is
-computed, and nothing is replaced or removed that a job did not write, but for the output when overwriting is allowed.
+computed; `destination` is what may be written.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-import filecmp
-import os
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any, Final
 
 from layertap import progress
 from layertap.client import Client
 from layertap.jobs import JobError, atomic_files, formats
 from layertap.jobs.columns import rows_of
-from layertap.jobs.items import BadItem, Digest, Fields, Item, is_line_of_bad_item
-from layertap.jobs.parts import MANIFEST, End, Manifest, PartBuilder, Parts
+from layertap.jobs.destination import Destination
+from layertap.jobs.items import BadItem, Digest, Fields, Item
+from layertap.jobs.part import PartBuilder
+from layertap.jobs.parts import MANIFEST, End, Manifest, Parts
 from layertap.jobs.readers import Source
-from layertap.jobs.runner import Answers
+from layertap.jobs.runner import answers
 from layertap.jobs.table import Table
 from layertap.jobs.tasks import Task
 
@@ -33,7 +32,6 @@ LEAST_BAD_COUNT: Final = 100
 """After so many items without a good one the whole input is taken to be wrong."""
 
 _REASONS_SHOWN: Final = 3
-_MAX_LINE_BYTES: Final = 1 << 20
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,38 +59,23 @@ class Job:
 
     Attributes:
         source: The items.
-        output: The file that is made; its ending says the format.
+        destination: The files that are made.
         task: What to ask of the model.
         fields: Which fields of the source mean what.
         input_format: The format of the source.
-        overwrite: Whether a file of that name, and an unfinished job of another kind, may be replaced.
         part_items: How many items a part has at most: what a crash may cost.
         timeout_s: How long to wait for an answer, or for a server that is gone, in seconds.
         warn: Called with what the user should know, one line each.
-        work_folder: Where parts and side file lie; the manifest stays there when the job is done, so that the same job
-            does nothing. None: beside the output, and nothing stays.
     """
 
     source: Source
-    output: Path
+    destination: Destination
     task: Task
     fields: Fields
     input_format: str | None
-    overwrite: bool = False
     part_items: int = DEFAULT_PART_ITEMS
     timeout_s: float
     warn: Callable[[str], None]
-    work_folder: Path | None = None
-
-    @property
-    def folder(self) -> Path:
-        """Where its parts are until it is done."""
-        return self._beside / (self.output.name + ".parts")
-
-    @property
-    def errors(self) -> Path:
-        """The side file, which names bad items: one JSON object a line."""
-        return self._beside / (self.output.name + ".errors.jsonl")
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -113,13 +96,16 @@ class Job:
             LayertapError: if the server refuses or is gone; what is done is kept.
             OSError: if a file cannot be read or written; what is done is kept.
         """
-        writer = formats.writer_of(self.output)
-        self._check_paths()
+        output = self.destination.output
+        writer = formats.writer_of(output)
+        if output.suffix == formats.MATRIX and self.fields.keep:
+            raise JobError(f"{formats.MATRIX} holds one matrix and nothing else; leave --keep out, or write .npz")
+        self.destination.check(self.source)
         with self._parts() as parts:
             if (end := self._end(parts, client)) is not None:
                 return Outcome(text_count=end.text_count, bad_count=end.bad_count, shapes={}, reasons=[], was_done=True)
             if parts.is_complete and parts.manifest and parts.manifest.settings != self.settings:
-                self._give_up("holds a finished job with other settings")
+                self.destination.give_up("holds a finished job with other settings")
                 parts.clear()
             stamp = ""
             if not parts.is_complete:
@@ -129,18 +115,15 @@ class Job:
 
     def kept_count(self) -> int:
         """Returns how many items are done and lie in the folder."""
-        return Parts(self.folder).item_count if (self.folder / MANIFEST).exists() else 0
-
-    @property
-    def _beside(self) -> Path:
-        return self.output.parent if self.work_folder is None else self.work_folder
+        folder = self.destination.folder
+        return Parts(folder).item_count if (folder / MANIFEST).exists() else 0
 
     def _end(self, parts: Parts, client: Client) -> End | None:
         """Returns how the job ended before; None: it has not, or is to be done again."""
         manifest = parts.manifest
         if manifest is None or manifest.end is None:
             return None
-        if self.output.exists() or not manifest.end.text_count:
+        if self.destination.output.exists() or not manifest.end.text_count:
             model = client.model_info(timeout_s=self.timeout_s)
             now = Manifest(settings=self.settings, model_id=model.model_id, fingerprint=model.fingerprint)
             if self._is_continued(manifest, now) and self._has_items(manifest.end):
@@ -158,62 +141,33 @@ class Job:
             digest.add(item)
         if digest.text() == end.digest:
             return True
-        self._give_up("was finished with another input")
+        self.destination.give_up("was finished with another input")
         return False
 
     def _stamp(self) -> str:
         found = self.source.stat()
         return "" if found is None else f"{found.st_size} {found.st_mtime_ns}"
 
-    def _check_paths(self) -> None:
-        """Refuses names that cannot be written, or that belong to something else."""
-        if not self.output.parent.is_dir():
-            raise JobError(f"there is no folder {self.output.parent}; create it, or name another with -o")
-        if self.output.suffix == formats.MATRIX and self.fields.keep:
-            raise JobError(f"{formats.MATRIX} holds one matrix and nothing else; leave --keep out, or write .npz")
-        read = self.source.stat()
-        for path in (self.output, self.errors):
-            if path.is_dir():
-                raise JobError(f"{path} is a folder; name a file with -o")
-            if read is not None and path.exists() and os.path.samestat(read, path.stat()):
-                raise JobError(f"{path} is the input itself; name another file with -o")
-        if os.path.lexists(self.errors) and not is_line_of_bad_item(_first_line(self.errors)):
-            raise JobError(
-                f"{self.errors} was not made by this command, which needs that name; move it away, or name another "
-                "file with -o"
-            )
-        if self.folder.is_symlink() or (self.folder.exists() and not self.folder.is_dir()):
-            raise JobError(f"{self.folder} is not a folder of this command, which needs that name; move it away")
-        if self.folder.is_dir() and Parts.is_foreign(self.folder):
-            raise JobError(
-                f"{self.folder} was not made by this command (it has no {MANIFEST}), which needs that name; move it "
-                "away, or name another file with -o"
-            )
-
     @contextlib.contextmanager
     def _parts(self) -> Iterator[Parts]:
         """Opens the folder under its lock; removes it if nothing in it is worth keeping."""
-        if not self.folder.is_dir():
-            self._refuse_existing()
-            self.folder.mkdir()
-            atomic_files.sync_folder(self.folder.parent)
-        with atomic_files.locked(Parts.lock(self.folder)):
-            parts = Parts(self.folder)
+        folder = self.destination.folder
+        if not folder.is_dir():
+            self.destination.check_free()
+            folder.mkdir()
+            atomic_files.sync_folder(folder.parent)
+        with atomic_files.locked(Parts.lock(folder)):
+            parts = Parts(folder)
             done = False
             try:
                 if not parts.is_complete:
-                    self._refuse_existing()
+                    self.destination.check_free()
                 yield parts
                 done = True
             finally:
                 has_ended = parts.manifest is not None and parts.manifest.end is not None
                 if not has_ended and (done or not (parts.text_count or parts.damage)):
                     parts.remove()
-
-    def _refuse_existing(self) -> None:
-        for path in (self.output, self.errors):
-            if os.path.lexists(path) and not self.overwrite:
-                raise JobError(f"{path} is there already; name another file, remove it, or say --overwrite")
 
     def _embed(self, parts: Parts, client: Client, shown: bool | None) -> None:
         """Makes all parts that are not there yet."""
@@ -228,13 +182,13 @@ class Job:
         if not self._skip(parts, items, digest):
             parts.begin(manifest)
             if not self.source.repeatable:
-                raise JobError(f"{self.folder} held other items and is emptied; run the same again")
+                raise JobError(f"{parts.folder} held other items and is emptied; run the same again")
             digest, items = Digest(), self.source.items()
         watched = progress.on_terminal() if shown is None else shown
         total = self.source.count() if watched else None
         with progress.bar(total=total, unit="text", shown=shown, done=parts.item_count) as advance:
             builder = self._builder()
-            for answer in Answers(client, task=self.task, timeout_s=self.timeout_s).of(items):
+            for answer in answers(client, items, task=self.task, timeout_s=self.timeout_s):
                 digest.add(answer.item)
                 if isinstance(answer.embedding, BadItem):
                     builder.add_bad(answer.embedding)
@@ -260,13 +214,10 @@ class Job:
     def _is_continued(self, known: Manifest, manifest: Manifest) -> bool:
         """Returns whether a manifest is of this job; what is of another one is given up, if that is allowed."""
         if known.settings != manifest.settings:
-            names = sorted(known.settings.keys() | manifest.settings.keys())
-            name = next(name for name in names if known.settings.get(name) != manifest.settings.get(name))
-            was, now = known.settings.get(name), manifest.settings.get(name)
-            self._give_up(f"was begun with {name} {was!r}, now it is {now!r}")
+            self.destination.give_up(f"was begun with {_difference('', known.settings, manifest.settings)}")
             return False
         if known.fingerprint != manifest.fingerprint:
-            self._give_up(
+            self.destination.give_up(
                 f"was begun with the model {known.model_id}, fingerprint {known.fingerprint[:12]}; "
                 f"the server has {manifest.model_id}, {manifest.fingerprint[:12]}"
             )
@@ -282,25 +233,20 @@ class Job:
             digest.add(item)
         if parts.digest in (None, digest.text()):
             return True
-        self._give_up("was begun with other items: the input has changed where it was done already")
+        self.destination.give_up("was begun with other items: the input has changed where it was done already")
         return False
-
-    def _give_up(self, reason: str) -> None:
-        if not self.overwrite:
-            raise JobError(
-                f"{self.folder} {reason}; finish it as it was begun, or say --overwrite to lose it and begin anew"
-            )
 
     def _builder(self) -> PartBuilder:
         return PartBuilder(
             max_item_count=self.part_items,
             keep=self.fields.keep,
-            accept=lambda columns: formats.check_columns(self.output, columns, self.fields.keep),
+            accept=lambda columns: formats.check_columns(self.destination.output, columns, self.fields.keep),
         )
 
     def _finish(self, parts: Parts, writer: formats.Writer, stamp: str) -> Outcome:
         """Writes output and side file into the folder, and gives them their names."""
-        if not parts.item_count and self.work_folder is None:
+        work_folder, suffix = self.destination.work_folder, self.destination.output.suffix
+        if not parts.item_count and work_folder is None:
             raise JobError("there is no text; the input is empty")
         assert parts.manifest is not None
         bad_count = parts.item_count - parts.text_count
@@ -311,43 +257,30 @@ class Job:
                     file.write(lines)
         if parts.text_count:
             table = Table(parts, precision=self.task.precision)
-            shapes = {member.name: member.shape for member in formats.held(table, suffix=self.output.suffix)}
+            shapes = {member.name: member.shape for member in formats.held(table, suffix=suffix)}
             with atomic_files.writing(parts.output) as file:
                 writer(table, file)
         bad = (one for part in range(len(parts.facts)) for one in parts.bad(part))
         reasons = [_reason(one) for one, _ in zip(bad, range(_REASONS_SHOWN), strict=False)]
         if not parts.is_complete:
             parts.note(dataclasses.replace(parts.manifest, is_complete=True))
-        self._publish(parts, bad_count)
+        self.destination.publish(parts, has_errors=bool(bad_count))
         text_count = parts.text_count
-        if self.work_folder is not None:
+        if work_folder is not None:
             digest = parts.digest or Digest().text()
             parts.end(End(text_count=text_count, bad_count=bad_count, digest=digest, stamp=stamp))
         return Outcome(text_count=text_count, bad_count=bad_count, shapes=shapes, reasons=reasons)
 
-    def _publish(self, parts: Parts, bad_count: int) -> None:
-        """Gives output and side file their names; what has its name already is passed over."""
-        files = [(path, name) for path, name in ((parts.errors, self.errors), (parts.output, self.output))]
-        files = [(path, name) for path, name in files if path.exists() and not _is_same(path, name)]
-        if not self.overwrite and (taken := [name for _, name in files if os.path.lexists(name)]):
-            raise JobError(f"{taken[0]} has come meanwhile; move it away and run the same again, or say --overwrite")
-        if self.overwrite and not bad_count:
-            self.errors.unlink(missing_ok=True)
-        for path, name in files:
-            atomic_files.rename(path, name)
-
-
-def _first_line(path: Path) -> bytes:
-    try:
-        with path.open("rb") as file:
-            return file.readline(_MAX_LINE_BYTES)
-    except OSError:
-        return b""
-
-
-def _is_same(one: Path, other: Path) -> bool:
-    return other.is_file() and filecmp.cmp(one, other, shallow=False)
-
 
 def _reason(item: BadItem) -> str:
     return f"item {item.number}: {item.reason}"
+
+
+def _difference(name: str, was: Any, now: Any) -> str:
+    """Returns which setting is another now, as a phrase; of nested ones, which part."""
+    if isinstance(was, list) and isinstance(now, list) and len(was) == len(now):
+        was, now = dict(enumerate(was)), dict(enumerate(now))
+    if isinstance(was, dict) and isinstance(now, dict):
+        key = next(key for key in sorted(was | now) if was.get(key) != now.get(key))
+        return _difference(f"{name}.{key}" if name else key, was.get(key), now.get(key))
+    return f"{name} {was!r}, now it is {now!r}"

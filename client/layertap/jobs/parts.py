@@ -1,9 +1,7 @@
 """What a job has done so far, on the disk: a folder of parts, and a manifest that says what they are parts of.
 
-A part holds what came of a run of items: rows, ids, kept values, bad items. It is closed by count or size, which the
-items alone decide, so parts are the same wherever a job was interrupted. It is written once, as a whole. Every file
-carries its checksum: the parts that count are those from 0 on up to the first that is missing or damaged. The folder is
-known by its manifest, also by a damaged one; nothing in a folder without one is ever touched.
+The parts that count are those from 0 on up to the first that is missing or damaged. The folder is known by its
+manifest, also by a damaged one; nothing in a folder without one is ever touched.
 """
 
 from __future__ import annotations
@@ -11,21 +9,14 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final
 
-import numpy as np
-
-from layertap.jobs import JobError, atomic_files
-from layertap.jobs.columns import IDS, Array, Column, Label
-from layertap.jobs.items import BadItem, Item, Value, json_line
-
-LAYOUT: Final = 2
-"""The number of this layout of parts; a job begun in another one is done again."""
-
-MAX_PART_BYTES: Final = 16 << 20
-"""A part that has as much is closed."""
+from layertap.jobs import atomic_files
+from layertap.jobs.columns import Array
+from layertap.jobs.items import BadItem, Value, json_line
+from layertap.jobs.part import LAYOUT, Facts, PartBuilder, read_array, read_facts, read_head
 
 MANIFEST: Final = "layertap-job.json"
 _CLEARED: Final = "layertap-job.cleared"
@@ -35,37 +26,6 @@ _LOCK: Final = "lock"
 _OUTPUT: Final = "output"
 _ERRORS: Final = "errors.jsonl"
 _OWN: Final = re.compile(rf"(part-\d{{8}}|{_OUTPUT}|{_ERRORS}|{MANIFEST}|{_CLEARED})({atomic_files.TEMPORARY})?")
-
-
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Facts:
-    """What one needs to know of a part without opening it again.
-
-    Attributes:
-        item_count: Good and bad items.
-        bad_count: Bad ones.
-        digest: The sum over all items up to its end.
-        columns: Its arrays; none if all items are bad.
-        row_counts: The rows of each of them.
-        labels: Its ids and kept values.
-    """
-
-    item_count: int
-    bad_count: int
-    digest: str
-    columns: tuple[Column, ...]
-    row_counts: tuple[int, ...]
-    labels: tuple[Label, ...]
-
-    @property
-    def text_count(self) -> int:
-        """Good items."""
-        return self.item_count - self.bad_count
-
-    @property
-    def byte_count(self) -> int:
-        """Bytes of its arrays."""
-        return sum(count * column.row_bytes for count, column in zip(self.row_counts, self.columns, strict=True))
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -102,84 +62,6 @@ class Manifest:
     fingerprint: str
     is_complete: bool = False
     end: End | None = None
-
-
-class PartBuilder:
-    """Gathers the results of items until they are enough for a part."""
-
-    def __init__(
-        self, *, max_item_count: int, keep: tuple[str, ...], accept: Callable[[tuple[Column, ...]], None]
-    ) -> None:
-        """Starts an empty part.
-
-        Args:
-            max_item_count: How many items a part has at most.
-            keep: The names of the kept values.
-            accept: Raises if the output cannot hold some columns.
-        """
-        self._max_item_count = max_item_count
-        self._accept = accept
-        self._labels: dict[str, list[Value]] = {name: [] for name in (IDS, *keep)}
-        self.bad: list[BadItem] = []
-        self._arrays: dict[str, list[Array]] = {}
-        self._columns: tuple[Column, ...] = ()
-        self._byte_count = 0
-
-    @property
-    def text_count(self) -> int:
-        """How many good items it has."""
-        return len(self._labels[IDS])
-
-    @property
-    def item_count(self) -> int:
-        """How many items it has."""
-        return self.text_count + len(self.bad)
-
-    @property
-    def is_full(self) -> bool:
-        """Whether it is enough for a part."""
-        return self.item_count >= self._max_item_count or self._byte_count >= MAX_PART_BYTES
-
-    def add(self, item: Item, columns: tuple[Column, ...], arrays: list[Array]) -> None:
-        """Adds the rows that each column has of an item."""
-        if columns != self._columns:
-            if self._columns:
-                raise JobError(f"item {item.number} came with other arrays than those before it; remove the parts")
-            self._accept(columns)
-            self._columns = columns
-        for name, value in zip(self._labels, (item.id, *item.kept), strict=True):
-            self._labels[name].append(value)
-            self._byte_count += len(value) if isinstance(value, str) else 8
-        for column, array in zip(columns, arrays, strict=True):
-            self._arrays.setdefault(column.name, []).append(array)
-            self._byte_count += array.nbytes
-
-    def add_bad(self, item: BadItem) -> None:
-        """Adds an item without a result."""
-        self.bad.append(item)
-
-    def write(self, path: Path, digest: str) -> Facts:
-        """Writes it, as a whole or not at all; digest is the sum over all items up to its end."""
-        facts = Facts(
-            item_count=self.item_count,
-            bad_count=len(self.bad),
-            digest=digest,
-            columns=self._columns,
-            row_counts=tuple(sum(map(len, self._arrays[column.name])) for column in self._columns),
-            labels=tuple(Label.of(name, values) for name, values in self._labels.items()),
-        )
-        head = {
-            "facts": dataclasses.asdict(facts),
-            "labels": self._labels,
-            "bad": list(map(dataclasses.asdict, self.bad)),
-        }
-        arrays = (
-            np.ascontiguousarray(array, column.dtype).reshape(-1).view(np.uint8).data
-            for column in self._columns
-            for array in self._arrays[column.name]
-        )
-        atomic_files.write_sealed(path, LAYOUT, [json.dumps(head).encode() + b"\n", *arrays])
-        return facts
 
 
 class Parts:
@@ -245,23 +127,16 @@ class Parts:
 
     def labels(self, part: int) -> dict[str, list[Value]]:
         """Returns the ids and kept values of one part."""
-        labels: dict[str, list[Value]] = self._head(part)["labels"]
+        labels: dict[str, list[Value]] = read_head(self._path(part))["labels"]
         return labels
 
     def bad(self, part: int) -> list[BadItem]:
         """Returns the bad items of one part."""
-        return [BadItem(**fields) for fields in self._head(part)["bad"]] if self.facts[part].bad_count else []
+        return [BadItem(**one) for one in read_head(self._path(part))["bad"]] if self.facts[part].bad_count else []
 
     def array(self, part: int, name: str) -> Array:
         """Returns one array of one part."""
-        with self._path(part).open("rb") as file:
-            file.readline()
-            file.readline()
-            for column, row_count in zip(self.facts[part].columns, self.facts[part].row_counts, strict=True):
-                data = file.read(row_count * column.row_bytes)
-                if column.name == name:
-                    return np.frombuffer(data, column.dtype).reshape(row_count, *column.row_shape)
-        raise KeyError(name)
+        return read_array(self._path(part), self.facts[part], name)
 
     def bad_lines(self) -> Iterator[bytes]:
         """Yields the lines of the side file, part by part."""
@@ -315,12 +190,6 @@ class Parts:
     def _path(self, part: int) -> Path:
         return self.folder / f"part-{part:08}"
 
-    def _head(self, part: int) -> dict[str, Any]:
-        with self._path(part).open("rb") as file:
-            file.readline()
-            head: dict[str, Any] = json.loads(file.readline())
-        return head
-
     def _read_manifest(self) -> Manifest | None:
         path = self.folder / MANIFEST
         if not path.exists():
@@ -337,8 +206,4 @@ class Parts:
             if reason := atomic_files.damage(path, LAYOUT):
                 self.damage = f"{path} {reason}; it and the parts after it are done again"
                 return
-            fields = self._head(len(self.facts))["facts"]
-            columns = tuple(Column(**{**one, "row_shape": tuple(one["row_shape"])}) for one in fields.pop("columns"))
-            labels = tuple(Label(**one) for one in fields.pop("labels"))
-            row_counts = tuple(fields.pop("row_counts"))
-            self.facts.append(Facts(columns=columns, row_counts=row_counts, labels=labels, **fields))
+            self.facts.append(read_facts(path))

@@ -14,7 +14,6 @@ from layertap.errors import LayertapError, UnavailableError
 from layertap.jobs.items import BadItem, Item, bad
 from layertap.jobs.tasks import Task
 from layertap.results.embedding import Embedding
-from layertap.results.streamed import StreamResult
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -30,52 +29,44 @@ class Answer:
     embedding: Embedding | BadItem
 
 
-class Answers:
-    """Embeds items with one client for one task, which has begun."""
+def answers(
+    client: Client, items: Iterable[Item | BadItem], *, task: Task, timeout_s: float
+) -> Generator[Answer, None, None]:
+    """Embeds items for a task, which has begun, and yields one answer an item.
 
-    def __init__(self, client: Client, *, task: Task, timeout_s: float) -> None:
-        """Remembers them.
+    Args:
+        client: The connection.
+        items: The items.
+        task: What to ask.
+        timeout_s: How long to wait for an answer, or for a server that is gone, in seconds.
 
-        Args:
-            client: The connection.
-            task: What to ask.
-            timeout_s: How long to wait for an answer, or for a server that is gone, in seconds.
-        """
-        self._client = client
-        self._task = task
-        self._timeout_s = timeout_s
+    Raises:
+        LayertapError: if the server refuses all, or is gone.
+        Exception: if the items raise it.
+    """
+    waiting: deque[tuple[Item | BadItem, Item | BadItem]] = deque()
 
-    def of(self, items: Iterable[Item | BadItem]) -> Generator[Answer, None, None]:
-        """Yields one answer an item.
+    def contents() -> Iterator[InputItem]:
+        for item in items:
+            reason = task.refusal(item) if isinstance(item, Item) else ""
+            sent = bad(item.number, item.id, reason) if reason else item
+            waiting.append((item, sent))
+            # A bad item goes along as no input at all, so that it is answered in its place.
+            yield sent.content if isinstance(sent, Item) else cast("InputItem", None)
 
-        Raises:
-            LayertapError: if the server refuses all, or is gone.
-            Exception: if the items raise it.
-        """
-        waiting: deque[tuple[Item | BadItem, Item | BadItem]] = deque()
-
-        def contents() -> Iterator[InputItem]:
-            for item in items:
-                reason = self._task.refusal(item) if isinstance(item, Item) else ""
-                sent = bad(item.number, item.id, reason) if reason else item
-                waiting.append((item, sent))
-                # A bad item goes along as no input at all, so that it is answered in its place.
-                yield sent.content if isinstance(sent, Item) else cast("InputItem", None)
-
-        with contextlib.closing(self._stream(contents())) as results:
-            for result in results:
-                item, sent = waiting.popleft()
-                yield Answer(item=item, embedding=sent if isinstance(sent, BadItem) else self._embedding(sent, result))
-
-    def _embedding(self, item: Item, result: StreamResult) -> Embedding | BadItem:
-        if isinstance(result.error, UnavailableError):
-            # It was in flight each time that the server was lost: alone, it shows whether it is the cause.
-            self._client.wait_until_ready(timeout_s=self._timeout_s)
-            (result,) = self._stream([item.content])
-        return result.embedding if result.error is None else _refused(item, result.index, result.error)
-
-    def _stream(self, contents: Iterable[InputItem]) -> Generator[StreamResult, None, None]:
-        yield from self._task.stream(self._client, contents, self._timeout_s)
+    with contextlib.closing(task.stream(client, contents(), timeout_s)) as results:
+        for result in results:
+            item, sent = waiting.popleft()
+            if isinstance(sent, BadItem):
+                yield Answer(item=item, embedding=sent)
+                continue
+            if isinstance(result.error, UnavailableError):
+                # It was in flight each time that the server was lost: alone, it shows whether it is the cause.
+                client.wait_until_ready(timeout_s=timeout_s)
+                (result,) = task.stream(client, [sent.content], timeout_s)
+            error = result.error
+            found = result.embedding if error is None else _refused(sent, result.index, error)
+            yield Answer(item=item, embedding=found)
 
 
 def _refused(item: Item, index: int, error: LayertapError) -> BadItem:

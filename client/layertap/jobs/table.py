@@ -82,7 +82,7 @@ class Table:
         self._stored = facts[0].columns
         self.columns = tuple(map(self._quantized, self._stored))
         self.text_count = sum(one.text_count for one in facts)
-        joined = [functools.reduce(Label.joined, labels) for labels in zip(*(one.labels for one in facts), strict=True)]
+        joined = map(Label.joined, zip(*(one.labels for one in facts), strict=True))
         # Ids are whole numbers if all of them are, else strings.
         self.labels = tuple(
             dataclasses.replace(one, kind="string") if one.name == IDS and one.kind not in ("integer", "long") else one
@@ -104,9 +104,8 @@ class Table:
         """Returns ids and kept values as arrays.
 
         Numbers with nulls are floats, and NaN where they are null; a null among strings, or among integers that floats
-        would round, is the empty string. Strings
-        are one array, or for files that have none (and where one is very long) two: `NAME_utf8`, all of them in UTF-8,
-        and `NAME_ends`, where each ends.
+        would round, is the empty string. Strings are one array, or for files that have none (and where one is very
+        long) two: `NAME_utf8`, all of them in UTF-8, and `NAME_ends`, where each ends.
         """
         return [member for label in self.labels for member in self._label(label, has_strings)]
 
@@ -179,29 +178,23 @@ class Table:
         ]
 
     def _array(self, number: int, column: Column) -> Array:
-        array = self._parts.array(number, column.name)
+        return self._quantize(self._parts.array(number, column.name), column)
+
+    def _quantize(self, array: Array, column: Column) -> Array:
         if self._precision == "float32" or not column.row_shape:
             return array
         ranges = self._ranges[column.name] if self._precision.endswith("int8") else None
         return quantization.quantize_embeddings(array, precision=self._precision, ranges=ranges)
 
     def _quantized(self, column: Column) -> Column:
-        if self._precision == "float32" or not column.row_shape:
-            return column
-        ranges = np.zeros((2, *column.row_shape), np.float32) if self._precision.endswith("int8") else None
-        sample = np.zeros((1, *column.row_shape), np.float32)
-        found = quantization.quantize_embeddings(sample, precision=self._precision, ranges=ranges)
+        found = self._quantize(np.zeros((1, *column.row_shape), column.dtype), column)
         return dataclasses.replace(column, dtype=found.dtype.str, row_shape=found.shape[1:])
 
     @functools.cached_property
     def _ranges(self) -> dict[str, Array]:
         """The least and the greatest value of each dimension, over all texts. Shape of each: [2, dim]."""
-        found: dict[str, Array] = {}
-        for column in self._stored:
-            if column.row_shape:
-                arrays = (self._parts.array(number, column.name) for number in self._numbers)
-                pairs = [np.stack([one.min(axis=0), one.max(axis=0)]) for one in arrays if len(one)]
-                found[column.name] = np.stack(
-                    [np.min([low for low, _ in pairs], axis=0), np.max([high for _, high in pairs], axis=0)]
-                )
-        return found
+        return {
+            column.name: quantization.ranges_of(self._parts.array(number, column.name) for number in self._numbers)
+            for column in self._stored
+            if column.row_shape
+        }

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator, Mapping
-from typing import Any, Final, Protocol, cast
+from collections.abc import Generator, Iterable, Mapping
+from typing import Any, Final, TypeAlias, cast
 
 import numpy as np
 
@@ -20,17 +20,22 @@ from layertap.results.streamed import StreamResult
 from layertap.sentence_transformers import TOKENS, Encoding, OutputValue, PromptedOptions
 from layertap.types import ModelInfo, Pooling, PoolingName
 
+Results: TypeAlias = Generator[StreamResult, None, None]
 
-class Task(Protocol):
-    """What to do with each text."""
+
+class Task:
+    """What to do with each text.
+
+    Attributes:
+        precision: What all rows together are quantized to at the end.
+    """
+
+    precision: Precision = "float32"
 
     @property
     def settings(self) -> dict[str, Any]:
         """All that decides the rows, as JSON has it."""
-
-    @property
-    def precision(self) -> Precision:
-        """What all rows together are quantized to at the end."""
+        raise NotImplementedError
 
     def begin(self, model: ModelInfo) -> None:
         """Prepares for a model.
@@ -40,13 +45,16 @@ class Task(Protocol):
         """
 
     def refusal(self, item: Item) -> str:
-        """Returns why an item cannot be embedded, as a phrase; empty: it can."""
+        """Returns why an item cannot be embedded, as a phrase; empty: it can, or the server judges."""
+        return ""
 
-    def stream(self, client: Client, contents: Iterable[InputItem], timeout_s: float) -> Iterator[StreamResult]:
+    def stream(self, client: Client, contents: Iterable[InputItem], timeout_s: float) -> Results:
         """Embeds contents in their order."""
+        raise NotImplementedError
 
     def columns(self, embedding: Embedding) -> list[Column]:
         """Returns the rows of one text."""
+        raise NotImplementedError
 
 
 _DEFAULTS: Final[EmbedOptions] = {
@@ -58,7 +66,7 @@ _DEFAULTS: Final[EmbedOptions] = {
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class EmbedTask:
+class EmbedTask(Task):
     """Layers, words, pooled vectors: what `Client.embed_stream` gives.
 
     Attributes:
@@ -91,21 +99,11 @@ class EmbedTask:
         """The options, as JSON has them."""
         return {name: _plain(value) for name, value in self.options.items()}
 
-    @property
-    def precision(self) -> Precision:
-        """Rows stay as they are."""
-        return "float32"
-
-    def begin(self, model: ModelInfo) -> None:
-        """Does nothing: the server judges the options."""
-
-    def refusal(self, item: Item) -> str:
-        """Returns nothing: the server judges the items."""
-        return ""
-
-    def stream(self, client: Client, contents: Iterable[InputItem], timeout_s: float) -> Iterator[StreamResult]:
+    def stream(self, client: Client, contents: Iterable[InputItem], timeout_s: float) -> Results:
         """Embeds contents in their order."""
-        return client.embed_stream(contents, **self.options, item_timeout_s=timeout_s, reconnect_timeout_s=timeout_s)
+        yield from client.embed_stream(
+            contents, **self.options, item_timeout_s=timeout_s, reconnect_timeout_s=timeout_s
+        )
 
     def columns(self, embedding: Embedding) -> list[Column]:
         """Returns all that was requested."""
@@ -113,7 +111,7 @@ class EmbedTask:
 
 
 @dataclasses.dataclass(slots=True, kw_only=True)
-class EncodeTask:
+class EncodeTask(Task):
     """Sentence vectors: what `Client.encode` gives.
 
     Attributes:
@@ -141,7 +139,7 @@ class EncodeTask:
         """Returns why an item is no sentence."""
         return "" if isinstance(item.content, str) else "encode needs a string, this is a list of words; use embed"
 
-    def stream(self, client: Client, contents: Iterable[InputItem], timeout_s: float) -> Iterator[StreamResult]:
+    def stream(self, client: Client, contents: Iterable[InputItem], timeout_s: float) -> Results:
         """Embeds contents in their order."""
         assert self._encoding is not None
         return stream_sentences(client, self._encoding, contents, timeout_s)

@@ -16,6 +16,7 @@ from layertap._protocol.inputs import InputItem
 from layertap._protocol.options import EmbedOptions
 from layertap.errors import LayertapError
 from layertap.jobs import JobError, shards
+from layertap.jobs.destination import Destination
 from layertap.jobs.items import Fields
 from layertap.jobs.job import DEFAULT_PART_ITEMS, Job
 from layertap.jobs.shards import Shard
@@ -108,17 +109,16 @@ class ShardEmbedder:
         warnings: list[str] = []
         try:
             shards.prepare(shard.output.parent)
+            folder = shard.work_folder
             job = Job(
                 source=open_source(shard.source, self._input_format or format_of(shard.source), self._fields),
-                output=shard.output,
+                destination=Destination(output=shard.output, overwrite=self._overwrite, work_folder=folder),
                 task=self._task,
                 fields=self._fields,
                 input_format=self._input_format,
-                overwrite=self._overwrite,
                 part_items=self._part_texts,
                 timeout_s=_NEVER,
                 warn=warnings.append,
-                work_folder=shard.work_folder,
             )
             # What a job asks of a client is here all that there is.
             outcome = job.run(cast("Client", self._client), shown=False)

@@ -15,10 +15,13 @@ from safetensors.numpy import load_file
 
 from layertap.errors import InvalidArgumentError
 from layertap.jobs import JobError
-from layertap.jobs.items import Fields, Item
+from layertap.jobs.destination import Destination
+from layertap.jobs.items import Fields
 from layertap.jobs.job import Job, Outcome
-from layertap.jobs.parts import LAYOUT, MANIFEST
+from layertap.jobs.part import LAYOUT
+from layertap.jobs.parts import MANIFEST
 from layertap.jobs.readers import JsonLines
+from layertap.jobs.tasks import Task
 from layertap.quantization import quantize_embeddings
 from layertap.results.embedding import Embedding
 from layertap.results.export import Column
@@ -40,19 +43,13 @@ class Server:
         return ModelRef(model_id="a-model", fingerprint=self.fingerprint)
 
 
-class Lengths:
+class Lengths(Task):
     """A task: the vector of a text is its length, and that of nothing is an error."""
 
-    settings: dict[str, Any] = {"task": "lengths"}  # noqa: RUF012  # The protocol's.
+    settings = {"task": "lengths"}  # noqa: RUF012  # A property of other tasks.
 
-    def __init__(self, precision: str = "float32") -> None:
+    def __init__(self, precision: Any = "float32") -> None:
         self.precision = precision
-
-    def begin(self, model: Any) -> None:
-        pass
-
-    def refusal(self, item: Item) -> str:
-        return ""
 
     def stream(self, client: Server, contents: Iterable[Any], timeout_s: float) -> Iterator[StreamResult]:
         for index, text in enumerate(contents):
@@ -89,7 +86,9 @@ def job(corpus: Path, output: Path, **options: Any) -> Job:
     task = options.pop("task", None) or Lengths()
     options = {"part_items": 10, "timeout_s": 1.0, "input_format": None, **options}
     source = JsonLines(path=corpus, fields=fields)
-    return Job(source=source, output=output, task=task, fields=fields, warn=said.append, **options)
+    files = {name: options.pop(name) for name in ("overwrite", "work_folder") if name in options}
+    destination = Destination(output=output, **files)
+    return Job(source=source, destination=destination, task=task, fields=fields, warn=said.append, **options)
 
 
 def run(one: Job, server: Server | None = None) -> Outcome:
@@ -225,11 +224,11 @@ def test_damaged_files_are_named_and_done_again(
 def test_a_job_that_died_while_it_published_is_finished_without_a_server(
     kept: int, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def die(*args: Any) -> None:
+    def die(*args: Any, **options: Any) -> None:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(Job, "_publish", die)
+        patch.setattr(Destination, "publish", die)
         with pytest.raises(KeyboardInterrupt):
             run(job(corpus, tmp_path / "out.npz"))
     if kept:  # The side file had its name already.
@@ -327,14 +326,14 @@ def test_a_finished_file_is_not_done_again(corpus: Path, shard: Callable[..., Jo
     one = shard(corpus)
     first = run(one)
     assert (first.text_count, first.was_done) == (38, False)
-    assert sorted(path.name for path in one.folder.iterdir()) == ["layertap-job.json", "lock"]
-    written = one.output.stat().st_mtime_ns
+    assert sorted(path.name for path in one.destination.folder.iterdir()) == ["layertap-job.json", "lock"]
+    written = one.destination.output.stat().st_mtime_ns
     server = Server()
     again = run(shard(corpus), server)
     assert (again.text_count, again.was_done, server.asked) == (38, True, 0)
     os.utime(corpus)
     assert run(shard(corpus), server).was_done, "an input that was only copied is the same"
-    assert server.asked == 0 and one.output.stat().st_mtime_ns == written
+    assert server.asked == 0 and one.destination.output.stat().st_mtime_ns == written
 
 
 @pytest.mark.parametrize(
@@ -350,13 +349,13 @@ def test_a_finished_file_of_another_kind_is_refused_or_replaced(
 ) -> None:
     before = shard(corpus)
     run(before)
-    kept = before.output.read_bytes()
+    kept = before.destination.output.read_bytes()
     changed = change(corpus)
     options = changed if isinstance(changed, dict) else {}
     server = Server(fingerprint=options.pop("fingerprint", FINGERPRINT))
     with pytest.raises(JobError, match=reason):
         run(shard(corpus, **options), server)
-    assert before.output.read_bytes() == kept and server.asked == 0
+    assert before.destination.output.read_bytes() == kept and server.asked == 0
     assert run(shard(corpus, overwrite=True, **options), server).was_done is False
     assert run(shard(corpus, **options), server).was_done is True
 
@@ -364,23 +363,36 @@ def test_a_finished_file_of_another_kind_is_refused_or_replaced(
 def test_a_finished_file_that_is_gone_is_done_again(corpus: Path, shard: Callable[..., Job]) -> None:
     one = shard(corpus)
     run(one)
-    kept = one.output.read_bytes()
-    one.output.unlink()
+    kept = one.destination.output.read_bytes()
+    one.destination.output.unlink()
     assert run(shard(corpus)).was_done is False
-    assert one.output.read_bytes() == kept
+    assert one.destination.output.read_bytes() == kept
 
 
 def test_an_empty_file_of_a_corpus_is_finished_without_an_output(corpus: Path, shard: Callable[..., Job]) -> None:
     corpus.write_text("")
     one = shard(corpus)
-    assert run(one).text_count == 0 and not one.output.exists()
+    assert run(one).text_count == 0 and not one.destination.output.exists()
     assert run(shard(corpus)).was_done
 
 
 def test_what_a_crash_left_beside_the_manifest_of_the_end_is_removed(corpus: Path, shard: Callable[..., Job]) -> None:
     one = shard(corpus)
     run(one)
-    (one.folder / "part-00000000").write_bytes(b"half")
+    (one.destination.folder / "part-00000000").write_bytes(b"half")
     server = Server()
     assert run(shard(corpus), server).was_done and server.asked == 0
-    assert sorted(path.name for path in one.folder.iterdir()) == ["layertap-job.json", "lock"]
+    assert sorted(path.name for path in one.destination.folder.iterdir()) == ["layertap-job.json", "lock"]
+
+
+def test_a_refusal_says_which_part_of_a_setting_is_another(corpus: Path, half_done: Path) -> None:
+    class Pooled(Lengths):
+        def __init__(self, strategy: str) -> None:
+            super().__init__()
+            self.settings = {"pooling": [{"layer": -1, "strategy": strategy}], "task": "lengths"}
+
+    run(job(corpus, half_done, overwrite=True, task=Pooled("mean"), work_folder=half_done.parent))
+    refused(
+        job(corpus, half_done, task=Pooled("cls"), work_folder=half_done.parent),
+        r"was begun with pooling\.0\.strategy 'mean', now it is 'cls'; finish",
+    )

@@ -15,10 +15,11 @@ import pytest
 import safetensors.numpy
 from safetensors import safe_open
 
-from layertap.jobs import JobError, arrow, atomic_files, formats, parts, readers
+from layertap.jobs import JobError, arrow, atomic_files, formats, readers
 from layertap.jobs.columns import Column
 from layertap.jobs.items import BadItem, Digest, Fields, Item
-from layertap.jobs.parts import MANIFEST, Manifest, PartBuilder, Parts
+from layertap.jobs.part import MAX_PART_BYTES, PartBuilder
+from layertap.jobs.parts import MANIFEST, Manifest, Parts
 from layertap.jobs.readers import Arguments, JsonLines, Lines
 from layertap.jobs.table import Table
 
@@ -275,7 +276,7 @@ def test_a_part_is_full_by_count_or_by_size() -> None:
     part.add_bad(BadItem(number=1, id=1, code="INTERNAL", reason="x"))
     part.add(Item(number=2, id=2, content="x"), COLUMNS, rows_of(2))
     assert part.is_full and part.item_count == 2
-    big = Column(name="pool_0", dtype="<f4", row_shape=(parts.MAX_PART_BYTES // 8,))
+    big = Column(name="pool_0", dtype="<f4", row_shape=(MAX_PART_BYTES // 8,))
     part = builder()
     for number, full in ((1, False), (2, True)):
         part.add(Item(number=number, id=number, content="x"), (big,), [np.zeros((1, *big.row_shape), np.float32)])
