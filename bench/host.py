@@ -77,6 +77,7 @@ WORKS = (
     Work(name="embed", count=4, share=REQUEST_GB),
     Work(name="embed_layers", count=4, share=REQUEST_GB),
     Work(name="layers", count=4, share=REQUEST_GB, peer="flight"),
+    Work(name="layers", count=4, share=REQUEST_GB, peer="grpc"),
 )
 
 
@@ -190,6 +191,22 @@ ROWS = (
         figure="Arrow Flight: client",
         unit="s/GB",
         needs=("flight layers",),
+        of=lambda c: c.client_s,
+        required="",
+        aim="",
+    ),
+    Row(
+        figure="bare grpc.aio, ready messages: server",
+        unit="s/GB",
+        needs=("grpc layers",),
+        of=lambda c: c.server_s,
+        required="",
+        aim="",
+    ),
+    Row(
+        figure="bare grpc.aio, ready messages: client",
+        unit="s/GB",
+        needs=("grpc layers",),
         of=lambda c: c.client_s,
         required="",
         aim="",

@@ -73,6 +73,9 @@ def works(address: str, peer: str) -> dict[str, Work]:
         return {"unary": lambda count: asyncio.run(wire_sides.small_echo(address, count))}
     if peer == "flight":
         return {"layers": layers(wire_sides.use_flight(address, LAYER_ROWS, assembled=True))}
+    if peer == "grpc":
+        layertap.keep_pages(2 * REQUEST_BYTES)
+        return {"layers": layers(wire_sides.use_ready(address, LAYER_ROWS))}
     if inspect.signature(layertap.keep_pages).parameters:
         layertap.keep_pages(2 * REQUEST_BYTES)
     else:
@@ -97,7 +100,9 @@ def works(address: str, peer: str) -> dict[str, Work]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("address")
-    parser.add_argument("--peer", choices=["echo", "flight"], default="", help="the server is this peer of layertap")
+    parser.add_argument(
+        "--peer", choices=["echo", "flight", "grpc"], default="", help="the server is this peer of layertap"
+    )
     arguments = parser.parse_args()
     found = works(arguments.address, arguments.peer)
     print(json.dumps({"ready": True}), flush=True)

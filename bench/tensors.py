@@ -10,8 +10,8 @@ import numpy.typing as npt
 WIDTH = 768
 LAYER_COUNT = 13
 ROW_BYTES = 4 * WIDTH
-FRAME_ROWS = (1 << 20) // ROW_BYTES
-"""Rows of a frame, on every side: 1 MiB."""
+FRAME_ROWS = (3 << 20) // ROW_BYTES
+"""Rows of a frame, on every side: 3 MiB."""
 
 Rows = npt.NDArray[np.float32]
 

@@ -1,6 +1,6 @@
 """How fast layers travel: layertap beside Arrow Flight, `repeated float` and a raw socket, in one run.
 
-Every side sends the same numbers, all 13 layers of a model 768 wide in float32, in frames of 1 MiB, from one process to
+Every side sends the same numbers, all 13 layers of a model 768 wide in float32, in frames of 3 MiB, from one process to
 another that ends with numpy arrays. layertap's side is its own service, queue and SDK around an encoder that costs
 nothing. In every round each side runs once, in turn; the tables give medians over the rounds, and medians of the
 per-round ratios, so that a machine whose speed drifts does not decide. `repeated float` sends a part of the bytes, and

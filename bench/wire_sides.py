@@ -92,6 +92,20 @@ async def serve_grpc(*handlers: Any) -> None:
     await server.wait_for_termination()
 
 
+def serve_ready(row_count: int) -> None:
+    """Answers with a message for each frame, all of them made before, and does nothing else."""
+    import grpc
+
+    ready = [frame.tobytes() for frame in frames(row_count)]
+
+    async def answer(request: bytes, context: Any) -> None:
+        for message in ready:
+            await context.write(message)
+
+    method = grpc.unary_stream_rpc_method_handler(answer)
+    asyncio.run(serve_grpc(grpc.method_handlers_generic_handler("bench.Rows", {"Get": method})))
+
+
 def serve_repeated(row_count: int, as_list: bool) -> None:
     """Answers with a message of `repeated float` for each frame, made from its array each time."""
     import grpc
@@ -140,6 +154,7 @@ def serve_echo(row_count: int) -> None:
 SERVERS: dict[str, Callable[[int], None]] = {
     "raw": serve_raw,
     "flight": serve_flight,
+    "grpc": serve_ready,
     "repeated": lambda row_count: serve_repeated(row_count, as_list=False),
     "repeated-list": lambda row_count: serve_repeated(row_count, as_list=True),
     "echo": serve_echo,
@@ -166,6 +181,22 @@ def use_raw(address: str, row_count: int) -> Callable[[Any], Layers]:
     return get
 
 
+def by_layer(came: Iterator[tensors.Rows], row_count: int, *, assembled: bool = True) -> Layers:
+    """Returns frames layer by layer, with `assembled` each layer in one array."""
+    layers: Layers = []
+    first = row_count
+    for rows in came:
+        if first == row_count:
+            layers.append([np.empty((row_count, tensors.WIDTH), np.float32)] if assembled else [])
+            first = 0
+        if assembled:
+            layers[-1][0][first : first + len(rows)] = rows
+        else:
+            layers[-1].append(rows)
+        first += len(rows)
+    return layers
+
+
 def use_flight(address: str, row_count: int, assembled: bool) -> Callable[[Any], Layers]:
     """With `assembled` each layer becomes one array, as everywhere else; without, each frame is viewed in place."""
     from pyarrow import flight
@@ -173,19 +204,9 @@ def use_flight(address: str, row_count: int, assembled: bool) -> Callable[[Any],
     client = flight.connect(address)
 
     def get(texts: Any) -> Layers:
-        layers: Layers = []
-        came = row_count
-        for chunk in client.do_get(flight.Ticket(b"")):
-            rows = chunk.data.column(0).flatten().to_numpy(zero_copy_only=True).reshape(-1, tensors.WIDTH)
-            if came == row_count:
-                layers.append([np.empty((row_count, tensors.WIDTH), np.float32)] if assembled else [])
-                came = 0
-            if assembled:
-                layers[-1][0][came : came + len(rows)] = rows
-            else:
-                layers[-1].append(rows)
-            came += len(rows)
-        return layers
+        chunks = client.do_get(flight.Ticket(b""))
+        columns = (chunk.data.column(0).flatten().to_numpy(zero_copy_only=True) for chunk in chunks)
+        return by_layer((column.reshape(-1, tensors.WIDTH) for column in columns), row_count, assembled=assembled)
 
     return get
 
@@ -197,16 +218,20 @@ def use_repeated(address: str, row_count: int) -> Callable[[Any], Layers]:
     method = channel.unary_stream("/bench.Rows/Get", None, rows_message().FromString)
 
     def get(texts: Any) -> Layers:
-        layers: Layers = []
-        came = row_count
-        for message in method(b""):
-            rows = np.array(message.values, np.float32).reshape(-1, tensors.WIDTH)
-            if came == row_count:
-                layers.append([np.empty((row_count, tensors.WIDTH), np.float32)])
-                came = 0
-            layers[-1][0][came : came + len(rows)] = rows
-            came += len(rows)
-        return layers
+        arrays = (np.array(message.values, np.float32) for message in method(b""))
+        return by_layer((array.reshape(-1, tensors.WIDTH) for array in arrays), row_count)
+
+    return get
+
+
+def use_ready(address: str, row_count: int) -> Callable[[Any], Layers]:
+    import grpc
+
+    method = grpc.insecure_channel(address).unary_stream("/bench.Rows/Get", None, None)
+
+    def get(texts: Any) -> Layers:
+        arrays = (np.frombuffer(message, np.float32) for message in method(b""))
+        return by_layer((array.reshape(-1, tensors.WIDTH) for array in arrays), row_count)
 
     return get
 
@@ -234,6 +259,7 @@ CLIENTS: dict[str, Callable[[str, int], Callable[[Any], Layers]]] = {
     "flight": lambda address, row_count: use_flight(address, row_count, assembled=False),
     "flight-assembled": lambda address, row_count: use_flight(address, row_count, assembled=True),
     "repeated": use_repeated,
+    "grpc": use_ready,
 }
 LAYERTAP: dict[str, Callable[[Any], Callable[[Any], Layers]]] = {"embed": use_embed, "embed-layers": use_embed_layers}
 

@@ -125,7 +125,14 @@ class Config:
         least=1 << 16,
         most=(1 << 31) - 1,
     )
-    max_frame_bytes: int = _request(1 << 20, "One streamed message.", unit="bytes", least=1 << 14, most=(1 << 31) - 1)
+    max_frame_bytes: int = _request(
+        3 << 20,
+        "One streamed message. A message costs each end 0.1 ms besides its bytes, and clients take 4 MiB unless told "
+        "otherwise.",
+        unit="bytes",
+        least=1 << 14,
+        most=(1 << 31) - 1,
+    )
     max_batch_tokens: int = _batching(
         0,
         "Tokens in one batch. 0: 1024 on a CPU, where more is no faster, 32768 on cuda, which wants to be filled. "
