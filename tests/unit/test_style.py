@@ -28,8 +28,6 @@ STILL_LONGER = {
     "client/layertap/_transport/transport.py",
     "client/layertap/types.py",
     "server/layertap_server/app/server.py",
-    "server/layertap_server/compat/http.py",
-    "server/layertap_server/compat/kserve.py",
     "server/layertap_server/engine/bert.py",
     "server/layertap_server/model/tokenizer_engine.py",
     "server/layertap_server/protocol/preprocess.py",

@@ -11,7 +11,6 @@ import layertap
 from layertap import wire
 from layertap_server.config import Config, ConfigError
 from layertap_server.model.facts import ModelFacts
-from layertap_server.model.sentence_config import SentenceConfig
 from layertap_server.observability.metrics import Metrics, Server
 from layertap_server.protocol.preprocess import Preprocessor
 from layertap_server.rpc.admission import Admission
@@ -54,41 +53,32 @@ def metrics(config: Config, model: ModelFacts, batch_tokens: int) -> Metrics:
     )
 
 
-def kserve(
-    *,
-    model: ModelFacts,
-    sentences: SentenceConfig,
-    preprocessor: Preprocessor,
-    batcher: Batcher,
-    admission: Admission,
-) -> dict[str, Handler]:
+def kserve(preprocessor: Preprocessor, batcher: Batcher, admission: Admission) -> dict[str, Handler]:
     """Returns the service of the Open Inference Protocol, by its name."""
     from layertap_server.compat import kserve
 
-    service = kserve.Service(
-        model=model, sentences=sentences, preprocessor=preprocessor, batcher=batcher, stopping=admission.closed
-    )
+    service = kserve.Service(preprocessor=preprocessor, batcher=batcher, stopping=admission.closed)
     return {kserve.SERVICE_NAME: handler(kserve.SERVICE_NAME, service, admission)}
 
 
 def http(
     config: Config,
     *,
-    model: ModelFacts,
-    sentences: SentenceConfig,
     preprocessor: Preprocessor,
     batcher: Batcher,
     admission: Admission,
     listener: Listener,
     hooks: Hooks,
 ) -> HttpServer:
-    """Returns the server of OpenAI's API, which listens nowhere yet."""
+    """Returns the server of OpenAI's API, which listens nowhere yet.
+
+    Raises:
+        ConfigError: if a file of TLS cannot be used.
+    """
     from layertap_server.compat.http import HttpServer
     from layertap_server.compat.openai import OpenAI
 
     api = OpenAI(
-        model=model,
-        sentences=sentences,
         preprocessor=preprocessor,
         batcher=batcher,
         admit=admission.call,
@@ -96,12 +86,16 @@ def http(
         stall_timeout_s=config.stall_timeout_s,
         hooks=hooks,
     )
+    try:
+        context = listener.http_context()
+    except ListenError as exc:
+        raise ConfigError(str(exc)) from exc
     return HttpServer(
         api.answer,
         host=config.host,
         port=config.http_port,
         shares_port=config.processes > 1,
-        context=listener.http_context,
+        context=context,
         max_connection_count=config.max_connection_count,
         stall_timeout_s=config.stall_timeout_s,
     )

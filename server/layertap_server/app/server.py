@@ -189,18 +189,10 @@ class App:
         )
         self._handlers = {wire.SERVICE_NAME: service.handler()}
         if config.kserve:
-            self._handlers |= extensions.kserve(
-                model=model,
-                sentences=found.sentences,
-                preprocessor=preprocessor,
-                batcher=self.batcher,
-                admission=self._admission,
-            )
+            self._handlers |= extensions.kserve(preprocessor, self.batcher, self._admission)
         if config.http_port >= 0:
             self._http = extensions.http(
                 config,
-                model=model,
-                sentences=found.sentences,
                 preprocessor=preprocessor,
                 batcher=self.batcher,
                 admission=self._admission,

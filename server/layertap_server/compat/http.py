@@ -1,11 +1,9 @@
-"""HTTP in the server's own event loop: uvicorn's HTTP/1.1 with an end to every wait.
+"""HTTP in the server's own event loop: requests, their answers, and the sockets that they come by.
 
 Rules:
 - uvicorn's protocol is used without its `Server`, which takes the signals of the process for itself, and polls.
-- A connection without a request is closed after the stall timeout, also one that sends its headers byte by byte; each
-  part of an answer must be read within it. How long the body of a request may take is up to the admission of calls.
-- Above a number of connections the one that has been without a request for longest is closed.
-- A caller that leaves cancels the task of its request.
+- Each part of an answer must be read within the stall timeout. How long the body of a request may take is up to the
+  admission of calls.
 """
 
 from __future__ import annotations
@@ -16,14 +14,14 @@ import email.utils
 import math
 import socket
 import ssl
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from typing import Any, Final
 
 from uvicorn import Config
-from uvicorn.protocols.http.h11_impl import H11Protocol
 from uvicorn.server import ServerState
 
 from layertap.errors import DeadlineExceededError
+from layertap_server.compat.http_connection import Connection
 
 _HANDSHAKE_TIMEOUT_S: Final = 10.0
 _CLOSING_S: Final = 1.0
@@ -121,76 +119,6 @@ class Exchange:
 
 async def _once(body: bytes) -> AsyncIterator[bytes]:
     yield body
-
-
-class Connection(H11Protocol):
-    """One connection."""
-
-    def __init__(
-        self,
-        config: Config,
-        server_state: ServerState,
-        app_state: dict[str, Any],
-        _loop: asyncio.AbstractEventLoop | None = None,
-    ) -> None:
-        super().__init__(config, server_state, {**app_state, "connection": self}, _loop)
-        self._idle: dict[Connection, None] = app_state["idle"]
-        self._max_count: int = app_state["max_connection_count"]
-        self._idle_timeout_s: float = app_state["idle_timeout_s"]
-        self._timer: asyncio.TimerHandle | None = None
-        self._task: asyncio.Task[Any] | None = None
-        self.lost = asyncio.Event()
-
-    @property
-    def certificate(self) -> Mapping[str, Any]:
-        """The client's certificate; empty: it has shown none."""
-        return self.transport.get_extra_info("peercert") or {}
-
-    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn's
-        """See `asyncio.Protocol`."""
-        super().connection_made(transport)
-        # What is sent next so waits until all before it has left, and a caller that does not read is found out.
-        transport.set_write_buffer_limits(high=1, low=0)
-        self._wait()
-        if len(self.connections) > self._max_count:
-            oldest = next(iter(self._idle))
-            del self._idle[oldest]
-            oldest.transport.abort()
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        """See `asyncio.Protocol`."""
-        super().connection_lost(exc)
-        self.lost.set()
-        self._stop_waiting()
-        if self._task is not None:
-            self._task.cancel()
-
-    @contextlib.contextmanager
-    def request(self) -> Iterator[None]:
-        """Belongs around all that the current task does for a request."""
-        self._stop_waiting()
-        self._task = asyncio.current_task()
-        try:
-            yield
-        finally:
-            self._task = None
-            if not self.lost.is_set():
-                self._wait()
-
-    async def cut(self) -> None:
-        """Closes the connection at once, whatever is still to be sent."""
-        self._task = None
-        self.transport.abort()
-        await self.lost.wait()
-
-    def _wait(self) -> None:
-        self._idle[self] = None
-        self._timer = self.loop.call_later(self._idle_timeout_s, self.transport.abort)
-
-    def _stop_waiting(self) -> None:
-        self._idle.pop(self, None)
-        if self._timer is not None:
-            self._timer.cancel()
 
 
 class HttpServer:

@@ -1,8 +1,8 @@
 """The Open Inference Protocol (KServe V2) over gRPC, on the server's own port: `--kserve`.
 
 Requests go the way of the contract's own: the same preprocessing, queue, limits and errors. What each RPC does is said
-in `protos/inference/open_inference.proto`; how tensors are read and written in `kserve_tensors`. Knows no gRPC: `rpc`
-answers the calls with the methods of `Service`.
+in `protos/inference/open_inference.proto`, how requests are read in `kserve_requests`. Knows no gRPC: `rpc` answers the
+calls with the methods of `Service`.
 """
 
 from __future__ import annotations
@@ -10,20 +10,18 @@ from __future__ import annotations
 import asyncio
 import functools
 import logging
-from collections.abc import Awaitable, Callable, Mapping, Sequence
-from typing import Final, Protocol, TypeVar
+from collections.abc import Sequence
+from typing import Final, Protocol
 
 from google.protobuf.message import DecodeError
 
 import layertap
-from layertap import sentence_vectors, wire
+from layertap import wire
 from layertap.errors import InternalError, InvalidArgumentError, LayertapError, NotFoundError, UnavailableError
-from layertap.sentence_vectors import Vectors
 from layertap.v1 import embedding_pb2 as pb
+from layertap_server.compat import kserve_requests as requests
 from layertap_server.compat import kserve_tensors as tensors
 from layertap_server.compat import open_inference_pb2 as kserve
-from layertap_server.model.facts import ModelFacts
-from layertap_server.model.sentence_config import SentenceConfig
 from layertap_server.protocol import rows
 from layertap_server.protocol.offload import LARGE_BYTES, offload
 from layertap_server.protocol.preprocess import Hold, Preprocessor
@@ -34,14 +32,11 @@ from layertap_server.types import RETRY_ELSEWHERE_S
 
 log = logging.getLogger(__name__)
 
-ValueT = TypeVar("ValueT")
-
 SERVICE_NAME: Final = kserve.DESCRIPTOR.services_by_name["GRPCInferenceService"].full_name
 UNARY: Final = ("ServerMetadata", "ModelMetadata", "ModelInfer")
 STREAMS: Final = ("ModelStreamInfer",)
 
 _VERSION: Final = "1"
-_PARAMETERS: Final = ("truncation", "max_length", "normalize", "dtype")
 _IN_FLIGHT: Final = 2
 """Requests of one stream that are held at once: one is tokenized while another computes."""
 
@@ -79,50 +74,33 @@ class Caller(rows.Caller, Protocol):
 class Service:
     """Answers the RPCs of the protocol.
 
-    Args:
-        model: The model's facts.
-        sentences: How its folder makes one vector of a text.
-        preprocessor: The pipeline of requests.
-        batcher: The queue and its instances.
-        stopping: Whether the server is stopping.
+    Attributes:
+        unlimited: The RPCs that a full or stopping server answers too, by name.
+        unary: The RPCs that answer with one message, by name.
+        streams: The RPCs with streams of messages in both directions, by name; they get the first message.
     """
 
-    def __init__(
-        self,
-        *,
-        model: ModelFacts,
-        sentences: SentenceConfig,
-        preprocessor: Preprocessor,
-        batcher: Batcher,
-        stopping: asyncio.Event,
-    ) -> None:
-        self._model = model
-        self._sentences = sentences
+    def __init__(self, *, preprocessor: Preprocessor, batcher: Batcher, stopping: asyncio.Event) -> None:
+        """Answers with the model of the preprocessor.
+
+        Args:
+            preprocessor: The pipeline of requests.
+            batcher: The queue and its instances.
+            stopping: Set once the server is stopping.
+        """
         self._preprocessor = preprocessor
+        self._model, self._sentences = preprocessor.model, preprocessor.sentences
         self._batcher = batcher
         self._stopping = stopping
-        self._outputs = tensors.outputs_of(model, sentences)
+        self._outputs = requests.outputs_of(self._model, self._sentences)
+        self.unlimited = {"ServerLive": self._live, "ServerReady": self._ready, "ModelReady": self._model_ready}
+        self.unary = dict(zip(UNARY, (self._server_metadata, self._model_metadata, self._infer), strict=True))
+        self.streams = dict(zip(STREAMS, (self._infer_stream,), strict=True))
 
     @functools.cached_property
     def _waker(self) -> LoopWaker:
         """Wakes the loop that this service answers in, which runs only once the service is made."""
         return LoopWaker()
-
-    @property
-    def unlimited(self) -> Mapping[str, Callable[[bytes], bytes]]:
-        """The RPCs that a full or stopping server answers too, by name."""
-        return {"ServerLive": self._live, "ServerReady": self._ready, "ModelReady": self._model_ready}
-
-    @property
-    def unary(self) -> Mapping[str, Callable[[bytes, Caller], Awaitable[bytes]]]:
-        """The RPCs that answer with one message, by name."""
-        methods = (self._server_metadata, self._model_metadata, self._infer)
-        return dict(zip(UNARY, methods, strict=True))
-
-    @property
-    def streams(self) -> Mapping[str, Callable[[bytes, Caller], Awaitable[None]]]:
-        """The RPCs with streams of messages in both directions, by name; they get the first message."""
-        return dict(zip(STREAMS, (self._infer_stream,), strict=True))
 
     def _live(self, raw: bytes) -> bytes:
         return kserve.ServerLiveResponse(live=True).SerializeToString()
@@ -146,12 +124,12 @@ class Service:
         self._check_model(request.name, request.version)
         size = self._model.hidden_size
         answer = kserve.ModelMetadataResponse(name=request.name, versions=[_VERSION], platform="layertap")
-        answer.inputs.add(name=tensors.TEXT, datatype="BYTES", shape=[-1])
-        for name in (tensors.INPUT_IDS, *tensors.BESIDE_IDS):
+        answer.inputs.add(name=requests.TEXT, datatype="BYTES", shape=[-1])
+        for name in (requests.INPUT_IDS, *requests.BESIDE_IDS):
             answer.inputs.add(name=name, datatype="INT64", shape=[-1, -1])
         for name, outputs in self._outputs.items():
             width, shape = size, [-1]
-            if name == tensors.SENTENCE:
+            if name == requests.SENTENCE:
                 width = self._sentences.dimensions or self._sentences.vector_size(size)
             elif outputs and outputs[0].pooled_vectors.strategy == pb.POOLING_STRATEGY_MEAN_MAX:
                 width = 2 * size
@@ -230,13 +208,12 @@ class Service:
     ) -> Sequence[bytes | memoryview]:
         """Returns the answer to one request in pieces."""
         self._check_model(request.model_name, request.model_version)
-        asked = {name: self._outputs[name] for name in self._output_names(request)}
-        options, normalize = self._options(request, asked)
+        asked = requests.read_options(request, self._outputs, self._model, self._sentences)
         limits = self._preprocessor.limits
-        read = functools.partial(tensors.read_inputs, request, max_text_count=limits.max_text_count)
+        read = functools.partial(requests.read_inputs, request, max_text_count=limits.max_text_count)
         inputs = await offload(read, in_thread=request.ByteSize() > LARGE_BYTES)
         plan, tokenized = await self._preprocessor.embed(
-            inputs.texts, options, caller.record, hold=hold, label=inputs.label
+            inputs.texts, asked.options, caller.record, hold=hold, label=inputs.label
         )
         size = tensors.response_bytes(plan, tokenized)
         if size > limits.max_response_bytes:
@@ -245,93 +222,9 @@ class Service:
                 "the server); send fewer texts, or ask for fewer layers, at once"
             )
         parts = await rows.collect(self._batcher, self._waker, plan, tokenized, caller, label=inputs.label)
-        finish = functools.partial(self._finish, normalize=normalize)
-        pack = functools.partial(tensors.pack, request, asked, plan, tokenized, parts, finish)
+        pack = functools.partial(tensors.pack, request, asked, plan, tokenized, parts)
         return await offload(pack, in_thread=size > LARGE_BYTES)
 
     def _check_model(self, name: str, version: str) -> None:
         if name != self._model.model_id or version not in ("", _VERSION):
             raise NotFoundError(f"this server has the model {self._model.model_id}, version {_VERSION}, and no other")
-
-    def _output_names(self, request: kserve.ModelInferRequest) -> list[str]:
-        has = f"this model has {', '.join(self._outputs)}"
-        if not request.outputs:
-            raise InvalidArgumentError(f"outputs is empty; name at least one: {has}")
-        if len(request.outputs) > len(self._outputs):
-            raise InvalidArgumentError(f"outputs has {len(request.outputs)} entries; name each once: {has}")
-        names: list[str] = []
-        for n, output in enumerate(request.outputs):
-            if output.name not in self._outputs:
-                raise InvalidArgumentError(f"outputs[{n}] is unknown; {has}")
-            if output.name in names:
-                raise InvalidArgumentError(f"outputs[{n}] names {output.name} again; name each output once")
-            if output.parameters:
-                raise InvalidArgumentError(
-                    f"outputs[{n}] has parameters, such as those of shared memory or of a classification; this server "
-                    "knows none, leave them out"
-                )
-            names.append(output.name)
-        if names == [tensors.TOKEN_COUNTS]:
-            raise InvalidArgumentError(f"outputs is {tensors.TOKEN_COUNTS} alone; ask for rows too: {has}")
-        return names
-
-    def _finish(self, vectors: Vectors, *, normalize: bool) -> Vectors:
-        """Returns the sentence vectors of poolings. Where the folder has modules, the encoder has made them."""
-        if self._sentences.has_modules:
-            return vectors
-        return sentence_vectors.finish(
-            vectors,
-            model_normalizes=self._sentences.normalize,
-            dimensions=self._sentences.dimensions,
-            normalize=normalize,
-        )
-
-    def _options(
-        self, request: kserve.ModelInferRequest, asked: Mapping[str, Sequence[pb.Output]]
-    ) -> tuple[pb.EmbedOptions, bool]:
-        """Returns what a request asks for as options of the contract, and whether it wants sentence vectors normalized.
-
-        With sentence vectors, what the request leaves open is as the model's folder says.
-        """
-        options = pb.EmbedOptions(truncation=pb.TRUNCATION_ERROR)
-        if tensors.SENTENCE in asked:
-            options.truncation = wire.TRUNCATIONS[self._sentences.truncation]
-            options.max_length = self._sentences.max_length
-            options.prompt_name = self._sentences.default_prompt_name
-            options.lower_case = self._sentences.lower_case
-        values = {}
-        for name, parameter in request.parameters.items():
-            if name not in _PARAMETERS:
-                raise InvalidArgumentError(
-                    f"parameters has an unknown name; this server knows {', '.join(_PARAMETERS)}, and deadlines of "
-                    "calls in place of a timeout"
-                )
-            kind = parameter.WhichOneof("parameter_choice")
-            values[name] = getattr(parameter, kind) if kind else None
-        if "truncation" in values:
-            options.truncation = _one_of("truncation", values["truncation"], wire.TRUNCATIONS)
-        options.dtype = wire.DTYPES[_one_of("dtype", values.get("dtype", "FP32"), tensors.DTYPES)]
-        if options.dtype != pb.DTYPE_FLOAT32 and tensors.SENTENCE in asked:
-            raise InvalidArgumentError(f"{tensors.SENTENCE} is made in FP32; leave parameters.dtype out")
-        normalize = values.get("normalize", False)
-        if not isinstance(normalize, bool):
-            raise InvalidArgumentError("parameters.normalize must be true or false (bool_param)")
-        max_length = values.get("max_length", 0)
-        if type(max_length) is not int or not 0 <= max_length <= self._model.max_length:
-            raise InvalidArgumentError(
-                f"parameters.max_length must be an integer (int64_param) from 2 to {self._model.max_length}, or 0 for "
-                "the model's"
-            )
-        options.max_length = max_length or options.max_length
-        for name, outputs in asked.items():
-            options.outputs.extend(outputs)
-            for output in options.outputs[len(options.outputs) - len(outputs) :]:
-                if output.HasField("pooled_vectors") and (name != tensors.SENTENCE or self._sentences.has_modules):
-                    output.pooled_vectors.normalize = normalize
-        return options, normalize
-
-
-def _one_of(name: str, value: object, known: Mapping[str, ValueT]) -> ValueT:
-    if not isinstance(value, str) or value not in known:
-        raise InvalidArgumentError(f"parameters.{name} must be one of {', '.join(known)} (string_param)")
-    return known[value]

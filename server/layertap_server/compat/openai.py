@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -16,7 +17,6 @@ from typing import Any, Final, Protocol
 
 import numpy as np
 
-from layertap import sentence_vectors, wire
 from layertap.errors import (
     DeadlineExceededError,
     FailedPreconditionError,
@@ -29,8 +29,7 @@ from layertap.sentence_vectors import Vectors
 from layertap.v1 import embedding_pb2 as pb
 from layertap_server.compat import openai_messages as messages
 from layertap_server.compat.http import Exchange
-from layertap_server.model.facts import ModelFacts
-from layertap_server.model.sentence_config import SentenceConfig
+from layertap_server.compat.sentences import SentenceVectors
 from layertap_server.observability.call_log import REQUEST_ID, Record
 from layertap_server.protocol import rows
 from layertap_server.protocol.offload import LARGE_BYTES, offload
@@ -87,8 +86,6 @@ class OpenAI:
     """Answers the API's requests with one model.
 
     Args:
-        model: The model's facts.
-        sentences: How its folder makes one vector of a text.
         preprocessor: The pipeline of requests.
         batcher: The queue and its instances.
         admit: The admission of calls.
@@ -101,8 +98,6 @@ class OpenAI:
     def __init__(
         self,
         *,
-        model: ModelFacts,
-        sentences: SentenceConfig,
         preprocessor: Preprocessor,
         batcher: Batcher,
         admit: Admit,
@@ -110,8 +105,9 @@ class OpenAI:
         stall_timeout_s: float,
         hooks: Hooks,
     ) -> None:
+        model, self._sentences = preprocessor.model, preprocessor.sentences
         self._model_id = model.model_id
-        self._sentences = sentences
+        self._width = self._sentences.vector_size(model.hidden_size)
         self._preprocessor = preprocessor
         self._limits = preprocessor.limits
         self._batcher = batcher
@@ -120,21 +116,11 @@ class OpenAI:
         self._stall_timeout_s = stall_timeout_s
         self._hooks = hooks
         self._created = int(time.time())
-        self._width = sentences.vector_size(model.hidden_size)
-        pools = [
-            pb.PooledVectors(strategy=wire.POOLING_STRATEGIES[strategy.name.lower()])
-            for strategy in sentences.strategies
-        ]
-        if sentences.has_modules:  # The encoder does the rest too.
-            pools = [pb.PooledVectors(sentence_modules=True)]
-        self._options = pb.EmbedOptions(
-            outputs=[pb.Output(pooled_vectors=pool) for pool in pools],
-            truncation=wire.TRUNCATIONS[sentences.truncation],
-            max_length=sentences.max_length,
-            prompt_name=sentences.default_prompt_name,
-            lower_case=sentences.lower_case,
-        )
-        self._waker: LoopWaker | None = None
+
+    @functools.cached_property
+    def _waker(self) -> LoopWaker:
+        """Wakes the loop that this service answers in, which runs only once the service is made."""
+        return LoopWaker()
 
     async def answer(self, exchange: Exchange) -> None:
         """Answers a request, be it by an error."""
@@ -186,7 +172,11 @@ class OpenAI:
             )
         request = await self._read(exchange, call)
         inputs = [pb.Input(text=text) for text in request.texts]
-        options = self._options_of(request)
+        # As OpenAI's: what is cut at the caller's wish has length 1 again, where the model's vectors have it.
+        normalize = self._sentences.normalize and bool(request.dimensions)
+        asked = SentenceVectors(config=self._sentences, dimensions=request.dimensions, normalize=normalize)
+        options = asked.options()
+        options.outputs.extend(asked.outputs())
         plan, tokenized = await self._preprocessor.embed(
             inputs, options, caller.record, hold=call.add_bytes, label="input"
         )
@@ -199,11 +189,16 @@ class OpenAI:
                 f"{self._limits.max_call_output_bytes}; send fewer texts at once"
             )
         call.add_bytes(2 * byte_count)  # The rows, and the vectors made of them.
-        if self._waker is None:
-            self._waker = LoopWaker()  # Of the loop that runs now.
         parts = await rows.collect(self._batcher, self._waker, plan, tokenized, caller, label="input")
         is_large = byte_count * (1 if request.is_base64 else _NUMBER_COST) > LARGE_BYTES
-        vectors = await offload(lambda: self._vectors(parts, plan, request), in_thread=is_large)
+
+        def make() -> Vectors:
+            vectors = asked.finish(_joined(parts, plan, len(tokenized)))
+            if not request.is_base64:
+                messages.check_finite(vectors)
+            return vectors
+
+        vectors = await offload(make, in_thread=is_large)
         answer = messages.answer(vectors, is_base64=request.is_base64, model_id=self._model_id, token_count=token_count)
         await self._send(exchange, caller.record, _each(answer) if is_large else b"".join(answer))
 
@@ -240,37 +235,6 @@ class OpenAI:
             )
         return request
 
-    def _options_of(self, request: messages.EmbeddingsRequest) -> pb.EmbedOptions:
-        """Returns what is asked of each text. What `_vectors` then does is the encoder's where there are modules."""
-        if not self._sentences.has_modules:
-            return self._options
-        options = pb.EmbedOptions()
-        options.CopyFrom(self._options)
-        asked = options.outputs[0].pooled_vectors
-        asked.dimensions = request.dimensions or self._sentences.dimensions
-        asked.normalize = self._sentences.normalize and bool(request.dimensions)
-        return options
-
-    def _vectors(self, parts: Sequence[RowsReady], plan: Plan, request: messages.EmbeddingsRequest) -> Vectors:
-        """Returns the vectors of all texts. Shape: [text_count, dimensions]."""
-        size = plan.outputs[0].row_size
-        vectors = np.empty((len(request.texts), size * len(plan.outputs)), np.float32)
-        for part in parts:
-            found = np.frombuffer(part.rows.data, "<f4").reshape(-1, size)
-            start = part.rows.output_index * size
-            vectors[part.first_text : part.first_text + len(found), start : start + size] = found
-        if not self._sentences.has_modules:
-            vectors = sentence_vectors.finish(
-                vectors,
-                model_normalizes=self._sentences.normalize,
-                dimensions=request.dimensions or self._sentences.dimensions,
-                # As OpenAI's: what is cut at the caller's wish has length 1 again, where the model's vectors have it.
-                normalize=self._sentences.normalize and bool(request.dimensions),
-            )
-        if not request.is_base64:
-            messages.check_finite(vectors)
-        return vectors
-
     async def _send(self, exchange: Exchange, record: Record, body: bytes | AsyncIterator[bytes]) -> None:
         started_at_ns = time.monotonic_ns()
         try:
@@ -279,6 +243,17 @@ class OpenAI:
             record.stalled = True
             raise
         record.send.note(started_at_ns, time.monotonic_ns())
+
+
+def _joined(parts: Sequence[RowsReady], plan: Plan, text_count: int) -> Vectors:
+    """Returns the rows of all outputs side by side. Shape: [text_count, values of all outputs]."""
+    size = plan.outputs[0].row_size
+    vectors = np.empty((text_count, size * len(plan.outputs)), np.float32)
+    for part in parts:
+        found = np.frombuffer(part.rows.data, "<f4").reshape(-1, size)
+        start = part.rows.output_index * size
+        vectors[part.first_text : part.first_text + len(found), start : start + size] = found
+    return vectors
 
 
 async def _each(parts: Iterator[bytes]) -> AsyncIterator[bytes]:

@@ -65,13 +65,14 @@ class Preprocessor:
     Attributes:
         model: The model's facts.
         limits: The limits in force.
+        sentences: How the model's folder makes one vector of a text.
         max_input_bytes: The most bytes of one text, as a message.
     """
 
     def __init__(self, *, model: ModelFacts, limits: Limits, sentences: SentenceConfig, tokenizer: Tokenizer) -> None:
         self.model = model
         self.limits = limits
-        self._sentences = sentences
+        self.sentences = sentences
         self._tokenizer = tokenizer
         self._resolve = functools.partial(resolve, model=model, sentences=sentences, tokenizer=tokenizer, limits=limits)
         # Words of one character take most, or ids with masks.
@@ -99,7 +100,7 @@ class Preprocessor:
 
     def named_prompt(self, options: pb.EmbedOptions) -> str:
         """Returns the prompt that options name; empty if they name none."""
-        return self._sentences.prompts[options.prompt_name] if options.prompt_name else ""
+        return self.sentences.prompts[options.prompt_name] if options.prompt_name else ""
 
     async def embed(
         self,
