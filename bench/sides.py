@@ -72,7 +72,7 @@ class Engine:
         from layertap_server.scheduler.call import Event, RowsReady, RunDone
         from layertap_server.types import Output, OutputKind, Plan, Pool, Strategy
 
-        tokenizer, batcher, model = self._app.tokenizer, self._app.batcher, self._app.model
+        tokenizer, batcher, model = self._app.tokenizer, self._app.parts.batcher, self._app.parts.model
         output = Output(
             kind=OutputKind.POOLED_VECTORS,
             layers=(model.layer_count,),
@@ -103,7 +103,7 @@ class Engine:
         return "tokenizer, batcher and encoder without gRPC"
 
     def close(self) -> None:
-        self._app.batcher.stop(10)
+        self._app.parts.batcher.stop(10)
 
 
 if __name__ == "__main__":

@@ -120,7 +120,7 @@ def test_watchers_are_sent_not_serving_before_connections_close() -> None:
             await asyncio.wait_for(ready.acquire(), WAIT_S)
         await health.set_serving(False)
         drained: Any = lifecycle.drain
-        await drained(NoCalls(), NoBatcher(), stop=server.stop, end_watches=health.end_watches, grace_s=1)
+        await drained(NoCalls(), NoBatcher(), stops=[server.stop], end_watches=health.end_watches, grace_s=1)
         return await asyncio.gather(*watches)
 
     assert asyncio.run(run()) == [[STATUS.SERVING, STATUS.NOT_SERVING]] * 100

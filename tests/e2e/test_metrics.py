@@ -26,7 +26,6 @@ from layertap._protocol.requests import SERVICE
 from layertap.v1 import embedding_pb2 as pb
 from layertap_server.observability.call_log import CallLog
 from layertap_server.observability.metrics import Endpoint, Metrics
-from layertap_server.observability.metrics import Server as Facts
 
 WAIT_S = 30.0
 RULES = ROOT / "deploy" / "prometheus.rules.yml"
@@ -314,10 +313,7 @@ def test_promtool_accepts_the_metrics(url: str) -> None:
 
 
 def test_a_closed_endpoint_listens_no_more_and_leaves_no_thread() -> None:
-    facts = Facts(
-        version="1", model_id="m", fingerprint="f", methods=wire.RPC_NAMES, max_batch_tokens=8, max_output_bytes=9
-    )
-    metrics = Metrics(facts)
+    metrics = Metrics(model_id="m", fingerprint="f", methods=wire.RPC_NAMES, max_batch_tokens=8, max_output_bytes=9)
     call_log = CallLog([metrics])
     call_log.close(call_log.open("Embed", client="me", metadata={}))
     endpoint = Endpoint(metrics.registry, "127.0.0.1", 0)

@@ -27,7 +27,6 @@ STILL_LONGER = {
     "client/layertap/_protocol/responses.py",
     "client/layertap/_transport/transport.py",
     "client/layertap/types.py",
-    "server/layertap_server/app/server.py",
     "server/layertap_server/engine/bert.py",
     "server/layertap_server/model/tokenizer_engine.py",
     "server/layertap_server/protocol/preprocess.py",

@@ -61,16 +61,11 @@ async def until_lost(batcher: Batcher, *, timeout_s: float) -> None:
         batcher.lose_stuck(timeout_s)
 
 
-async def stop_all(stops: Sequence[Callable[[float | None], Awaitable[None]]], grace_s: float | None) -> None:
-    """Stops several listeners at once, each as `drain` describes its `stop`."""
-    await asyncio.gather(*(stop(grace_s) for stop in stops))
-
-
 async def drain(
     admission: Admission,
     batcher: Batcher,
     *,
-    stop: Callable[[float | None], Awaitable[None]],
+    stops: Sequence[Callable[[float | None], Awaitable[None]]],
     end_watches: Callable[[float], Awaitable[None]],
     grace_s: float,
 ) -> None:
@@ -79,10 +74,15 @@ async def drain(
     Args:
         admission: Its calls.
         batcher: Its queue.
-        stop: Refuses new calls at once and closes the connections after so many seconds; None: at once.
+        stops: For each listener what refuses new calls at once and closes the connections after so many seconds;
+            None: at once.
         end_watches: Ends the watches of health after their last status, within so many seconds.
         grace_s: How long calls under way may take, in seconds.
     """
+
+    async def stop(grace_s: float | None) -> None:
+        await asyncio.gather(*(one(grace_s) for one in stops))
+
     admission.close()
     stopping = asyncio.ensure_future(stop(grace_s + 2 * _LAST_STATUS_S))
     if not await admission.emptied(grace_s):

@@ -1,4 +1,4 @@
-"""The only wiring: load the model, warm the engine, serve, drain.
+"""One process of a server: load the model, warm the engine, serve, drain.
 
 `App` loads, `prepare` makes all that has threads, `serve` listens. Between the first two a process may be forked.
 """
@@ -7,42 +7,24 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import dataclasses
-import functools
 import logging
-import os
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 import layertap
-from layertap import wire
 from layertap.errors import LayertapError
-from layertap_server.app import extensions, lifecycle
-from layertap_server.app.limits import check_output_bytes, limits_of, share_of
+from layertap_server.app import lifecycle
 from layertap_server.app.listening import listen_settings, open_endpoint, open_listener
 from layertap_server.app.model_loading import find_model, timed
+from layertap_server.app.wiring import Parts, make_parts
 from layertap_server.config import Config, ConfigError
-from layertap_server.engine import cpu_threads, runtime
 from layertap_server.engine.encoder import Encoder
-from layertap_server.engine.oom_retry import with_oom_retry
-from layertap_server.model.facts import ModelFacts
 from layertap_server.observability.bounded_streams import dropped_line_count
-from layertap_server.observability.call_log import CallLog
-from layertap_server.observability.metrics import Endpoint, Metrics, State
-from layertap_server.protocol.model_info import info_of
-from layertap_server.protocol.preprocess import Preprocessor
+from layertap_server.observability.metrics import Endpoint, State
 from layertap_server.rpc.address import ListenError
-from layertap_server.rpc.admission import Admission
-from layertap_server.rpc.health import HealthService
 from layertap_server.rpc.listener import Listener, add_standard_services
-from layertap_server.rpc.service import EmbeddingService
-from layertap_server.scheduler.batcher import Batcher
 from layertap_server.scheduler.call import Hooks
 from layertap_server.scheduler.warm_up import warm_up
-from layertap_server.shared_memory.lease import Sharing
-
-if TYPE_CHECKING:
-    from layertap_server.compat.http import HttpServer
 
 log = logging.getLogger(__name__)
 
@@ -61,14 +43,7 @@ class App:
         http_url: Where it answers HTTP, once it serves; empty: nowhere.
         metrics_url: Where the metrics are, once it serves; empty: nowhere.
         tokenizer: The tokenizer of the model.
-        model: The shape of the model, once prepared.
-        batcher: The queue and its instances, once prepared.
-        metrics: What is counted, once prepared; None: nothing.
     """
-
-    model: ModelFacts
-    batcher: Batcher
-    metrics: Metrics | None
 
     def __init__(
         self,
@@ -88,17 +63,16 @@ class App:
             CheckpointError: if the model cannot be served.
             ConfigError: if a knob does not suit the model or the machine.
         """
-        self._config, self._share = config, share_of(config)
+        self._config = config
         self.http_url = self.metrics_url = ""
         # Certificates start gRPC, which does not survive a fork.
         self._listener = listener or (open_listener(config) if config.processes == 1 else None)
         self._make_encoder = make_encoder
         self._found = find_model(config)
         self.tokenizer = self._found.tokenizer
-        self._process = 1
-        self._serving = self._prepared = False
+        self._parts: Parts | None = None
+        self._serving = False
         self._endpoint: Endpoint | None = None
-        self._http: HttpServer | None = None
         log.info(
             "layertap-server starts",
             extra={
@@ -126,85 +100,22 @@ class App:
             CheckpointError: if the weights do not fit the configuration.
             ConfigError: if a knob does not suit the model or the machine.
         """
-        if self._prepared:
+        if self._parts is not None:
             return
-        self._prepared, self._process = True, process
-        config, found = self._share, self._found
         self._listener = self._listener or open_listener(self._config)
-        encoders = self._encoders = self._encoders or found.encoders(self._make_encoder, before_fork=False)
-        model = self.model = found.facts(has_pooler=encoders[0].has_pooler)
-        check_output_bytes(config, (model.layer_count + 1) * model.max_length * model.hidden_size * 4)
-        batch_tokens = config.max_batch_tokens or found.batch_tokens
-        self.metrics = extensions.metrics(config, model, batch_tokens) if config.metrics_port >= 0 else None
-        hooks = self.metrics or Hooks()
-        self._tracing = extensions.tracing() if config.traces == "otlp" else None
-        self.batcher = Batcher(
-            [with_oom_retry(encode) for encode in cpu_threads.make(encoders, found.threads)],
-            max_batch_tokens=batch_tokens,
-            max_batch_bytes=config.max_batch_bytes,
-            min_share_tokens=config.min_share_tokens,
-            max_queue_texts=config.max_queue_text_count,
-            max_queue_tokens=config.max_queue_token_count,
-            max_output_bytes=config.max_output_bytes,
-            max_call_output_bytes=config.max_call_output_bytes,
-            apply_modules=encoders[0].apply_modules,
-            hooks=hooks,
-        )
-        if config.shared_memory_bytes and not hasattr(os, "memfd_create"):
-            raise ConfigError("--shared-memory-bytes needs Linux; leave it out")
-        self._sharing = Sharing(
-            byte_count=config.shared_memory_bytes,
-            max_count=config.max_shared_memory_call_count,
-            pin=None if found.on_cpu else functools.partial(runtime.pin, encoders[0].device),
-        )
-        self._admission = Admission(
-            max_call_count=config.max_concurrent_call_count,
-            max_request_bytes=config.max_queue_bytes,
-            stall_timeout_s=config.stall_timeout_s,
-            idle_timeout_s=config.idle_timeout_s,
-            call_log=CallLog([reader for reader in (self.metrics, self._tracing) if reader is not None]),
-            hooks=hooks,
-        )
-        preprocessor = Preprocessor(
-            model=model, limits=limits_of(config), sentences=found.sentences, tokenizer=self.tokenizer
-        )
-        service = EmbeddingService(
-            preprocessor=preprocessor,
-            tokenizer=self.tokenizer,
-            batcher=self.batcher,
-            model=model,
-            sharing=self._sharing,
-            info=info_of(
-                model,
-                limits=limits_of(dataclasses.replace(self._config, max_call_output_bytes=config.max_call_output_bytes)),
-                devices=found.devices,
-                dtype=found.dtype,
-                sentence_config=found.sentences,
-                batch_invariant=all(one.batch_invariant for one in encoders),
-                process_count=config.processes,
-                process=process,
-            ),
-            lookahead_tokens=batch_tokens * (self.batcher.instance_count + 1),
-            admission=self._admission,
-        )
-        self._handlers = {wire.SERVICE_NAME: service.handler()}
-        if config.kserve:
-            self._handlers |= extensions.kserve(preprocessor, self.batcher, self._admission)
-        if config.http_port >= 0:
-            self._http = extensions.http(
-                config,
-                preprocessor=preprocessor,
-                batcher=self.batcher,
-                admission=self._admission,
-                listener=self._listener,
-                hooks=hooks,
-            )
+        self._encoders = self._encoders or self._found.encoders(self._make_encoder, before_fork=False)
+        self._parts = make_parts(self._config, self._found, self._encoders, self._listener, process=process)
         timed("warmed the engine", self._warm)
+
+    @property
+    def parts(self) -> Parts:
+        """What serves calls, once prepared."""
+        assert self._parts is not None
+        return self._parts
 
     async def serve(
         self,
         *,
-        standard_services: bool = True,
         ready: Callable[[str], None] = print,
         stop_signal: Callable[[], asyncio.Future[None]] = lifecycle.stop_signal,
     ) -> None:
@@ -213,7 +124,6 @@ class App:
         Threads may still run when it returns: the process must not wait for them.
 
         Args:
-            standard_services: Whether health and reflection are served too.
             ready: Called with the address once the server answers.
             stop_signal: Returns what is done when the server is to stop.
 
@@ -223,12 +133,12 @@ class App:
             EngineLostError: if no instance is left.
         """
         self.prepare()
-        config = self._config
+        parts, config = self.parts, self._config
         self._show_metrics()
         assert self._listener is not None
-        server = self._listener.make_server(self.metrics or Hooks())
-        server.add_generic_rpc_handlers(tuple(self._handlers.values()))
-        health = add_standard_services(server, *self._handlers) if standard_services else HealthService(())
+        server = self._listener.make_server(parts.metrics or Hooks())
+        server.add_generic_rpc_handlers(tuple(parts.handlers.values()))
+        health = add_standard_services(server, *parts.handlers)
         try:
             address = self._listener.bind(server)
         except ListenError as exc:
@@ -238,11 +148,10 @@ class App:
         await server.start()
         self._serving = True
         await health.set_serving(True)
-        log.info(
-            "layertap-server listens", extra={"fields": {"address": address, "instances": self.batcher.instance_count}}
-        )
+        fields = {"address": address, "instances": parts.batcher.instance_count}
+        log.info("layertap-server listens", extra={"fields": fields})
         ready(address)
-        lost = asyncio.create_task(lifecycle.until_lost(self.batcher, timeout_s=config.instance_timeout_s))
+        lost = asyncio.create_task(lifecycle.until_lost(parts.batcher, timeout_s=config.instance_timeout_s))
         following = asyncio.create_task(self._listener.follow_files())
         await asyncio.wait({stopped, lost}, return_when=asyncio.FIRST_COMPLETED)
         lost.cancel()
@@ -250,28 +159,28 @@ class App:
         log.info("stopping: running calls have %.0f s to finish", config.grace_s)
         self._serving = False
         await health.set_serving(False)
-        self._sharing.stop()
+        parts.sharing.stop()
         await lifecycle.drain(
-            self._admission,
-            self.batcher,
-            stop=functools.partial(lifecycle.stop_all, [server.stop, *([self._http.stop] if self._http else [])]),
+            parts.admission,
+            parts.batcher,
+            stops=[server.stop, *([parts.http.stop] if parts.http else [])],
             end_watches=health.end_watches,
             grace_s=config.grace_s,
         )
         if self._endpoint:
             self._endpoint.close()
-        if self._tracing:
+        if parts.tracing:
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(asyncio.to_thread(self._tracing.close), _LAST_SPANS_S)
-        if not self.batcher.live_instance_count:
+                await asyncio.wait_for(asyncio.to_thread(parts.tracing.close), _LAST_SPANS_S)
+        if not parts.batcher.live_instance_count:
             raise EngineLostError("the engine has failed, the log says how; start the server again")
         log.info("stopped")
 
     async def _start_http(self) -> None:
-        if self._http is None:
+        if self.parts.http is None:
             return
         try:
-            self.http_url = await self._http.start()
+            self.http_url = await self.parts.http.start()
         except OSError as exc:
             raise ConfigError(
                 f"cannot listen on {self._config.host} for HTTP: {exc.strerror or exc}; try --http-port 0"
@@ -279,16 +188,15 @@ class App:
         log.info("layertap-server listens for HTTP", extra={"fields": {"address": self.http_url}})
 
     def _show_metrics(self) -> None:
-        if self.metrics is None:
+        if (metrics := self.parts.metrics) is None:
             return
-        self.metrics.follow(self._state)
-        config = self._config
-        if config.processes == 1:  # Else the sums of all processes are shown by the process that started them.
-            self._endpoint = open_endpoint(self.metrics.registry, config)
+        metrics.follow(self._state)
+        if self._config.processes == 1:  # Else the process that started the others shows the sums of all.
+            self._endpoint = open_endpoint(metrics.registry, self._config)
             self.metrics_url = self._endpoint.url
 
     def _state(self) -> State:
-        batcher = self.batcher
+        batcher = self.parts.batcher
         return State(
             serving=self._serving,
             queue_texts=batcher.waiting_text_count,
@@ -305,10 +213,10 @@ class App:
         )
 
     def _warm(self) -> None:
-        model = self.model
+        model = self.parts.model
         try:
             warm_up(
-                self.batcher,
+                self.parts.batcher,
                 token_count=model.max_length,
                 layer_count=model.layer_count,
                 hidden_size=model.hidden_size,

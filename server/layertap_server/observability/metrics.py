@@ -17,6 +17,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
+import layertap
 from layertap_server.observability.call_log import Record
 from layertap_server.observability.metrics_sum import Snapshot
 from layertap_server.scheduler.call import REASONS, BatchPart, Hooks
@@ -27,27 +28,6 @@ _DURATIONS_S: Final = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 
 _COUNTS: Final = tuple(2**n for n in range(12))
 _TOKENS: Final = tuple(2**n for n in range(3, 18))
 _SHARES: Final = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
-
-
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Server:
-    """The facts of a server that do not change while it runs.
-
-    Attributes:
-        version: The server's own version.
-        model_id: The name of the model.
-        fingerprint: Its fingerprint.
-        methods: The RPCs.
-        max_batch_tokens: The most tokens of a batch.
-        max_output_bytes: The most bytes that may be computed and unsent.
-    """
-
-    version: str
-    model_id: str
-    fingerprint: str
-    methods: Sequence[str]
-    max_batch_tokens: int
-    max_output_bytes: int
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,19 +62,36 @@ class State:
 class Metrics(Hooks):
     """The metrics of one server: a listener of the call log, and the hooks of the scheduler and of admission."""
 
-    def __init__(self, server: Server) -> None:
+    def __init__(
+        self,
+        *,
+        model_id: str,
+        fingerprint: str,
+        methods: Sequence[str],
+        max_batch_tokens: int,
+        max_output_bytes: int,
+    ) -> None:
+        """Makes the metrics of a server, none counted yet.
+
+        Args:
+            model_id: The name of the model.
+            fingerprint: Its fingerprint.
+            methods: The RPCs.
+            max_batch_tokens: The most tokens of a batch.
+            max_output_bytes: The most bytes that may be computed and unsent.
+        """
         self.registry = prometheus_client.CollectorRegistry()
         self._following = False
-        self._max_batch_tokens = server.max_batch_tokens
+        self._max_batch_tokens, self._max_output_bytes = max_batch_tokens, max_output_bytes
         started = self._counter("request_started", "Calls that have arrived.", ("method",))
         handled = self._counter("request_handled", "Calls that have their status.", ("method", "code"))
         duration = self._histogram("request_duration_seconds", "From arrival to status.", _DURATIONS_S, ("method",))
         refusals = self._counter("refusal", "Calls refused before any work.", ("reason",))
-        self._started = {method: started.labels(method) for method in server.methods}
-        self._durations = {method: duration.labels(method) for method in server.methods}
+        self._started = {method: started.labels(method) for method in methods}
+        self._durations = {method: duration.labels(method) for method in methods}
         self._refusals = {reason: refusals.labels(reason) for reason in REASONS}
         # Children are kept: looking one up by its labels costs more than counting.
-        self._handled = {(method, "OK"): handled.labels(method, "OK") for method in server.methods}
+        self._handled = {(method, "OK"): handled.labels(method, "OK") for method in methods}
         self._handled_by = handled
         self._stalls = self._counter("stall", "Calls dropped because their answer was not read.")
         self._tokenization = self._histogram(
@@ -114,10 +111,9 @@ class Metrics(Hooks):
             _DURATIONS_S,
         )
         info = prometheus_client.Info("layertap_server", "What is served.", registry=self.registry)
-        info.info({"version": server.version, "model_id": server.model_id, "fingerprint": server.fingerprint})
-        self._totals = _Totals(server.methods)
+        info.info({"version": layertap.__version__, "model_id": model_id, "fingerprint": fingerprint})
+        self._totals = _Totals(methods)
         self.registry.register(self._totals)
-        self._max_output_bytes = server.max_output_bytes
         prometheus_client.ProcessCollector(registry=self.registry)
 
     def follow(self, state: Callable[[], State]) -> None:

@@ -18,6 +18,7 @@ from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import BatchSpanProcessor
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
+import layertap
 from layertap import wire
 from layertap.errors import StatusCode
 from layertap_server.observability.call_log import Record
@@ -25,9 +26,9 @@ from layertap_server.observability.call_log import Record
 _PHASES: Final = ("tokenize", "queue", "compute", "send")
 
 
-def otlp_provider(version: str) -> TracerProvider:
+def otlp_provider() -> TracerProvider:
     """Returns what sends spans over OTLP/gRPC; OTEL_EXPORTER_OTLP_ENDPOINT and its like say where to."""
-    own = {"service.version": version}
+    own = {"service.version": layertap.__version__}
     if not os.environ.get("OTEL_SERVICE_NAME"):
         own["service.name"] = "layertap-server"
     provider = TracerProvider(resource=Resource.create(own), shutdown_on_exit=False)

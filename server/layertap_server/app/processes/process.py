@@ -78,7 +78,7 @@ async def _follow(
 ) -> None:
     """Answers the supervisor until it is gone, and then stops this process too."""
     async for name, _ in messages:
-        if name == "metrics" and app.metrics is not None:
-            control.send("metrics", await asyncio.to_thread(app.metrics.snapshot))
+        if name == "metrics" and (metrics := app.parts.metrics) is not None:
+            control.send("metrics", await asyncio.to_thread(metrics.snapshot))
     if not stopped.done():
         stopped.set_result(None)

@@ -1,0 +1,210 @@
+"""The parts of one process of a server, made of its settings: the queue, the services, and what watches them.
+
+The protocols of other projects, metrics and traces are imported only with their flags.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import os
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from layertap import wire
+from layertap_server.app.limits import check_output_bytes, limits_of, share_of
+from layertap_server.app.model_loading import FoundModel
+from layertap_server.config import Config, ConfigError
+from layertap_server.engine import cpu_threads, runtime
+from layertap_server.engine.encoder import Encoder
+from layertap_server.engine.oom_retry import with_oom_retry
+from layertap_server.model.facts import ModelFacts
+from layertap_server.observability.call_log import CallLog
+from layertap_server.observability.metrics import Metrics
+from layertap_server.protocol.model_info import info_of
+from layertap_server.protocol.preprocess import Preprocessor
+from layertap_server.rpc.admission import Admission
+from layertap_server.rpc.handlers import Handler, handler
+from layertap_server.rpc.listener import Listener
+from layertap_server.rpc.service import EmbeddingService
+from layertap_server.scheduler.batcher import Batcher
+from layertap_server.scheduler.call import Hooks
+from layertap_server.shared_memory.lease import Sharing
+
+if TYPE_CHECKING:
+    from layertap_server.compat.http import HttpServer
+    from layertap_server.observability.tracing import Tracing
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Parts:
+    """What serves calls.
+
+    Attributes:
+        model: The model's facts.
+        batcher: The queue and its instances.
+        metrics: What is counted. None: nothing.
+        tracing: What sends spans. None: nothing.
+        sharing: The leases of shared memory.
+        admission: The admission of calls.
+        handlers: The gRPC services, by name.
+        http: The HTTP server, which listens nowhere yet. None: there is none.
+    """
+
+    model: ModelFacts
+    batcher: Batcher
+    metrics: Metrics | None
+    tracing: Tracing | None
+    sharing: Sharing
+    admission: Admission
+    handlers: Mapping[str, Handler]
+    http: HttpServer | None
+
+
+def make_parts(
+    config: Config, found: FoundModel, encoders: Sequence[Encoder], listener: Listener, *, process: int
+) -> Parts:
+    """Returns the parts of a process, whose instances run.
+
+    Args:
+        config: The settings of the whole server.
+        found: The model.
+        encoders: One for each device.
+        listener: Where the process will listen.
+        process: Which of the processes it is, from 1.
+
+    Raises:
+        ConfigError: if a setting does not suit the model or the machine.
+    """
+    share = share_of(config)
+    model = found.facts(has_pooler=encoders[0].has_pooler)
+    check_output_bytes(share, (model.layer_count + 1) * model.max_length * model.hidden_size * 4)
+    batch_tokens = share.max_batch_tokens or found.batch_tokens
+    metrics = _metrics(share, model, batch_tokens) if share.metrics_port >= 0 else None
+    hooks = metrics or Hooks()
+    tracing = _tracing() if share.traces == "otlp" else None
+    if share.shared_memory_bytes and not hasattr(os, "memfd_create"):
+        raise ConfigError("--shared-memory-bytes needs Linux; leave it out")
+    batcher = Batcher(
+        [with_oom_retry(encode) for encode in cpu_threads.make(encoders, found.threads)],
+        max_batch_tokens=batch_tokens,
+        max_batch_bytes=share.max_batch_bytes,
+        min_share_tokens=share.min_share_tokens,
+        max_queue_texts=share.max_queue_text_count,
+        max_queue_tokens=share.max_queue_token_count,
+        max_output_bytes=share.max_output_bytes,
+        max_call_output_bytes=share.max_call_output_bytes,
+        apply_modules=encoders[0].apply_modules,
+        hooks=hooks,
+    )
+    sharing = Sharing(
+        byte_count=share.shared_memory_bytes,
+        max_count=share.max_shared_memory_call_count,
+        pin=None if found.on_cpu else functools.partial(runtime.pin, encoders[0].device),
+    )
+    admission = Admission(
+        max_call_count=share.max_concurrent_call_count,
+        max_request_bytes=share.max_queue_bytes,
+        stall_timeout_s=share.stall_timeout_s,
+        idle_timeout_s=share.idle_timeout_s,
+        call_log=CallLog([one for one in (metrics, tracing) if one is not None]),
+        hooks=hooks,
+    )
+    preprocessor = Preprocessor(
+        model=model, limits=limits_of(share), sentences=found.sentences, tokenizer=found.tokenizer
+    )
+    service = EmbeddingService(
+        preprocessor=preprocessor,
+        tokenizer=found.tokenizer,
+        batcher=batcher,
+        model=model,
+        sharing=sharing,
+        info=info_of(
+            model,
+            limits=limits_of(dataclasses.replace(config, max_call_output_bytes=share.max_call_output_bytes)),
+            devices=found.devices,
+            dtype=found.dtype,
+            sentence_config=found.sentences,
+            batch_invariant=all(one.batch_invariant for one in encoders),
+            process_count=config.processes,
+            process=process,
+        ),
+        lookahead_tokens=batch_tokens * (batcher.instance_count + 1),
+        admission=admission,
+    )
+    handlers = {wire.SERVICE_NAME: service.handler()}
+    if share.kserve:
+        from layertap_server.compat import kserve
+
+        other = kserve.Service(preprocessor=preprocessor, batcher=batcher, stopping=admission.closed)
+        handlers[kserve.SERVICE_NAME] = handler(kserve.SERVICE_NAME, other, admission)
+    http = None
+    if share.http_port >= 0:
+        http = _http(share, preprocessor, batcher, admission, listener, hooks)
+    return Parts(
+        model=model,
+        batcher=batcher,
+        metrics=metrics,
+        tracing=tracing,
+        sharing=sharing,
+        admission=admission,
+        handlers=handlers,
+        http=http,
+    )
+
+
+def _metrics(share: Config, model: ModelFacts, batch_tokens: int) -> Metrics:
+    methods = wire.RPC_NAMES
+    if share.kserve:
+        from layertap_server.compat import kserve
+
+        methods += (*kserve.UNARY, *kserve.STREAMS)
+    if share.http_port >= 0:
+        from layertap_server.compat import openai
+
+        methods += openai.METHODS
+    return Metrics(
+        model_id=model.model_id,
+        fingerprint=model.fingerprint,
+        methods=methods,
+        max_batch_tokens=batch_tokens,
+        max_output_bytes=share.max_output_bytes,
+    )
+
+
+def _http(
+    share: Config,
+    preprocessor: Preprocessor,
+    batcher: Batcher,
+    admission: Admission,
+    listener: Listener,
+    hooks: Hooks,
+) -> HttpServer:
+    from layertap_server.compat.http import HttpServer
+    from layertap_server.compat.openai import OpenAI
+
+    api = OpenAI(
+        preprocessor=preprocessor,
+        batcher=batcher,
+        admit=admission.call,
+        identify=listener.identify,
+        stall_timeout_s=share.stall_timeout_s,
+        hooks=hooks,
+    )
+    return HttpServer(
+        api.answer,
+        host=share.host,
+        port=share.http_port,
+        shares_port=share.processes > 1,
+        context=listener.http_context,
+        max_connection_count=share.max_connection_count,
+        stall_timeout_s=share.stall_timeout_s,
+    )
+
+
+def _tracing() -> Tracing:
+    try:
+        from layertap_server.observability.tracing import Tracing, otlp_provider
+    except ModuleNotFoundError as exc:
+        raise ConfigError(f"--traces otlp needs packages ({exc.name}): pip install 'layertap[server,otel]'") from exc
+    return Tracing(otlp_provider())
