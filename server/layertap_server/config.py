@@ -10,11 +10,9 @@ import functools
 import ipaddress
 import sys
 
-from layertap_server.flags import fault, flag, setting
+from layertap_server.flags import ConfigError, fault, flag, setting
 
-
-class ConfigError(Exception):
-    """A setting has a value that it cannot have; the message is one line that names its flag."""
+__all__ = ["Config", "ConfigError"]
 
 
 _model = functools.partial(setting, group="model")

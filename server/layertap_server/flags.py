@@ -12,6 +12,10 @@ from collections.abc import Callable, Mapping
 from typing import Any, Final
 
 
+class ConfigError(Exception):
+    """A setting has a value that it cannot have; the message is one line that names its flag."""
+
+
 def setting(
     default: Any,
     reason: str,

@@ -29,7 +29,7 @@ from layertap.v1 import embedding_pb2 as pb
 from layertap.v1 import embedding_pb2_grpc
 from layertap_server.app.listening import listen_settings
 from layertap_server.cli import parse
-from layertap_server.rpc.address import ListenError
+from layertap_server.flags import ConfigError
 from layertap_server.rpc.caller import client_of, connection_of
 from layertap_server.rpc.listener import Listener
 from layertap_server.scheduler.call import Hooks
@@ -364,7 +364,7 @@ def test_unusable_files_end_the_start_before_the_server_listens(tmp_path: Path) 
         (["--token-file", str(empty)], "no token"),
         (["--token-file", str(tmp_path / "none")], "No such file"),
     ):
-        with pytest.raises(ListenError) as caught:
+        with pytest.raises(ConfigError) as caught:
             asyncio.run(listens(*flags))
         assert words in str(caught.value) and "\n" not in str(caught.value)
 

@@ -17,7 +17,8 @@ from support import running
 
 from layertap import Client
 from layertap_server.app import lifecycle
-from layertap_server.rpc.address import ListenError, check_port, join_host_port
+from layertap_server.flags import ConfigError
+from layertap_server.rpc.address import check_port, join_host_port
 from layertap_server.rpc.health import HealthService
 
 STATUS = health_pb2.HealthCheckResponse
@@ -53,16 +54,16 @@ def test_a_taken_port_is_refused_in_one_line_before_torch_is_imported(flag: str)
 
 
 def test_each_reason_is_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ListenError, match="does not have this address"):
+    with pytest.raises(ConfigError, match="does not have this address"):
         check_port("192.0.2.1", 0, flag="--port")
-    with pytest.raises(ListenError, match="does not resolve"):
+    with pytest.raises(ConfigError, match="does not resolve"):
         check_port("no.such.host.invalid", 0, flag="--port")
 
     def forbidden(*_: object) -> None:
         raise PermissionError(13, "Permission denied")
 
     monkeypatch.setattr(socket.socket, "bind", forbidden)
-    with pytest.raises(ListenError, match=r"this user may not listen.*1024"):
+    with pytest.raises(ConfigError, match=r"this user may not listen.*1024"):
         check_port("127.0.0.1", 80, flag="--port")
 
 

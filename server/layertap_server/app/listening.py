@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from layertap_server.app.limits import share_of
 from layertap_server.config import Config, ConfigError
-from layertap_server.rpc.address import ListenError, check_port
+from layertap_server.rpc.address import check_port
 from layertap_server.rpc.listener import Listener, ListenSettings
 
 if TYPE_CHECKING:
@@ -16,19 +16,14 @@ if TYPE_CHECKING:
 
 
 def open_listener(config: Config) -> Listener:
-    """Returns where a server with these settings listens, with the ports of its metrics and of HTTP checked too.
-
-    With several processes no port is checked: others listen already.
+    """Returns where a process listens; if it is the server's only one, with its other ports checked too.
 
     Raises:
         ConfigError: if an address cannot be listened on, or a file of TLS or tokens cannot be used.
     """
-    try:
-        listener = Listener(listen_settings(config))
-        if config.processes == 1:
-            _check_other_ports(config)
-    except ListenError as exc:
-        raise ConfigError(str(exc)) from exc
+    listener = Listener(listen_settings(config))
+    if config.processes == 1:
+        _check_other_ports(config)
     return listener
 
 
@@ -39,10 +34,7 @@ def check_listening(config: Config) -> None:
         ConfigError: if something cannot be used, or a limit is too small to be shared out.
     """
     open_listener(config)
-    try:
-        _check_other_ports(config)
-    except ListenError as exc:
-        raise ConfigError(str(exc)) from exc
+    _check_other_ports(config)
 
 
 def _check_other_ports(config: Config) -> None:
@@ -56,10 +48,6 @@ def _check_other_ports(config: Config) -> None:
 
 def open_endpoint(registry: Registry, config: Config) -> Endpoint:
     """Shows metrics where the settings say.
-
-    Args:
-        registry: The metrics.
-        config: Every knob.
 
     Raises:
         ConfigError: if the address cannot be listened on.

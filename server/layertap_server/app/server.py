@@ -21,7 +21,6 @@ from layertap_server.config import Config, ConfigError
 from layertap_server.engine.encoder import Encoder
 from layertap_server.observability.bounded_streams import dropped_line_count
 from layertap_server.observability.metrics import Endpoint, State
-from layertap_server.rpc.address import ListenError
 from layertap_server.rpc.listener import Listener, add_standard_services
 from layertap_server.scheduler.call import Hooks
 from layertap_server.scheduler.warm_up import warm_up
@@ -139,10 +138,7 @@ class App:
         server = self._listener.make_server(parts.metrics or Hooks())
         server.add_generic_rpc_handlers(tuple(parts.handlers.values()))
         health = add_standard_services(server, *parts.handlers)
-        try:
-            address = self._listener.bind(server)
-        except ListenError as exc:
-            raise ConfigError(str(exc)) from exc
+        address = self._listener.bind(server)
         await self._start_http()
         stopped = stop_signal()
         await server.start()

@@ -7,9 +7,7 @@ import os
 import socket
 import stat
 
-
-class ListenError(Exception):
-    """The server cannot listen as its settings say; the message is one line with the reason and the next step."""
+from layertap_server.flags import ConfigError
 
 
 def join_host_port(host: str, port: int) -> str:
@@ -27,13 +25,13 @@ def check_port(host: str, port: int, *, flag: str) -> None:
         flag: The flag of the port, for the message.
 
     Raises:
-        ListenError: if it cannot.
+        ConfigError: if it cannot.
     """
     address = join_host_port(host, port)
     try:
         found = socket.getaddrinfo(host.strip("[]"), port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
     except (OSError, UnicodeError) as exc:
-        raise ListenError(
+        raise ConfigError(
             f"cannot listen on {address}: the host name does not resolve; use an address of this machine"
         ) from exc
     for family, kind, protocol, _, where in found:
@@ -44,7 +42,7 @@ def check_port(host: str, port: int, *, flag: str) -> None:
                     probe.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
                 probe.bind(where)
         except OSError as exc:
-            raise ListenError(f"cannot listen on {address}: {_why_not(exc, flag)}") from exc
+            raise ConfigError(f"cannot listen on {address}: {_why_not(exc, flag)}") from exc
 
 
 def free_socket_file(address: str) -> None:
@@ -53,7 +51,7 @@ def free_socket_file(address: str) -> None:
     gRPC would remove any, also that of a running server, whose callers would then be lost in silence.
 
     Raises:
-        ListenError: if another program listens there, or the file is not a socket.
+        ConfigError: if another program listens there, or the file is not a socket.
     """
     if not address.startswith("unix:"):
         return
@@ -61,19 +59,19 @@ def free_socket_file(address: str) -> None:
     path = "/" + path.lstrip("/") if path.startswith("//") else path
     try:
         if not stat.S_ISSOCK(os.stat(path).st_mode):
-            raise ListenError(f"--host is {address}, but that file is not a socket; choose another path")
+            raise ConfigError(f"--host is {address}, but that file is not a socket; choose another path")
         with socket.socket(socket.AF_UNIX) as probe:
             probe.connect(path)
     except FileNotFoundError:
         folder = os.path.dirname(path) or "."
         if not os.access(folder, os.W_OK | os.X_OK):
-            raise ListenError(f"cannot listen on {address}: {folder} is not a folder that may be written to") from None
+            raise ConfigError(f"cannot listen on {address}: {folder} is not a folder that may be written to") from None
     except ConnectionRefusedError:
         os.unlink(path)
     except OSError as exc:
-        raise ListenError(f"cannot listen on {address}: {exc.strerror or exc}") from exc
+        raise ConfigError(f"cannot listen on {address}: {exc.strerror or exc}") from exc
     else:
-        raise ListenError(f"cannot listen on {address}: another server does; stop it, or choose another path")
+        raise ConfigError(f"cannot listen on {address}: another server does; stop it, or choose another path")
 
 
 def _why_not(exc: OSError, flag: str) -> str:

@@ -15,7 +15,8 @@ from typing import Any, Final
 import grpc
 import grpc.aio
 
-from layertap_server.rpc.address import ListenError, check_port, free_socket_file, join_host_port
+from layertap_server.flags import ConfigError
+from layertap_server.rpc.address import check_port, free_socket_file, join_host_port
 from layertap_server.rpc.auth import AuthInterceptor, Tokens, authenticate, certificate_name, read_tokens
 from layertap_server.rpc.file_reload import ReloadedFiles
 from layertap_server.rpc.health import HealthService
@@ -34,29 +35,17 @@ MAX_STREAM_COUNT: Final = 128
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class ListenSettings:
-    """How a server listens.
+    """How a server listens: the settings of the same names.
 
     Attributes:
-        host: A host name, an IPv4 or IPv6 address (with or without brackets), `unix:/path` or `unix-abstract:name`.
-        port: The port; 0: any free one.
-        processes: How many processes listen on it.
+        is_unix: Whether the host is `unix:/path` or `unix-abstract:name`.
         is_local: Whether only this host can reach the address.
-        tls_cert: The path of the certificate in PEM; empty: plaintext.
-        tls_key: The path of its key in PEM.
-        tls_client_ca: The path of the certificates in PEM that sign those of clients; empty: clients need none.
-        token_file: The path of the file of tokens; empty: clients need none.
-        max_request_bytes: The most bytes of one request message.
-        max_concurrent_call_count: The most calls under way at once.
-        max_connection_count: The most connections at once.
-        max_connection_age_s: How old a connection may get, in seconds; 0: any age.
-        grace_s: How long its calls may then take, in seconds.
-        keepalive_time_s: How long a connection may be silent before a ping, in seconds.
-        keepalive_timeout_s: How long the answer to a ping may take, in seconds.
     """
 
     host: str
     port: int
     processes: int
+    is_unix: bool
     is_local: bool
     tls_cert: str
     tls_key: str
@@ -70,11 +59,6 @@ class ListenSettings:
     keepalive_time_s: float
     keepalive_timeout_s: float
 
-    @property
-    def is_unix(self) -> bool:
-        """Whether the address is a unix socket."""
-        return self.host.startswith(("unix:", "unix-abstract:"))
-
     def address(self, port: int) -> str:
         """Returns the address with this port, as clients use it."""
         return self.host if self.is_unix else join_host_port(self.host, port)
@@ -87,7 +71,7 @@ class Listener:
         """Reads the files and checks the address.
 
         Raises:
-            ListenError: if a file cannot be used, or the address cannot be listened on.
+            ConfigError: if a file cannot be used, or the address cannot be listened on.
         """
         self._settings = settings
         self._tokens = self._read_tokens()
@@ -144,7 +128,7 @@ class Listener:
         """Lets a server listen; returns the address for clients.
 
         Raises:
-            ListenError: if the address cannot be listened on.
+            ConfigError: if the address cannot be listened on.
         """
         settings = self._settings
         if self._tls is None and not settings.is_local:
@@ -161,7 +145,7 @@ class Listener:
             if not settings.is_unix and settings.processes == 1:
                 check_port(settings.host, settings.port, flag="--port")
             hint = "the path may be too long" if settings.is_unix else "the reason is unknown; try --port 0"
-            raise ListenError(f"cannot listen on {address}: {hint}") from exc
+            raise ConfigError(f"cannot listen on {address}: {hint}") from exc
         return settings.address(port)
 
     def _read_tokens(self) -> ReloadedFiles[Tokens] | None:
@@ -172,7 +156,7 @@ class Listener:
             return ReloadedFiles("the token file", [path], lambda: read_tokens(path))
         except (OSError, ValueError) as exc:
             why = exc.strerror or str(exc) if isinstance(exc, OSError) else str(exc)
-            raise ListenError(f"--token-file {path} cannot be used: {why}") from exc
+            raise ConfigError(f"--token-file {path} cannot be used: {why}") from exc
 
     def _read_tls(self) -> ServerTLS | None:
         settings = self._settings
@@ -181,9 +165,9 @@ class Listener:
         try:
             return ServerTLS(cert=settings.tls_cert, key=settings.tls_key, client_ca=settings.tls_client_ca)
         except OSError as exc:
-            raise ListenError(f"a file of TLS cannot be read: {exc.filename}: {exc.strerror}") from exc
+            raise ConfigError(f"a file of TLS cannot be read: {exc.filename}: {exc.strerror}") from exc
         except ValueError as exc:
-            raise ListenError(f"TLS cannot be set up: {exc}") from exc
+            raise ConfigError(f"TLS cannot be set up: {exc}") from exc
 
 
 def add_standard_services(server: grpc.aio.Server, *service_names: str) -> HealthService:

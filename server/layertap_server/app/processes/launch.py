@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Callable
 from socket import socket
 from typing import TYPE_CHECKING, NoReturn
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, NoReturn
 from layertap_server.app.listening import open_endpoint
 from layertap_server.app.processes import process
 from layertap_server.app.processes.fork_server import ForkServer
-from layertap_server.app.processes.ports import KeptPorts
+from layertap_server.app.processes.ports import keep_ports
 from layertap_server.app.processes.supervisor import Supervisor
 from layertap_server.config import Config
 from layertap_server.observability import log_format
@@ -24,16 +25,18 @@ def run(config: Config, load: Callable[[Config], App], announce: Callable[[str, 
     """Serves until a signal stops the server, or it fails; returns the exit code.
 
     Args:
-        config: Every knob.
+        config: The settings.
         load: Loads the model of settings, in the process that others are forked from.
         announce: Called once the server is ready, with its address and the URLs of HTTP and of metrics.
 
     Raises:
         ConfigError: if the server cannot start.
     """
-    ports = KeptPorts(config)
-    config = ports.config
+    with contextlib.ExitStack() as kept:
+        return _run(keep_ports(config, kept), load, announce)
 
+
+def _run(config: Config, load: Callable[[Config], App], announce: Callable[[str, str, str], None]) -> int:
     def run_process(app: App, end: socket, number: int) -> NoReturn:
         log_format.set_up(level=config.log_level, form=config.log_format, process=number)
         process.run(app, end, number)
