@@ -24,6 +24,7 @@ from layertap.errors import (
     UnimplementedError,
     UnknownError,
 )
+from layertap.model_info import ModelInfo, SentenceConfig
 from layertap.quantization import quantize_embeddings
 from layertap.results.attentions import Attentions
 from layertap.results.embedding import Embedding
@@ -36,10 +37,8 @@ from layertap.results.words import MixedRows, Words
 from layertap.types import (
     LayerMix,
     Limits,
-    ModelInfo,
     ModelRef,
     Pooling,
-    SentenceConfig,
     Spanned,
     Timings,
     TokenIds,

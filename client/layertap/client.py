@@ -26,10 +26,10 @@ from layertap._protocol.options import (
 from layertap._protocol.stream_state import StreamState
 from layertap._transport.readiness import PASSING, Readiness
 from layertap._transport.settings import DEFAULT_TIMEOUT_S, Metadata
+from layertap.model_info import ModelInfo
 from layertap.results.embedding import Embedding
 from layertap.results.streamed import LayerRows, StreamResult
 from layertap.results.tokens import Tokens
-from layertap.types import ModelInfo
 
 if TYPE_CHECKING:
     import grpc

@@ -21,9 +21,10 @@ from layertap._protocol.options import check_names, count, embed_options
 from layertap._protocol.responses import ModelPin
 from layertap._protocol.stream_state import MAX_MESSAGE_COUNT, StreamState
 from layertap.errors import FailedPreconditionError, InvalidArgumentError
+from layertap.model_info import ModelInfo
 from layertap.quantization import Precision
 from layertap.results.embedding import Embedding
-from layertap.types import FloatArray, ModelInfo, Pooling, Windows
+from layertap.types import FloatArray, Pooling, Windows
 
 Array: TypeAlias = npt.NDArray[Any]
 

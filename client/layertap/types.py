@@ -1,4 +1,4 @@
-"""Options that users pass, and facts that the server reports: poolings, mixes, token ids, models, limits, times.
+"""Options that users pass (poolings, mixes, token ids), and what servers say of each answer and of what they accept.
 
 Frozen, slotted, picklable; no I/O, no protobuf. The arrays of answers are in `results`.
 """
@@ -111,8 +111,8 @@ class Spanned:
     unit: SpanUnitName = "characters"
 
 
-@dataclasses.dataclass(frozen=True, slots=True, eq=False)
-class TokenIds:
+@dataclasses.dataclass(frozen=True, slots=True, eq=False, repr=False)
+class TokenIds(_repr.Shown):
     """Token ids to embed exactly as given: every position, padding included, nothing added or cut.
 
     Attributes:
@@ -125,10 +125,9 @@ class TokenIds:
     attention_mask: npt.ArrayLike | None = None
     token_type_ids: npt.ArrayLike | None = None
 
-    def __repr__(self) -> str:
-        """Shapes, and numbers only if there are few."""
-        fields = dataclasses.fields(self)
-        return _repr.line("TokenIds", ((field.name, _repr.brief(getattr(self, field.name))) for field in fields))
+    def _summary(self) -> list[tuple[str, str]]:
+        """Returns shapes, and numbers only if there are few."""
+        return [(field.name, _repr.brief(getattr(self, field.name))) for field in dataclasses.fields(self)]
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -145,7 +144,7 @@ class ModelRef:
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True, repr=False)
-class Timings:
+class Timings(_repr.Shown):
     """How long the parts of the work took, in nanoseconds.
 
     Attributes:
@@ -158,14 +157,14 @@ class Timings:
     tokenize_time_ns: int
     compute_time_ns: int
 
-    def __repr__(self) -> str:
-        """Milliseconds."""
+    def _summary(self) -> list[tuple[str, str]]:
+        """Returns milliseconds."""
         times = dataclasses.asdict(self).items()
-        return _repr.line("Timings", ((name.removesuffix("_time_ns"), f"{ns / 1e6:.3g} ms") for name, ns in times))
+        return [(name.removesuffix("_time_ns"), f"{ns / 1e6:.3g} ms") for name, ns in times]
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True, repr=False)
-class Limits:
+class Limits(_repr.Shown):
     """The server's bounds; a request above them is refused. 0: the server does not say.
 
     Attributes:
@@ -202,119 +201,7 @@ class Limits:
     max_connection_age_ns: int
     max_window_count: int
 
-    def __repr__(self) -> str:
-        """The bounds of one request; the table of `ModelInfo` and the fields have all."""
+    def _summary(self) -> list[tuple[str, str]]:
+        """Returns the bounds of one request; the table of `ModelInfo` and the fields have all."""
         names = ("max_text_count", "max_character_count", "max_request_bytes", "max_response_bytes")
-        return _repr.line("Limits", ((name, str(getattr(self, name))) for name in names))
-
-
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True, repr=False)
-class SentenceConfig:
-    """What the model's folder says about sentences: what `encode` does, as sentence-transformers does it.
-
-    Attributes:
-        poolings: The strategies that pool the last layer; several are joined in this order. Empty: the folder makes
-            token rows and no vector.
-        normalize: Whether the vector is then divided by its Euclidean length.
-        truncate_dim: How many values are then kept; None: all.
-        max_length: The most tokens of one text; longer ones are cut.
-        truncation: The side that is cut, "right" or "left".
-        lower_case: Whether texts are turned to lower case before tokenizing.
-        prompts: What may stand before a text, by the name that `prompt_name` takes.
-        default_prompt_name: The prompt of an `encode` that names none; None: none.
-        include_prompt: Whether the tokens of a prompt are pooled.
-        needs_sentence_modules: Whether the folder has Dense modules or modules of token rows, which the server applies
-            for `encode`.
-        vector_size: Values of a vector before it is cut; 0: the folder makes none.
-        token_size: Values of a token row of `output_value="token_embeddings"`.
-        unsupported: What layertap cannot do of what the model asks for, so that `encode` refuses; None: nothing.
-    """
-
-    poolings: tuple[PoolingName, ...]
-    normalize: bool
-    truncate_dim: int | None
-    max_length: int
-    truncation: TruncationName
-    lower_case: bool
-    prompts: Mapping[str, str]
-    default_prompt_name: str | None
-    include_prompt: bool
-    needs_sentence_modules: bool
-    vector_size: int
-    token_size: int
-    unsupported: str | None
-
-    def __repr__(self) -> str:
-        """How one vector is made, and the names of the prompts without their texts."""
-        names = ("poolings", "normalize", "truncate_dim", "max_length", "lower_case", "unsupported")
-        facts = ((name, repr(getattr(self, name))) for name in names)
-        return _repr.line("SentenceConfig", [*facts, ("prompts", ",".join(self.prompts))])
-
-
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True, repr=False)
-class ModelInfo:
-    """The served model.
-
-    Attributes:
-        model_id: Its name.
-        fingerprint: sha256 over weights, tokenizer, configuration and compute dtype, in hex.
-        model_type: The architecture, such as "bert" or "xlm-roberta".
-        layer_count: L; there are L + 1 layers, 0 to L.
-        hidden_size: Values a token row has.
-        attention_head_count: Heads of each attention.
-        vocab_size: Ids are below this.
-        type_vocab_size: Token types are below this. 0: the model has none, and those of token ids must be 0.
-        max_length: The most tokens of one text, special tokens counted.
-        default_max_length: The most tokens of one text where a call names no max_length.
-        has_pooler_output: Whether the model has pooler weights.
-        compute_dtype: What the server computes in: "float32", "float16" or "bfloat16".
-        devices: Where it computes, such as ("cpu",).
-        special_token_ids: Ids that the tokenizer adds to a text, and that of padding, ascending.
-            Of token ids `include_special_tokens=False` leaves these out.
-        pad_token_id: The id that padding uses.
-        limits: The bounds in force.
-        server_version: The version of the server.
-        sentence_config: What the model's folder says about sentences.
-        batch_invariant: Whether a text has the same bits alone and in any batch, on the same machine.
-        padding_side: Where the tokenizer's own configuration pads; layertap always pads on the right.
-        special_tokens: The ids of the tokens that the tokenizer's configuration names, such as "cls_token".
-        has_token_type_ids: Whether the tokenizer tells the strings of a pair apart by token types.
-        process_count: Processes of the server; each connection belongs to one of them. 0: the server does not say.
-    """
-
-    model_id: str
-    fingerprint: str
-    model_type: str
-    layer_count: int
-    hidden_size: int
-    attention_head_count: int
-    vocab_size: int
-    type_vocab_size: int
-    max_length: int
-    default_max_length: int
-    has_pooler_output: bool
-    compute_dtype: str
-    devices: tuple[str, ...]
-    special_token_ids: tuple[int, ...]
-    pad_token_id: int
-    limits: Limits
-    server_version: str
-    sentence_config: SentenceConfig
-    batch_invariant: bool
-    padding_side: SideName
-    special_tokens: Mapping[str, int]
-    has_token_type_ids: bool
-    process_count: int
-
-    def __repr__(self) -> str:
-        """Its name and shapes; `_repr_html_` and the fields have all."""
-        names = ("layer_count", "hidden_size", "max_length", "compute_dtype", "devices")
-        facts = ((name, repr(getattr(self, name))) for name in ("model_id", *names))
-        return _repr.line("ModelInfo", [*facts, ("fingerprint", f"{self.fingerprint[:12]}…")])
-
-    def _repr_html_(self) -> str:
-        facts = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        facts |= dataclasses.asdict(facts.pop("limits"))
-        facts |= facts.pop("special_tokens")
-        facts |= {f"sentences.{k}": value for k, value in dataclasses.asdict(facts.pop("sentence_config")).items()}
-        return _repr.table(f"ModelInfo: {self.model_id}", ((name, str(value)) for name, value in facts.items()))
+        return [(name, str(getattr(self, name))) for name in names]

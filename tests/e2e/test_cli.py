@@ -76,7 +76,7 @@ def test_decode_reads_ids(target: str, capsys: pytest.CaptureFixture[str]) -> No
 
 
 def test_embed_shows_what_the_client_gets(target: str, capsys: pytest.CaptureFixture[str]) -> None:
-    flags = ["--layers", "0,-1", "--pooler-output", "--pooling", "mean", "--pooling", "cls", "--normalize"]
+    flags = ["--layers", "-4,-1", "--pooler-output", "--pooling", "mean", "--pooling", "cls", "--normalize"]
     assert main(["embed", "I love Paris", "Hello", "--json", *flags, "--dimensions", "8"]) == 0
     first, second = map(json.loads, lines(capsys))
     assert list(first) == [
@@ -92,6 +92,10 @@ def test_embed_shows_what_the_client_gets(target: str, capsys: pytest.CaptureFix
     assert main(["embed", "I love Paris", "--pooling", "mean"]) == 0
     head, row = lines(capsys)
     assert head == "text 1: 5 tokens" and row.split()[:2] == ["pool_0", "(32,)"]
+    assert main(["embed", "I love Paris", "--pooling", "mean", "--layers", "-1,-2", "--dimensions", "3"]) == 0
+    _, *layers, row = lines(capsys)
+    assert [one.split()[0] for one in layers] == ["layer_2", "layer_3"] and layers[0].endswith("…")
+    assert row.index("(3,)") == layers[0].index("(5, 32)") and len(row.split()) == 5
 
 
 @pytest.mark.parametrize("command", ["tokenize", "embed"])
@@ -125,7 +129,7 @@ def test_info_and_health_tell_about_the_server(target: str, capsys: pytest.Captu
     assert main(["health", "--json"]) == 0 and json.loads(capsys.readouterr().out) == {"status": "SERVING"}
     assert main(["info"]) == 0
     shown = dict(line.split(maxsplit=1) for line in lines(capsys))
-    assert (shown["layer_count"], shown["hidden_size"], shown["max_text_count"]) == ("3", "32", "1000")
+    assert (shown["layer_count"], shown["hidden_size"], shown["limits.max_text_count"]) == ("3", "32", "1000")
     assert main(["info", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["limits"]["max_text_count"] == 1000
 
@@ -146,6 +150,7 @@ def test_without_a_server_it_says_so_in_one_line_and_ends_with_1(
     [
         (["embed", "nowhere.txt"], "there is no file nowhere.txt"),
         (["embed", "a.txt", "b"], "pass one file"),
+        (["embed", "x", "--shard", "0/2"], "need files as input"),
         (["embed", "-", "--input-format", "parquet"], "name the file"),
         (["embed", "x", "--normalize"], "choose one with --pooling"),
         (["embed", "x", "-o", "out.csv"], "use .npz, .npy, .safetensors, .parquet or .arrow"),
@@ -170,7 +175,8 @@ def test_nothing_at_all_is_wrong_usage(command: str, target: str) -> None:
 def test_flags_that_cannot_be_parsed_end_with_2(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         main(arguments)
-    assert caught.value.code == 2 and "usage: layertap" in capsys.readouterr().err
+    found = capsys.readouterr().err
+    assert caught.value.code == 2 and found.startswith("usage: layertap") and found.count("\n") == 2
 
 
 def test_a_missing_package_is_named_with_its_extra(tmp_path: Path) -> None:

@@ -157,6 +157,7 @@ def look_at_one_array(vectors: Embedding) -> None:
 def look_at_a_model(info: ModelInfo) -> None:
     assert_type(info.limits, Limits)
     assert info.limits.max_text_count > 0 and info.layer_count > 0
+    assert_type(info.flat(), dict[str, str])
     assert_type(info.devices, tuple[str, ...])
     assert_type(info.special_token_ids, tuple[int, ...])
     assert_type(info.sentence_config, SentenceConfig)

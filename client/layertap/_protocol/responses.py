@@ -17,9 +17,10 @@ from layertap import wire
 from layertap._protocol.requests import ResponseT
 from layertap._protocol.result_builder import EmbeddingBuilder, attention_mask, build_tokens, read_timings
 from layertap.errors import DataLossError, FailedPreconditionError
+from layertap.model_info import ModelInfo, SentenceConfig
 from layertap.results.embedding import Embedding
 from layertap.results.tokens import Tokens
-from layertap.types import FloatArray, IntArray, Limits, ModelInfo, ModelRef, PoolingName, SentenceConfig
+from layertap.types import FloatArray, IntArray, Limits, ModelRef, PoolingName
 from layertap.v1 import embedding_pb2 as pb
 
 _STRATEGY_NAMES: Final[dict[int, PoolingName]] = {

@@ -28,9 +28,9 @@ from layertap._transport.status import CLOSED_DURING_CALL, translate
 from layertap._transport.stream_calls import Endpoint
 from layertap._transport.transport import CLOSED, Part, Reply, request_id
 from layertap.errors import CancelledError, FailedPreconditionError, LayertapError
+from layertap.model_info import ModelInfo
 from layertap.results.embedding import Embedding
 from layertap.results.streamed import LayerRows, StreamResult
-from layertap.types import ModelInfo
 from layertap.v1 import embedding_pb2 as pb
 
 

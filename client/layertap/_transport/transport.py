@@ -37,9 +37,9 @@ from layertap._transport.stream_calls import Endpoint
 from layertap._transport.sync_bridge import SyncBridge
 from layertap._transport.threads import check_threads
 from layertap.errors import FailedPreconditionError, LayertapError
+from layertap.model_info import ModelInfo
 from layertap.results.embedding import Embedding
 from layertap.results.streamed import LayerRows, StreamResult
-from layertap.types import ModelInfo
 from layertap.v1 import embedding_pb2 as pb
 
 CLOSED = "this client is closed; make a new one"

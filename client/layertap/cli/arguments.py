@@ -1,117 +1,24 @@
-"""The arguments of the command line, and what `--help` says below them."""
+"""The arguments of the command line."""
 
 from __future__ import annotations
 
 import argparse
 import functools
 import os
+import re
 from pathlib import Path
 from typing import Final
 
 from layertap import __version__, quantization, wire
 from layertap._transport.settings import DEFAULT_TARGET
-from layertap.cli import commands, completion, parsing
+from layertap.cli import commands, completion, examples, parsing
 from layertap.jobs import shards
 from layertap.jobs.job import DEFAULT_PART_ITEMS
 from layertap.jobs.readers import FORMATS
 from layertap.sentence_transformers import SENTENCE, TOKENS
 
-_EXPLORE: Final = """\
-examples:
-  layertap explore
-  layertap explore --target gpu-box:50051 --no-browser
-
-The page shows tokens, layers as they arrive, how tokens change, likeness, maps, attentions and neighbours, live. It
-needs the extra explore. Ctrl-C ends it."""
-
-_TOKENIZE: Final = """\
-examples:
-  layertap tokenize 'I love Paris' --pad-to 7
-  layertap tokenize --json < texts.txt"""
-
-_DECODE: Final = """\
-examples:
-  layertap decode 101 1045 2293 3000 102
-  layertap decode --keep-special-tokens < ids.txt"""
-
-_FILES: Final = """
-
-OUT is made from parts in the folder OUT.parts, which is removed at the end. If the command is interrupted, the same
-command resumes after the last part and makes the same OUT. It refuses other settings, another model, and an input that
-has changed where it was done. Parts that are damaged are done again. Items that fail do not stop the others; the side
-file OUT.errors.jsonl has the number, id, code and reason of each."""
-
-_EMBED: Final = (
-    """\
-examples:
-  layertap embed 'I love Paris' --layers all
-  layertap embed --pooling mean --json < texts.txt
-  layertap embed corpus.txt --layers=-1,-2 --pooler-output -o out.npz
-  layertap embed corpus.jsonl.gz --id-field id --keep title,url --pooling mean -o out.parquet
-  layertap embed corpus.jsonl --words mean --mix mean:-4,-3,-2,-1 -o out.arrow
-  layertap embed 'corpus/*.parquet' --pooling mean --shard 3/100 -o vectors
-  zstdcat corpus.jsonl.zst | layertap embed --input-format jsonl --pooling cls -o out.safetensors
-
-OUT holds ids, kept fields, token_counts, truncated, and what was requested: layer_K, mixed, words_layer_K,
-words_mixed, attentions_K, pool_N, pooler_output. Rows of tokens and words lie one text after the other in .npz and
-.safetensors (divide them by token_counts and word_counts), in lists in .parquet and .arrow; attentions_K has a row for
-each pair of tokens, with a value for each head. .npy holds one matrix with a row a text, and no ids."""
-    + _FILES
-)
-
-_ENCODE: Final = (
-    """\
-examples:
-  layertap encode 'I love Paris' --json
-  layertap encode corpus.jsonl --id-field id -o out.parquet
-  layertap encode queries.txt --prompt-name query --normalize -o queries.npy
-  layertap encode corpus.csv --text-field body --precision int8 -o out.npz
-
-One vector a text, as Client.encode and sentence-transformers make it: the model's folder says how texts are pooled,
-normalized, cut and prompted. OUT holds ids, kept fields, token_counts, truncated, and sentence_embedding or
-token_embeddings."""
-    + _FILES
-)
-
-_INFO: Final = """\
-example:
-  layertap info --target 10.0.0.7:50051"""
-
-_HEALTH: Final = """\
-example:
-  layertap health --timeout-s 2 || echo 'not serving'"""
-
-_COMPLETION: Final = """\
-bash, in ~/.bashrc:
-  source <(layertap completion bash)
-
-zsh, in ~/.zshrc:
-  source <(layertap completion zsh)
-
-The script is fixed once it is made: a file that it is written to starts faster than the command."""
-
-_ALL: Final = """\
-examples:
-  layertap tokenize 'I love Paris'
-  layertap embed 'I love Paris' --layers all
-  layertap embed corpus.txt --pooling mean -o out.npz
-  layertap encode corpus.jsonl -o out.parquet
-  layertap decode 101 1045 2293 3000 102
-  layertap health && layertap info
-  layertap embed --help
-
-Texts are arguments, the lines of a file, or lines of stdin; an empty line is a text. An argument that looks like a file
-is one; --text says that it is a text. Before a text that begins with a dash write --, before negative layers =
-(--layers=-1,-2). What a command's help has in brackets is the default. LAYERTAP_TARGET and LAYERTAP_TIMEOUT_S replace
-those of the server; LAYERTAP_TLS_CA, LAYERTAP_TLS_CERT, LAYERTAP_TLS_KEY and LAYERTAP_TOKEN encrypt and identify.
-
-exit codes:
-  0    done; health: the server serves
-  1    the server refused, failed, did not answer or is not serving; or a file cannot be read or written
-  2    wrong usage, or a file would be lost
-  3    done, but some items failed
-  130  Ctrl-C
-  141  the reader of stdout closed it"""
+_NEGATIVE_NUMBERS: Final = re.compile(r"-\d[-\d,.]*$")
+"""What begins with a dash and is no flag: of itself argparse knows a single number only, and refuses -1,-2."""
 
 
 def build() -> argparse.ArgumentParser:
@@ -119,31 +26,40 @@ def build() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="layertap",
         description="Tokens, pooled vectors and every layer of a BERT, from a layertap server.",
-        epilog=_ALL,
+        epilog=examples.ALL,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=f"layertap {__version__}")
     commands_of = parser.add_subparsers(required=True, metavar="COMMAND", title="commands (each has its own --help)")
 
-    def command(name: str, summary: str, examples: str) -> argparse.ArgumentParser:
-        return commands_of.add_parser(
+    def command(name: str, summary: str, epilog: str, *, usage: str = "[--flag value ...]") -> argparse.ArgumentParser:
+        found = commands_of.add_parser(
             name,
+            usage=f"layertap {name} {usage}",
             help=summary,
             description=summary[0].upper() + summary[1:] + ".",
-            epilog=examples,
+            epilog=epilog,
             formatter_class=argparse.RawDescriptionHelpFormatter,
             allow_abbrev=False,
         )
+        found._negative_number_matcher = _NEGATIVE_NUMBERS
+        return found
 
-    _tokenize(command("tokenize", "show texts as the model's tokens", _TOKENIZE))
-    _decode(command("decode", "turn token ids back into text", _DECODE))
-    _embed(command("embed", "get layers, pooler output and pooled vectors", _EMBED))
-    _encode(command("encode", "get one vector a text, as sentence-transformers does", _ENCODE))
-    _server(command("info", "show the served model and the limits", _INFO)).set_defaults(run=commands.info)
-    _server(command("health", "exit with 0 if the server serves", _HEALTH)).set_defaults(run=commands.health)
-    _explore(command("explore", "open a page in the browser that shows what the model does with a sentence", _EXPLORE))
-    completing = command("completion", "print a script that completes commands and flags in a shell", _COMPLETION)
+    texts = "[--flag value ...] [TEXT ...]"
+    _tokenize(command("tokenize", "show texts as the model's tokens", examples.TOKENIZE, usage=texts))
+    _decode(command("decode", "turn token ids back into text", examples.DECODE, usage="[--flag value ...] [ID ...]"))
+    _embed(command("embed", "get layers, words, pooler output and pooled vectors", examples.EMBED, usage=texts))
+    _encode(command("encode", "get one vector a text, as sentence-transformers does", examples.ENCODE, usage=texts))
+    _server(command("info", "show the served model and the limits", examples.INFO)).set_defaults(run=commands.info)
+    _server(command("health", "exit with 0 if the server serves", examples.HEALTH)).set_defaults(run=commands.health)
+    _explore(
+        command(
+            "explore", "open a page in the browser that shows what the model does with a sentence", examples.EXPLORE
+        )
+    )
+    summary = "print a script that completes commands and flags in a shell"
+    completing = command("completion", summary, examples.COMPLETION, usage="{bash,zsh}")
     completing.add_argument("shell", choices=completion.SHELLS)
     completing.set_defaults(run=functools.partial(completion.show, commands_of.choices))
     return parser
@@ -235,13 +151,13 @@ def _embed(parser: argparse.ArgumentParser) -> None:
     reading = _texts(parser)
     _cutting(parser)
     _windows(parser)
-    what = "all, or numbers such as 0,6 or =-1,-2 [the last, if nothing else is requested]"
+    what = "all, or numbers such as 0,6 or -1,-2 [the last, if nothing else is requested]"
     parser.add_argument("--layers", type=parsing.layers, help=what)
     what = f"one row a word instead of a token: {', '.join(wire.WORD_POOLINGS)} of its tokens' rows"
     parser.add_argument("--words", choices=wire.WORD_POOLINGS, metavar="POOLING", help=what)
     what = "several layers as one, such as mean:-4,-3,-2,-1 or concat:-1,-2 or weighted:0,6:0.5,2"
     parser.add_argument("--mix", type=parsing.mix, help=what)
-    what = "attention probabilities of encoder blocks: all, or numbers such as 0,5 or =-1; they grow with length²"
+    what = "attention probabilities of encoder blocks: all, or numbers such as 0,5 or -1; they grow with length²"
     parser.add_argument("--attentions", type=parsing.layers, metavar="LAYERS", help=what)
     what = "which heads of them, such as 0,3 [all]"
     parser.add_argument("--attention-heads", type=parsing.numbers, metavar="HEADS", help=what)
@@ -280,7 +196,7 @@ def _encode(parser: argparse.ArgumentParser) -> None:
 def _explore(parser: argparse.ArgumentParser) -> None:
     what = "where the page listens, on 127.0.0.1 alone; 0: any free port [%(default)s]"
     parser.add_argument("--port", type=int, default=0, metavar="N", help=what)
-    what = "open the page in the browser; its address is printed either way [%(default)s]"
+    what = "open the page in the browser, whose address is printed in any case [--browser]"
     parser.add_argument("--browser", action=argparse.BooleanOptionalAction, default=True, help=what)
     _server(parser, prints_json=False).set_defaults(run=commands.explore)
 

@@ -34,6 +34,7 @@ from layertap.quantization import Precision
 from layertap.sentence_transformers import PromptedOptions
 from layertap.types import Pooling
 
+_VALUES_SHOWN: Final = 5
 _HEALTH: Final = ("UNKNOWN", "SERVING", "NOT_SERVING", "SERVICE_UNKNOWN")
 _EMBED_OPTIONS: Final = (
     *("layers", "words", "mix", "attentions", "attention_heads", "pooler_output"),
@@ -84,14 +85,12 @@ def decode(args: argparse.Namespace) -> int:
 def info(args: argparse.Namespace) -> int:
     """Shows the served model and the limits."""
     with connect(args) as client:
-        facts = dataclasses.asdict(client.model_info(timeout_s=args.timeout_s))
+        model = client.model_info(timeout_s=args.timeout_s)
     if args.json:
-        parsing.say_json(**facts)
+        parsing.say_json(**dataclasses.asdict(model))
         return 0
-    facts |= facts.pop("limits")
-    facts |= {f"sentences.{name}": value for name, value in facts.pop("sentence_config").items()}
-    for name, value in facts.items():
-        parsing.say(" ".join([f"{name:30}", *map(str, value if isinstance(value, tuple) else [value])]))
+    for name, value in model.flat().items():
+        parsing.say(f"{name:39}{value}")
     return 0
 
 
@@ -220,7 +219,8 @@ def _write(args: argparse.Namespace, client: Client, job: Job) -> int:
             parsing.warn(f"{count} items are done and lie in {folder}; the same command resumes after them")
         raise
     if outcome.bad_count:
-        parsing.warn(f"{outcome.bad_count} items failed; {errors} has their reasons, the first:")
+        failed = "1 item" if outcome.bad_count == 1 else f"{outcome.bad_count} items"
+        parsing.warn(f"{failed} failed; {errors} has the reasons, the first:")
         for reason in outcome.reasons:
             parsing.warn(reason)
     if args.json:
@@ -250,12 +250,11 @@ def _show(args: argparse.Namespace, source: Source, task: Task) -> int:
                     bad_count += 1
                     parsing.warn(f"item {answer.embedding.number}: {answer.embedding.reason}")
                     continue
-                columns = {column.name: column for column in task.columns(answer.embedding)}
                 facts = {"index": count - 1, "id": answer.item.id, "token_count": int(answer.embedding.token_counts[0])}
                 facts["truncated"] = bool(answer.embedding.truncated[0])
                 arrays = {
-                    name: np.asarray(one.values if one.counts is not None else one.values[0])
-                    for name, one in columns.items()
+                    one.name: np.asarray(one.values if one.counts is not None else one.values[0])
+                    for one in task.columns(answer.embedding)
                     if np.ndim(one.values) > 1
                 }
                 if held is not None:
@@ -284,9 +283,11 @@ def _print(args: argparse.Namespace, facts: dict[str, Any], arrays: dict[str, An
         parsing.say_json(**facts, **{name: array.tolist() for name, array in arrays.items()})
         return
     parsing.say(f"text {facts['id']}: {facts['token_count']} tokens{' (cut)' if facts['truncated'] else ''}")
+    width = max(map(len, arrays))
     for name, array in arrays.items():
-        values = (f"{value:8.4f}" if array.dtype.kind == "f" else f"{value:4}" for value in array.flat[:5])
-        parsing.say(" ".join([f"  {name:13} {array.shape!s:10}", *values, "…"]))
+        values = [f"{value:8.4f}" if array.dtype.kind == "f" else f"{value:4}" for value in array.flat[:_VALUES_SHOWN]]
+        rest = ["…"] if array.size > _VALUES_SHOWN else []
+        parsing.say(" ".join([f"  {name:{width}} {array.shape!s:10}", *values, *rest]))
 
 
 def _line(item: Any) -> str:

@@ -68,7 +68,9 @@ def source(args: argparse.Namespace) -> Source:
         _refuse_fields(args, "texts of the command line")
         return Arguments(texts=given)
     if len(given) > 1:
-        raise UsageError(f"{paths[0]} looks like a file; pass one file, or with --text texts whatever they look like")
+        raise UsageError(
+            f"{paths[0]} looks like a file; pass one file, several with -o and a folder, or texts with --text"
+        )
     path = Path(paths[0])
     if path.is_dir():
         raise UsageError(f"{path} is a folder; name a file in it, or pass it as a text with --text")
@@ -99,12 +101,12 @@ def shards(args: argparse.Namespace) -> list[Shard] | None:
         UsageError: if a flag is for several files, and there is one.
     """
     given: list[str] = args.texts
-    names = [] if args.text else [one for one in given if args.input_format or _is_folder(one) or _is_path(one)]
+    names = [] if args.text else [one for one in given if args.input_format or _is_path(one)]
     several = len(names) > 1 or any(_is_folder(one) or is_pattern(one) for one in names)
     flags = bool(args.shard or args.output_format)
     if args.output is None or not names or len(names) < len(given) or not (several or flags or args.output.is_dir()):
         if flags:
-            raise UsageError("--shard and --output-format are for files that become files; name both, with -o a folder")
+            raise UsageError("--shard and --output-format need files as input, and with -o a folder as output")
         return None
     index, count = args.shard or (0, 1)
     found = assign(find(names), args.output, suffix=args.output_format or OUTPUTS[0])
@@ -121,10 +123,7 @@ def share(value: str) -> tuple[int, int]:
 
 def layers(value: str) -> Literal["all"] | list[int]:
     """Reads `all`, or layer numbers with commas between them."""
-    try:
-        return "all" if value == "all" else [int(part) for part in value.split(",")]
-    except ValueError as exc:
-        raise argparse.ArgumentTypeError("pass all, or numbers such as 0,6 or =-1,-2") from exc
+    return "all" if value == "all" else numbers(value)
 
 
 def numbers(value: str) -> list[int]:
@@ -132,7 +131,7 @@ def numbers(value: str) -> list[int]:
     try:
         return [int(part) for part in value.split(",")]
     except ValueError as exc:
-        raise argparse.ArgumentTypeError("pass numbers such as 0,3") from exc
+        raise argparse.ArgumentTypeError("pass numbers such as 0,6 or -1,-2; of layers, also all") from exc
 
 
 def mix(value: str) -> LayerMix:
@@ -232,11 +231,12 @@ def _is_folder(text: str) -> bool:
 
 
 def _is_path(text: str) -> bool:
+    """Returns whether an argument names a file or a folder, or looks as if it did."""
     path = Path(text.removesuffix(COMPRESSED))
     if path.suffix.removeprefix(".") in FORMATS or _LOOKS_LIKE_A_PATH.fullmatch(text):
         return True
     try:
-        return Path(text).is_file()
+        return bool(text) and Path(text).exists()
     except (OSError, ValueError):  # Too long for a name, or with a NUL.
         return False
 

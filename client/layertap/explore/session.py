@@ -16,9 +16,10 @@ from layertap.async_client import AsyncClient
 from layertap.errors import FailedPreconditionError
 from layertap.explore.files import Corpus, Held
 from layertap.explore.requests import Cut
+from layertap.model_info import ModelInfo
 from layertap.results.embedding import Embedding
 from layertap.results.tokens import Tokens
-from layertap.types import ModelInfo, Pooling
+from layertap.types import Pooling
 
 _HELD_BYTES: Final = 512 << 20
 _INFO_TIMEOUT_S: Final = 3.0

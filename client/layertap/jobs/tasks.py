@@ -13,12 +13,13 @@ from layertap._protocol.inputs import InputItem
 from layertap._protocol.options import EmbedOptions
 from layertap.client import Client
 from layertap.jobs.items import Item
+from layertap.model_info import ModelInfo
 from layertap.quantization import Precision
 from layertap.results.embedding import Embedding
 from layertap.results.export import Column
 from layertap.results.streamed import StreamResult
 from layertap.sentence_transformers import TOKENS, Encoding, OutputValue, PromptedOptions
-from layertap.types import ModelInfo, Pooling, PoolingName
+from layertap.types import Pooling, PoolingName
 
 Results: TypeAlias = Generator[StreamResult, None, None]
 

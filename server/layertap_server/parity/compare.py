@@ -20,8 +20,8 @@ import numpy.typing as npt
 from layertap._transport.settings import DEFAULT_TARGET
 from layertap.client import Client
 from layertap.errors import LayertapError
+from layertap.model_info import ModelInfo
 from layertap.results.embedding import Embedding
-from layertap.types import ModelInfo
 from layertap_server.model import checkpoint
 from layertap_server.model.checkpoint import Checkpoint, CheckpointError
 

@@ -76,7 +76,7 @@ def test_a_share_that_is_none_is_refused(share: str, capsys: pytest.CaptureFixtu
     [(["I love Paris"], ["--shard", "0/2"]), (["--text", "a.txt"], ["--output-format", "npz"])],
 )
 def test_flags_of_several_files_are_refused_with_texts(given: list[str], flags: list[str], tmp_path: Path) -> None:
-    with pytest.raises(parsing.UsageError, match="files that become files"):
+    with pytest.raises(parsing.UsageError, match="need files as input"):
         parsing.shards(parsed(*given, *flags, "-o", tmp_path / "out"))
 
 

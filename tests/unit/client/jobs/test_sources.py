@@ -51,6 +51,15 @@ def test_other_arguments_are_texts(text: str) -> None:
     assert isinstance(parsing.source(parsed(text)), Arguments)
 
 
+def test_an_argument_that_names_a_folder_is_never_embedded_as_a_text(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "corpus").mkdir()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(parsing.UsageError, match=r"corpus is a folder; .* --text"):
+        parsing.source(parsed("corpus"))
+
+
 def test_a_file_of_an_unknown_format_is_refused_with_the_formats(tmp_path: Path) -> None:
     (tmp_path / "Makefile").write_text("all:\n")
     with pytest.raises(parsing.UsageError, match=r"\.jsonl, \.csv, \.tsv"):
@@ -118,8 +127,8 @@ def test_a_row_that_is_not_csv_is_one_bad_item(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("flag", "value", "hint"),
     [
-        ("--layers", "first", "pass all, or numbers such as 0,6"),
-        ("--attention-heads", "0,", "pass numbers such as 0,3"),
+        ("--layers", "first", "pass numbers such as 0,6"),
+        ("--attention-heads", "0,", "pass numbers such as 0,6"),
         ("--mix", "median:0,6", "pass such as mean:-4,-3,-2,-1"),
         ("--mix", "mean", "pass such as mean:-4,-3,-2,-1"),
         ("--mix", "weighted:0,6:a,b", "weights are numbers with commas"),
