@@ -69,7 +69,7 @@ class Engine:
         self._app.prepare()
 
     def __call__(self, texts: list[str], max_length: int) -> np.ndarray:
-        from layertap_server.scheduler.call import Event, RowsReady, RunDone
+        from layertap_server.scheduler.events import Event, RowsReady, RunDone
         from layertap_server.types import Output, OutputKind, Plan, Pool, Strategy
 
         tokenizer, batcher, model = self._app.tokenizer, self._app.parts.batcher, self._app.parts.model

@@ -21,7 +21,8 @@ from layertap_server.engine.linear import Linears
 from layertap_server.model import checkpoint
 from layertap_server.parity.compare import BOUNDS
 from layertap_server.scheduler.batcher import Batcher
-from layertap_server.scheduler.call import Call, Event, RowsReady, RunDone
+from layertap_server.scheduler.call import Call
+from layertap_server.scheduler.events import Event, RowsReady, RunDone
 from layertap_server.types import (
     Mix,
     Mixing,

@@ -16,7 +16,7 @@ from layertap.v1 import embedding_pb2 as pb
 from layertap_server.model.facts import ModelFacts
 from layertap_server.model.tokenized import Tokenized
 from layertap_server.protocol import responses
-from layertap_server.scheduler.call import RowsReady
+from layertap_server.scheduler.events import RowsReady
 from layertap_server.types import (
     Mix,
     Mixing,

@@ -32,7 +32,6 @@ STILL_LONGER = {
     "server/layertap_server/rpc/caller.py",
     "server/layertap_server/rpc/embed_stream.py",
     "server/layertap_server/scheduler/batcher.py",
-    "server/layertap_server/scheduler/call.py",
     "server/layertap_server/scheduler/fairness.py",
 }
 """Modules that have not been divided yet."""

@@ -13,7 +13,7 @@ from layertap import wire
 from layertap_server.compat import open_inference_pb2 as kserve
 from layertap_server.compat.kserve_requests import DTYPES, SENTENCE, TOKEN_COUNTS, Asked
 from layertap_server.model.tokenized import Tokenized
-from layertap_server.scheduler.call import RowsReady
+from layertap_server.scheduler.events import RowsReady
 from layertap_server.types import Output, Plan, Unit
 
 _COUNT_BYTES: Final = 8

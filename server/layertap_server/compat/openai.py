@@ -35,7 +35,8 @@ from layertap_server.protocol import rows
 from layertap_server.protocol.offload import LARGE_BYTES, offload
 from layertap_server.protocol.preprocess import Preprocessor
 from layertap_server.scheduler.batcher import Batcher
-from layertap_server.scheduler.call import Hooks, LoopWaker, RowsReady
+from layertap_server.scheduler.call import Hooks, LoopWaker
+from layertap_server.scheduler.events import RowsReady
 from layertap_server.types import Plan
 
 _EMBEDDINGS: Final = "/v1/embeddings"

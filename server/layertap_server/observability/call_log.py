@@ -18,7 +18,7 @@ from collections.abc import Mapping, Sequence
 from typing import Final, Protocol
 
 from layertap.errors import LayertapError, StatusCode
-from layertap_server.scheduler.call import RunDone
+from layertap_server.scheduler.events import RunDone
 from layertap_server.types import Text
 
 log = logging.getLogger(__name__)

@@ -31,7 +31,8 @@ from layertap_server.protocol import responses
 from layertap_server.protocol.preprocess import Result
 from layertap_server.protocol.stream_responses import failures_of, split_run
 from layertap_server.scheduler.batcher import Batcher
-from layertap_server.scheduler.call import Call, CallFailed, Event, RowsReady, RunDone
+from layertap_server.scheduler.call import Call
+from layertap_server.scheduler.events import CallFailed, Event, RowsReady, RunDone
 from layertap_server.types import Output, Plan
 
 Tokenize: TypeAlias = Callable[[list[pb.Input]], Future[list[Result]]]

@@ -20,7 +20,7 @@ from layertap_server.model.facts import ModelFacts
 from layertap_server.model.tokenized import Tokenized
 from layertap_server.model.tokenizer import Tokenizer
 from layertap_server.observability.call_log import Record
-from layertap_server.scheduler.call import RowsReady
+from layertap_server.scheduler.events import RowsReady
 from layertap_server.shared_memory.segment import Lending
 from layertap_server.types import Plan, Text, Unit
 

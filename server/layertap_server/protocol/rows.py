@@ -12,7 +12,8 @@ from layertap.errors import LayertapError
 from layertap_server.model.tokenized import Tokenized
 from layertap_server.observability.call_log import Record
 from layertap_server.scheduler.batcher import Batcher
-from layertap_server.scheduler.call import Call, CallFailed, Event, EventQueue, LoopWaker, QueueRoom, RowsReady, RunDone
+from layertap_server.scheduler.call import Call, EventQueue, LoopWaker
+from layertap_server.scheduler.events import CallFailed, Event, QueueRoom, RowsReady, RunDone
 from layertap_server.types import Allocator, Plan
 
 

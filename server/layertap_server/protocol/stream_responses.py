@@ -17,7 +17,7 @@ from layertap_server.model.tokenized import Tokenized
 from layertap_server.model.tokenizer import Tokenizer
 from layertap_server.protocol import responses
 from layertap_server.protocol.responses import HEAD_BYTES, TEXT_BYTES, list_bytes
-from layertap_server.scheduler.call import RowsReady
+from layertap_server.scheduler.events import RowsReady
 from layertap_server.shared_memory.segment import Lending
 from layertap_server.types import Plan
 

@@ -29,7 +29,8 @@ from layertap_server.protocol.requests import Parts, check_size, stream_chunks, 
 from layertap_server.protocol.stream_responses import Result, failures_of, split_run
 from layertap_server.protocol.stream_responses import messages as messages_of
 from layertap_server.rpc.caller import Caller
-from layertap_server.scheduler.call import Call, CallFailed, Event, EventQueue, RowsReady, RunDone
+from layertap_server.scheduler.call import Call, EventQueue
+from layertap_server.scheduler.events import CallFailed, Event, RowsReady, RunDone
 from layertap_server.shared_memory.segment import Lending
 from layertap_server.types import RETRY_ELSEWHERE_S, Text
 

@@ -30,7 +30,8 @@ from layertap_server.rpc.admission import Admission
 from layertap_server.rpc.caller import Caller
 from layertap_server.rpc.embed_stream import Stream
 from layertap_server.scheduler.batcher import Batcher
-from layertap_server.scheduler.call import Event, EventQueue, LoopWaker, RowsReady
+from layertap_server.scheduler.call import EventQueue, LoopWaker
+from layertap_server.scheduler.events import Event, RowsReady
 from layertap_server.shared_memory.allocator import allocator
 from layertap_server.shared_memory.lease import Sharing
 from layertap_server.shared_memory.segment import Lending

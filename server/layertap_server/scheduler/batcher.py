@@ -23,7 +23,8 @@ import time
 from collections.abc import Callable, Sequence
 
 from layertap.errors import DeadlineExceededError, UnavailableError
-from layertap_server.scheduler.call import BatchPart, Call, CallFailed, Event, Hooks, QueueRoom, WaitingText
+from layertap_server.scheduler.call import BatchPart, Call, Hooks, WaitingText
+from layertap_server.scheduler.events import CallFailed, Event, QueueRoom
 from layertap_server.scheduler.fairness import BatchTime, Budget, FairQueue, QueueBudget
 from layertap_server.scheduler.instances import Instances
 from layertap_server.scheduler.windows import TextEvents

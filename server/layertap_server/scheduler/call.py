@@ -11,65 +11,12 @@ import contextlib
 import dataclasses
 from collections import deque
 from collections.abc import Callable, Sequence
-from typing import Final, Generic, NamedTuple, Protocol, TypeAlias, TypeVar
+from typing import Final, Generic, NamedTuple, Protocol, TypeVar
 
-from layertap.errors import LayertapError
-from layertap_server.types import Allocator, Plan, Rows, Text
+from layertap_server.scheduler.events import Event, RowsReady
+from layertap_server.types import Allocator, Plan, Text
 
 EventT = TypeVar("EventT")
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class RowsReady:
-    """One layer of one output of some texts is ready, or of one text that runs as windows some of its token rows.
-
-    Attributes:
-        first_text: The position of the first of the texts in the call.
-        texts: The texts.
-        rows: Their rows.
-        first_row: Which row of its text the first row is.
-    """
-
-    first_text: int
-    texts: Sequence[Text]
-    rows: Rows
-    first_row: int = 0
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class RunDone:
-    """All outputs of some texts have been delivered.
-
-    Attributes:
-        first_text: The position of the first of the texts in the call.
-        texts: The texts.
-        started_at_ns: When their batch began, by time.monotonic_ns.
-        queue_time_ns: How long the first of them had waited.
-        compute_time_ns: How long the batch took.
-        reserved_bytes: The output bytes that were reserved for them.
-    """
-
-    first_text: int
-    texts: Sequence[Text]
-    started_at_ns: int
-    queue_time_ns: int
-    compute_time_ns: int
-    reserved_bytes: int
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class CallFailed:
-    """The call has failed; no event follows."""
-
-    error: LayertapError
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class QueueRoom:
-    """The queue may have room again for a call that waits for it."""
-
-
-Event: TypeAlias = RowsReady | RunDone | CallFailed | QueueRoom
 
 
 class Queue(Protocol):

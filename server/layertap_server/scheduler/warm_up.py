@@ -9,7 +9,7 @@ import numpy as np
 
 from layertap.errors import DeadlineExceededError
 from layertap_server.scheduler.batcher import Batcher
-from layertap_server.scheduler.call import CallFailed, Event, RunDone
+from layertap_server.scheduler.events import CallFailed, Event, RunDone
 from layertap_server.types import Output, OutputKind, Plan, Text
 
 _TIMEOUT_S: Final = 300.0

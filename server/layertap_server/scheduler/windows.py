@@ -17,7 +17,8 @@ import numpy as np
 import numpy.typing as npt
 
 from layertap.errors import InternalError, LayertapError
-from layertap_server.scheduler.call import Call, Event, RowsReady, RunDone
+from layertap_server.scheduler.call import Call
+from layertap_server.scheduler.events import Event, RowsReady, RunDone
 from layertap_server.scheduler.window_rows import narrowed, whole_rows
 from layertap_server.types import ApplyModules, DeviceLostError, Rows, Text, Unit, Vectors, Window
 

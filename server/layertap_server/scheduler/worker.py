@@ -17,7 +17,8 @@ import time
 from collections.abc import Callable, Iterator
 
 from layertap.errors import InternalError, LayertapError, UnavailableError
-from layertap_server.scheduler.call import BatchPart, CallFailed, Hooks, RowsReady, RunDone
+from layertap_server.scheduler.call import BatchPart, Hooks
+from layertap_server.scheduler.events import CallFailed, RowsReady, RunDone
 from layertap_server.types import RETRY_STOPPING_S, DeviceLostError, Encode, Run
 
 log = logging.getLogger(__name__)

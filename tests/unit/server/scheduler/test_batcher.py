@@ -24,7 +24,8 @@ from layertap import (
     UnavailableError,
 )
 from layertap_server.scheduler.batcher import Batcher
-from layertap_server.scheduler.call import Call, CallFailed, Event, QueueRoom, RowsReady, RunDone
+from layertap_server.scheduler.call import Call
+from layertap_server.scheduler.events import CallFailed, Event, QueueRoom, RowsReady, RunDone
 from layertap_server.types import Mix, Mixing, Output, OutputKind, Plan, Pool, Rows, Run, Strategy, Text, Unit
 
 WAIT_S = 20.0

@@ -11,7 +11,8 @@ import pytest
 from support import poll
 
 from layertap_server.scheduler.batcher import Batcher
-from layertap_server.scheduler.call import Call, Event, RunDone
+from layertap_server.scheduler.call import Call
+from layertap_server.scheduler.events import Event, RunDone
 from layertap_server.scheduler.fairness import Budget, FairQueue
 from layertap_server.types import Output, OutputKind, Plan, Pool, Rows, Run, Strategy, Text
 

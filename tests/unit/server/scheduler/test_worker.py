@@ -11,7 +11,7 @@ import pytest
 
 from layertap import InternalError, UnavailableError
 from layertap_server.scheduler.batcher import Batcher
-from layertap_server.scheduler.call import CallFailed, Event, RowsReady, RunDone
+from layertap_server.scheduler.events import CallFailed, Event, RowsReady, RunDone
 from layertap_server.types import DeviceLostError, Output, OutputKind, Plan, Pool, Rows, Run, Strategy, Text
 
 WAIT_S = 20.0
