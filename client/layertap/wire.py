@@ -179,8 +179,7 @@ def to_array(data: Buffer | ByteArray, shape: tuple[int, ...], dtype: pb.Dtype.V
     if isinstance(data, np.ndarray) and dtype != pb.DTYPE_BFLOAT16:
         if data.size != math.prod(shape) * item_bytes(dtype):
             raise DataLossError(f"the answer has {data.size} bytes where {math.prod(shape)} values belong; ask again")
-        # By its code: what `newbyteorder` returns prints as "<f4" even where that is the own order of the machine.
-        kept: FloatArray = data.view(np.dtype(array_dtype(dtype)).newbyteorder("<").str)
+        kept: FloatArray = data.view(np.dtype(array_dtype(dtype)).newbyteorder("<"))
         return kept.reshape(shape)
     array = empty(shape, dtype)
     read_into(array, data, dtype)

@@ -139,7 +139,11 @@ class Config:
         least=0,
     )
     max_batch_bytes: int = _batching(
-        32 << 20, "Output bytes of one batch; a call may hold one batch more than there are instances.", unit="bytes"
+        0,
+        "Output bytes of one batch; a call may hold one batch more than there are instances. 0: 32 MiB on a CPU, "
+        "256 MiB on cuda, where all layers of a batch that fills it take more.",
+        unit="bytes",
+        least=0,
     )
     min_share_tokens: int = _batching(
         256, "What an instance takes at least while other instances idle: less is not worth splitting.", unit="tokens"

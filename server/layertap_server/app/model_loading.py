@@ -30,6 +30,8 @@ T = TypeVar("T")
 
 _CPU_BATCH_TOKENS: Final = 1024
 _CUDA_BATCH_TOKENS: Final = 32_768
+_CPU_BATCH_BYTES: Final = 32 << 20
+_CUDA_BATCH_BYTES: Final = 256 << 20
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -63,6 +65,11 @@ class FoundModel:
     def batch_tokens(self) -> int:
         """How many tokens a batch has at most, where no knob says it."""
         return _CPU_BATCH_TOKENS if self.on_cpu else _CUDA_BATCH_TOKENS
+
+    @property
+    def batch_bytes(self) -> int:
+        """How many output bytes a batch has at most, likewise."""
+        return _CPU_BATCH_BYTES if self.on_cpu else _CUDA_BATCH_BYTES
 
     def encoders(self, make_encoder: Callable[..., Encoder], *, before_fork: bool) -> list[Encoder]:
         """Reads the weights; returns an encoder for each device.

@@ -88,7 +88,7 @@ def make_parts(
     batcher = Batcher(
         [with_oom_retry(encode) for encode in cpu_threads.make(encoders, found.threads)],
         max_batch_tokens=batch_tokens,
-        max_batch_bytes=share.max_batch_bytes,
+        max_batch_bytes=share.max_batch_bytes or found.batch_bytes,
         min_share_tokens=share.min_share_tokens,
         max_queue_texts=share.max_queue_text_count,
         max_queue_tokens=share.max_queue_token_count,

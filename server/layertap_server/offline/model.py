@@ -82,7 +82,7 @@ class OfflineModel:
         self._batcher = Batcher(
             cpu_threads.make(encoders, threads),
             max_batch_tokens=config.max_batch_tokens or found.batch_tokens,
-            max_batch_bytes=config.max_batch_bytes,
+            max_batch_bytes=config.max_batch_bytes or found.batch_bytes,
             min_share_tokens=config.min_share_tokens,
             max_queue_texts=_UNBOUNDED,
             max_queue_tokens=_UNBOUNDED,

@@ -204,13 +204,6 @@ def test_values_are_little_endian(name: str) -> None:
     assert target.tolist() == [values[:2], values[2:]]
 
 
-@pytest.mark.parametrize("name", ["float32", "float16"])
-def test_rows_that_stay_where_they_are_have_the_dtype_of_all_others(name: str) -> None:
-    rows = np.arange(4, dtype=name)
-    found = wire.to_array(rows.view(np.uint8), (2, 2), wire.DTYPES[name])
-    assert np.shares_memory(found, rows) and repr(found.dtype) == f"dtype('{name}')"
-
-
 def test_every_bfloat16_is_widened_exactly() -> None:
     halves = np.arange(1 << 16, dtype="<u2")
     target = np.empty(1 << 16, np.float32)
