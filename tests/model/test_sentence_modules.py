@@ -12,6 +12,7 @@ from typing import Any
 import grpc
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import (
@@ -224,11 +225,30 @@ def only_pickled(folder: Path) -> None:
     (folder / "2_Dense" / "model.safetensors").rename(folder / "2_Dense" / "pytorch_model.bin")
 
 
+def takes(size: int) -> Callable[[Path], object]:
+    """Writes a Dense whose weights are those of its config, and that takes so many values."""
+
+    def write(folder: Path) -> None:
+        config(in_features=size)(folder)
+        weights = {"linear.weight": torch.zeros(12, size), "linear.bias": torch.zeros(12)}
+        safetensors.torch.save_file(weights, folder / "2_Dense" / "model.safetensors")
+
+    return write
+
+
+def many(folder: Path) -> None:
+    modules = json.loads((folder / "modules.json").read_text())
+    (folder / "modules.json").write_text(json.dumps(modules + modules[-1:] * 1000))
+
+
 REFUSED: dict[str, tuple[Callable[[Path], object], str]] = {
     "an activation of its own": (config(activation_function="my.Own"), "my.Own"),
     "an activation with weights": (config(activation_function="torch.nn.modules.activation.PReLU"), "PReLU"),
     "only pickles": (only_pickled, "safe_serialization"),
     "sizes that do not fit": (config(in_features=31), "not those of its config"),
+    "fewer values than there are": (takes(31), "takes 31 values where there are 32"),
+    "a huge size": (config(out_features=1_000_000), "[32, 1000000], the most is 16384"),
+    "many of them": (many, "has 1003 modules, the most is 32"),
     "a size that is none": (config(in_features="32"), "in_features"),
     "a bias that is not there": (config(use_residual=True), "not those of its config"),
     "another input": (config(module_input_name="all_layer_embeddings"), "something else"),

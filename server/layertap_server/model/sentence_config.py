@@ -15,6 +15,7 @@ from typing import Any, Final
 
 from layertap_server.model.files import CheckpointError, read_json
 from layertap_server.model.sentence_modules import (
+    MAX_COUNT,
     Dense,
     Module,
     UnsupportedModuleError,
@@ -150,10 +151,8 @@ def read(folder: Path, *, hidden_size: int, max_length: int, position_count: int
         reading.read_whole()
         reading.read_transformer()
         reading.read_modules(hidden_size)
-    config = reading.config
-    return dataclasses.replace(
-        config, max_length=min(config.max_length, position_count), unsupported="; ".join(reading.reasons)
-    )
+    most = min(reading.config.max_length, position_count)
+    return dataclasses.replace(reading.config, max_length=most, unsupported="; ".join(reading.reasons))
 
 
 def transformer_folder(folder: Path) -> Path:
@@ -221,7 +220,10 @@ class _Reading:
     def read_modules(self, hidden_size: int) -> None:
         """Reads the modules; each Dense must take as many values as there are at its place."""
         self._set(strategies=())
-        for place, module in enumerate(self._json("modules.json", list)):
+        modules = self._json("modules.json", list)
+        if len(modules) > MAX_COUNT:
+            self.reasons.append(f"modules.json has {len(modules)} modules, the most is {MAX_COUNT}")
+        for place, module in enumerate(modules[:MAX_COUNT]):
             described = module if isinstance(module, dict) else {}
             kind, path = _kind_of(described), _path_of(described)
             if path is None:
@@ -249,18 +251,16 @@ class _Reading:
             return
         module = read_normalize(found, name) if kind == "Normalize" else read_dense(found, self._folder / path, name)
         config = self.config
-        if module.of_tokens and self._pools:
-            raise UnsupportedModuleError(f"{name} works on token rows after they are pooled")
-        if not module.of_tokens and not self._pools:
-            raise UnsupportedModuleError(f"{name} works on the vector before there is one")
+        if module.of_tokens == self._pools:
+            what = "token rows after they are pooled" if self._pools else "the vector before there is one"
+            raise UnsupportedModuleError(f"{name} works on {what}")
         size = config.token_size(hidden_size) if module.of_tokens else config.vector_size(hidden_size)
         if isinstance(module, Dense) and module.in_size != size:
             raise UnsupportedModuleError(f"{name} takes {module.in_size} values where there are {size}")
         if module.of_tokens:
             self._set(token_modules=(*config.token_modules, module))
         else:
-            modules = (*config.vector_modules, module)
-            self._set(vector_modules=modules, normalize=kind == "Normalize")
+            self._set(vector_modules=(*config.vector_modules, module), normalize=kind == "Normalize")
 
     def _read_pooling(self, name: str) -> None:
         self._pools = True

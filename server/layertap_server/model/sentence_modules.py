@@ -27,6 +27,10 @@ _ACTIVATIONS: Final = frozenset(
 _ACTIVATION_PLACES: Final = ("torch.nn", "torch.nn.modules.activation", "torch.nn.modules.linear")
 _FLOATS: Final = ("F64", "F32", "F16", "BF16")
 _FILE: Final = "model.safetensors"
+MAX_COUNT: Final = 32
+"""The most modules of a folder."""
+_MAX_SIZE: Final = 16_384
+"""The most values that a Dense takes or gives: each row of a batch takes so much memory at once, whatever is sent."""
 
 
 class UnsupportedModuleError(Exception):
@@ -112,6 +116,8 @@ def read_dense(found: Mapping[str, Any], folder: Path, name: str) -> Dense:
     sizes: list[int] = [found.get("in_features", 0), found.get("out_features", 0)]
     if not all(type(size) is int and size > 0 for size in sizes):
         raise UnsupportedModuleError(f"{name} has in_features and out_features {sizes!r:.80}")
+    if max(sizes) > _MAX_SIZE:
+        raise UnsupportedModuleError(f"{name} has in_features and out_features {sizes!r:.80}, the most is {_MAX_SIZE}")
     place, _, activation = str(found.get("activation_function", "torch.nn.Tanh")).rpartition(".")
     if place not in _ACTIVATION_PLACES or activation not in _ACTIVATIONS:
         raise UnsupportedModuleError(
