@@ -30,7 +30,8 @@ from layertap.v1 import embedding_pb2_grpc
 from layertap_server.app.listening import listen_settings
 from layertap_server.cli import parse
 from layertap_server.flags import ConfigError
-from layertap_server.rpc.caller import client_of, connection_of
+from layertap_server.observability.call_log import Record
+from layertap_server.rpc.caller import Caller, client_of
 from layertap_server.rpc.listener import Listener
 from layertap_server.scheduler.call import Hooks
 
@@ -383,11 +384,11 @@ def test_unusable_files_end_the_start_before_the_server_listens(tmp_path: Path) 
 def test_a_client_goes_by_its_certificate_else_its_address(
     peer: str, certificate: dict[str, list[bytes]], client: str
 ) -> None:
-    context: Any = SimpleNamespace(peer=lambda: peer, auth_context=lambda: certificate)
-    assert client_of(context) == client
-    one, other = object(), object()
-    same = connection_of(context, one) == connection_of(context, other)
-    assert same is not peer.startswith("unix")
+    context: Any = SimpleNamespace(auth_context=lambda: certificate)
+    assert client_of(context, peer, by_certificate=True) == client
+    calls: Any = {"record": Record(method="Embed", request_id="", client=client), "task": None, "shared": None}
+    one, other = Caller(context, peer, **calls), Caller(context, peer, **calls)
+    assert (one.connection == other.connection) is not peer.startswith("unix")
 
 
 def test_a_connection_that_gets_too_old_is_replaced_without_an_error(tiny_folder: Path) -> None:

@@ -107,6 +107,7 @@ def make_parts(
         max_request_bytes=share.max_queue_bytes,
         stall_timeout_s=share.stall_timeout_s,
         idle_timeout_s=share.idle_timeout_s,
+        by_certificate=bool(share.tls_client_ca),
         call_log=CallLog([one for one in (metrics, tracing) if one is not None]),
         hooks=hooks,
     )

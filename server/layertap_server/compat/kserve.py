@@ -41,25 +41,17 @@ _IN_FLIGHT: Final = 2
 """Requests of one stream that are held at once: one is tokenized while another computes."""
 
 
-class Call(Protocol):
-    """The memory that the requests of a call take."""
+class Caller(rows.Caller, Protocol):
+    """A call with several messages, and its other end."""
 
     def add_bytes(self, byte_count: int) -> None:
-        """Counts bytes until the call ends."""
+        """Counts memory that its requests take, until it ends."""
 
     async def stream_room(self) -> None:
-        """Waits until there is some."""
+        """Waits until there is room for more of them."""
 
     def add_stream_bytes(self, byte_count: int) -> None:
         """Counts bytes, or with a negative number gives them back."""
-
-
-class Caller(rows.Caller, Protocol):
-    """The other end of a call with several messages."""
-
-    @property
-    def call(self) -> Call:
-        """The call; the bytes of its first message are counted."""
 
     async def read(self) -> bytes | None:
         """Returns the next message; None: there is none."""
@@ -67,7 +59,7 @@ class Caller(rows.Caller, Protocol):
     async def write(self, message: bytes) -> None:
         """Sends a message."""
 
-    def set_idle(self, idle: bool) -> None:
+    def set_waiting(self, waiting: bool) -> None:
         """Notes whether the server waits for a message and owes no answer."""
 
 
@@ -139,7 +131,7 @@ class Service:
         return answer.SerializeToString()
 
     async def _infer(self, raw: bytes, caller: Caller) -> bytes:
-        return b"".join(await self._answer(await parse(kserve.ModelInferRequest, raw), caller, caller.call.add_bytes))
+        return b"".join(await self._answer(await parse(kserve.ModelInferRequest, raw), caller, caller.add_bytes))
 
     async def _infer_stream(self, raw: bytes, caller: Caller) -> None:
         """Answers requests in their order; the server's end ends it once what has been read is answered."""
@@ -155,12 +147,12 @@ class Service:
                 task = asyncio.create_task(self._answer_in_stream(message, caller))
                 byte_counts[task] = byte_count
                 answers.put_nowait(task)
-                await caller.call.stream_room()
-                caller.set_idle(not byte_counts)
+                await caller.stream_room()
+                caller.set_waiting(not byte_counts)
                 message = await caller.read()
-                caller.set_idle(False)
+                caller.set_waiting(False)
                 byte_count = len(message or b"")
-                caller.call.add_stream_bytes(byte_count)
+                caller.add_stream_bytes(byte_count)
 
         reader, stop = asyncio.create_task(read()), asyncio.create_task(self._stopping.wait())
         stop.add_done_callback(lambda _: reader.cancel())
@@ -168,8 +160,8 @@ class Service:
         try:
             while (task := await answers.get()) is not None:
                 await caller.write(await task)
-                caller.call.add_stream_bytes(-byte_counts.pop(task))
-                caller.set_idle(not byte_counts)
+                caller.add_stream_bytes(-byte_counts.pop(task))
+                caller.set_waiting(not byte_counts)
                 places.release()
         finally:
             for one in (stop, reader, *byte_counts):
@@ -185,7 +177,7 @@ class Service:
 
         def hold(byte_count: int) -> None:
             held.append(byte_count)
-            caller.call.add_stream_bytes(byte_count)
+            caller.add_stream_bytes(byte_count)
 
         try:
             request = await parse(kserve.ModelInferRequest, raw)
@@ -197,7 +189,7 @@ class Service:
             log.exception("a request of a stream failed")
             error = InternalError("the server failed; its log has the reason")
         finally:
-            caller.call.add_stream_bytes(-sum(held))
+            caller.add_stream_bytes(-sum(held))
         caller.record.failed_text_count += 1
         head = kserve.ModelInferResponse(model_name=request.model_name, id=request.id)
         message = f"{error.code.name}: {error.details}"

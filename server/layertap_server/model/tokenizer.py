@@ -107,27 +107,29 @@ class Tokenizer:
             For each text its tokens, or why it is refused.
         """
         engine = self._lowering if lower_case else self._engine
-
-        def encoded(part: Sequence[String], part_labels: Sequence[str]) -> list[Tokenized | LayertapError]:
-            return engine.encode(
-                part,
-                part_labels,
-                max_length=max_length,
-                truncation=truncation,
-                add_special_tokens=add_special_tokens,
-                detail=detail,
-                windowing=windowing,
-            )
-
-        results: list[Tokenized | LayertapError] = [
-            Tokenized(text=item) if isinstance(item, Text) else item if isinstance(item, LayertapError) else _UNREAD
-            for item in items
-        ]
-        for as_words in (False, True):
-            places = [n for n, one in enumerate(results) if one is _UNREAD and isinstance(items[n], list) == as_words]
-            found = encoded([cast("String", items[n]) for n in places], [labels[n] for n in places]) if places else []
-            if len(found) == len(results):
-                return found
+        encode = functools.partial(
+            engine.encode,
+            max_length=max_length,
+            truncation=truncation,
+            add_special_tokens=add_special_tokens,
+            detail=detail,
+            windowing=windowing,
+        )
+        results: list[Tokenized | LayertapError] = []
+        strings: list[int] = []
+        words: list[int] = []
+        for n, item in enumerate(items):
+            if isinstance(item, Text):
+                results.append(Tokenized(text=item))
+            elif isinstance(item, LayertapError):
+                results.append(item)
+            else:
+                (words if isinstance(item, list) else strings).append(n)
+                results.append(_UNREAD)
+        for places in (strings, words):
+            if places and len(places) == len(results):
+                return encode(cast("Sequence[String]", items), labels)
+            found = encode([cast("String", items[n]) for n in places], [labels[n] for n in places]) if places else []
             for n, one in zip(places, found, strict=True):
                 results[n] = one
         return results

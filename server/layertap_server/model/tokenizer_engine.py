@@ -88,8 +88,8 @@ class TokenizerEngine:
         results: list[Tokenized | LayertapError] = []
         cuts = self._is_local and truncation == "right"
         heads = [text_head.head(item, max_length) for item in items] if cuts else [*items]
-        encodings = list(self._encode_each(heads, labels, add_special_tokens, detail))
-        for n, one in enumerate(encodings):
+        encodings = self._encode_each(heads, labels, add_special_tokens, detail)
+        for n, one in enumerate(encodings) if cuts else ():
             if heads[n] is items[n] or (not isinstance(one, LayertapError) and text_head.is_enough(one, max_length)):
                 continue
             heads[n] = items[n]
@@ -98,7 +98,7 @@ class TokenizerEngine:
         for n, (encoding, text, item, label) in enumerate(zip(encodings, texts, items, labels, strict=True)):
             if isinstance(encoding, LayertapError):
                 results.append(encoding)
-            elif text.token_count <= max_length:
+            elif len(text.input_ids) <= max_length:
                 results.append(_tokenized(text, item, encoding, detail))
             elif windowing is not None:
                 found = _windowed(text, item, encoding, label, max_length, windowing)
@@ -121,9 +121,9 @@ class TokenizerEngine:
 
     def _encode_each(
         self, items: Sequence[String], labels: Sequence[str], add_special_tokens: bool, detail: Detail
-    ) -> Sequence[tokenizers.Encoding | LayertapError]:
+    ) -> list[tokenizers.Encoding | LayertapError]:
         try:
-            return self._encode(self._whole, items, add_special_tokens, detail)
+            return [*self._encode(self._whole, items, add_special_tokens, detail)]
         except Exception as exc:  # The library raises `Exception` itself, such as for an unknown token that it lacks.
             if len(items) == 1:
                 log.warning("the tokenizer failed on a text: %s", reason_of(exc))
@@ -176,7 +176,7 @@ class TokenizerEngine:
         if len(items) == 1 and isinstance(items[0], str) and len(items[0]) <= _SHORT:
             return [tokenizer.encode(items[0], None, False, add_special_tokens)]
         # The fast one may give the second text of a pair the type 0.
-        whole = detail is Detail.EVERYTHING or any(isinstance(item, tuple) for item in items)
+        whole = detail is Detail.EVERYTHING or tuple in map(type, items)
         encode = tokenizer.encode_batch if whole else tokenizer.encode_batch_fast
         return encode(items, is_pretokenized=is_words, add_special_tokens=add_special_tokens)
 
@@ -188,9 +188,9 @@ class TokenizerEngine:
     ) -> list[Text]:
         """Returns texts with their ids, and their types unless all are 0; without ids for what failed."""
         ids = _views([[] if isinstance(one, LayertapError) else one.ids for one in encodings])
-        has_types = self._frames[add_special_tokens].has_types or any(isinstance(one, tuple) for one in items)
+        has_types = self._frames[add_special_tokens].has_types or tuple in map(type, items)
         if not (self._has_token_types and has_types):
-            return [Text(own) for own in ids]
+            return list(map(Text, ids))
         types = _views([[] if isinstance(one, LayertapError) else one.type_ids for one in encodings])
         return [Text(own, token_type_ids=of if of.any() else None) for own, of in zip(ids, types, strict=True)]
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import os
+import random
 import re
 import time
 from collections.abc import Mapping, Sequence
@@ -27,10 +27,11 @@ REQUEST_ID: Final = "x-request-id"
 """The metadata key of a request id, in requests and in answers."""
 
 _REQUEST_ID_FORM: Final = re.compile(r"[0-9A-Za-z][0-9A-Za-z._:/+=@-]{0,127}", re.ASCII)
-_TRACE_HEADERS: Final = ("traceparent", "tracestate")
+_TRACE_PARENT: Final = "traceparent"
+_TRACE_HEADERS: Final = (_TRACE_PARENT, "tracestate")
 
 
-@dataclasses.dataclass(slots=True)
+@dataclasses.dataclass(init=False, eq=False)  # Without a constructor or slots: a call makes four, each in no time.
 class Phase:
     """One part of the work on a call, which may happen several times, for example in several batches.
 
@@ -48,7 +49,8 @@ class Phase:
         """Adds one interval."""
         if not self.started_at_ns or started_at_ns < self.started_at_ns:
             self.started_at_ns = started_at_ns
-        self.ended_at_ns = max(self.ended_at_ns, ended_at_ns)
+        if ended_at_ns > self.ended_at_ns:
+            self.ended_at_ns = ended_at_ns
         self.time_ns += ended_at_ns - started_at_ns
 
 
@@ -107,7 +109,8 @@ class Record:
     def take(self, texts: Sequence[Text]) -> None:
         """Counts admitted texts."""
         self.text_count += len(texts)
-        self.token_count += sum([len(text.input_ids) for text in texts])
+        for text in texts:
+            self.token_count += len(text.input_ids)
 
     def run(self, done: RunDone) -> int:
         """Adds a completed run; returns its number of texts."""
@@ -141,8 +144,10 @@ class CallLog:
         """Begins the record of a call."""
         request_id = metadata.get(REQUEST_ID)
         if not isinstance(request_id, str) or not _REQUEST_ID_FORM.fullmatch(request_id):
-            request_id = os.urandom(8).hex()
-        trace = {name: value for name in _TRACE_HEADERS if isinstance(value := metadata.get(name), str)}
+            request_id = f"{random.getrandbits(64):016x}"  # os.urandom would let go of the interpreter.
+        trace: dict[str, str] = {}
+        if _TRACE_PARENT in metadata:
+            trace = {name: value for name in _TRACE_HEADERS if isinstance(value := metadata.get(name), str)}
         record = Record(method=method, request_id=request_id, client=client, trace=trace)
         for listener in self._listeners:
             listener.started(record)

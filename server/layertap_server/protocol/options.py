@@ -18,6 +18,7 @@ from layertap_server.model.tokenizer import Tokenizer
 from layertap_server.model.tokenizer_engine import Detail
 from layertap_server.protocol import output_spec
 from layertap_server.protocol.output_spec import known
+from layertap_server.protocol.validation import most_plain_tokens
 from layertap_server.types import Plan, Windowing
 
 MAX_PROMPT_CHARACTERS: Final = 10_000
@@ -38,6 +39,7 @@ class Options:
         lower_case: Whether strings are turned to lower case first.
         detail: What the tokenizer is asked for beside ids.
         windowing: How texts above max_length run as windows; None: they do not.
+        most_plain_tokens: See `validation.most_plain_tokens`.
     """
 
     plan: Plan
@@ -47,6 +49,7 @@ class Options:
     lower_case: bool
     detail: Detail
     windowing: Windowing | None
+    most_plain_tokens: int
 
 
 def resolve(
@@ -76,6 +79,7 @@ def resolve(
         if plan.excludes_special_tokens
         else Detail.NOTHING,
         windowing=_windowing(options, max_length, tokenizer.special_token_count, limits),
+        most_plain_tokens=0 if plan.return_tokens else most_plain_tokens(plan, model, limits),
     )
 
 

@@ -12,7 +12,7 @@ import dataclasses
 import functools
 import time
 from collections.abc import Callable, Sequence
-from typing import Final, TypeVar
+from typing import Final, TypeVar, cast
 
 from layertap.errors import InvalidArgumentError, LayertapError
 from layertap.types import Limits
@@ -21,7 +21,6 @@ from layertap_server.model.facts import ModelFacts
 from layertap_server.model.sentence_config import SentenceConfig
 from layertap_server.model.tokenized import Tokenized
 from layertap_server.model.tokenizer import Tokenizer
-from layertap_server.model.tokenizer_engine import Detail
 from layertap_server.observability.call_log import Record
 from layertap_server.protocol import spans, token_ids, validation
 from layertap_server.protocol.offload import LARGE_BYTES, SLICE_ENTRIES, Slices, offload
@@ -279,9 +278,11 @@ class Preprocessor:
             detail=options.detail,
             windowing=options.windowing,
         )
-        if options.detail is Detail.NOTHING and not any(message.HasField("spans") for message in inputs):
-            texts = [result.text for result in results if isinstance(result, Tokenized)]
-            if texts and validation.all_fit(options.plan, texts, self.model, self.limits):
+        if validation.are_plain(results, options.most_plain_tokens):
+            for message in inputs:
+                if message.HasField("spans"):
+                    break
+            else:
                 return results
         return [
             self._checked(options, message, one, label)
@@ -309,16 +310,17 @@ class Preprocessor:
 
 def held_bytes(one: Tokenized) -> int:
     """Returns about how much memory the server holds for a text until it is answered."""
+    text = one.text
     token_bytes = _HELD_TOKEN_BYTES if one.encoding is None else _HELD_ENCODED_TOKEN_BYTES
-    lists = _HELD_WORD_BYTES * one.text.word_count + _HELD_SPAN_BYTES * one.text.span_count
-    return HELD_TEXT_BYTES + token_bytes * one.text.token_count + lists
+    byte_count = HELD_TEXT_BYTES + token_bytes * len(text.input_ids)
+    if text.words is not None or text.spans is not None:
+        byte_count += _HELD_WORD_BYTES * text.word_count + _HELD_SPAN_BYTES * text.span_count
+    return byte_count
 
 
-def _all_good(results: Sequence[Result]) -> list[Tokenized]:
+def _all_good(results: list[Result]) -> list[Tokenized]:
     """Returns the texts if none is refused, else raises the first refusal."""
-    texts = []
     for result in results:
         if isinstance(result, LayertapError):
             raise result
-        texts.append(result)
-    return texts
+    return cast("list[Tokenized]", results)

@@ -56,7 +56,13 @@ def list_bytes(plan: Plan, text: Text) -> int:
 
 def byte_count(plan: Plan, texts: Iterable[Tokenized]) -> int:
     """Returns about how many bytes an answer of whole results takes."""
-    return sum(plan.byte_counts.of(one.text) + list_bytes(plan, one.text) + TEXT_BYTES for one in texts)
+    has_lists = plan.return_tokens or plan.has_words
+    total = 0
+    for one in texts:
+        total += plan.byte_counts.of(one.text) + TEXT_BYTES
+        if has_lists:
+            total += list_bytes(plan, one.text)
+    return total
 
 
 def header(
@@ -87,7 +93,7 @@ def header(
 def _of_texts(plan: Plan, tokenized: Sequence[Tokenized]) -> dict[str, Any]:
     """Returns the fields of a header that tell of its texts."""
     return {
-        "token_counts": [one.text.token_count for one in tokenized],
+        "token_counts": [len(one.text.input_ids) for one in tokenized],
         "truncated": [one.truncated for one in tokenized],
         "word_counts": [one.text.word_count for one in tokenized] if plan.has_words else (),
         "span_counts": [one.text.span_count for one in tokenized] if plan.has_spans else (),
@@ -237,29 +243,46 @@ def embedded(
     named_prompt: str,
 ) -> bytes:
     """Returns the whole answer of Embed, serialized."""
-    message = pb.EmbedResponse(tensors=tensors(parts, plan), timings=timings(record))
+    rest = pb.EmbedResponse(timings=timings(record))
     if plan.return_tokens:
-        message.tokens.extend(tokens(one, tokenizer) for one in texts)
+        rest.tokens.extend(tokens(one, tokenizer) for one in texts)
     if plan.has_words:
-        message.words.extend(map(words, texts))
+        rest.words.extend(map(words, texts))
     is_small = len(plan.outputs) <= _CACHED_OUTPUT_COUNT
     of_plan = (_cached_header if is_small else _header_of_plan)(model, plan, named_prompt)
     of_texts = pb.EmbedHeader(**_of_texts(plan, texts)).SerializeToString()
     head = wire.head(pb.EmbedResponse.HEADER_FIELD_NUMBER, len(of_plan) + len(of_texts))
-    return b"".join((head, of_plan, of_texts, message.SerializeToString()))
+    return b"".join((head, of_plan, of_texts, *_tensors(parts, plan), rest.SerializeToString()))
 
 
-def tensors(parts: Sequence[RowsReady], plan: Plan) -> Iterator[pb.LayerTensor]:
-    """Yields all layers of all texts as whole tensors, by output and layer."""
-    for output_index, output in enumerate(plan.outputs):
-        for layer in output.layers:
-            own = [p for p in parts if p.rows.output_index == output_index and p.rows.layer == layer]
-            if len(own) > 1:
-                own.sort(key=lambda part: (part.first_text, part.first_row))
-            data = b"".join([part.rows.data for part in own])
-            shape = len(data) // plan.row_bytes(output), output.row_size
-            tensor = pb.Tensor(dtype=wire.DTYPES[plan.dtype], shape=shape, data=data)
-            yield pb.LayerTensor(output_index=output_index, layer=layer, tensor=tensor)
+def _tensors(parts: Iterable[RowsReady], plan: Plan) -> Iterator[bytes | memoryview]:
+    """Yields all layers of all texts as whole tensors, by output and layer: of each its head, then its rows."""
+    places: dict[tuple[int, int], list[RowsReady]] = {}
+    for part in parts:
+        places.setdefault((part.rows.output_index, part.rows.layer), []).append(part)
+    for (output_index, layer), own in sorted(places.items()):
+        if len(own) > 1:
+            own.sort(key=lambda part: (part.first_text, part.first_row))
+        byte_count = sum([len(part.rows.data) for part in own])
+        yield _tensor_head(
+            output_index, layer, wire.DTYPES[plan.dtype], plan.outputs[output_index].row_size, byte_count
+        )
+        for part in own:
+            yield part.rows.data
+
+
+@functools.lru_cache(1024)
+def _tensor_head(output_index: int, layer: int, dtype: pb.Dtype.ValueType, row_size: int, byte_count: int) -> bytes:
+    """Returns what stands before the rows of a tensor in an answer of Embed. Nothing follows them."""
+    shape = byte_count // (row_size * wire.item_bytes(dtype)), row_size
+    tensor = pb.Tensor(dtype=dtype, shape=shape).SerializeToString() + wire.head(
+        pb.Tensor.DATA_FIELD_NUMBER, byte_count
+    )
+    of_layer = pb.LayerTensor(output_index=output_index, layer=layer).SerializeToString() + wire.head(
+        pb.LayerTensor.TENSOR_FIELD_NUMBER, len(tensor) + byte_count
+    )
+    size = len(of_layer) + len(tensor) + byte_count
+    return wire.head(pb.EmbedResponse.TENSORS_FIELD_NUMBER, size) + of_layer + tensor
 
 
 def shared_rows(data: Sequence[memoryview], lending: Lending | None) -> pb.SharedRows | None:

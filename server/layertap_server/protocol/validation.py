@@ -8,10 +8,9 @@ A fault is refused by its field or item, the limit and the next step, never by t
 
 from __future__ import annotations
 
+import bisect
 from collections.abc import Sequence
 from typing import Final
-
-import numpy as np
 
 from layertap.errors import InvalidArgumentError, LayertapError
 from layertap.types import Limits
@@ -131,27 +130,38 @@ def _item(message: pb.Input, label: str, limits: Limits, prompt: str) -> Item | 
     return found
 
 
-def all_fit(plan: Plan, texts: Sequence[Text], model: ModelFacts, limits: Limits) -> bool:
-    """Returns whether texts are plainly within all that `check_fits` and `check_tokenized` check of each.
+def most_plain_tokens(plan: Plan, model: ModelFacts, limits: Limits) -> int:
+    """Returns up to how many tokens a plain text is within all that `check_fits` and `check_tokenized` check of each.
 
-    False says nothing: texts with masks, types or windows, and plans with words, special tokens or a prompt, need more.
+    A plain text has neither masks nor types nor windows. 0: plans with words, spans, special tokens or a prompt need
+    more of each text.
     """
-    if not plan.is_plain:
-        return False
-    if any(text.attention_mask is not None or text.token_type_ids is not None for text in texts):
-        return False
-    if plan.of_windows is not None and any(text.windows is not None for text in texts):
-        return False
-    counts = [len(text.input_ids) for text in texts]
-    longest = texts[counts.index(max(counts))]
-    ids = longest.input_ids if len(texts) == 1 else np.concatenate([text.input_ids for text in texts])
-    return (
-        0 not in counts
-        and longest.token_count <= model.max_length
-        and max(plan.byte_counts.of(longest), plan.mix_token_bytes * longest.token_count)
-        <= limits.max_call_output_bytes
-        and np.maximum.reduce(ids) < model.vocab_size
-    )
+    pools = [pool for output in plan.outputs for pool in output.pools]
+    if plan.has_words or plan.has_spans or any(pool.exclude_special_tokens or pool.first_row for pool in pools):
+        return 0
+    sizes = plan.byte_counts
+
+    def byte_count(tokens: int) -> int:
+        return max((sizes.token + sizes.token_pair * tokens) * tokens + sizes.text, plan.mix_token_bytes * tokens)
+
+    return bisect.bisect_right(range(1, model.max_length + 1), limits.max_call_output_bytes, key=byte_count)
+
+
+def are_plain(results: Sequence[Tokenized | LayertapError], most_tokens: int) -> bool:
+    """Returns whether all texts that are not refused are plain and have so many tokens at most, but some.
+
+    The ids of a tokenizer are within the vocabulary, which is checked when it is loaded; those of a caller are checked
+    as they are read.
+    """
+    for result in results:
+        if isinstance(result, LayertapError):
+            continue
+        text = result.text
+        if not 0 < len(text.input_ids) <= most_tokens or text.windows is not None:
+            return False
+        if text.attention_mask is not None or text.token_type_ids is not None:
+            return False
+    return True
 
 
 def check_fits(text: Text, label: str, model: ModelFacts) -> None:

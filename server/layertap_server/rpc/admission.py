@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import logging
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator, Mapping
@@ -18,7 +19,6 @@ import grpc
 import grpc.aio
 
 from layertap.errors import (
-    CancelledError,
     InternalError,
     LayertapError,
     ResourceExhaustedError,
@@ -31,8 +31,8 @@ from layertap_server.rpc.caller import (
     CallerLeftError,
     Context,
     Deadlines,
+    Shared,
     client_of,
-    why_left,
 )
 from layertap_server.scheduler.call import Hooks
 from layertap_server.scheduler.fairness import Reads, RequestMemory
@@ -62,6 +62,7 @@ class Admission:
         max_request_bytes: int,
         stall_timeout_s: float,
         idle_timeout_s: float,
+        by_certificate: bool,
         call_log: CallLog,
         hooks: Hooks,
     ) -> None:
@@ -72,18 +73,22 @@ class Admission:
             max_request_bytes: Bytes that their requests may take.
             stall_timeout_s: How long a request may take to come, and an answer may stay unread, in seconds.
             idle_timeout_s: How long a stream may be idle, in seconds.
+            by_certificate: Whether callers over gRPC may have shown a certificate, by whose name they go.
             call_log: Keeps their records.
             hooks: Called for refusals.
         """
-        self._memory = RequestMemory(max_request_bytes, hooks)
-        self._deadlines = Deadlines()
-        self._reads = Reads()
+        self._shared = Shared(
+            memory=RequestMemory(max_request_bytes, hooks),
+            deadlines=Deadlines(),
+            reads=Reads(),
+            stall_timeout_s=stall_timeout_s,
+            idle_timeout_s=idle_timeout_s,
+            by_certificate=by_certificate,
+        )
         self._max_call_count = max_call_count
-        self._stall_timeout_s = stall_timeout_s
-        self._idle_timeout_s = idle_timeout_s
         self._call_log = call_log
         self._hooks = hooks
-        self._calls: dict[asyncio.Task[Any], AdmittedCall] = {}
+        self._calls: dict[AdmittedCall, None] = {}
         self.closed = asyncio.Event()
         self._left = asyncio.Event()
 
@@ -107,56 +112,39 @@ class Admission:
 
     def cut(self) -> None:
         """Ends the calls that are under way with UNAVAILABLE."""
-        for call in self._calls.values():
+        for call in self._calls:
             call.end(
                 UnavailableError("the server could not finish in time; try another", retry_after_s=RETRY_STOPPING_S)
             )
 
     @contextlib.contextmanager
-    def call(
-        self,
-        name: str,
-        *,
-        client: str,
-        metadata: Mapping[str, str | bytes],
-        why_left: Callable[[], LayertapError] = lambda: CancelledError("the caller has left"),
-    ) -> Iterator[AdmittedCall]:
+    def call(self, name: str, *, client: str, metadata: Mapping[str, str | bytes]) -> Iterator[AdmittedCall]:
         """Counts and records the call of the current task, and converts what is raised inside to an error of the call.
 
         Args:
             name: What the log and the metrics call it, such as "Embed".
             client: The client that it belongs to.
             metadata: What the caller has sent besides the request.
-            why_left: Returns the error to record when the caller no longer waits.
 
         Raises:
             LayertapError: if the call was refused, or has failed. The error has the call's request_id.
             asyncio.CancelledError: The caller has left.
         """
-        task = asyncio.current_task()
-        assert task is not None
+        task = _current_task()
         record = self._call_log.open(name, client=client, metadata=metadata)
-        call = AdmittedCall(record, task, self._memory, self._deadlines)
-        self._calls[task] = call
-        task.add_done_callback(self._leave)
+        call = AdmittedCall(record, task, self._shared)
+        self._calls[call] = None
+        task.add_done_callback(functools.partial(self._leave, call))
         try:
             self._check_places(client)
             yield call
         except LayertapError as exc:
             call.fail(exc)
             raise
-        except (CallerLeftError, asyncio.CancelledError) as exc:
-            if call.ending is None or isinstance(exc, CallerLeftError):
-                record.fail(why_left())
-                raise asyncio.CancelledError from exc
-            task.uncancel()
-            raise call.fail(call.ending) from exc
-        except Exception as exc:
-            log.exception("%s failed", name, extra={"fields": {"request_id": record.request_id}})
-            raise call.fail(InternalError("the server failed; its log has the reason")) from exc
+        except (Exception, asyncio.CancelledError) as exc:
+            raise self._error_of(call, exc) from exc
         finally:
-            call.close()
-            self._call_log.close(record)
+            self._close(call)
 
     def answered(
         self, name: str, method: Callable[[bytes, Caller], Awaitable[T]]
@@ -166,31 +154,32 @@ class Admission:
         For gRPC it is the method of an RPC whose request is a stream: of others gRPC would read the request before it
         asks. It gets the first message and the caller.
         """
+        shared = self._shared
 
         async def answer(_: Any, context: Context) -> T:
-            metadata = dict(context.invocation_metadata() or ())
-            client = client_of(context)
+            peer = context.peer()
+            client = client_of(context, peer, by_certificate=shared.by_certificate)
+            record = self._call_log.open(name, client=client, metadata=dict(context.invocation_metadata() or ()))
+            caller = Caller(context, peer, record, _current_task(), shared)
+            self._calls[caller] = None
+            # Called with the context. grpc-stubs wants that argument to have a name.
+            context.add_done_callback(functools.partial(self._leave, caller))  # type: ignore[arg-type]
+            # Trailing: metadata sent ahead of an answer would cost small calls a quarter more.
+            context.set_trailing_metadata(((REQUEST_ID, record.request_id),))
             try:
-                with self.call(name, client=client, metadata=metadata, why_left=lambda: why_left(context)) as call:
-                    # Trailing: metadata sent ahead of an answer would cost small calls a quarter more.
-                    context.set_trailing_metadata(((REQUEST_ID, call.record.request_id),))
-                    caller = Caller(
-                        context,
-                        call,
-                        self._reads,
-                        stall_timeout_s=self._stall_timeout_s,
-                        idle_timeout_s=self._idle_timeout_s,
-                    )
-                    answered = await method(await caller.read_first(), caller)
-                    if isinstance(answered, bytes):
-                        call.record.sent_bytes += len(answered)
-                        call.end_in(self._stall_timeout_s)
-                    return answered
-            except LayertapError as exc:
-                error = exc
+                self._check_places(client)
+                answered = await method(await caller.read_first(), caller)
+                if isinstance(answered, bytes):
+                    record.sent_bytes += len(answered)
+                    caller.end_in(shared.stall_timeout_s)
+                return answered
+            except (Exception, asyncio.CancelledError) as exc:
+                error = self._error_of(caller, exc)
+            finally:
+                self._close(caller)
             # gRPC's own word for "retry in so many milliseconds"; -1 means never.
             wait_ms = -1 if error.retry_after_s is None else int(error.retry_after_s * 1000)
-            trailing = (("grpc-retry-pushback-ms", str(wait_ms)), (REQUEST_ID, error.request_id or ""))
+            trailing = (("grpc-retry-pushback-ms", str(wait_ms)), (REQUEST_ID, record.request_id))
             try:
                 await context.abort(_STATUS[int(error.code)], error.details, trailing)
             except grpc.aio.AbortError:
@@ -199,6 +188,29 @@ class Admission:
                 raise asyncio.CancelledError from exc
 
         return answer
+
+    def _error_of(self, call: AdmittedCall, raised: Exception | asyncio.CancelledError) -> LayertapError:
+        """Returns the error that a call ends with, and records it.
+
+        Raises:
+            asyncio.CancelledError: The caller has left.
+        """
+        if isinstance(raised, LayertapError):
+            return call.fail(raised)
+        if isinstance(raised, CallerLeftError) or (isinstance(raised, asyncio.CancelledError) and call.ending is None):
+            call.record.fail(call.why_left())
+            raise asyncio.CancelledError from raised
+        if call.ending is not None and isinstance(raised, asyncio.CancelledError):
+            _current_task().uncancel()
+            return call.fail(call.ending)
+        log.error(
+            "%s failed", call.record.method, exc_info=raised, extra={"fields": {"request_id": call.record.request_id}}
+        )
+        return call.fail(InternalError("the server failed; its log has the reason"))
+
+    def _close(self, call: AdmittedCall) -> None:
+        call.close()
+        self._call_log.close(call.record)
 
     def _check_places(self, client: str) -> None:
         if self.closed.is_set():
@@ -215,18 +227,18 @@ class Admission:
 
     def _end_idle(self) -> bool:
         """Ends the call that is idle longest, of the client with most idle ones; returns whether there was one."""
-        idle = {task: call for task, call in self._calls.items() if call.idle_s >= _LEAST_IDLE_S}
+        idle = [call for call in self._calls if call.idle_s >= _LEAST_IDLE_S]
         if not idle:
             return False
-        counts = Counter(call.client for call in idle.values())
-        task, call = max(idle.items(), key=lambda one: (counts[one[1].client], one[1].idle_s))
+        counts = Counter(call.client for call in idle)
+        call = max(idle, key=lambda one: (counts[one.client], one.idle_s))
         call.end(
             UnavailableError(
                 "the call was idle while the server was full; try again, with the whole request at once",
                 retry_after_s=RETRY_FULL_S,
             )
         )
-        del self._calls[task]
+        del self._calls[call]
         return True
 
     def _call_share(self, client: str) -> int:
@@ -234,10 +246,16 @@ class Admission:
         eighth = self._max_call_count // 8
         if len(self._calls) <= self._max_call_count - eighth:
             return self._max_call_count
-        own = sum(call.client == client for call in self._calls.values())
+        own = sum(call.client == client for call in self._calls)
         return self._max_call_count if own <= max(eighth, 1) else self._max_call_count - eighth
 
-    def _leave(self, task: asyncio.Task[Any]) -> None:
-        if (call := self._calls.pop(task, None)) is not None:
-            call.leave()
+    def _leave(self, call: AdmittedCall, _: object) -> None:
+        self._calls.pop(call, None)
+        call.leave()
         self._left.set()
+
+
+def _current_task() -> asyncio.Task[Any]:
+    task = asyncio.current_task()
+    assert task is not None
+    return task

@@ -1,6 +1,6 @@
 """A call under way and its other end: what it holds of the memory for requests, whether it is idle, what it sends.
 
-`AdmittedCall` knows no protocol; `Caller` is the other end over gRPC. Rules:
+`AdmittedCall` knows no protocol; `Caller` is one over gRPC. Rules:
 - A call is idle while it waits for a message of its caller and owes no answer. Such a call ends after a time, and
   sooner if another needs its place: silence cannot keep other callers out.
 - A call belongs to a client: by the name of its token, else by its certificate's, else by its address.
@@ -9,7 +9,9 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import functools
+import math
 import time
 import urllib.parse
 from collections.abc import Callable
@@ -44,29 +46,53 @@ class Deadlines:
     def __init__(self) -> None:
         self._deadlines: dict[AdmittedCall, float] = {}
         self._timer: asyncio.TimerHandle | None = None
+        self._next = math.inf
 
-    def add(self, call: AdmittedCall, timeout_s: float) -> None:
-        """Ends a call in so many seconds, unless it is removed before."""
-        loop = asyncio.get_running_loop()
-        self._deadlines[call] = deadline = loop.time() + timeout_s
-        if self._timer is None or deadline < self._timer.when():
-            if self._timer is not None:
-                self._timer.cancel()
-            self._timer = loop.call_at(deadline, self._end_late, loop)
+    def add(self, call: AdmittedCall, deadline: float) -> None:
+        """Ends a call at this time, by time.monotonic, unless it is removed before."""
+        self._deadlines[call] = deadline
+        if deadline < self._next:
+            self._set_timer(deadline)
 
     def remove(self, call: AdmittedCall) -> None:
         """Ends a call no more."""
         self._deadlines.pop(call, None)
 
-    def _end_late(self, loop: asyncio.AbstractEventLoop) -> None:
-        now = loop.time()
-        self._timer = None
+    def _set_timer(self, deadline: float) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        self._next = deadline
+        self._timer = asyncio.get_running_loop().call_later(deadline - time.monotonic(), self._end_late)
+
+    def _end_late(self) -> None:
+        now = time.monotonic()
+        self._timer, self._next = None, math.inf
         for call in [call for call, deadline in self._deadlines.items() if deadline <= now]:
             del self._deadlines[call]
             call.end_late()
         if self._deadlines:
-            at = max(min(self._deadlines.values()), now + _LEAST_WAIT_S)
-            self._timer = loop.call_at(at, self._end_late, loop)
+            self._set_timer(max(min(self._deadlines.values()), now + _LEAST_WAIT_S))
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Shared:
+    """What the calls of a server share.
+
+    Attributes:
+        memory: The memory for their requests.
+        deadlines: Ends those that wait for too long.
+        reads: The messages that come in at once.
+        stall_timeout_s: How long a request may take to come, and an answer may stay unread, in seconds.
+        idle_timeout_s: How long a stream may be idle, in seconds.
+        by_certificate: Whether callers over gRPC may have shown a certificate, by whose name they go.
+    """
+
+    memory: RequestMemory
+    deadlines: Deadlines
+    reads: Reads
+    stall_timeout_s: float
+    idle_timeout_s: float
+    by_certificate: bool
 
 
 class AdmittedCall:
@@ -74,23 +100,19 @@ class AdmittedCall:
 
     Attributes:
         record: What is known of it.
+        client: The client whose share it uses.
         ending: The error that it ends with, once it has been ended from outside.
     """
 
-    def __init__(self, record: Record, task: asyncio.Task[Any], memory: RequestMemory, deadlines: Deadlines) -> None:
+    def __init__(self, record: Record, task: asyncio.Task[Any], shared: Shared) -> None:
         self.record = record
+        self.client = record.client
         self.ending: LayertapError | None = None
         self._task = task
-        self._memory = memory
-        self._deadlines = deadlines
+        self._shared = shared
         self._idle_error: Callable[[], LayertapError] | None = None
         self._byte_count = self._stream_byte_count = 0
         self._idle_since: float | None = None
-
-    @property
-    def client(self) -> str:
-        """The client whose share it uses."""
-        return self.record.client
 
     @property
     def is_idle(self) -> bool:
@@ -108,34 +130,34 @@ class AdmittedCall:
         Raises:
             ResourceExhaustedError: if the requests of all calls would take too much.
         """
-        self._memory.add(self.client, byte_count)
+        self._shared.memory.add(self.client, byte_count)
         self._byte_count += byte_count
 
     def add_stream_bytes(self, byte_count: int) -> None:
         """Counts memory that what a stream has read takes, or with a negative number gives it back."""
         self._stream_byte_count += byte_count
-        self._memory.add_stream(self.client, byte_count)
+        self._shared.memory.add_stream(self.client, byte_count)
 
     @property
     def has_stream_room(self) -> bool:
         """Whether a stream may read more."""
-        return self._memory.has_stream_room(self.client)
+        return self._shared.memory.has_stream_room(self.client)
 
     async def stream_room(self) -> None:
         """Waits until a stream may read more."""
-        await self._memory.stream_room(self.client)
+        await self._shared.memory.stream_room(self.client)
 
     def set_idle(self, timeout_s: float, error: Callable[[], LayertapError]) -> None:
         """Notes that the call is idle; after so many seconds it ends with an error, which `error` then makes."""
-        self._idle_since = time.monotonic()
-        self._idle_error = error
-        self._deadlines.add(self, timeout_s)
+        now = time.monotonic()
+        self._idle_since, self._idle_error = now, error
+        self._shared.deadlines.add(self, now + timeout_s)
 
     def set_busy(self) -> None:
         """Notes that the call is no longer idle."""
         if self._idle_since is not None:
             self._idle_since = self._idle_error = None
-            self._deadlines.remove(self)
+            self._shared.deadlines.remove(self)
 
     def end_late(self) -> None:
         """Ends the call, which has been idle for too long, or whose only message gRPC could not send."""
@@ -152,16 +174,20 @@ class AdmittedCall:
 
     def end_in(self, seconds: float) -> None:
         """Ends the call after so many seconds, unless gRPC has sent its only message by then."""
-        self._deadlines.add(self, seconds)
+        self._shared.deadlines.add(self, time.monotonic() + seconds)
 
     def leave(self) -> None:
         """Notes that gRPC has nothing left to send."""
-        self._deadlines.remove(self)
+        self._shared.deadlines.remove(self)
 
     def close(self) -> None:
         """Gives back what the call holds."""
         self.set_busy()
-        self._memory.give_back(self.client, self._byte_count, self._stream_byte_count)
+        self._shared.memory.give_back(self.client, self._byte_count, self._stream_byte_count)
+
+    def why_left(self) -> LayertapError:
+        """Returns why the caller no longer waits."""
+        return CancelledError("the caller has left")
 
     def fail(self, error: LayertapError) -> LayertapError:
         """Records the error that the call ends with; returns it with the call's request_id."""
@@ -174,33 +200,18 @@ class CallerLeftError(Exception):
     """A message could not be sent, because its call is gone."""
 
 
-class Caller:
-    """The other end of a call over gRPC.
+class Caller(AdmittedCall):
+    """A call over gRPC, and its other end.
 
     Attributes:
-        call: The call.
-        record: Its record.
+        connection: What tells the client's connections apart. Over a unix socket all look the same: there each call is
+            one.
     """
 
-    def __init__(
-        self, context: Context, call: AdmittedCall, reads: Reads, *, stall_timeout_s: float, idle_timeout_s: float
-    ) -> None:
-        self.call = call
-        self.record: Record = call.record
+    def __init__(self, context: Context, peer: str, record: Record, task: asyncio.Task[Any], shared: Shared) -> None:
+        super().__init__(record, task, shared)
+        self.connection = f"{peer}#{id(self)}" if peer.startswith("unix") else peer
         self._context = context
-        self._reads = reads
-        self._stall_timeout_s = stall_timeout_s
-        self._idle_timeout_s = idle_timeout_s
-
-    @property
-    def client(self) -> str:
-        """The client whose share the call uses."""
-        return self.record.client
-
-    @property
-    def connection(self) -> str:
-        """What tells the client's connections apart."""
-        return connection_of(self._context, self)
 
     @property
     def expires_at(self) -> float | None:
@@ -209,6 +220,14 @@ class Caller:
         # grpc-stubs does not know that a call without a deadline has None.
         return None if remaining is None else time.monotonic() + remaining  # type: ignore[redundant-expr]
 
+    def why_left(self) -> LayertapError:
+        """Returns why the caller no longer waits."""
+        remaining = self._context.time_remaining()
+        # grpc-stubs does not know that a call without a deadline has None.
+        if remaining is not None and remaining < _NEAR_S:  # type: ignore[redundant-expr]
+            return DeadlineExceededError("the caller's deadline has passed")
+        return super().why_left()
+
     async def read_first(self) -> bytes:
         """Returns the first message, and counts its bytes until the call ends.
 
@@ -216,40 +235,40 @@ class Caller:
             InvalidArgumentError: if there is none.
             ResourceExhaustedError: if the requests of all calls would have too many bytes.
         """
-        self.call.set_idle(self._stall_timeout_s, self._late_error)
+        self.set_idle(self._shared.stall_timeout_s, self._late_error)
         message = await self.read()
-        self.call.set_busy()
+        self.set_busy()
         if message is None:
             raise InvalidArgumentError("the first message is missing; send the request, or of EmbedStream the options")
-        self.call.add_bytes(len(message))
+        self.add_bytes(len(message))
         return message
 
     async def read(self) -> bytes | None:
         """Returns the next message; None: there is none."""
-        client = self.record.client
-        await self._reads.begin(client, self)
+        client, reads = self.client, self._shared.reads
+        await reads.begin(client, self)
         try:
             message = await self._context.read()
         finally:
-            self._reads.end(client, self)
+            reads.end(client, self)
         # grpc-stubs does not know that it may be EOF.
         return message if isinstance(message, bytes) else None  # type: ignore[redundant-expr]
 
-    def set_idle(self, idle: bool) -> None:
+    def set_waiting(self, waiting: bool) -> None:
         """Notes whether a stream waits for its caller and owes no answer."""
-        if not idle:
-            self.call.set_busy()
-        elif not self.call.is_idle:
-            self.call.set_idle(self._idle_timeout_s, self._idle_error)
+        if not waiting:
+            self.set_busy()
+        elif not self.is_idle:
+            self.set_idle(self._shared.idle_timeout_s, self._stream_error)
 
     def _late_error(self) -> LayertapError:
         return DeadlineExceededError(
-            f"the request did not come whole within {self._stall_timeout_s:g} s; send it faster, or in parts"
+            f"the request did not come whole within {self._shared.stall_timeout_s:g} s; send it faster, or in parts"
         )
 
-    def _idle_error(self) -> LayertapError:
+    def _stream_error(self) -> LayertapError:
         return UnavailableError(
-            f"the stream was idle for {self._idle_timeout_s:g} s; open it again when there is more to send",
+            f"the stream was idle for {self._shared.idle_timeout_s:g} s; open it again when there is more to send",
             retry_after_s=RETRY_ELSEWHERE_S,
         )
 
@@ -257,12 +276,12 @@ class Caller:
         """Sends one message; waits while the caller does not read, but not for ever."""
         started_at_ns = time.monotonic_ns()
         try:
-            async with asyncio.timeout(self._stall_timeout_s):
+            async with asyncio.timeout(self._shared.stall_timeout_s):
                 await self._context.write(message)
         except TimeoutError as exc:
             self.record.stalled = True
             raise DeadlineExceededError(
-                f"the answer was not read for {self._stall_timeout_s} s; read faster, or ask for less"
+                f"the answer was not read for {self._shared.stall_timeout_s} s; read faster, or ask for less"
             ) from exc
         except Exception as exc:  # gRPC's own; it has no public name.
             raise CallerLeftError from exc
@@ -270,25 +289,17 @@ class Caller:
         self.record.sent_bytes += len(message)
 
 
-def why_left(context: Context) -> LayertapError:
-    """Returns why a caller no longer waits."""
-    remaining = context.time_remaining()
-    # grpc-stubs does not know that a call without a deadline has None.
-    if remaining is not None and remaining < _NEAR_S:  # type: ignore[redundant-expr]
-        return DeadlineExceededError("the caller's deadline has passed")
-    return CancelledError("the caller has left")
-
-
-def client_of(context: grpc.aio.ServicerContext[Any, Any]) -> str:
-    """Returns the client that a call belongs to."""
+def client_of(context: grpc.aio.ServicerContext[Any, Any], peer: str, *, by_certificate: bool) -> str:
+    """Returns the client that a call of this peer belongs to."""
     if (name := auth.token_name.get()) is not None:
         return name
-    certificate = context.auth_context()
-    for key in ("x509_common_name", "x509_subject_alternative_name"):
-        for value in certificate.get(key, ()):
-            if name := value.decode(errors="replace").strip():
-                return name
-    return _host_of(context.peer())
+    if by_certificate:
+        certificate = context.auth_context()
+        for key in ("x509_common_name", "x509_subject_alternative_name"):
+            for value in certificate.get(key, ()):
+                if name := value.decode(errors="replace").strip():
+                    return name
+    return _host_of(peer)
 
 
 @functools.lru_cache(1024)
@@ -296,9 +307,3 @@ def _host_of(peer: str) -> str:
     """Returns the address of a peer as gRPC writes it, without its port; "unix" for all of unix sockets."""
     scheme, _, address = urllib.parse.unquote(peer).partition(":")
     return scheme if scheme.startswith("unix") else address.rpartition(":")[0]
-
-
-def connection_of(context: grpc.aio.ServicerContext[Any, Any], call: object) -> str:
-    """Returns what tells a client's connections apart. Over a unix socket all look the same: there each call is one."""
-    peer = context.peer()
-    return f"{peer}#{id(call)}" if peer.startswith("unix") else peer

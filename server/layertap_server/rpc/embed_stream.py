@@ -170,10 +170,10 @@ class Stream:
         raw = await self._next()
         if raw is None:
             return False
-        self._caller.call.add_stream_bytes(len(raw))
+        self._caller.add_stream_bytes(len(raw))
         if not await self._admit_message(raw, call):
             return False
-        self._caller.call.add_stream_bytes(-len(raw))
+        self._caller.add_stream_bytes(-len(raw))
         return True
 
     async def _admit_message(self, raw: bytes, call: Call) -> bool:
@@ -205,7 +205,7 @@ class Stream:
         """Returns whether texts that are not yet answered should become fewer before more are taken in."""
         if call.waiting_token_count > self._lookahead_tokens or len(self._entries) > _MAX_ENTRY_COUNT:
             return True
-        return bool(self._entries) and not self._caller.call.has_stream_room
+        return bool(self._entries) and not self._caller.has_stream_room
 
     async def _wait(self) -> None:
         """Waits until something has come of the texts that are not yet answered."""
@@ -216,7 +216,7 @@ class Stream:
         """Waits for the next message; None: there is none, or the server is stopping."""
 
         async def read() -> bytes | None:
-            await self._caller.call.stream_room()
+            await self._caller.stream_room()
             self._reading = True
             self._note_idle()
             return await self._caller.read()
@@ -235,11 +235,11 @@ class Stream:
             stopping.cancel()
 
     def _note_idle(self) -> None:
-        self._caller.set_idle(self._reading and not self._entries)
+        self._caller.set_waiting(self._reading and not self._entries)
 
     async def _admit(self, inputs: Sequence[pb.StreamInput], call: Call, byte_count: int | None = None) -> None:
         """Tokenizes and queues texts that have entered, of so many bytes; a text at fault gets its own error."""
-        self._caller.call.add_stream_bytes(self._entered_bytes)
+        self._caller.add_stream_bytes(self._entered_bytes)
         self._entered_bytes = 0
         started_at_ns = time.monotonic_ns()
         numbers = [one.id for one in inputs]
@@ -265,7 +265,7 @@ class Stream:
             self._queued[self._queued_count] = number
             self._queued_count += 1
             texts.append(result.text)
-        self._caller.call.add_stream_bytes(held)
+        self._caller.add_stream_bytes(held)
         for portion in self._portions(texts):
             while not call.add(portion, waits=True):
                 await self._wait()
@@ -357,7 +357,7 @@ class Stream:
             # A caller that has an answer may use its id again, so the id is free before the answer leaves.
             entries = [self._entries.pop(result.id) for result in sent]
             await self._caller.write(message)
-            self._caller.call.add_stream_bytes(-sum(entry.held_bytes for entry in entries))
+            self._caller.add_stream_bytes(-sum(entry.held_bytes for entry in entries))
             byte_count = 0
             for entry in entries:
                 if entry.run is None or entry.tokenized is None:

@@ -107,7 +107,7 @@ class EmbeddingService:
 
     async def _tokenize(self, raw: bytes, caller: Caller) -> bytes:
         request, inputs = await self._parse(pb.TokenizeRequest, pb.Input, raw)
-        texts = await self._preprocessor.tokenize(request, inputs, caller.record, hold=caller.call.add_bytes)
+        texts = await self._preprocessor.tokenize(request, inputs, caller.record, hold=caller.add_bytes)
         size = responses.TOKEN_BYTES * sum(max(one.text.token_count, request.pad_to) for one in texts)
         answer = functools.partial(responses.tokenized, self._model, texts, self._tokenizer, pad_to=request.pad_to)
         serialized = await offload(answer, in_thread=size > LARGE_BYTES)
@@ -125,9 +125,7 @@ class EmbeddingService:
 
     async def _embed(self, raw: bytes, caller: Caller) -> bytes:
         request, inputs = await self._parse(pb.EmbedRequest, pb.Input, raw)
-        plan, tokenized = await self._preprocessor.embed(
-            inputs, request.options, caller.record, hold=caller.call.add_bytes
-        )
+        plan, tokenized = await self._preprocessor.embed(inputs, request.options, caller.record, hold=caller.add_bytes)
         size = responses.byte_count(plan, tokenized)
         if size > self._max_response_bytes:
             raise InvalidArgumentError(
@@ -152,9 +150,7 @@ class EmbeddingService:
 
     async def _embed_layers(self, raw: bytes, caller: Caller) -> None:
         request, inputs = await self._parse(pb.EmbedLayersRequest, pb.Input, raw)
-        plan, tokenized = await self._preprocessor.embed(
-            inputs, request.options, caller.record, hold=caller.call.add_bytes
-        )
+        plan, tokenized = await self._preprocessor.embed(inputs, request.options, caller.record, hold=caller.add_bytes)
         with self._sharing.lend(request.options) as lending:
             named_prompt = self._preprocessor.named_prompt(request.options)
             header = responses.header(self._model, plan, tokenized, named_prompt=named_prompt)

@@ -23,9 +23,11 @@ class ByteCounts:
 
     def of(self, text: Text) -> int:
         """Returns the bytes of one text."""
-        count = text.row_count
-        found = (self.token + self.token_pair * count) * count + self.word * text.word_count + self.text
-        return found + self.span * text.span_count if self.span else found
+        count = len(text.input_ids) if text.window is None else text.window.row_count
+        found = (self.token + self.token_pair * count) * count + self.text
+        if self.word or self.span:
+            found += self.word * text.word_count + self.span * text.span_count
+        return found
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,7 +42,6 @@ class Plan:
         byte_counts: The answer's bytes for each token, pair of tokens, word and text.
         mix_token_bytes: What its mixes take for each token until the answer is made of them.
         excludes_special_tokens: Whether a pool leaves special tokens out.
-        is_plain: Whether it asks for no words, and its pools leave out no special tokens and no prompt.
     """
 
     outputs: tuple[Output, ...]
@@ -50,7 +51,6 @@ class Plan:
     byte_counts: ByteCounts = dataclasses.field(init=False)
     mix_token_bytes: int = dataclasses.field(init=False)
     excludes_special_tokens: bool = dataclasses.field(init=False)
-    is_plain: bool = dataclasses.field(init=False)
     _hash: int = dataclasses.field(init=False, repr=False, compare=False)
 
     def __hash__(self) -> int:
@@ -68,8 +68,6 @@ class Plan:
         object.__setattr__(self, "mix_token_bytes", sum(4 * mix.row_size for mix in mixes))
         pools = [pool for output in self.outputs for pool in output.pools]
         object.__setattr__(self, "excludes_special_tokens", any(pool.exclude_special_tokens for pool in pools))
-        leaves_out = self.excludes_special_tokens or any(pool.first_row for pool in pools)
-        object.__setattr__(self, "is_plain", not (self.has_words or leaves_out))
         object.__setattr__(self, "_hash", hash((self.outputs, self.dtype, self.return_tokens, self.of_windows)))
 
     @property

@@ -7,9 +7,9 @@ from collections.abc import Callable
 
 from layertap.errors import DeadlineExceededError, LayertapError
 from layertap_server.observability.call_log import Record
-from layertap_server.rpc.caller import AdmittedCall, Deadlines
+from layertap_server.rpc.caller import AdmittedCall, Deadlines, Shared
 from layertap_server.scheduler.call import Hooks
-from layertap_server.scheduler.fairness import RequestMemory
+from layertap_server.scheduler.fairness import Reads, RequestMemory
 
 
 def late(name: str) -> Callable[[], LayertapError]:
@@ -18,14 +18,21 @@ def late(name: str) -> Callable[[], LayertapError]:
 
 def test_each_idle_call_ends_at_its_time_and_a_busy_one_does_not() -> None:
     async def run() -> None:
-        memory, idle = RequestMemory(1000, Hooks()), Deadlines()
+        shared = Shared(
+            memory=RequestMemory(1000, Hooks()),
+            deadlines=Deadlines(),
+            reads=Reads(),
+            stall_timeout_s=60,
+            idle_timeout_s=60,
+            by_certificate=False,
+        )
         ended: list[str] = []
 
         async def call(name: str, timeout_s: float, *, busy: bool = False) -> None:
             task = asyncio.current_task()
             assert task is not None
             record = Record(method="Embed", request_id=name, client="c")
-            admitted = AdmittedCall(record, task, memory, idle)
+            admitted = AdmittedCall(record, task, shared)
             admitted.set_idle(timeout_s, late(name))
             if busy:
                 admitted.set_busy()
