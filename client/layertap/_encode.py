@@ -279,15 +279,9 @@ class AsyncSentenceClient(BaseClient):
 def stream_sentences(
     client: SentenceClient, encoding: Encoding, sentences: Iterable[InputItem], timeout_s: float
 ) -> Generator[StreamResult, None, None]:
-    """Returns the results of any number of sentences, in their order; the error of one is its result.
+    """Returns what `encoding` is to note of any number of sentences, in their order; the error of one is its result.
 
-    Args:
-        client: The connection.
-        encoding: What to ask of each; the results are for its `note`.
-        sentences: The sentences.
-        timeout_s: How long to wait for an answer, or for a lost server, in seconds.
+    `timeout_s` is how long to wait for an answer, or for a lost server, in seconds.
     """
-    transport = client._transport
-    state = StreamState(encoding.options, ordered=True, pin=transport.pin)
-    settings = client._connection.stream(timeout_s, timeout_s)
-    return transport.stream(state, sentences, settings)
+    state = StreamState(encoding.options, ordered=True, pin=client._transport.pin)
+    return client._transport.stream(state, sentences, client._connection.stream(timeout_s, timeout_s))

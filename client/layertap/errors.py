@@ -62,6 +62,9 @@ class LayertapError(Exception):
 
     code: ClassVar[StatusCode] = StatusCode.UNKNOWN
 
+    def __init_subclass__(cls, code: StatusCode | None = None) -> None:
+        cls.code = cls.code if code is None else code
+
     def __init__(self, details: str, *, retry_after_s: float | None = None, request_id: str | None = None) -> None:
         details = printable(details)  # It may have what another server, or the folder of a model, says.
         super().__init__(details)
@@ -73,100 +76,68 @@ class LayertapError(Exception):
         return self.details if self.request_id is None else f"{self.details} (request {self.request_id})"
 
 
-class CancelledError(LayertapError):
+class CancelledError(LayertapError, code=StatusCode.CANCELLED):
     """The call was cancelled."""
 
-    code = StatusCode.CANCELLED
 
-
-class UnknownError(LayertapError):
+class UnknownError(LayertapError, code=StatusCode.UNKNOWN):
     """Something between client and server gave no better code."""
 
-    code = StatusCode.UNKNOWN
 
-
-class InvalidArgumentError(LayertapError):
+class InvalidArgumentError(LayertapError, code=StatusCode.INVALID_ARGUMENT):
     """An input or option of the request is wrong or over a limit."""
 
-    code = StatusCode.INVALID_ARGUMENT
 
-
-class DeadlineExceededError(LayertapError):
+class DeadlineExceededError(LayertapError, code=StatusCode.DEADLINE_EXCEEDED):
     """The answer did not come in time."""
 
-    code = StatusCode.DEADLINE_EXCEEDED
 
-
-class NotFoundError(LayertapError):
+class NotFoundError(LayertapError, code=StatusCode.NOT_FOUND):
     """Nothing goes by that name."""
 
-    code = StatusCode.NOT_FOUND
 
-
-class AlreadyExistsError(LayertapError):
+class AlreadyExistsError(LayertapError, code=StatusCode.ALREADY_EXISTS):
     """It is there already."""
 
-    code = StatusCode.ALREADY_EXISTS
 
-
-class PermissionDeniedError(LayertapError):
+class PermissionDeniedError(LayertapError, code=StatusCode.PERMISSION_DENIED):
     """This caller may not do that."""
 
-    code = StatusCode.PERMISSION_DENIED
 
-
-class ResourceExhaustedError(LayertapError):
+class ResourceExhaustedError(LayertapError, code=StatusCode.RESOURCE_EXHAUSTED):
     """The server is full, or a message is over the transport's limit."""
 
-    code = StatusCode.RESOURCE_EXHAUSTED
 
-
-class FailedPreconditionError(LayertapError):
+class FailedPreconditionError(LayertapError, code=StatusCode.FAILED_PRECONDITION):
     """The model lacks what was requested."""
 
-    code = StatusCode.FAILED_PRECONDITION
 
-
-class AbortedError(LayertapError):
+class AbortedError(LayertapError, code=StatusCode.ABORTED):
     """The call was given up halfway."""
 
-    code = StatusCode.ABORTED
 
-
-class OutOfRangeError(LayertapError):
+class OutOfRangeError(LayertapError, code=StatusCode.OUT_OF_RANGE):
     """A value does not fit the requested wire dtype."""
 
-    code = StatusCode.OUT_OF_RANGE
 
-
-class UnimplementedError(LayertapError):
+class UnimplementedError(LayertapError, code=StatusCode.UNIMPLEMENTED):
     """The server does not know this RPC."""
 
-    code = StatusCode.UNIMPLEMENTED
 
-
-class InternalError(LayertapError):
+class InternalError(LayertapError, code=StatusCode.INTERNAL):
     """A fault of the server."""
 
-    code = StatusCode.INTERNAL
 
-
-class UnavailableError(LayertapError):
+class UnavailableError(LayertapError, code=StatusCode.UNAVAILABLE):
     """No server answers, or it is starting or stopping."""
 
-    code = StatusCode.UNAVAILABLE
 
-
-class DataLossError(LayertapError):
+class DataLossError(LayertapError, code=StatusCode.DATA_LOSS):
     """An answer is incomplete or contradicts itself."""
 
-    code = StatusCode.DATA_LOSS
 
-
-class UnauthenticatedError(LayertapError):
+class UnauthenticatedError(LayertapError, code=StatusCode.UNAUTHENTICATED):
     """The credentials are missing or wrong."""
-
-    code = StatusCode.UNAUTHENTICATED
 
 
 def printable(text: str) -> str:

@@ -7,12 +7,7 @@ from typing import Any
 
 
 def load(module: str, *, extra: str, purpose: str) -> Any:
-    """Imports a module of an extra.
-
-    Args:
-        module: Its name.
-        extra: The extra of this package that brings it.
-        purpose: What needs it, as the user called it.
+    """Imports a module that an extra of this package brings; `purpose` is what needs it, as the user called it.
 
     Raises:
         ModuleNotFoundError: if it is not installed.

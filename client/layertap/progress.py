@@ -21,9 +21,7 @@ _UNASKED_DELAY_S: Final = 2.0
 
 
 @contextlib.contextmanager
-def bar(
-    *, total: int | None, unit: str, shown: bool | None = None, done: int = 0, label: str | None = None
-) -> Iterator[Advance]:
+def bar(*, total: int | None, unit: str, shown: bool | None, done: int = 0) -> Iterator[Advance]:
     """Shows a bar as long as the context lasts.
 
     Args:
@@ -31,7 +29,6 @@ def bar(
         unit: What is counted, in the singular, such as "text".
         shown: Whether to show it. None: only on a terminal, for jobs of more than a few seconds, if tqdm is installed.
         done: How many a resumed job had done before; they do not count for the rate.
-        label: What stands before the bar.
 
     Yields:
         A function that advances the bar.
@@ -39,20 +36,18 @@ def bar(
     Raises:
         ModuleNotFoundError: if `shown` is True and tqdm is not installed.
     """
-    if shown is None and not on_terminal():
-        shown = False
-    if shown is False:
-        yield _ignore
-        return
     try:
-        tqdm = optional_deps.load("tqdm.auto", extra="progress", purpose="a progress bar")
+        wanted = on_terminal() if shown is None else shown
+        tqdm = wanted and optional_deps.load("tqdm.auto", extra="progress", purpose="a progress bar")
     except ModuleNotFoundError:
         if shown:
             raise
-        yield _ignore
+        tqdm = None
+    if not tqdm:
+        yield lambda count: None
         return
     delay_s = 0.0 if shown else _UNASKED_DELAY_S
-    with tqdm.tqdm(total=total, initial=done, unit=f" {unit}s", desc=label, delay=delay_s, file=sys.stderr) as drawn:
+    with tqdm.tqdm(total=total, initial=done, unit=f" {unit}s", delay=delay_s, file=sys.stderr) as drawn:
         yield drawn.update
 
 
@@ -60,7 +55,3 @@ def on_terminal() -> bool:
     """Returns whether stderr is a terminal."""
     # A process without a console has no stderr at all.
     return sys.stderr is not None and sys.stderr.isatty()
-
-
-def _ignore(count: int) -> None:
-    """Shows nothing."""

@@ -64,12 +64,7 @@ def quantize_embeddings(
 
 
 def quantize_matrices(matrices: Sequence[Array], *, precision: Precision) -> list[Array]:
-    """Returns several quantized matrices, with the ranges of all their rows together.
-
-    Args:
-        matrices: Shape of each: [token_count, dim].
-        precision: As in `quantize_embeddings`.
-    """
+    """Returns several quantized matrices, with the ranges of all rows together. Shape of each: [row_count, dim]."""
     by_range = check(precision).endswith("int8")
     ranges = _ranges(matrices, precision) if by_range and len(matrices) else None
     return [quantize_embeddings(matrix, precision=precision, ranges=ranges) for matrix in matrices]
@@ -96,11 +91,7 @@ def _ranges(matrices: Sequence[Array], precision: Precision) -> Array:
 
 
 def ranges_of(matrices: Iterable[Array]) -> Array:
-    """Returns the least and the greatest value of each dimension over all rows. Shape: [2, dim].
-
-    Args:
-        matrices: At least one; each is read once. Shape of each: [row_count, dim].
-    """
+    """Returns the least and the greatest value of each dimension over all rows of matrices. Shape: [2, dim]."""
     least, greatest = np.array(np.inf, np.float32), np.array(-np.inf, np.float32)
     for matrix in matrices:
         least = np.minimum(least, matrix.min(axis=0, initial=np.inf))

@@ -47,18 +47,23 @@ Sentence: TypeAlias = str | tuple[str, str]
 Sentences: TypeAlias = str | Iterable[Sentence]
 
 
-class EncodeOptions(TypedDict, total=False):
+class _FixedOptions(TypedDict, total=False):
+    """What sentence-transformers takes and layertap has one value for."""
+
+    convert_to_numpy: Literal[True]
+    convert_to_tensor: Literal[False]
+    device: None
+    pool: None
+    chunk_size: None
+
+
+class EncodeOptions(_FixedOptions, total=False):
     """The options of `Client.encode`, which documents them."""
 
     normalize_embeddings: bool | None
     truncate_dim: int | None
     windows: Windows | None
     task: Literal["query", "document"] | None
-    convert_to_numpy: Literal[True]
-    convert_to_tensor: Literal[False]
-    device: None
-    pool: None
-    chunk_size: None
 
 
 class PromptedOptions(EncodeOptions, total=False):
@@ -95,16 +100,6 @@ def check_options(options: Mapping[str, object]) -> None:
     for name in ("device", "pool", "chunk_size"):
         if options.get(name) is not None:
             raise TypeError(f"encode takes no {name}: the server computes, on the device of its --device; leave it out")
-
-
-class _FixedOptions(TypedDict, total=False):
-    """What `check_options` has found to be as it must be."""
-
-    convert_to_numpy: Literal[True]
-    convert_to_tensor: Literal[False]
-    device: None
-    pool: None
-    chunk_size: None
 
 
 class Encoding:
@@ -194,10 +189,6 @@ class Encoding:
         self._vectors: sentence_vectors.Vectors | None = None
         self._tokens: list[FloatArray | None] | None = [None] * len(self.texts) if of_tokens else None
 
-    @property
-    def _row_size(self) -> int:
-        return self._info.sentence_config.vector_size if self._by_server else self._info.hidden_size
-
     def state(self, pin: ModelPin) -> StreamState:
         """Returns the state of a stream of all texts."""
         return StreamState(self.options, ordered=False, message_count=self._message_count, pin=pin)
@@ -208,9 +199,9 @@ class Encoding:
         few = 0 < count <= min(_FEW_TEXTS, self._message_count, self._info.limits.max_text_count)
         if not few or sum(map(_length, self.texts)) > _FEW_CHARACTERS:
             return None
-        if self._tokens is None and count * (64 + self._row_size * 4 * len(self.options.outputs)) > (
-            self._info.limits.max_response_bytes
-        ):
+        size = self._info.sentence_config.vector_size if self._by_server else self._info.hidden_size
+        vector_bytes = 64 + 4 * size * len(self.options.outputs)
+        if self._tokens is None and count * vector_bytes > self._info.limits.max_response_bytes:
             return None
         return requests.Embed(to_messages(self.texts), self.options)
 

@@ -65,10 +65,9 @@ class _Lease:
 
 
 class Lease(_Lease):
-    """The memory shared over one channel."""
+    """The memory shared over one channel. Asks the server at the first `begin`."""
 
     def __init__(self, channel: grpc.Channel, memory: SharedMemory, *, target: str, metadata: Metadata) -> None:
-        """Asks the server at the first `begin`, not here."""
         super().__init__(channel, memory, target=target, metadata=metadata)
         self._lock = threading.Lock()
 
@@ -106,7 +105,6 @@ class AsyncLease(_Lease):
     """The memory shared over one asyncio channel; `begin` may be awaited by many tasks."""
 
     def __init__(self, channel: grpc.aio.Channel, memory: SharedMemory, *, target: str, metadata: Metadata) -> None:
-        """Asks the server at the first `begin`, not here."""
         super().__init__(channel, memory, target=target, metadata=metadata)
         self._lock = asyncio.Lock()
 

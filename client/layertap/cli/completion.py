@@ -36,24 +36,14 @@ bashcompinit
 
 
 def show(commands: Mapping[str, argparse.ArgumentParser], args: argparse.Namespace) -> int:
-    """Prints the script for a shell; returns the exit code.
-
-    Args:
-        commands: The parser of each command.
-        args: What the command line says; `shell` is one of SHELLS.
-    """
+    """Prints the script for `args.shell`; returns the exit code."""
     for line in script(commands, args.shell).splitlines():
         say(line)
     return 0
 
 
 def script(commands: Mapping[str, argparse.ArgumentParser], shell: str) -> str:
-    """Returns the script for one of SHELLS; where it completes nothing, the shell completes names of files.
-
-    Args:
-        commands: The parser of each command.
-        shell: Whose script it is.
-    """
+    """Returns the script for one of SHELLS; where it completes nothing, the shell completes names of files."""
     cases = "\n".join(f"            {case} ;;" for name, parser in commands.items() for case in _cases(name, parser))
     return (_ZSH if shell == "zsh" else "") + _SCRIPT.format(commands=" ".join(commands), cases=cases)
 

@@ -55,14 +55,7 @@ class App:
     """Answers the requests of one page."""
 
     def __init__(self, views: Mapping[str, View], session: Any, *, token: str, port: int) -> None:
-        """Reads the files of the page.
-
-        Args:
-            views: What answers each name below `api/`.
-            session: Passed to each of them.
-            token: What addresses begin with.
-            port: Where the application listens.
-        """
+        """Reads the files of the page; `views` answer what is below `api/`, each with the session and a request."""
         self._views = views
         self._session = session
         self._token = token

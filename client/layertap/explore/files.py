@@ -61,11 +61,7 @@ class Held:
 
 
 def read(name: str, data: bytes) -> Corpus:
-    """Returns what is in a file.
-
-    Args:
-        name: Its name, whose ending says what it is.
-        data: Its bytes.
+    """Returns what is in a file, which is of the kind that its name ends with.
 
     Raises:
         InvalidArgumentError: if it is of another kind, damaged, empty, or has too many rows.

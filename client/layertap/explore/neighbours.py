@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import dataclasses
 import secrets
 from collections.abc import AsyncIterator
 from typing import Any, Final, cast
@@ -54,7 +53,7 @@ async def embed(session: Session, request: Request) -> AsyncIterator[Message]:
     sentences = request.strings("sentences", MAX_SENTENCES)
     matrices: list[list[npt.NDArray[Any]]] = []
     kept, bad = [], []
-    arriving = session.client.embed_stream(list(sentences), pooling=poolings, **dataclasses.asdict(request.cut))
+    arriving = session.client.embed_stream(sentences, pooling=poolings, **request.cut)
     async with contextlib.aclosing(cast("Any", arriving)) as results:
         async for result in results:
             if result.error is None:

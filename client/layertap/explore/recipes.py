@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Final
 
-from layertap.explore.requests import Cut
+from layertap._protocol.options import LengthOptions
 from layertap.types import PoolingName
 
 _SENTENCES_SHOWN: Final = 50
@@ -18,24 +18,15 @@ _SENTENCES_SHOWN: Final = 50
 ALL_LAYERS: Final = 'embedding = client.embed(texts, layers="all"{options}, return_tokens=True)'
 
 
-def lines(target: str, texts: Sequence[str], *rest: str, cut: Cut, imports: str = "Client, analysis") -> str:
-    """Returns a program.
-
-    Args:
-        target: The server.
-        texts: The texts that `texts` stands for.
-        rest: The lines after those that make a client; `{options}` stands for what cuts texts.
-        cut: How long a text may be.
-        imports: What comes from layertap.
-    """
+def lines(target: str, texts: Sequence[str], *rest: str, cut: LengthOptions, imports: str = "Client, analysis") -> str:
+    """Returns a program: lines that make a client and `texts`, and the rest, in which `{options}` stands for `cut`."""
     opening = [f"from layertap import {imports}", "", f"client = Client({target!r})", f"texts = {list(texts)!r}"]
     return "\n".join([*opening, *(line.replace("{options}", options(cut)) for line in rest), ""])
 
 
-def options(cut: Cut) -> str:
-    """Returns arguments of a call, with the comma before them."""
-    length = "" if cut.max_length is None else f", max_length={cut.max_length}"
-    return length if cut.truncation == "error" else f", truncation={cut.truncation!r}{length}"
+def options(cut: LengthOptions) -> str:
+    """Returns arguments of a call that are not the default, each with a comma before it."""
+    return "".join(f", {name}={value!r}" for name, value in cut.items() if value not in ("error", None))
 
 
 def poolings(strategy: PoolingName, layer_count: int, has_special: bool) -> str:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any, Final, cast, get_args
 
+from layertap._protocol.options import LengthOptions
 from layertap.analysis import each_layer
 from layertap.errors import InvalidArgumentError
 from layertap.types import Pooling, PoolingName, TruncationName
@@ -15,19 +15,6 @@ MAX_TEXTS: Final = 2
 
 MAX_SENTENCES: Final = 2000
 MAX_COPIES: Final = 256
-
-
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Cut:
-    """How long a text may be.
-
-    Attributes:
-        truncation: What happens to longer ones.
-        max_length: The most tokens; None: the model's.
-    """
-
-    truncation: TruncationName
-    max_length: int | None
 
 
 class Request:
@@ -42,10 +29,10 @@ class Request:
         return self.strings("texts", MAX_TEXTS)
 
     @property
-    def cut(self) -> Cut:
+    def cut(self) -> LengthOptions:
         """How long a text may be."""
         truncation = self.choice("truncation", get_args(TruncationName), "error")
-        return Cut(truncation=cast("TruncationName", truncation), max_length=self.number("max_length"))
+        return {"truncation": cast("TruncationName", truncation), "max_length": self.number("max_length")}
 
     def strings(self, name: str, most: int) -> tuple[str, ...]:
         """Returns a list of at least one string, and at most so many.

@@ -29,14 +29,10 @@ VIEWS: Final[dict[str, View]] = {
 }
 
 
-def run(target: str, *, timeout_s: float, port: int = 0, opened: Callable[[str], object] = print) -> None:
-    """Serves the page until it is interrupted.
+def run(target: str, *, timeout_s: float, port: int, opened: Callable[[str], object]) -> None:
+    """Serves the page on a port of loopback (0: any free one) until it is interrupted.
 
-    Args:
-        target: The layertap server.
-        timeout_s: The deadline of each call to it, in seconds.
-        port: Where to listen on loopback; 0: any free port.
-        opened: Called once with the address of the page, when it can be opened.
+    Calls `opened` once with its address; `timeout_s` is the deadline of each call to the server, in seconds.
 
     Raises:
         InvalidArgumentError: if the target is wrong.

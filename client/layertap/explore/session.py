@@ -7,18 +7,16 @@ client, and what was held of the old model is dropped.
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Any, Final
 
+from layertap._protocol.options import LengthOptions
 from layertap.async_client import AsyncClient
 from layertap.errors import FailedPreconditionError
 from layertap.explore.files import Corpus, Held
-from layertap.explore.requests import Cut
 from layertap.model_info import ModelInfo
 from layertap.results.embedding import Embedding
-from layertap.results.tokens import Tokens
 from layertap.types import Pooling
 
 _HELD_BYTES: Final = 512 << 20
@@ -36,18 +34,13 @@ class Session:
     """
 
     def __init__(self, target: str, *, timeout_s: float) -> None:
-        """Opens no connection yet.
-
-        Args:
-            target: The server.
-            timeout_s: The deadline of each call, in seconds.
+        """Opens no connection yet; `timeout_s` is the deadline of each call, in seconds.
 
         Raises:
             InvalidArgumentError: if the target is wrong.
         """
         self.target = target
         self._timeout_s = timeout_s
-        self._info: ModelInfo | None = None
         self.file: Corpus | None = None
         self.corpus: Held | None = None
         self._held: OrderedDict[object, tuple[Embedding, int]] = OrderedDict()
@@ -56,46 +49,37 @@ class Session:
     async def info(self) -> ModelInfo:
         """Asks which model is served now."""
         try:
-            self._info = await self.client.model_info(timeout_s=_INFO_TIMEOUT_S)
+            return await self.client.model_info(timeout_s=_INFO_TIMEOUT_S)
         except FailedPreconditionError:  # The client is that of another model.
             await self.client.close()
             self.client = self._open()
             self._held.clear()
             self.corpus = None
-            self._info = await self.client.model_info(timeout_s=_INFO_TIMEOUT_S)
-        return self._info
+            return await self.client.model_info(timeout_s=_INFO_TIMEOUT_S)
 
-    async def known_info(self) -> ModelInfo:
-        """Returns which model is served, as it was last asked."""
-        return self._info or await self.info()
-
-    async def layers(self, texts: Sequence[str], cut: Cut) -> Embedding:
+    async def layers(self, texts: Sequence[str], cut: LengthOptions) -> Embedding:
         """Returns all layers of texts, with their tokens."""
         return await self._embed(texts, cut, layers="all", return_tokens=True)
 
-    async def pools(self, texts: Sequence[str], poolings: list[Pooling], cut: Cut) -> Embedding:
+    async def pools(self, texts: Sequence[str], poolings: list[Pooling], cut: LengthOptions) -> Embedding:
         """Returns pooled vectors of texts."""
         return await self._embed(texts, cut, pooling=poolings)
 
-    async def attentions(self, text: str, cut: Cut) -> Embedding:
+    async def attentions(self, text: str, cut: LengthOptions) -> Embedding:
         """Returns the attention of all heads, with the tokens."""
         return await self._embed((text,), cut, attentions="all", return_tokens=True)
-
-    async def tokenize(self, texts: Sequence[str], cut: Cut, **options: Any) -> Tokens:
-        """Returns the tokens of texts."""
-        return await self.client.tokenize(list(texts), **dataclasses.asdict(cut), **options)
 
     async def close(self) -> None:
         """Closes the connection."""
         await self.client.close()
 
-    async def _embed(self, texts: Sequence[str], cut: Cut, **options: Any) -> Embedding:
-        key = (tuple(texts), cut, repr(options))
+    async def _embed(self, texts: Sequence[str], cut: LengthOptions, **options: Any) -> Embedding:
+        key = (tuple(texts), repr((cut, options)))
         if key in self._held:
             self._held.move_to_end(key)
             return self._held[key][0]
         client = self.client
-        embedding = await client.embed(list(texts), **dataclasses.asdict(cut), **options)
+        embedding = await client.embed(texts, **cut, **options)
         size = await asyncio.to_thread(_byte_count, embedding)
         if client is self.client and size <= _HELD_BYTES:
             self._held[key] = embedding, size

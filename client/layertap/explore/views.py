@@ -43,7 +43,7 @@ async def tokens(session: Session, request: Request) -> Message:
     """Returns the tokens of texts, and how far padding and masks move their rows."""
     texts, cut = request.texts, request.cut
     pad_to, has_special = request.number("pad_to"), request.flag("special_tokens", True)
-    found = await session.tokenize(texts, cut, pad_to=pad_to, add_special_tokens=has_special)
+    found = await session.client.tokenize(texts, **cut, pad_to=pad_to, add_special_tokens=has_special)
     rest = [recipes.tokens(pad_to, has_special)]
     arrays: dict[str, Any] = {}
     masks = request.masks()
@@ -79,7 +79,7 @@ async def tokens(session: Session, request: Request) -> Message:
 async def layers(session: Session, request: Request) -> AsyncIterator[Message]:
     """Yields the rows of layers as they arrive, with the time since the request in milliseconds."""
     texts, cut, copies = request.texts, request.cut, request.number("copies", most=MAX_COPIES) or 1
-    found = await session.tokenize(texts, cut)
+    found = await session.client.tokenize(texts, **cut)
     python = recipes.lines(
         session.target,
         texts,
@@ -92,9 +92,7 @@ async def layers(session: Session, request: Request) -> AsyncIterator[Message]:
     labels = [one.tokens[0] for one in found]
     yield Message(header={"tokens": labels, "text_count": len(texts) * copies, "python": "import time\n\n" + python})
     began = time.perf_counter()
-    arriving = session.client.embed_layers(
-        list(texts) * copies, layers="all", truncation=cut.truncation, max_length=cut.max_length
-    )
+    arriving = session.client.embed_layers(texts * copies, layers="all", **cut)
     async with contextlib.aclosing(cast("Any", arriving)) as parts:
         async for part in parts:
             elapsed_ms = (time.perf_counter() - began) * 1000

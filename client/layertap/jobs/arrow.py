@@ -10,14 +10,14 @@ import dataclasses
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, BinaryIO, ClassVar, Final
+from typing import Any, BinaryIO, Final
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from layertap.jobs import JobError
 from layertap.jobs.items import BadItem, Fields, Item, from_fields
-from layertap.jobs.readers import missing_column
+from layertap.jobs.readers import Source, missing_column
 from layertap.jobs.table import Block, Table
 from layertap.results import export
 
@@ -31,20 +31,13 @@ _TYPES: Final = {"bool": pa.bool_(), "integer": pa.int64(), "long": pa.int64(), 
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class ParquetRows:
-    """The rows of a Parquet file.
-
-    Attributes:
-        path: The file.
-        fields: Which columns mean what.
-    """
-
-    repeatable: ClassVar[bool] = True
+class ParquetRows(Source):
+    """The rows of a Parquet file."""
 
     path: Path
     fields: Fields
 
-    def check(self) -> None:
+    def __post_init__(self) -> None:
         """Refuses a file that does not have the columns.
 
         Raises:

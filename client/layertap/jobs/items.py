@@ -97,15 +97,7 @@ def from_fields(number: int, fields: Mapping[str, Any], wanted: Fields) -> Item 
 def checked(
     number: int, identity: int | str, content: object, otherwise: str = "", kept: tuple[Value, ...] = ()
 ) -> Item | BadItem:
-    """Returns an item if its id can be stored and its content can be sent.
-
-    Args:
-        number: Its number.
-        identity: Its id.
-        content: What should be a text or words.
-        otherwise: The reason if it is neither.
-        kept: The values to keep.
-    """
+    """Returns an item if its id can be stored and its content is a text or words; `otherwise` is why it is neither."""
     try:
         size = len(str(identity).encode())
     except (UnicodeEncodeError, ValueError):

@@ -84,11 +84,7 @@ class Job:
         return {**self.task.settings, **reading, "input_format": self.input_format, "part_items": self.part_items}
 
     def run(self, client: Client, *, shown: bool | None = None) -> Outcome:
-        """Does it, or what is left of it.
-
-        Args:
-            client: The connection.
-            shown: Whether to show a progress bar; None: on a terminal.
+        """Does it, or what is left of it; `shown` says whether to show a progress bar, None: on a terminal.
 
         Raises:
             JobError: if it would lose or mix something; the message says what.

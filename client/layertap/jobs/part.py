@@ -62,13 +62,7 @@ class PartBuilder:
     def __init__(
         self, *, max_item_count: int, keep: tuple[str, ...], accept: Callable[[tuple[Column, ...]], None]
     ) -> None:
-        """Starts an empty part.
-
-        Args:
-            max_item_count: How many items a part has at most.
-            keep: The names of the kept values.
-            accept: Raises if the output cannot hold some columns.
-        """
+        """Starts an empty part; `keep` names the kept values, and `accept` raises if the output cannot hold columns."""
         self._max_item_count = max_item_count
         self._accept = accept
         self._labels: dict[str, list[Value]] = {name: [] for name in (IDS, *keep)}

@@ -16,7 +16,7 @@ import os
 import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import BinaryIO, ClassVar, Final, Protocol, cast
+from typing import BinaryIO, Final, cast
 
 from layertap.jobs import JobError
 from layertap.jobs.items import BadItem, Fields, Item, bad, checked, fields_there, from_fields
@@ -43,28 +43,30 @@ _FOREIGN: Final = {
 """What a file begins with that is no lines of UTF-8, and what to do."""
 
 
-class Source(Protocol):
+class Source:
     """Items in their order."""
 
     @property
     def repeatable(self) -> bool:
         """Whether they can be read again from the start."""
+        return True
 
     def items(self) -> Iterator[Item | BadItem]:
         """Yields all items in order."""
+        raise NotImplementedError
 
     def count(self) -> int | None:
         """Returns how many items there are, or None if only reading would tell."""
+        return None
 
     def stat(self) -> os.stat_result | None:
         """Returns which file is read; None: no file."""
+        return None
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Arguments:
+class Arguments(Source):
     """Texts of the command line."""
-
-    repeatable: ClassVar[bool] = True
 
     texts: Sequence[str]
 
@@ -76,17 +78,10 @@ class Arguments:
         """Returns how many there are."""
         return len(self.texts)
 
-    def stat(self) -> None:
-        """Returns None: there is no file."""
-
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Lines:
-    """The lines of a file; each is a text, also an empty one.
-
-    Attributes:
-        path: The file; None: stdin.
-    """
+class Lines(Source):
+    """The lines of a file, or of stdin if there is none; each is a text, also an empty one."""
 
     path: Path | None
 
@@ -172,11 +167,7 @@ class Lines:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class JsonLines(Lines):
-    """One JSON object a line; empty lines are no items.
-
-    Attributes:
-        fields: Which fields mean what.
-    """
+    """One JSON object a line; empty lines are no items."""
 
     fields: Fields
 
@@ -194,12 +185,7 @@ class JsonLines(Lines):
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Csv(Lines):
-    """The rows of a CSV file below its first, which names the columns; a value in quotes may span lines.
-
-    Attributes:
-        fields: Which columns mean what.
-        delimiter: What stands between values.
-    """
+    """The rows of a CSV file below its first, which names the columns; a value in quotes may span lines."""
 
     fields: Fields
     delimiter: str

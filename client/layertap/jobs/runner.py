@@ -18,12 +18,7 @@ from layertap.results.embedding import Embedding
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Answer:
-    """The result of one item.
-
-    Attributes:
-        item: The item as it was read.
-        embedding: What the model made of it, or why there is nothing.
-    """
+    """One item as it was read, and what the model made of it, or why there is nothing."""
 
     item: Item | BadItem
     embedding: Embedding | BadItem
@@ -34,11 +29,7 @@ def answers(
 ) -> Generator[Answer, None, None]:
     """Embeds items for a task, which has begun, and yields one answer an item.
 
-    Args:
-        client: The connection.
-        items: The items.
-        task: What to ask.
-        timeout_s: How long to wait for an answer, or for a server that is gone, in seconds.
+    `timeout_s` is how long to wait for an answer, or for a server that is gone, in seconds.
 
     Raises:
         LayertapError: if the server refuses all, or is gone.

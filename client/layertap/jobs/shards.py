@@ -28,12 +28,7 @@ _PATTERN: Final = frozenset("*?[")
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Shard:
-    """One file of a corpus.
-
-    Attributes:
-        source: The file.
-        output: What it becomes.
-    """
+    """One file of a corpus, and what it becomes."""
 
     source: Path
     output: Path
@@ -52,9 +47,8 @@ def is_pattern(name: str) -> bool:
 def find(names: Iterable[str]) -> list[Path]:
     """Returns the files that names stand for, in the order of their paths, each once.
 
-    Args:
-        names: Files, folders, and patterns such as `corpus/**/*.parquet`. Of a folder, files whose names begin with a
-            dot or an underscore do not count, nor folders in it.
+    Names are files, folders, and patterns such as `corpus/**/*.parquet`. Of a folder, files whose names begin with a
+    dot or an underscore do not count, nor folders in it.
 
     Raises:
         JobError: if a name stands for nothing.
@@ -75,12 +69,7 @@ def find(names: Iterable[str]) -> list[Path]:
 
 
 def assign(sources: Iterable[Path], folder: Path, *, suffix: str) -> list[Shard]:
-    """Returns each file with its output.
-
-    Args:
-        sources: The files.
-        folder: Where the outputs lie.
-        suffix: The format of the outputs, one of `OUTPUTS`.
+    """Returns each file with its output in a folder; `suffix` is one of `OUTPUTS`.
 
     Raises:
         JobError: if two would become the same file, or one lies where the outputs do.

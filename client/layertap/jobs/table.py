@@ -69,12 +69,7 @@ class Table:
     """What a job has made of its good items, in order."""
 
     def __init__(self, parts: Parts, *, precision: Precision = "float32") -> None:
-        """Reads what the columns are.
-
-        Args:
-            parts: Parts of which at least one has a good item.
-            precision: What the matrices are quantized to; see `quantization`.
-        """
+        """Reads the columns of parts of which at least one has a good item; their matrices are quantized."""
         self._parts = parts
         self._precision = precision
         self._numbers = [n for n, facts in enumerate(parts.facts) if facts.text_count]

@@ -68,11 +68,7 @@ _DEFAULTS: Final[EmbedOptions] = {
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class EmbedTask(Task):
-    """Layers, words, pooled vectors: what `Client.embed_stream` gives.
-
-    Attributes:
-        options: Its keyword arguments.
-    """
+    """Layers, words, pooled vectors: what `Client.embed_stream` gives with these options."""
 
     options: Mapping[str, Any]
 
@@ -113,13 +109,7 @@ class EmbedTask(Task):
 
 @dataclasses.dataclass(slots=True, kw_only=True)
 class EncodeTask(Task):
-    """Sentence vectors: what `Client.encode` gives.
-
-    Attributes:
-        options: Its keyword arguments but precision.
-        output_value: As there.
-        precision: As there; applied to all texts together, when they are done.
-    """
+    """Sentence vectors: what `Client.encode` gives with these arguments, the precision for all texts together."""
 
     options: PromptedOptions
     output_value: OutputValue

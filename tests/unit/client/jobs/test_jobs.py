@@ -131,7 +131,7 @@ def test_the_rows_of_a_parquet_file_are_items(tmp_path: Path) -> None:
     found = arrow.ParquetRows(path=words, fields=Fields()).items()
     assert list(found) == [Item(number=1, id=1, content=["a", "b"]), Item(number=2, id=2, content=["c"])]
     with pytest.raises(JobError, match="no column text"):
-        arrow.ParquetRows(path=path, fields=Fields()).check()
+        arrow.ParquetRows(path=path, fields=Fields())
 
 
 def test_a_digest_tells_every_change_that_matters() -> None:
