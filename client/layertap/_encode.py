@@ -133,7 +133,7 @@ class SentenceClient(BaseClient):
             precision=precision,
             **options,
         )
-        with progress.bar(total=len(encoding.texts), unit="text", shown=show_progress_bar) as advance:
+        with progress.bar(total=len(encoding.texts), shown=show_progress_bar) as advance:
             if (request := encoding.request()) is not None:
                 advance(encoding.note(0, self._transport.embed(request, call)))
             elif encoding.texts:
@@ -236,7 +236,7 @@ class AsyncSentenceClient(BaseClient):
             precision=precision,
             **options,
         )
-        with progress.bar(total=len(encoding.texts), unit="text", shown=show_progress_bar) as advance:
+        with progress.bar(total=len(encoding.texts), shown=show_progress_bar) as advance:
             if (request := encoding.request()) is not None:
                 advance(encoding.note(0, await self._transport.embed(request, call)))
             elif encoding.texts:

@@ -72,9 +72,7 @@ def tokens_by_layers(embedding: Embedding, *, measure: Measure = "cosine_to_firs
     rows = _layers(embedding, text)
     if measure == "norm":
         return _float32(np.linalg.norm(rows, axis=-1))
-    units = _units(rows)
-    others = units[:1] if measure == "cosine_to_first" else np.concatenate([units[:1], units[:-1]])
-    return _float32(np.clip((units * others).sum(-1), -1, 1))
+    return _row_cosines(rows, rows[:1] if measure == "cosine_to_first" else np.concatenate([rows[:1], rows[:-1]]))
 
 
 def similarity(embedding: Embedding, *, layer: int = -1, texts: tuple[int, int] = (0, 0)) -> Float32:
@@ -104,8 +102,7 @@ def trajectory(embedding: Embedding, *, texts: tuple[int, int] = (0, 1)) -> Floa
     """
     if not embedding.pools:
         raise LookupError("no pooling was requested; pass pooling=each_layer('mean', client.model_info().layer_count)")
-    pairs = [(pool[texts[0]], pool[texts[1]]) for pool in embedding.pools]
-    return np.array([cosines([one], [other])[0, 0] for one, other in pairs], np.float32)
+    return np.array([_row_cosines(pool[texts[0]], pool[texts[1]]) for pool in embedding.pools])
 
 
 def token_trajectory(embedding: Embedding, *, tokens: tuple[tuple[int, int], tuple[int, int]]) -> Float32:
@@ -119,8 +116,7 @@ def token_trajectory(embedding: Embedding, *, tokens: tuple[tuple[int, int], tup
         LookupError: if the embedding holds no layer.
     """
     (text, token), (other_text, other) = tokens
-    rows, others = _units(_layers(embedding, text)[:, token]), _units(_layers(embedding, other_text)[:, other])
-    return _float32(np.clip((rows * others).sum(-1), -1, 1))
+    return _row_cosines(_layers(embedding, text)[:, token], _layers(embedding, other_text)[:, other])
 
 
 def projection(embedding: Embedding, *, texts: Sequence[int] | None = None, layer: int | None = None) -> Projection:
@@ -177,8 +173,8 @@ def differences(embedding: Embedding, other: Embedding, *, text: int = 0) -> tup
     pairs = [(embedding.ragged(layer)[text], other.ragged(layer)[text]) for layer in layers]
     count = min(len(pairs[0][0]), len(pairs[0][1]))
     rows, others = (np.stack([pair[n][:count] for pair in pairs]) for n in (0, 1))
-    found = np.clip((_units(rows) * _units(others)).sum(-1), -1, 1)
-    return _float32(found), _float32(np.abs(rows.astype(np.float32) - others.astype(np.float32)).max(-1, initial=0))
+    apart = np.abs(rows.astype(np.float32) - others.astype(np.float32))
+    return _row_cosines(rows, others), _float32(apart.max(-1, initial=0))
 
 
 def nearest(vectors: npt.ArrayLike, query: npt.ArrayLike, *, count: int = 10) -> tuple[npt.NDArray[np.int64], Float32]:
@@ -199,6 +195,11 @@ def _layers(embedding: Embedding, text: int) -> npt.NDArray[Any]:
     if not embedding.layers:
         raise LookupError('the embedding holds no layer; pass layers="all"')
     return np.stack([embedding.ragged(layer)[text] for layer in embedding.layers])
+
+
+def _row_cosines(rows: npt.ArrayLike, others: npt.ArrayLike) -> Float32:
+    """Returns the cosine of each row with the row at the same place."""
+    return _float32(np.clip((_units(rows) * _units(others)).sum(-1), -1, 1))
 
 
 def _units(rows: npt.ArrayLike) -> npt.NDArray[np.float64]:

@@ -55,7 +55,7 @@ def similarity(embedding: Embedding, *, layers: int | Sequence[int] = -1, texts:
         IndexError: if a layer is not held.
         ModuleNotFoundError: if matplotlib is missing; `layertap[plot]` brings it.
     """
-    chosen = [layers] if isinstance(layers, int) else list(layers)
+    chosen = _several(layers)
     panels = [analysis.similarity(embedding, layer=layer, texts=texts) for layer in chosen]
     figure, axes = _figure(len(panels), width=_PANEL_INCHES * len(panels), height=3.9)
     for axis, layer, values in zip(axes, chosen, panels, strict=True):
@@ -115,8 +115,7 @@ def projection(
         ModuleNotFoundError: if matplotlib is missing; `layertap[plot]` brings it.
     """
     found = analysis.projection(embedding, texts=texts, layer=axes_of)
-    chosen = [layers] if isinstance(layers, int) else list(layers)
-    shown = [_absolute(layer, embedding) for layer in chosen]
+    shown = [_absolute(layer, embedding) for layer in _several(layers)]
     figure, axes = _figure(len(shown), width=1 + 3.8 * len(shown), height=4.2)
     ends = np.cumsum(found.token_counts)
     for axis, layer in zip(axes, shown, strict=True):
@@ -153,7 +152,7 @@ def attention(
         ModuleNotFoundError: if matplotlib is missing; `layertap[plot]` brings it.
     """
     held = embedding.attentions
-    chosen = list(held.heads) if heads is None else [heads] if isinstance(heads, int) else list(heads)
+    chosen = _several(held.heads if heads is None else heads)
     if missing := set(chosen) - set(held.heads):
         raise LookupError(f"head {min(missing)} is not held; ask for it with attention_heads=[{min(missing)}]")
     rows = held.ragged(layer)[text]
@@ -208,6 +207,10 @@ def _pieces(embedding: Embedding, text: int) -> list[str]:
         return embedding.tokens.tokens[text][:count]
     except LookupError:
         return [str(position) for position in range(count)]
+
+
+def _several(numbers: int | Sequence[int]) -> list[int]:
+    return [numbers] if isinstance(numbers, int) else list(numbers)
 
 
 def _absolute(layer: int, embedding: Embedding) -> int:

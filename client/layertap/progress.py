@@ -21,12 +21,11 @@ _UNASKED_DELAY_S: Final = 2.0
 
 
 @contextlib.contextmanager
-def bar(*, total: int | None, unit: str, shown: bool | None, done: int = 0) -> Iterator[Advance]:
+def bar(*, total: int | None, shown: bool | None, done: int = 0) -> Iterator[Advance]:
     """Shows a bar as long as the context lasts.
 
     Args:
-        total: How many there are in all; None if unknown, which leaves count and rate.
-        unit: What is counted, in the singular, such as "text".
+        total: How many texts there are in all; None if unknown, which leaves count and rate.
         shown: Whether to show it. None: only on a terminal, for jobs of more than a few seconds, if tqdm is installed.
         done: How many a resumed job had done before; they do not count for the rate.
 
@@ -47,7 +46,7 @@ def bar(*, total: int | None, unit: str, shown: bool | None, done: int = 0) -> I
         yield lambda count: None
         return
     delay_s = 0.0 if shown else _UNASKED_DELAY_S
-    with tqdm.tqdm(total=total, initial=done, unit=f" {unit}s", delay=delay_s, file=sys.stderr) as drawn:
+    with tqdm.tqdm(total=total, initial=done, unit=" texts", delay=delay_s, file=sys.stderr) as drawn:
         yield drawn.update
 
 

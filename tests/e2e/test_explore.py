@@ -263,10 +263,10 @@ def test_errors_are_the_words_of_the_sdk(page: Page, client: Client) -> None:
         ({"texts": ["a", "b", "c"]}, "the page takes 2"),
         ({"texts": [1]}, "texts is not a list of strings"),
         ({"texts": ["a"], "max_length": 0}, "max_length is not a whole number"),
-        ({"texts": ["a"], "truncation": "middle"}, "use one of error, right, left"),
+        ({"texts": ["a"], "truncation": "middle"}, "truncation is not one of error, right, left"),
         ({"texts": ["a"], "pad_to": "9"}, "pad_to is not a whole number"),
-        ({"texts": ["a"], "special_tokens": 1}, "neither true nor false"),
-        ({"texts": ["a"], "masks": [[0.5]]}, "masks are not lists"),
+        ({"texts": ["a"], "special_tokens": 1}, "special_tokens is not true or false"),
+        ({"texts": ["a"], "masks": [[0.5]]}, "masks is not a list of lists"),
     ],
 )
 def test_wrong_fields_are_named(fields: dict[str, Any], said: str, page: Page) -> None:

@@ -44,13 +44,13 @@ class _Lease:
         self._call: Any = None
 
     def _accept(self, raw: Any) -> None:
-        if not isinstance(raw, bytes):
-            self._refuse("the server ended the lease at once")
-            return
         try:
+            if not isinstance(raw, bytes):
+                raise OSError("the server ended the lease at once")
             self._mapping = Mapping(read_whole(raw, pb.ShareMemoryResponse), self._memory)
         except (OSError, LayertapError) as exc:
             self._refuse(str(exc))
+            self._call.cancel()
 
     def _fail(self, exc: Any) -> None:
         if exc.code() not in _PASSING:
@@ -97,8 +97,6 @@ class Lease(_Lease):
             pass  # The client is closed; the call that wants to use the lease says so.
         else:
             self._accept(raw)
-            if self._refused:
-                self._call.cancel()
 
 
 class AsyncLease(_Lease):
@@ -132,5 +130,3 @@ class AsyncLease(_Lease):
             pass  # The client is closed; the call that wants to use the lease says so.
         else:
             self._accept(raw)
-            if self._refused:
-                self._call.cancel()

@@ -24,31 +24,23 @@ from layertap.client import Client
 from layertap.errors import InvalidArgumentError, LayertapError
 from layertap.jobs import JobError, shards
 from layertap.jobs.destination import Destination
-from layertap.jobs.items import BadItem
+from layertap.jobs.items import BadItem, Content, Item
 from layertap.jobs.job import Job
 from layertap.jobs.readers import Lines, Source
 from layertap.jobs.runner import answers
 from layertap.jobs.shards import Shard
-from layertap.jobs.tasks import EmbedTask, EncodeTask, Task
+from layertap.jobs.tasks import OPTIONS, EmbedTask, EncodeTask, Task
 from layertap.quantization import Precision
 from layertap.sentence_transformers import PromptedOptions
 from layertap.types import Pooling
 
 _VALUES_SHOWN: Final = 5
 _HEALTH: Final = ("UNKNOWN", "SERVING", "NOT_SERVING", "SERVICE_UNKNOWN")
-_EMBED_OPTIONS: Final = (
-    *("layers", "words", "mix", "attentions", "attention_heads", "pooler_output"),
-    *("dtype", "truncation", "max_length", "prompt", "prompt_name", "windows"),
-)
 
 
 def tokenize(args: argparse.Namespace) -> int:
     """Shows texts as the model's tokens."""
-    texts = []
-    for item in parsing.source(args).items():
-        if isinstance(item, BadItem):
-            raise parsing.UsageError(f"item {item.number}: {item.reason}")
-        texts.append(item.content)
+    texts: Any = list(map(_content, parsing.source(args).items()))
     if not texts:
         raise parsing.UsageError(parsing.NO_TEXT)
     with connect(args) as client:
@@ -68,7 +60,7 @@ def tokenize(args: argparse.Namespace) -> int:
 
 def decode(args: argparse.Namespace) -> int:
     """Turns token ids back into text."""
-    lines = [" ".join(args.ids)] if args.ids else [_line(item) for item in Lines(path=None).items()]
+    lines: Any = [" ".join(args.ids)] if args.ids else list(map(_content, Lines(path=None).items()))
     try:
         rows = list(map(parsing.token_ids, lines))
     except ValueError as exc:
@@ -135,7 +127,7 @@ def explore(args: argparse.Namespace) -> int:
 
 def embed(args: argparse.Namespace) -> int:
     """Shows layers, words and pooled vectors, or writes them to a file."""
-    options: Any = {name: getattr(args, name) for name in _EMBED_OPTIONS} | {"pooling": _poolings(args)}
+    options: Any = {name: getattr(args, name) for name in OPTIONS} | {"pooling": _poolings(args)}
     return _answer(args, EmbedTask.of(options))
 
 
@@ -290,7 +282,8 @@ def _print(args: argparse.Namespace, facts: dict[str, Any], arrays: dict[str, An
         parsing.say(" ".join([f"  {name:{width}} {array.shape!s:10}", *values, *rest]))
 
 
-def _line(item: Any) -> str:
+def _content(item: Item | BadItem) -> Content:
+    """Returns the text of an item, or its words; a bad one ends the command."""
     if isinstance(item, BadItem):
-        raise parsing.UsageError(f"line {item.number}: {item.reason}")
-    return str(item.content)
+        raise parsing.UsageError(f"item {item.number}: {item.reason}")
+    return item.content

@@ -24,7 +24,7 @@ from layertap.explore.requests import Request
 
 Receive: TypeAlias = Callable[[], Awaitable[dict[str, Any]]]
 Send: TypeAlias = Callable[[dict[str, Any]], Awaitable[None]]
-View: TypeAlias = Callable[[Any, Request], "Awaitable[Message] | AsyncIterator[Message]"]
+View: TypeAlias = Callable[[Any, Request], AsyncIterator[Message]]
 
 MAX_BODY_BYTES: Final = 64 << 20
 """The longest request: a file of vectors."""
@@ -110,7 +110,7 @@ class App:
         """Sends the messages of a view; its error is the last of them."""
         started = False
         try:
-            async for message in _messages(view(self._session, _request(headers, body))):
+            async for message in view(self._session, _request(headers, body)):
                 data = await asyncio.to_thread(message.to_bytes) if message.arrays else message.to_bytes()
                 if not started:
                     await _start(send, 200, _MESSAGES)
@@ -121,14 +121,6 @@ class App:
                 await _start(send, _STATUS.get(exc.code, 500), _MESSAGES)
             await send({"type": "http.response.body", "body": messages.of_error(exc).to_bytes(), "more_body": True})
         await send({"type": "http.response.body", "body": b""})
-
-
-async def _messages(answer: Any) -> AsyncIterator[Message]:
-    if hasattr(answer, "__aiter__"):
-        async for message in answer:
-            yield message
-    else:
-        yield await answer
 
 
 def _request(headers: Mapping[bytes, str], body: bytes) -> Request:

@@ -28,8 +28,8 @@ _PROGRESS_STEP: Final = 50
 _SHOWN: Final = 10
 
 
-async def read_file(session: Session, request: Request) -> Message:
-    """Returns the sentences of a file, and the names of its vectors, which are held."""
+async def read_file(session: Session, request: Request) -> AsyncIterator[Message]:
+    """Yields the sentences of a file, and the names of its vectors, which are held."""
     name, data = request.file
     try:
         corpus = await asyncio.to_thread(files.read, name, data)
@@ -37,7 +37,7 @@ async def read_file(session: Session, request: Request) -> Message:
         raise FailedPreconditionError(str(exc)) from exc
     session.file = corpus
     header = {"sentences": corpus.sentences, "has_texts": corpus.has_texts, "columns": list(corpus.vectors)}
-    return Message(header=header)
+    yield Message(header=header)
 
 
 async def embed(session: Session, request: Request) -> AsyncIterator[Message]:
@@ -74,8 +74,8 @@ async def embed(session: Session, request: Request) -> AsyncIterator[Message]:
     yield _described(session.corpus, bad)
 
 
-async def nearest(session: Session, request: Request) -> Message:
-    """Returns the sentences nearest to a query in each layer, with their cosines."""
+async def nearest(session: Session, request: Request) -> AsyncIterator[Message]:
+    """Yields the sentences nearest to a query in each layer, with their cosines."""
     held = session.corpus
     if held is None or request.text("corpus") != held.name:
         raise FailedPreconditionError("the sentences are no longer held; embed them again")
@@ -100,7 +100,7 @@ async def nearest(session: Session, request: Request) -> Message:
     imports = "Client, Pooling, analysis"
     python = recipes.lines(session.target, query, *_lines(held, asked), cut=cut, imports=imports)
     header = {"sentences": shown, "layers": _layers(held), "python": python}
-    return Message(header=header, arrays={"positions": positions, "cosines": cosines})
+    yield Message(header=header, arrays={"positions": positions, "cosines": cosines})
 
 
 def _lines(held: Held, asked: list[str]) -> list[str]:

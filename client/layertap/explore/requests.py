@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any, Final, cast, get_args
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Final, TypeAlias, get_args
 
 from layertap._protocol.options import LengthOptions
 from layertap.analysis import each_layer
@@ -16,9 +16,12 @@ MAX_TEXTS: Final = 2
 MAX_SENTENCES: Final = 2000
 MAX_COPIES: Final = 256
 
+Place: TypeAlias = tuple[int, int]
+"""A token: the position of its text, and its own in that text."""
+
 
 class Request:
-    """The fields of one request of the page."""
+    """The fields of one request of the page. What reads one raises `InvalidArgumentError` if the field does not fit."""
 
     def __init__(self, fields: Mapping[str, Any]) -> None:
         self._fields = fields
@@ -31,15 +34,24 @@ class Request:
     @property
     def cut(self) -> LengthOptions:
         """How long a text may be."""
-        truncation = self.choice("truncation", get_args(TruncationName), "error")
-        return {"truncation": cast("TruncationName", truncation), "max_length": self.number("max_length")}
+        truncation = self._choice("truncation", get_args(TruncationName), "error")
+        return {"truncation": truncation, "max_length": self.number("max_length")}
+
+    @property
+    def file(self) -> tuple[str, bytes]:
+        """A file's name and its bytes."""
+        if "file" not in self._fields:
+            raise InvalidArgumentError("there is no file; choose one")
+        return self._fields["file_name"], self._fields["file"]
+
+    @property
+    def masks(self) -> list[list[int]] | None:
+        """An attention mask for each text; None: the tokenizer's."""
+        found: list[list[int]] | None = self._read("masks", None, _are_positions, "a list of lists of 0 and 1")
+        return found
 
     def strings(self, name: str, most: int) -> tuple[str, ...]:
-        """Returns a list of at least one string, and at most so many.
-
-        Raises:
-            InvalidArgumentError: if it is not that.
-        """
+        """Returns a list of at least one string, and at most so many."""
         found = self._fields.get(name)
         if not isinstance(found, list) or not found or not all(isinstance(one, str) for one in found):
             raise InvalidArgumentError(f"{name} is not a list of strings; write at least one text")
@@ -48,94 +60,51 @@ class Request:
         return tuple(found)
 
     def number(self, name: str, least: int = 1, most: int = 1 << 30) -> int | None:
-        """Returns a whole number, or None if there is none.
+        """Returns a whole number, or None if there is none."""
 
-        Raises:
-            InvalidArgumentError: if it is something else, or out of bounds.
-        """
-        found = self._fields.get(name)
-        if found is None:
-            return None
-        if isinstance(found, bool) or not isinstance(found, int) or not least <= found <= most:
-            raise InvalidArgumentError(f"{name} is not a whole number from {least} to {most}")
-        return found
+        def fits(found: object) -> bool:
+            return type(found) is int and least <= found <= most
+
+        number: int | None = self._read(name, None, fits, f"a whole number from {least} to {most}")
+        return number
 
     def text(self, name: str) -> str | None:
-        """Returns a string, or None if there is none.
-
-        Raises:
-            InvalidArgumentError: if it is something else.
-        """
-        found = self._fields.get(name)
-        if found is not None and not isinstance(found, str):
-            raise InvalidArgumentError(f"{name} is not a string")
+        """Returns a string, or None if there is none."""
+        found: str | None = self._read(name, None, lambda found: isinstance(found, str), "a string")
         return found
-
-    @property
-    def file(self) -> tuple[str, bytes]:
-        """A file's name and its bytes.
-
-        Raises:
-            InvalidArgumentError: if there is none.
-        """
-        found = self._fields.get("file")
-        if not isinstance(found, bytes):
-            raise InvalidArgumentError("there is no file; choose one")
-        return str(self._fields["file_name"]), found
 
     def flag(self, name: str, default: bool) -> bool:
-        """Returns whether something is chosen.
-
-        Raises:
-            InvalidArgumentError: if it is neither true nor false.
-        """
-        found = self._fields.get(name, default)
-        if not isinstance(found, bool):
-            raise InvalidArgumentError(f"{name} is neither true nor false")
+        """Returns whether something is chosen."""
+        found: bool = self._read(name, default, lambda found: isinstance(found, bool), "true or false")
         return found
-
-    def choice(self, name: str, choices: Sequence[str], default: str) -> str:
-        """Returns one of some names.
-
-        Raises:
-            InvalidArgumentError: if it is none of them.
-        """
-        found = self._fields.get(name, default)
-        if found not in choices:
-            raise InvalidArgumentError(f"{name} is unknown; use one of {', '.join(choices)}")
-        return cast("str", found)
 
     def poolings(self, layer_count: int) -> list[Pooling]:
         """Returns the chosen pooling for each layer."""
-        strategy = cast("PoolingName", self.choice("pooling", get_args(PoolingName), "mean"))
+        strategy: PoolingName = self._choice("pooling", get_args(PoolingName), "mean")
         return each_layer(strategy, layer_count, include_special_tokens=self.flag("special_tokens", True))
 
-    def masks(self) -> list[list[int]] | None:
-        """Returns an attention mask for each text, or None for the tokenizer's.
+    def tokens(self, name: str) -> tuple[Place, Place] | None:
+        """Returns two tokens, or None if there are none."""
 
-        Raises:
-            InvalidArgumentError: if they are no lists of whole numbers.
-        """
-        found = self._fields.get("masks")
-        if found is None:
-            return None
-        if not isinstance(found, list) or not all(_is_numbers(row) for row in found):
-            raise InvalidArgumentError("masks are not lists of 0 and 1")
+        def fits(found: Any) -> bool:
+            return _are_positions(found) and [len(one) for one in found] == [2, 2]
+
+        found = self._read(name, None, fits, "a list of two tokens, each a text and a position")
+        return None if found is None else (tuple(found[0]), tuple(found[1]))
+
+    def _choice(self, name: str, choices: Sequence[str], default: str) -> Any:
+        return self._read(name, default, choices.__contains__, f"one of {', '.join(choices)}")
+
+    def _read(self, name: str, default: Any, fits: Callable[[Any], bool], what: str) -> Any:
+        """Returns a field, or a default if there is none."""
+        found = self._fields.get(name, default)
+        if found is not default and not fits(found):
+            raise InvalidArgumentError(f"{name} is not {what}")
         return found
 
-    def tokens(self, name: str) -> tuple[tuple[int, int], tuple[int, int]] | None:
-        """Returns two tokens, each as the position of its text and its own, or None.
 
-        Raises:
-            InvalidArgumentError: if they are no pairs of positions.
-        """
-        found = self._fields.get(name)
-        if found is None:
-            return None
-        if not (isinstance(found, list) and [_is_numbers(one) and len(one) for one in found] == [2, 2]):
-            raise InvalidArgumentError(f"{name} is not two tokens, each a text and a position")
-        return (found[0][0], found[0][1]), (found[1][0], found[1][1])
-
-
-def _is_numbers(found: Any) -> bool:
-    return isinstance(found, list) and all(isinstance(one, int) and one >= 0 for one in found)
+def _are_positions(found: Any) -> bool:
+    """Returns whether this is a list of lists of whole numbers that are not negative."""
+    return isinstance(found, list) and all(
+        isinstance(row, list) and all(isinstance(one, int) and one >= 0 for one in row) for row in found
+    )

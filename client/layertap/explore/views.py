@@ -33,20 +33,20 @@ _FACTS: Final = (
 )
 
 
-async def info(session: Session, request: Request) -> Message:
-    """Returns which model is served."""
+async def info(session: Session, request: Request) -> AsyncIterator[Message]:
+    """Yields which model is served."""
     facts = await session.info()
-    return Message(header={"target": session.target, **{name: getattr(facts, name) for name in _FACTS}})
+    yield Message(header={"target": session.target, **{name: getattr(facts, name) for name in _FACTS}})
 
 
-async def tokens(session: Session, request: Request) -> Message:
-    """Returns the tokens of texts, and how far padding and masks move their rows."""
+async def tokens(session: Session, request: Request) -> AsyncIterator[Message]:
+    """Yields the tokens of texts, and how far padding and masks move their rows."""
     texts, cut = request.texts, request.cut
     pad_to, has_special = request.number("pad_to"), request.flag("special_tokens", True)
     found = await session.client.tokenize(texts, **cut, pad_to=pad_to, add_special_tokens=has_special)
     rest = [recipes.tokens(pad_to, has_special)]
     arrays: dict[str, Any] = {}
-    masks = request.masks()
+    masks = request.masks
     if masks is not None or pad_to is not None:
         plain = [_ids(one, int(one.attention_mask.sum())) for one in found]
         altered = [
@@ -73,7 +73,7 @@ async def tokens(session: Session, request: Request) -> Message:
         ]
     python = recipes.lines(session.target, texts, *rest, cut=cut, imports="Client, TokenIds, analysis")
     rows = [_token_table(one) for one in found]
-    return Message(header={"tokens": rows, "python": python}, arrays=arrays)
+    yield Message(header={"tokens": rows, "python": python}, arrays=arrays)
 
 
 async def layers(session: Session, request: Request) -> AsyncIterator[Message]:
@@ -106,8 +106,8 @@ async def layers(session: Session, request: Request) -> AsyncIterator[Message]:
     yield Message(header={"done": True, "elapsed_ms": (time.perf_counter() - began) * 1000})
 
 
-async def change(session: Session, request: Request) -> Message:
-    """Returns how each token changes from layer to layer."""
+async def change(session: Session, request: Request) -> AsyncIterator[Message]:
+    """Yields how each token changes from layer to layer."""
     texts, cut = request.texts, request.cut
     embedding = await session.layers(texts, cut)
     arrays = {
@@ -120,11 +120,11 @@ async def change(session: Session, request: Request) -> Message:
         for name in analysis.MEASURES
     ]
     python = recipes.lines(session.target, texts, recipes.ALL_LAYERS, *measures, cut=cut)
-    return _of_layers(embedding, python, arrays)
+    yield _of_layers(embedding, python, arrays)
 
 
-async def likeness(session: Session, request: Request) -> Message:
-    """Returns how alike tokens are in a layer, and how alike two tokens and two texts are in each layer."""
+async def likeness(session: Session, request: Request) -> AsyncIterator[Message]:
+    """Yields how alike tokens are in a layer, and how alike two tokens and two texts are in each layer."""
     texts, cut = request.texts, request.cut
     embedding = await session.layers(texts, cut)
     other = len(texts) - 1
@@ -145,11 +145,11 @@ async def likeness(session: Session, request: Request) -> Message:
         arrays["token_trajectory"] = analysis.token_trajectory(embedding, tokens=pair)
         rest.append(f"token_trajectory = analysis.token_trajectory(embedding, tokens={pair!r})")
     python = recipes.lines(session.target, texts, *rest, cut=cut)
-    return _of_layers(embedding, python, arrays, layer=layer)
+    yield _of_layers(embedding, python, arrays, layer=layer)
 
 
-async def map_(session: Session, request: Request) -> Message:
-    """Returns the tokens of all layers on the same two axes."""
+async def map_(session: Session, request: Request) -> AsyncIterator[Message]:
+    """Yields the tokens of all layers on the same two axes."""
     texts, cut = request.texts, request.cut
     embedding = await session.layers(texts, cut)
     axes_of = request.number("axes_of", least=0)
@@ -164,11 +164,11 @@ async def map_(session: Session, request: Request) -> Message:
         "points, explained = found.points, found.explained",
         cut=cut,
     )
-    return _of_layers(embedding, python, {"points": found.points, "explained": found.explained})
+    yield _of_layers(embedding, python, {"points": found.points, "explained": found.explained})
 
 
-async def attention(session: Session, request: Request) -> Message:
-    """Returns where each token of a text looks: one head whole, and all heads small."""
+async def attention(session: Session, request: Request) -> AsyncIterator[Message]:
+    """Yields where each token of a text looks: one head whole, and all heads small."""
     texts, cut = request.texts, request.cut
     text = min(request.number("text", least=0) or 0, len(texts) - 1)
     embedding = await session.attentions(texts[text], cut)
@@ -186,9 +186,7 @@ async def attention(session: Session, request: Request) -> Message:
         cut=cut,
         imports="Client",
     )
-    return _of_layers(
-        embedding, python, arrays, layer=layer, head=head, layers=held.layers, heads=held.heads, text=text
-    )
+    yield _of_layers(embedding, python, arrays, layer=layer, head=head, layers=held.layers, heads=held.heads, text=text)
 
 
 def _grid(embedding: Embedding) -> Any:

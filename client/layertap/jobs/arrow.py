@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -96,28 +97,22 @@ class ParquetRows(Source):
 
 def write_parquet(table: Table, file: BinaryIO) -> None:
     """Writes a table as Parquet, a row group a block."""
-    blocks = _tables(table)
-    first = next(blocks)
+    tables = (_table(table, block) for block in table.blocks())
+    first = next(tables)
     # Vectors hardly ever repeat: neither a dictionary nor a range of values says anything of them.
     flat = [*(label.name for label in table.labels), *(column.name for column in table.columns if not column.row_shape)]
     with pq.ParquetWriter(file, first.schema, use_dictionary=flat, write_statistics=flat) as writer:
-        writer.write_table(first)
-        for one in blocks:
+        for one in itertools.chain([first], tables):
             writer.write_table(one)
 
 
 def write_arrow(table: Table, file: BinaryIO) -> None:
     """Writes a table as an Arrow IPC file, a record batch a block."""
-    blocks = _tables(table)
-    first = next(blocks)
+    tables = (_table(table, block) for block in table.blocks())
+    first = next(tables)
     with pa.ipc.new_file(file, first.schema) as writer:
-        writer.write_table(first)
-        for one in blocks:
+        for one in itertools.chain([first], tables):
             writer.write_table(one)
-
-
-def _tables(table: Table) -> Iterator[Any]:
-    return (_table(table, block) for block in table.blocks())
 
 
 def _table(table: Table, block: Block) -> Any:

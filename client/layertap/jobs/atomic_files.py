@@ -17,7 +17,7 @@ from typing import BinaryIO, Final
 from layertap.jobs import JobError
 
 _HEADER: Final = re.compile(rb"layertap job (\d+) ([0-9a-f]{64})\n")
-_CHUNK_BYTES: Final = 1 << 20
+_MAX_HEADER_BYTES: Final = 1 << 10
 
 TEMPORARY: Final = ".tmp"
 """The suffix of a file that is not whole yet."""
@@ -88,12 +88,10 @@ def write_sealed(path: Path, layout: int, pieces: list[bytes | memoryview]) -> N
 def damage(path: Path, layout: int) -> str:
     """Returns why a file is not as `write_sealed` wrote it, as a phrase; empty: it is."""
     with path.open("rb") as file:
-        header = _HEADER.fullmatch(file.readline(_CHUNK_BYTES))
+        header = _HEADER.fullmatch(file.readline(_MAX_HEADER_BYTES))
         if header is None:
             return "is damaged"
         if int(header[1]) != layout:
             return "is of another version of layertap"
-        checksum = hashlib.sha256()
-        while chunk := file.read(_CHUNK_BYTES):
-            checksum.update(chunk)
+        checksum = hashlib.file_digest(file, "sha256")
     return "" if checksum.hexdigest().encode() == header[2] else "is damaged (its checksum differs)"

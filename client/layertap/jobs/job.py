@@ -182,7 +182,7 @@ class Job:
             digest, items = Digest(), self.source.items()
         watched = progress.on_terminal() if shown is None else shown
         total = self.source.count() if watched else None
-        with progress.bar(total=total, unit="text", shown=shown, done=parts.item_count) as advance:
+        with progress.bar(total=total, shown=shown, done=parts.item_count) as advance:
             builder = self._builder()
             for answer in answers(client, items, task=self.task, timeout_s=self.timeout_s):
                 digest.add(answer.item)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 from collections.abc import Generator, Iterable, Mapping
 from typing import Any, Final, TypeAlias, cast
 
@@ -10,7 +11,7 @@ import numpy as np
 
 from layertap._encode import stream_sentences
 from layertap._protocol.inputs import InputItem
-from layertap._protocol.options import EmbedOptions
+from layertap._protocol.options import EmbedOptions, embed_options
 from layertap.client import Client
 from layertap.jobs.items import Item
 from layertap.model_info import ModelInfo
@@ -58,12 +59,11 @@ class Task:
         raise NotImplementedError
 
 
-_DEFAULTS: Final[EmbedOptions] = {
-    **{"layers": None, "words": None, "mix": None, "attentions": None, "attention_heads": None, "pooler_output": False},
-    **{"dtype": "float32", "truncation": "error", "max_length": None, "prompt": None, "prompt_name": None},
-    **{"windows": None, "pooling": None},
+_NOT_IN_FILES: Final = ("return_tokens", "span_pooling", "lower_case")
+OPTIONS: Final[Mapping[str, Any]] = {
+    name: one.default for name, one in inspect.signature(embed_options).parameters.items() if name not in _NOT_IN_FILES
 }
-"""The options of a file of vectors. `Client.embed` takes one more, for tokens, which files have no place for."""
+"""The options of a file of vectors, with their defaults: those of `Client.embed` that a file has a place for."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,9 +80,9 @@ class EmbedTask(Task):
             TypeError: if there is no such option.
         """
         for name in options:
-            if name not in _DEFAULTS:
-                raise TypeError(f"got {name!r}; the options of a file are {', '.join(sorted(_DEFAULTS))}")
-        whole: dict[str, Any] = {**_DEFAULTS, **options}
+            if name not in OPTIONS:
+                raise TypeError(f"got {name!r}; the options of a file are {', '.join(sorted(OPTIONS))}")
+        whole: dict[str, Any] = {**OPTIONS, **options}
         for name in ("layers", "attentions", "attention_heads"):
             if isinstance(whole[name], int):
                 whole[name] = [whole[name]]

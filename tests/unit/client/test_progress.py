@@ -26,7 +26,7 @@ class Screen(io.StringIO):
 def drawn(monkeypatch: pytest.MonkeyPatch, screen: Screen | None, **options: Any) -> str:
     """Returns what a job of three steps leaves on the screen."""
     monkeypatch.setattr(sys, "stderr", screen)
-    with progress.bar(**{"total": 3, "unit": "text"} | options) as advance:
+    with progress.bar(**{"total": 3, "shown": None} | options) as advance:
         advance(1)
         advance(2)
     return screen.getvalue() if screen else ""
@@ -34,8 +34,8 @@ def drawn(monkeypatch: pytest.MonkeyPatch, screen: Screen | None, **options: Any
 
 @pytest.mark.parametrize("terminal", [True, False])
 def test_a_requested_bar_is_drawn_on_any_output(monkeypatch: pytest.MonkeyPatch, terminal: bool) -> None:
-    last = drawn(monkeypatch, Screen(terminal), shown=True, label="embedding").split("\r")[-1]
-    assert last.startswith("embedding: 100%") and "3/3" in last and "texts/s" in last
+    last = drawn(monkeypatch, Screen(terminal), shown=True).split("\r")[-1]
+    assert last.startswith("100%") and "3/3" in last and "texts/s" in last
 
 
 @pytest.mark.parametrize(("terminal", "shown"), [(True, False), (False, False), (False, None)])
@@ -73,7 +73,7 @@ def test_without_tqdm_only_a_bar_that_is_asked_for_is_missed(monkeypatch: pytest
     assert drawn(monkeypatch, Screen(True)) == ""
     with (
         pytest.raises(ModuleNotFoundError, match=r"layertap\[progress\]"),
-        progress.bar(total=1, unit="text", shown=True),
+        progress.bar(total=1, shown=True),
     ):
         pass
 
