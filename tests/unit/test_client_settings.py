@@ -58,6 +58,14 @@ def test_a_url_is_refused_with_the_right_form(target: str, words: list[str]) -> 
     assert all(word in caught.value.details for word in words)
 
 
+@KINDS
+def test_an_argument_of_a_wrong_type_is_refused_by_name(kind: type[Any]) -> None:
+    with pytest.raises(InvalidArgumentError, match="target is of type int; pass a str"):
+        kind(50051)
+    with pytest.raises(InvalidArgumentError, match=r"tls is of type str; pass True, False or TLS\(ca=…\)"):
+        kind("example.org", tls="ca.pem")
+
+
 @pytest.mark.parametrize(
     ("target", "local"),
     [

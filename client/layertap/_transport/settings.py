@@ -224,6 +224,8 @@ def resolve(
         InvalidArgumentError: if an argument or variable has no valid value.
     """
     environment = os.environ
+    if not isinstance(target, str | None):
+        raise InvalidArgumentError(f"target is of type {type(target).__name__}; pass a str such as {DEFAULT_TARGET}")
     if timeout_s is None:
         timeout_s = _seconds(environment.get("LAYERTAP_TIMEOUT_S") or DEFAULT_TIMEOUT_S)
     if not 0 <= retries <= _MAX_RETRIES:

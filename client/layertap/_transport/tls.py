@@ -51,11 +51,17 @@ class TLS:
 
 
 def tls_of(tls: TLS | bool | None, environment: Mapping[str, str]) -> TLS | None:
-    """Returns how a client encrypts, from its `tls` argument, else the LAYERTAP_TLS_… variables; None: not at all."""
+    """Returns how a client encrypts, from its `tls` argument, else the LAYERTAP_TLS_… variables; None: not at all.
+
+    Raises:
+        InvalidArgumentError: if the argument is something else, such as the path of a file.
+    """
     if isinstance(tls, TLS):
         return tls
     if tls is False:
         return None
+    if tls not in (True, None):
+        raise InvalidArgumentError(f"tls is of type {type(tls).__name__}; pass True, False or TLS(ca=…)")
     paths = {name: environment.get(f"LAYERTAP_TLS_{name.upper()}") or None for name in ("ca", "cert", "key")}
     return TLS(**paths) if tls or any(paths.values()) else None
 
