@@ -62,6 +62,8 @@ def source(args: argparse.Namespace) -> Source:
     if given in ([], ["-"]) and not args.text:
         if args.input_format == "parquet":
             raise UsageError("Parquet cannot be read from a pipe; name the file")
+        if sys.stdin is not None and sys.stdin.isatty():
+            warn("reading texts from the terminal, one a line; Ctrl-D ends them")
         return _reader(args, None, args.input_format or "txt")
     paths = [] if args.text else [text for text in given if args.input_format or _is_path(text)]
     if not paths:

@@ -139,20 +139,14 @@ class EncodeTask(Task):
         """Returns the sentence vector, or the rows of the last layer."""
         assert self._encoding is not None
         self._encoding.note(0, embedding)
+        (found,), counts, of_tokens = self._encoding.answer(), embedding.token_counts, self.output_value == TOKENS
         # A copy: the next text is written into the same array.
-        rows = (
-            np.concatenate(list(self._encoding.answer())) if self._is_of_tokens else np.array(self._encoding.answer())
-        )
-        counts = embedding.token_counts
+        rows = np.array(found if of_tokens else found[None])
         return [
             Column(name="token_counts", values=counts),
             Column(name="truncated", values=embedding.truncated),
-            Column(name=self.output_value, values=rows, counts=counts if self._is_of_tokens else None),
+            Column(name=self.output_value, values=rows, counts=counts if of_tokens else None),
         ]
-
-    @property
-    def _is_of_tokens(self) -> bool:
-        return self.output_value == TOKENS
 
 
 def _plain(value: Any) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import gzip
 import io
+import sys
 from pathlib import Path
 
 import pyarrow as pa
@@ -66,6 +67,15 @@ def test_a_file_of_an_unknown_format_is_refused_with_the_formats(tmp_path: Path)
         parsing.source(parsed(str(tmp_path / "Makefile")))
     with pytest.raises(parsing.UsageError, match="is a folder"):
         parsing.source(parsed(f"{tmp_path}/"))
+
+
+@pytest.mark.parametrize("is_terminal", [True, False])
+def test_a_terminal_is_told_that_it_is_read(
+    is_terminal: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "stdin", argparse.Namespace(isatty=lambda: is_terminal))
+    assert parsing.source(parsed()) == Lines(path=None)
+    assert ("reading texts from the terminal" in capsys.readouterr().err) == is_terminal
 
 
 @pytest.mark.parametrize("flag", ["--id-field", "--text-field", "--keep"])
