@@ -30,7 +30,6 @@ STILL_LONGER = {
     "server/layertap_server/model/tokenizer_engine.py",
     "server/layertap_server/protocol/preprocess.py",
     "server/layertap_server/rpc/caller.py",
-    "server/layertap_server/rpc/embed_stream.py",
     "server/layertap_server/scheduler/batcher.py",
     "server/layertap_server/scheduler/fairness.py",
 }

@@ -16,19 +16,17 @@ import asyncio
 import dataclasses
 import logging
 import time
-from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from typing import Final, TypeAlias
 
 from layertap.errors import InternalError, InvalidArgumentError, LayertapError, UnavailableError
 from layertap.v1 import embedding_pb2 as pb
-from layertap_server.model.tokenized import Tokenized
 from layertap_server.model.tokenizer import Tokenizer
-from layertap_server.protocol.preprocess import HELD_TEXT_BYTES, Preprocessor, held_bytes
+from layertap_server.protocol.preprocess import HELD_TEXT_BYTES, Preprocessor
 from layertap_server.protocol.requests import Parts, check_size, stream_chunks, stream_id, stream_inputs
-from layertap_server.protocol.stream_responses import Result, failures_of, split_run
 from layertap_server.protocol.stream_responses import messages as messages_of
 from layertap_server.rpc.caller import Caller
+from layertap_server.rpc.stream_entries import Entries
 from layertap_server.scheduler.call import Call, EventQueue
 from layertap_server.scheduler.events import CallFailed, Event, RowsReady, RunDone
 from layertap_server.shared_memory.segment import Lending
@@ -68,24 +66,6 @@ class _AllRead:
 StreamEvent: TypeAlias = Event | _Refused | _AllRead
 
 
-@dataclasses.dataclass(slots=True, eq=False)
-class _Run:
-    """Texts of one batch whose results are not all sent."""
-
-    left: int
-
-
-@dataclasses.dataclass(slots=True, eq=False)
-class _Entry:
-    """One text, from its arrival until its result is sent."""
-
-    tokenized: Tokenized | None = None
-    tokenize_time_ns: int = 0
-    run: _Run | None = None
-    result: Result | None = None
-    held_bytes: int = 0
-
-
 class Stream:
     """The state of one call."""
 
@@ -118,12 +98,7 @@ class Stream:
         self._preprocessor, self._tokenizer = preprocessor, tokenizer
         self._caller, self._record, self._stopping = caller, caller.record, stopping
         self._max_frame_bytes, self._lookahead_tokens = preprocessor.limits.max_frame_bytes, lookahead_tokens
-        self._entries: dict[int, _Entry] = {}
-        self._queued: dict[int, int] = {}
-        self._queued_count = 0
-        self._entered_bytes = 0
-        self._parts: defaultdict[int, list[RowsReady]] = defaultdict(list)
-        self._finished: list[int] = []
+        self._entries = Entries(self.plan)
         self._all_read: _AllRead | None = None
         self._reading = self._ended = self._ended_idle = False
         self._taken = asyncio.Event()
@@ -185,7 +160,7 @@ class Stream:
             inputs = stream_inputs(raw, count=_CHUNK_TEXTS)
             if inputs:
                 for text in inputs:
-                    self._enter(text.id)
+                    self._entries.enter(text.id)
                 await self._admit(inputs, call, len(raw))
                 return True
         for chunk in stream_chunks(raw, count=_CHUNK_TEXTS, byte_count=_CHUNK_BYTES):
@@ -239,8 +214,7 @@ class Stream:
 
     async def _admit(self, inputs: Sequence[pb.StreamInput], call: Call, byte_count: int | None = None) -> None:
         """Tokenizes and queues texts that have entered, of so many bytes; a text at fault gets its own error."""
-        self._caller.add_stream_bytes(self._entered_bytes)
-        self._entered_bytes = 0
+        self._caller.add_stream_bytes(HELD_TEXT_BYTES * len(inputs))
         started_at_ns = time.monotonic_ns()
         numbers = [one.id for one in inputs]
         results = await self._preprocessor.embed_each(
@@ -257,13 +231,7 @@ class Stream:
             if isinstance(result, LayertapError):
                 self.inbox.put(_Refused(number, result))
                 continue
-            entry = self._entries[number]
-            size = held_bytes(result)
-            held += size - entry.held_bytes
-            entry.held_bytes = size
-            entry.tokenized, entry.tokenize_time_ns = result, tokenize_time_ns
-            self._queued[self._queued_count] = number
-            self._queued_count += 1
+            held += self._entries.queue(number, result, tokenize_time_ns=tokenize_time_ns) - HELD_TEXT_BYTES
             texts.append(result.text)
         self._caller.add_stream_bytes(held)
         for portion in self._portions(texts):
@@ -281,20 +249,14 @@ class Stream:
                 start = end + 1
         yield texts[start:]
 
-    def _enter(self, number: int) -> None:
-        """Notes a text, which from here on is to be answered, by its id."""
-        if number in self._entries:
-            raise InvalidArgumentError(f"id {number} is in use by a text that is not yet answered; number texts anew")
-        self._entries[number] = _Entry(held_bytes=HELD_TEXT_BYTES)
-        self._entered_bytes += HELD_TEXT_BYTES
-
     def _parse(self, parts: Parts[pb.StreamInput], index: int) -> pb.StreamInput | None:
         """Returns a text of a large message, which has entered; None: it is refused."""
         most, size = self._preprocessor.max_input_bytes, parts.sizes[index]
         one = parts[index] if size <= most else None
         number = stream_id(parts.raw(index)) if one is None else one.id
-        self._enter(number)
+        self._entries.enter(number)
         if one is None:
+            self._caller.add_stream_bytes(HELD_TEXT_BYTES)
             try:
                 check_size(size, f"item {number}", self._preprocessor.limits, most)
             except LayertapError as exc:
@@ -307,52 +269,17 @@ class Stream:
         if isinstance(event, _AllRead):
             self._all_read = event
         elif isinstance(event, _Refused):
-            self._finish(event.id, Result(id=event.id, error=event.error))
+            self._entries.refuse(event.id, event.error)
+            self._record.failed_text_count += 1
         elif isinstance(event, RowsReady):
-            self._parts[event.first_text].append(event)
+            self._entries.note_rows(event)
         elif isinstance(event, RunDone):
-            self._note_run(event)
-
-    def _note_run(self, done: RunDone) -> None:
-        self._record.run(done)
-        parts = self._parts.pop(done.first_text)
-        failures = failures_of(parts)
-        run = _Run(len(done.texts))
-        timings: pb.Timings | None = None
-        for position, rows in enumerate(split_run(parts, self.plan)):
-            number = self._queued.pop(done.first_text + position)
-            entry = self._entries[number]
-            entry.run = run
-            if error := failures.get(position):
-                self._finish(number, Result(id=number, error=type(error)(f"item {number}: {error.details}")))
-                continue
-            if timings is None or timings.tokenize_time_ns != entry.tokenize_time_ns:
-                timings = pb.Timings(
-                    queue_time_ns=done.queue_time_ns,
-                    tokenize_time_ns=entry.tokenize_time_ns,
-                    compute_time_ns=done.compute_time_ns,
-                )
-            result = Result(
-                id=number, tokenized=entry.tokenized, parts=rows, timings=timings, run=run, position=position
-            )
-            self._finish(number, result)
-
-    def _finish(self, number: int, result: Result) -> None:
-        self._record.failed_text_count += result.error is not None
-        self._entries[number].result = result
-        self._finished.append(number)
+            self._record.run(event)
+            self._record.failed_text_count += self._entries.note_run(event)
 
     async def _send(self, call: Call) -> None:
         """Sends what may be sent, and gives its bytes back."""
-        if self._in_order:
-            results = []
-            for entry in self._entries.values():
-                if entry.result is None:
-                    break
-                results.append(entry.result)
-        else:
-            results = [result for number in self._finished if (result := self._entries[number].result)]
-        self._finished.clear()
+        results = self._entries.take_results(in_order=self._in_order)
         for message, sent in messages_of(results, self.plan, self._tokenizer, self._max_frame_bytes, self._lending):
             # A caller that has an answer may use its id again, so the id is free before the answer leaves.
             entries = [self._entries.pop(result.id) for result in sent]
