@@ -141,8 +141,9 @@ class Client(SentenceClient):
             span_unit: What spans count: "characters" or "tokens".
             span_pooling: How the rows of a span become its vector, as in `pooling`; None: "mean" if there are spans.
             return_tokens: Whether to return the tokens too.
-            prompt: Put before each text as it stands, with its space; only plain strings take one. Tokens and their
-                offsets are those of both together; pools leave it out if `model_info().sentence_config` says so.
+            prompt: Put before each text as it stands, with its space, of a pair before the first string; words and
+                token ids take none. Tokens and their offsets are those of both together; pools leave it out if
+                `model_info().sentence_config` says so.
             prompt_name: The same by its name in `model_info().sentence_config.prompts`.
             timeout_s: The deadline, in seconds.
             metadata: Metadata to send, as pairs or a mapping; `x-request-id` names the call in the server's log.

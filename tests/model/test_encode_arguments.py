@@ -93,6 +93,10 @@ def test_pairs_are_the_same(client: Any, judge: SentenceTransformer) -> None:
     same(client.encode(PAIRS), judge.encode(PAIRS))
     many = PAIRS * 20
     same(client.encode(many), judge.encode(many))
+    for options in ({"prompt_name": "query"}, {"prompt": "Is it so? "}):
+        same(client.encode(PAIRS, **options), judge.encode(PAIRS, **options))
+        same(client.encode(many, **options), judge.encode(many, **options))
+    same(client.encode_query(PAIRS), judge.encode_query(PAIRS))
 
 
 @pytest.mark.parametrize(

@@ -270,7 +270,8 @@ def test_prompts_of_the_folder_are_known_by_name(
     judges: dict[Path, Judge],
 ) -> None:
     client = open_client(kind, served[instructed].address)
-    same(client.encode(TEXTS, prompt_name=name), judges[instructed].encode(TEXTS, prompt_name=name))
+    for given in (TEXTS, [("A guitar is played.", "Who plays?"), ("", "one")]):
+        same(client.encode(given, prompt_name=name), judges[instructed].encode(given, prompt_name=name))
     client.close()
 
 
@@ -329,9 +330,10 @@ def test_words_of_a_named_prompt_are_strings_too(
 ) -> None:
     client = open_client(kind, served[instructed].address)
     for options in ({"prompt_name": "query"}, {"prompt": QUERY}):
-        found = getattr(client, method)(["I love Paris"], words="mean", **options)
-        words = found.words if method == "embed" else next(iter(found)).embedding.words
-        assert words.strings == ((*QUERY_WORDS, "I", "love", "Paris"),)
+        for text, own in (("I love Paris", ("I", "love", "Paris")), (("I love", "Rome"), ("I", "love", "Rome"))):
+            found = getattr(client, method)([text], words="mean", **options)
+            words = found.words if method == "embed" else next(iter(found)).embedding.words
+            assert words.strings == ((*QUERY_WORDS, *own),)
     client.close()
 
 
@@ -344,13 +346,12 @@ def test_tokens_are_those_of_the_prompt_too(tiny: Any) -> None:
 @pytest.mark.parametrize(
     ("item", "called"),
     [
-        (("a", "pair"), "a pair"),
         (["some", "words"], "words"),
         ([101, 102], "token ids"),
         (TokenIds([101]), "token ids"),
     ],
 )
-def test_only_plain_strings_take_a_prompt(tiny: Any, item: Any, called: str) -> None:
+def test_words_and_token_ids_take_no_prompt(tiny: Any, item: Any, called: str) -> None:
     with pytest.raises(InvalidArgumentError, match=rf"inputs\[1\] is {called}"):
         tiny.embed(["fine", item], prompt="query: ")
     good, bad = tiny.embed_stream(["fine", item], prompt="query: ")

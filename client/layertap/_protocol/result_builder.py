@@ -152,7 +152,7 @@ def _strings(texts: Sequence[pb.SplitText], messages: Sequence[pb.Input], prompt
         if message.HasField("words"):
             found.append(tuple(message.words.words))
             continue
-        first = prompt + message.text if message.HasField("text") else message.pair.first
+        first = prompt + (message.text if message.HasField("text") else message.pair.first)
         spans = zip(text.offsets[::2], text.offsets[1::2], strict=False)
         found.append(
             tuple(

@@ -1202,9 +1202,9 @@ class EmbedOptions(_message.Message):
     return_tokens: _builtins.bool
     """Also answers with the tokens of each text."""
     prompt: _builtins.str
-    """Put before each text, as it stands: "query: " wants its space. Only plain strings
-    take one; beside it pairs, words and token ids are refused with INVALID_ARGUMENT,
-    each for itself. Pooled vectors leave its tokens out, and what the tokenizer puts
+    """Put before each text, as it stands: "query: " wants its space. Strings take one, and
+    pairs before their first string; beside it words and token ids are refused with
+    INVALID_ARGUMENT, each for itself. Pooled vectors leave its tokens out, and what the tokenizer puts
     before them, where sentence_config.include_prompt is false. Empty: none.
     """
     prompt_name: _builtins.str

@@ -25,7 +25,7 @@ from layertap_server.types import OutputKind, Plan, Text
 ID_BYTES: Final = 4
 """What one token id of a Decode request counts against the size of its answer."""
 
-_WITHOUT_PROMPT: Final = {"pair": "a pair", "words": "words", "token_ids": "token ids"}
+_WITHOUT_PROMPT: Final = {"words": "words", "token_ids": "token ids"}
 
 
 def check_text_count(count: int, limits: Limits) -> None:
@@ -105,13 +105,13 @@ def _item(message: pb.Input, label: str, limits: Limits, prompt: str) -> Item | 
         size = len(found)
     elif prompt and kind in _WITHOUT_PROMPT:
         raise InvalidArgumentError(
-            f"{label} is {_WITHOUT_PROMPT[kind]}, before which no prompt can be put; send a plain string, or leave "
-            "the prompt out"
+            f"{label} is {_WITHOUT_PROMPT[kind]}, before which no prompt can be put; send a string or a pair, or "
+            "leave the prompt out"
         )
     elif kind == "token_ids":
         return message.token_ids
     elif kind == "pair":
-        found = message.pair.first, message.pair.second
+        found = prompt + message.pair.first, message.pair.second
         size = len(found[0]) + len(found[1])
     elif kind == "words":
         if len(message.words.words) > limits.max_character_count:
