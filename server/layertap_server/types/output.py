@@ -80,6 +80,12 @@ class Pool:
     normalize: bool = False
     first_row: int = 0
 
+    @property
+    def takes_all(self) -> bool:
+        """Whether it takes all rows of a text that has no attention mask."""
+        is_of_many = self.strategy not in (Strategy.CLS, Strategy.LAST)
+        return is_of_many and not self.exclude_special_tokens and not self.first_row
+
     def is_empty(self, text: Text) -> bool:
         """Whether nothing of a text is pooled."""
         whole = text.attention_mask is None and not self.exclude_special_tokens and not self.first_row
