@@ -120,7 +120,7 @@ class Graphs:
     """The graphs of one model on one device."""
 
     def __init__(self, run: Pass, *, max_length: int, runtime: Runtime) -> None:
-        """Records graphs, smallest first, as long as each is clearly faster than what it repeats.
+        """Records graphs, smallest first; those that are clearly faster than what they repeat are kept.
 
         Args:
             run: The pass; the same kernels whatever its input.
@@ -133,10 +133,9 @@ class Graphs:
             if time.monotonic() - started > _MOST_SECONDS or byte_count > _MOST_BYTES:
                 log.info("graphs: none for %d rows and more, the bound of time or memory is reached", row_count)
                 break
-            if (graph := _record(run, row_count, max_length, runtime)) is None:
-                break
-            byte_count += graph.byte_count
-            self._graphs.append(graph)
+            if (graph := _record(run, row_count, max_length, runtime)) is not None:
+                byte_count += graph.byte_count
+                self._graphs.append(graph)
 
     def take(self, packed_batch: PackedBatch, layer_count: int) -> Graph | None:
         """Returns the smallest graph that can run a batch, for this batch alone; None: it runs layer by layer."""
