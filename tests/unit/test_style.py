@@ -27,7 +27,6 @@ STILL_LONGER = {
     "client/layertap/_protocol/responses.py",
     "client/layertap/_transport/transport.py",
     "server/layertap_server/engine/bert.py",
-    "server/layertap_server/model/tokenizer_engine.py",
     "server/layertap_server/protocol/preprocess.py",
     "server/layertap_server/rpc/caller.py",
     "server/layertap_server/scheduler/batcher.py",

@@ -27,7 +27,8 @@ from layertap_server.model.files import CheckpointError, reason_of
 from layertap_server.model.sentence_config import SentenceConfig
 from layertap_server.model.text_head import String
 from layertap_server.model.tokenized import Tokenized
-from layertap_server.model.tokenizer_engine import Detail, TokenizerEngine, copy
+from layertap_server.model.tokenizer_engine import Detail, TokenizerEngine
+from layertap_server.model.truncation import copy
 from layertap_server.types import Text, Windowing
 
 log = logging.getLogger(__name__)

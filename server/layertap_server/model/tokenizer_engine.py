@@ -10,12 +10,12 @@ Rules:
 from __future__ import annotations
 
 import array
-import contextlib
 import dataclasses
 import enum
+import itertools
 import json
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Final
 
 import numpy as np
@@ -26,11 +26,10 @@ from layertap_server.model import text_head
 from layertap_server.model.files import reason_of
 from layertap_server.model.text_head import String
 from layertap_server.model.tokenized import Tokenized
+from layertap_server.model.truncation import Truncation
 from layertap_server.types import Ids, Text, Windowing, Windows
 
 log = logging.getLogger(__name__)
-
-_PROBE: Final = "a b a b"
 
 _SHORT: Final = 128
 """Characters up to which a lone text is tokenized on this thread, without letting go of the interpreter."""
@@ -58,10 +57,11 @@ class TokenizerEngine:
         """
         self._whole = whole
         self._has_token_types = has_token_types
-        # Truncation is a state of a tokenizer: texts that need it have another, which no other thread has meanwhile.
-        self._cutters = [copy(whole)]
+        self._truncation = Truncation(whole)
+        self._may_have_types = {
+            special: self._truncation.may_have_types(add_special_tokens=special) for special in (False, True)
+        }
         self._is_local = text_head.is_local(json.loads(whole.to_str()))
-        self._frames = {special: self._frame(special) for special in (False, True)}
 
     def encode(
         self,
@@ -76,14 +76,7 @@ class TokenizerEngine:
     ) -> list[Tokenized | LayertapError]:
         """Returns for each text its tokens, or why it is refused.
 
-        Args:
-            items: The texts: all of them words, or none.
-            labels: What to call each in an error.
-            max_length: The most tokens of one text, special tokens counted.
-            truncation: "error", "right" or "left".
-            add_special_tokens: Whether special tokens are added.
-            detail: What else is asked of each.
-            windowing: How strings and words above max_length run as windows; None: they do not.
+        The arguments are those of `Tokenizer.encode`; of the texts either all are words, or none.
         """
         results: list[Tokenized | LayertapError] = []
         cuts = self._is_local and truncation == "right"
@@ -139,35 +132,6 @@ class TokenizerEngine:
             for one in self._encode_each([item], [label], add_special_tokens, detail)
         ]
 
-    def _frame(self, add_special_tokens: bool) -> _Frame:
-        """Returns what stands around a text, if cuts of it are proved equal to those of the tokenizer."""
-        try:
-            one = self._whole.encode(_PROBE, add_special_tokens=add_special_tokens)
-            own = [n for n, special in enumerate(one.special_tokens_mask) if not special]
-            frame = _Frame(before=own[0], after=len(one.ids) - 1 - own[-1], has_types=any(one.type_ids))
-            for direction in ("right", "left"):
-                for length in range(frame.size, len(one.ids)):
-                    with self._cutter(length, direction) as cutter:
-                        cut = cutter.encode(_PROBE, add_special_tokens=add_special_tokens)
-                    if cut.ids != frame.cut(np.array(one.ids, np.int32), length, direction).tolist():
-                        return _Frame(can_cut=False, has_types=True)
-        except Exception:  # The library raises `Exception` itself, such as for an unknown token that it lacks.
-            return _Frame(can_cut=False, has_types=True)
-        return frame
-
-    @contextlib.contextmanager
-    def _cutter(self, max_length: int, direction: str) -> Iterator[tokenizers.Tokenizer]:
-        """Yields a tokenizer that truncates, which no other thread has meanwhile."""
-        try:
-            cutter = self._cutters.pop()
-        except IndexError:
-            cutter = copy(self._whole)
-        try:
-            cutter.enable_truncation(max_length, strategy="longest_first", direction=direction)
-            yield cutter
-        finally:
-            self._cutters.append(cutter)
-
     @staticmethod
     def _encode(
         tokenizer: tokenizers.Tokenizer, items: Sequence[String], add_special_tokens: bool, detail: Detail
@@ -188,7 +152,7 @@ class TokenizerEngine:
     ) -> list[Text]:
         """Returns texts with their ids, and their types unless all are 0; without ids for what failed."""
         ids = _views([[] if isinstance(one, LayertapError) else one.ids for one in encodings])
-        has_types = self._frames[add_special_tokens].has_types or tuple in map(type, items)
+        has_types = self._may_have_types[add_special_tokens] or tuple in map(type, items)
         if not (self._has_token_types and has_types):
             return list(map(Text, ids))
         types = _views([[] if isinstance(one, LayertapError) else one.type_ids for one in encodings])
@@ -210,56 +174,14 @@ class TokenizerEngine:
             return InvalidArgumentError(
                 f"{label} needs {special} special tokens, max_length is {max_length}; raise max_length"
             )
-        frame = self._frames[add_special_tokens]
-        if detail is Detail.NOTHING and frame.can_cut and not isinstance(item, tuple) and whole.token_type_ids is None:
-            return Tokenized(text=Text(frame.cut(whole.input_ids, max_length, direction)), truncated=True)
-        with self._cutter(max_length, direction) as cutter:
+        if detail is Detail.NOTHING and not isinstance(item, tuple) and whole.token_type_ids is None:
+            ids = self._truncation.cut(whole.input_ids, max_length, direction, add_special_tokens=add_special_tokens)
+            if ids is not None:
+                return Tokenized(text=Text(ids), truncated=True)
+        with self._truncation.cutter(max_length, direction) as cutter:
             (encoding,) = self._encode(cutter, [head], add_special_tokens, detail)
         (text,) = self._texts([item], [encoding], add_special_tokens)
         return _tokenized(text, item, encoding, detail, truncated=True)
-
-
-def copy(tokenizer: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
-    """Returns a tokenizer that does the same, and shares the vocabulary where that can be proved."""
-    copied = tokenizers.Tokenizer(tokenizer.model)
-    for part in ("normalizer", "pre_tokenizer", "post_processor", "decoder"):
-        if (own := getattr(tokenizer, part)) is not None:
-            setattr(copied, part, own)
-    for _, token in sorted(tokenizer.get_added_tokens_decoder().items()):
-        (copied.add_special_tokens if token.special else copied.add_tokens)([token])
-    if copied.to_str() != tokenizer.to_str():
-        copied = tokenizers.Tokenizer.from_str(tokenizer.to_str())
-    copied.encode_special_tokens = tokenizer.encode_special_tokens  # Not part of its JSON.
-    return copied
-
-
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class _Frame:
-    """What a tokenizer puts around the tokens of one text that is no pair, whatever the text.
-
-    Attributes:
-        before: How many special tokens stand before them.
-        after: How many stand after them.
-        has_types: Whether types may be other than 0. They depend on nothing but the place in a pair.
-        can_cut: Whether `cut` does what the tokenizer does.
-    """
-
-    before: int = 0
-    after: int = 0
-    has_types: bool
-    can_cut: bool = True
-
-    @property
-    def size(self) -> int:
-        """How many special tokens there are."""
-        return self.before + self.after
-
-    def cut(self, ids: Ids, length: int, direction: str) -> Ids:
-        """Returns so many of the ids of a longer text; the special ones stay."""
-        end = len(ids) - self.after
-        if direction == "left":
-            return np.concatenate([ids[: self.before], ids[end - (length - self.size) :]])
-        return np.concatenate([ids[: length - self.after], ids[end:]])
 
 
 def _views(lists: Sequence[list[int]]) -> list[Ids]:
@@ -268,12 +190,8 @@ def _views(lists: Sequence[list[int]]) -> list[Ids]:
     for one in lists:
         numbers.fromlist(one)
     whole = np.frombuffer(numbers, np.int32)
-    views, start = [], 0
-    for one in lists:
-        end = start + len(one)
-        views.append(whole[start:end])
-        start = end
-    return views
+    ends = itertools.accumulate(map(len, lists))
+    return [whole[end - len(one) : end] for one, end in zip(lists, ends, strict=True)]
 
 
 def _windowed(
