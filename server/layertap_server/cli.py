@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import dataclasses
 import functools
 import gc
 import os
 import sys
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final, NoReturn
 
 import layertap
@@ -24,6 +25,7 @@ from layertap_server.config import Config, ConfigError
 from layertap_server.flags import flag, read, variable
 from layertap_server.observability import log_format
 from layertap_server.observability.bounded_streams import bounded_streams
+from layertap_server.types import EngineLostError
 
 if TYPE_CHECKING:
     from layertap_server.app.server import App
@@ -31,9 +33,6 @@ if TYPE_CHECKING:
 _SWITCH_INTERVAL_S: Final = 0.0005
 """How long one thread may keep the interpreter that another waits for. Instances need it often and for a moment; with
 the 5 ms that are Python's own, a loop with many callers would starve them."""
-
-_EXTRA_MISSING = "the server's packages are missing ({name}): pip install 'layertap[server]'"
-
 
 _EXAMPLES: Final = """\
 examples:
@@ -57,33 +56,33 @@ exit codes:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the server, or `parity`; returns the exit code."""
     argv = sys.argv[1:] if argv is None else argv
-    if argv[:1] == ["parity"]:
-        return _parity(argv[1:])
     try:
-        config = parse(argv, os.environ)
+        if argv[:1] == ["parity"]:
+            return _parity(argv[1:])
+        return _serve(parse(argv, os.environ))
     except ConfigError as exc:
         return _fail(str(exc))
+
+
+def _serve(config: Config) -> int:
     log_format.set_up(level=config.log_level, form=config.log_format, process=None if config.processes == 1 else 0)
     # gRPC's C core would add lines of its own to ours; what it has to say comes back as errors.
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     # The tokenizers' own threads take what came first: short texts on the event loop would wait for long ones.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    try:
+    with _server_extra():
         from layertap_server.app.child_process import in_child
         from layertap_server.app.listening import check_listening, open_listener
 
         # In a child, if this process is to be forked: certificates start gRPC, which does not survive that.
         listener = open_listener(config) if config.processes == 1 else in_child(lambda: check_listening(config))
-    except ConfigError as exc:
-        return _fail(str(exc))
-    except ModuleNotFoundError as exc:
-        return _fail(_EXTRA_MISSING.format(name=exc.name))
 
     def make_app(config: Config) -> App:
         # Only now, since it imports torch, which takes seconds: a wrong address is refused at once.
-        from layertap_server.app.server import App
+        with _server_extra():
+            from layertap_server.app.server import App
 
-        return App(config, listener=listener)
+            return App(config, listener=listener)
 
     return run(config, make_app)
 
@@ -95,23 +94,27 @@ def run(config: Config, make_app: Callable[[Config], App]) -> int:
         The exit code 2, if the server cannot start.
 
     Args:
-        config: Every knob.
+        config: The settings.
         make_app: What makes a server of them, or each process of it.
     """
     wire.keep_pages()
     sys.setswitchinterval(_SWITCH_INTERVAL_S)
-    if config.processes > 1:
-        return _run_processes(config, make_app)
-    with bounded_streams():
-        return _run_here(config, make_app)
+    try:
+        if config.processes > 1:
+            from layertap_server.app.processes import launch
+
+            code = launch.run(config, make_app, _announce)
+        else:
+            with bounded_streams():
+                code = _run_here(config, make_app)
+    except ConfigError as exc:
+        return _fail(str(exc))
+    signals.leave(code)
 
 
 def _run_here(config: Config, make_app: Callable[[Config], App]) -> int:
-    from layertap_server.model.files import CheckpointError
-
-    server = None
+    server = make_app(config)
     try:
-        server = make_app(config)
         server.prepare()
         gc.collect()
         gc.freeze()  # What is there now stays; looking through it for garbage would hold up every thread.
@@ -119,53 +122,32 @@ def _run_here(config: Config, make_app: Callable[[Config], App]) -> int:
         asyncio.Runner().run(
             server.serve(ready=lambda address: _announce(address, server.http_url, server.metrics_url))
         )
-    except (ConfigError, CheckpointError) as exc:
-        return _fail(str(exc))
-    except ModuleNotFoundError as exc:
-        if server is not None:
-            raise
-        return _fail(_EXTRA_MISSING.format(name=exc.name))
-    except Exception as exc:
-        from layertap_server.app.server import EngineLostError
-
-        if isinstance(exc, EngineLostError):
-            _fail(str(exc))
-        elif server is None:
-            raise
-        else:
-            traceback.print_exc()
-        signals.leave(1)
-    signals.leave(0)
-
-
-def _run_processes(config: Config, make_app: Callable[[Config], App]) -> int:
-    from layertap_server.app.processes import launch
-
-    def load(config: Config) -> App:
-        from layertap_server.model.files import CheckpointError
-
-        try:
-            return make_app(config)
-        except CheckpointError as exc:
-            raise ConfigError(str(exc)) from exc
-        except ModuleNotFoundError as exc:
-            raise ConfigError(_EXTRA_MISSING.format(name=exc.name)) from exc
-
-    try:
-        code = launch.run(config, load, _announce)
-    except ConfigError as exc:
-        return _fail(str(exc))
-    signals.leave(code)
+    except ConfigError:
+        raise
+    except EngineLostError as exc:
+        _fail(str(exc))
+        return 1
+    except Exception:
+        traceback.print_exc()
+        return 1
+    return 0
 
 
 def _parity(argv: Sequence[str]) -> int:
     signals.restore()
-    try:
+    with _server_extra():
         from layertap_server.parity import compare
 
         return compare.main(argv)
+
+
+@contextlib.contextmanager
+def _server_extra() -> Iterator[None]:
+    """Turns a missing package of the server into the error that names the extra."""
+    try:
+        yield
     except ModuleNotFoundError as exc:
-        return _fail(_EXTRA_MISSING.format(name=exc.name))
+        raise ConfigError(f"the server's packages are missing ({exc.name}): pip install 'layertap[server]'") from exc
 
 
 def parse(argv: Sequence[str], environment: Mapping[str, str]) -> Config:

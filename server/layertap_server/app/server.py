@@ -24,15 +24,12 @@ from layertap_server.observability.metrics import Endpoint, State
 from layertap_server.rpc.listener import Listener, add_standard_services
 from layertap_server.scheduler.call import Hooks
 from layertap_server.scheduler.warm_up import warm_up
+from layertap_server.types import EngineLostError
 
 log = logging.getLogger(__name__)
 
 _LAST_SPANS_S: Final = 1.0
 """How long sending the last spans may take: the collector may be gone."""
-
-
-class EngineLostError(Exception):
-    """The engine has failed for good; threads of its may never end."""
 
 
 class App:

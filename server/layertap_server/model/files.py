@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 from typing import Any, Final
 
+from layertap_server.flags import ConfigError
+
 MAX_BYTES: Final = 64 << 20
 """The most bytes of a JSON file; the configurations of real models have a few thousand."""
 
@@ -13,7 +15,7 @@ _POINTER: Final = b"version https://git-lfs"
 _REASON_LENGTH: Final = 200
 
 
-class CheckpointError(Exception):
+class CheckpointError(ConfigError):
     """A model cannot be served; the message is one line with the next step."""
 
 

@@ -9,6 +9,7 @@ from layertap_server.types.errors import (
     RETRY_FULL_S,
     RETRY_STOPPING_S,
     DeviceLostError,
+    EngineLostError,
     OutOfMemoryError,
 )
 from layertap_server.types.output import Mix, Mixing, Output, OutputKind, Pool, Strategy, Unit, WordPooling
@@ -26,6 +27,7 @@ __all__ = [
     "ByteCounts",
     "DeviceLostError",
     "Encode",
+    "EngineLostError",
     "Ids",
     "Indices",
     "Mix",

@@ -22,6 +22,10 @@ class DeviceLostError(Exception):
     """The device no longer computes anything."""
 
 
+class EngineLostError(Exception):
+    """The engine has failed for good; threads of its may never end."""
+
+
 NARROW_LIMITS: Final = {"float32": float("inf"), "float16": 65520.0, "bfloat16": 3.3953138e38}
 """From here on a float32 becomes infinite when it is narrowed."""
 

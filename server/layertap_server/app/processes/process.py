@@ -18,8 +18,8 @@ from layertap_server import signals
 from layertap_server.app import lifecycle
 from layertap_server.app.processes.control import Control
 from layertap_server.config import ConfigError
-from layertap_server.model.files import CheckpointError
 from layertap_server.observability.bounded_streams import bounded_streams
+from layertap_server.types import EngineLostError
 
 if TYPE_CHECKING:
     from layertap_server.app.server import App
@@ -29,14 +29,12 @@ log = logging.getLogger(__name__)
 
 def run(app: App, end: socket, number: int) -> NoReturn:
     """Serves, then ends the process: with 0, or with 1 if it has failed."""
-    from layertap_server.app.server import EngineLostError
-
     code = 1
     with bounded_streams():
         try:
             asyncio.Runner().run(_serve(app, end, number))
             code = 0
-        except (ConfigError, CheckpointError):
+        except ConfigError:
             pass  # The supervisor has been told.
         except EngineLostError as exc:
             log.error("%s", exc)
@@ -66,7 +64,7 @@ async def _serve(app: App, end: socket, number: int) -> None:
             ready=lambda address: control.send("serving", {"address": address, "http_url": app.http_url}),
             stop_signal=stop_signal,
         )
-    except (ConfigError, CheckpointError) as exc:
+    except ConfigError as exc:
         control.send("error", str(exc))
         raise
     finally:
