@@ -41,15 +41,7 @@ class ServerProcess:
         start_timeout_s: float = 120.0,
         stop_timeout_s: float = 60.0,
     ) -> None:
-        """Starts the server and waits until it listens.
-
-        Args:
-            flags: Flags of `layertap-server`. `--port 0`, a free port, stands before them.
-            program: What Python runs in place of `layertap-server`; the first line that it prints ends with its
-                address.
-            environment: Variables beside those of this process.
-            start_timeout_s: How long it may take to listen, in seconds.
-            stop_timeout_s: How long it may take to end, in seconds.
+        """Starts the server and waits until it listens; for the arguments see `running_server`.
 
         Raises:
             ServerError: if it did not start.
@@ -71,11 +63,7 @@ class ServerProcess:
         return b"".join(self._log).decode(errors="replace")
 
     def signal(self, number: int) -> None:
-        """Sends a signal to the process.
-
-        Args:
-            number: The signal, such as `signal.SIGTERM`.
-        """
+        """Sends a signal, such as `signal.SIGTERM`, to the process."""
         self.process.send_signal(number)
 
     def stop(self) -> int:

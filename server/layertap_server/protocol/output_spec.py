@@ -88,9 +88,9 @@ def _output(output: pb.Output, model: ModelFacts, sentences: SentenceConfig, lab
     if kind == "pooled_vectors":
         if output.pooled_vectors.sentence_modules:
             return _sentence_vectors(output.pooled_vectors, model, sentences, label)
-        return _pooled_vectors(output.pooled_vectors, model, label)
+        return _pools(OutputKind.POOLED_VECTORS, output.pooled_vectors, model, label)
     if kind == "span_vectors":
-        return _span_vectors(output.span_vectors, model, label)
+        return _pools(OutputKind.SPAN_VECTORS, output.span_vectors, model, label)
     if kind == "attentions":
         return _attentions(output.attentions, model, label)
     raise InvalidArgumentError(
@@ -126,17 +126,16 @@ def _chosen(asked: pb.HiddenStates | pb.WordVectors | pb.Attentions, count: int,
 
 
 def _attentions(asked: pb.Attentions, model: ModelFacts, label: str) -> Output:
-    if len(asked.heads) > model.head_count:
+    count = model.head_count
+    if len(asked.heads) > count:
         raise InvalidArgumentError(
-            f"{label}.heads has {len(asked.heads)} entries, this model has {model.head_count} heads; name each once"
+            f"{label}.heads has {len(asked.heads)} entries, this model has {count} heads; name each once"
         )
     for head in asked.heads:
-        if not 0 <= head < model.head_count:
-            raise InvalidArgumentError(
-                f"{label}.heads has {head}; this model's heads run from 0 to {model.head_count - 1}"
-            )
-    heads = tuple(sorted(set(asked.heads))) or tuple(range(model.head_count))
-    if asked.heads and len(heads) < len(asked.heads):
+        if not 0 <= head < count:
+            raise InvalidArgumentError(f"{label}.heads has {head}; this model's heads run from 0 to {count - 1}")
+    heads = tuple(sorted(set(asked.heads) or range(count)))
+    if len(heads) < len(asked.heads):
         raise InvalidArgumentError(f"{label}.heads names a head twice; name each once")
     layers = _chosen(asked, model.layer_count, label)
     return Output(kind=OutputKind.ATTENTIONS, layers=layers, row_size=len(heads), heads=heads)
@@ -147,14 +146,13 @@ def _mix(asked: pb.LayerMix, model: ModelFacts, label: str) -> tuple[Mix, int]:
     mixing = known(f"{label}.strategy", asked.strategy or pb.MIX_STRATEGY_MEAN, _MIXINGS)
     if bool(asked.layers) == asked.all_layers:
         raise InvalidArgumentError(f"{label} needs either layers or all_layers; set one of them")
-    if len(asked.layers) > model.layer_count + 1:
-        raise InvalidArgumentError(
-            f"{label}.layers has {len(asked.layers)} entries, the model {model.layer_count + 1} layers; name each "
-            "once, and use weights to count it more"
-        )
-    everything = tuple(range(model.layer_count + 1))
     count = model.layer_count + 1
-    layers = everything if asked.all_layers else tuple(_layer(k, count, f"{label}.layers") for k in asked.layers)
+    if len(asked.layers) > count:
+        raise InvalidArgumentError(
+            f"{label}.layers has {len(asked.layers)} entries, the model {count} layers; name each once, and use "
+            "weights to count it more"
+        )
+    layers = tuple(range(count) if asked.all_layers else (_layer(k, count, f"{label}.layers") for k in asked.layers))
     if len(set(layers)) < len(layers):
         raise InvalidArgumentError(
             f"{label}.layers names a layer twice; name each once, and use weights to count it more"
@@ -183,42 +181,16 @@ def _word_vectors(asked: pb.WordVectors, model: ModelFacts, label: str) -> Outpu
     return Output(kind=OutputKind.WORD_VECTORS, layers=layers, row_size=size, word_pooling=pooling, mix=mix)
 
 
-def _pooled_vectors(asked: pb.PooledVectors, model: ModelFacts, label: str) -> Output:
+def _pools(kind: OutputKind, asked: pb.PooledVectors | pb.SpanVectors, model: ModelFacts, label: str) -> Output:
+    """Returns the pools of whole texts, or of spans."""
     strategy = known(f"{label}.strategy", asked.strategy or pb.POOLING_STRATEGY_MEAN, _STRATEGIES)
-    if strategy is Strategy.CLS and asked.exclude_special_tokens:
+    excludes = isinstance(asked, pb.PooledVectors) and asked.exclude_special_tokens
+    if strategy is Strategy.CLS and excludes:
         raise InvalidArgumentError(
             f"{label} pools the first token by cls and excludes special tokens; include them, or pool otherwise"
         )
-    layer, mix, widest = _pooled_rows(asked, strategy, model, label)
-    return Output(
-        kind=OutputKind.POOLED_VECTORS,
-        layers=(layer,),
-        row_size=asked.dimensions or widest,
-        pool=Pool(strategy=strategy, exclude_special_tokens=asked.exclude_special_tokens, normalize=asked.normalize),
-        mix=mix,
-        pooled_size=widest,
-    )
-
-
-def _span_vectors(asked: pb.SpanVectors, model: ModelFacts, label: str) -> Output:
-    strategy = known(f"{label}.strategy", asked.strategy or pb.POOLING_STRATEGY_MEAN, _STRATEGIES)
-    if strategy is Strategy.CLS:
+    if strategy is Strategy.CLS and kind is OutputKind.SPAN_VECTORS:
         raise InvalidArgumentError(f"{label} pools spans by cls, which is of a whole text; pool them otherwise")
-    layer, mix, widest = _pooled_rows(asked, strategy, model, label)
-    return Output(
-        kind=OutputKind.SPAN_VECTORS,
-        layers=(layer,),
-        row_size=asked.dimensions or widest,
-        pool=Pool(strategy=strategy, normalize=asked.normalize),
-        mix=mix,
-        pooled_size=widest,
-    )
-
-
-def _pooled_rows(
-    asked: pb.PooledVectors | pb.SpanVectors, strategy: Strategy, model: ModelFacts, label: str
-) -> tuple[int, Mix | None, int]:
-    """Returns the layer after which pools leave, the mix that they are of, and how many values they have at most."""
     layer, mix, widest = model.layer_count, None, model.hidden_size
     if asked.HasField("mix"):
         if asked.HasField("layer"):
@@ -231,24 +203,25 @@ def _pooled_rows(
         widest *= 2
     if not 0 <= asked.dimensions <= widest:
         raise InvalidArgumentError(f"{label}.dimensions is {asked.dimensions}; it runs from 1 to {widest}, 0 means all")
-    return layer, mix, widest
+    return Output(
+        kind=kind,
+        layers=(layer,),
+        row_size=asked.dimensions or widest,
+        pool=Pool(strategy=strategy, exclude_special_tokens=excludes, normalize=asked.normalize),
+        mix=mix,
+        pooled_size=widest,
+    )
 
 
 def _token_embeddings(asked: pb.HiddenStates, model: ModelFacts, sentences: SentenceConfig, label: str) -> Output:
     """Returns the token rows of the last layer after the modules of the model's folder."""
-    if (
-        asked.HasField("mix")
-        or asked.all_layers
-        or any(
-            _layer(layer, model.layer_count + 1, f"{label}.layers") != model.layer_count
-            for layer in asked.layers[: MAX_LAYER_ENTRIES + 1]
-        )
-    ):
+    last = (model.layer_count,)
+    if asked.HasField("mix") or asked.all_layers or _chosen(asked, model.layer_count + 1, label) != last:
         raise InvalidArgumentError(f"{label} has sentence_modules, which apply to the last layer; name no other")
     _check_supported(sentences.unsupported)
     return Output(
         kind=OutputKind.HIDDEN_STATES,
-        layers=(model.layer_count,),
+        layers=last,
         row_size=sentences.token_size(model.hidden_size),
         applies_modules=True,
     )
