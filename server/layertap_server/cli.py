@@ -92,10 +92,6 @@ def run(config: Config, make_app: Callable[[Config], App]) -> int:
 
     Returns:
         The exit code 2, if the server cannot start.
-
-    Args:
-        config: The settings.
-        make_app: What makes a server of them, or each process of it.
     """
     wire.keep_pages()
     sys.setswitchinterval(_SWITCH_INTERVAL_S)

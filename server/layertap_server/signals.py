@@ -42,11 +42,7 @@ def restore() -> None:
 
 
 def leave(code: int) -> NoReturn:
-    """Ends the process without waiting for threads, which may hang; writes what is printed and logged, if it can.
-
-    Args:
-        code: The exit code.
-    """
+    """Ends the process without waiting for threads, which may hang; writes what is printed and logged, if it can."""
     for stream in (sys.stdout, sys.stderr):
         if stream is not None:
             getattr(stream, "drain", stream.flush)()

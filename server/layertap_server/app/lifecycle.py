@@ -27,10 +27,7 @@ _WATCH_S: Final = 1.0
 def stop_signal(*, once: bool = True) -> asyncio.Future[None]:
     """Returns a future that is done at the first signal that stops the server.
 
-    Signals are caught from the call on.
-
-    Args:
-        once: Whether the next one ends the process at once; else it has no effect.
+    Signals are caught from the call on. With `once` the next one ends the process at once; else it has no effect.
     """
     loop = asyncio.get_running_loop()
     received = loop.create_future()
@@ -50,12 +47,7 @@ def stop_signal(*, once: bool = True) -> asyncio.Future[None]:
 
 
 async def until_lost(batcher: Batcher, *, timeout_s: float) -> None:
-    """Gives up instances that hang; returns when no instance is left.
-
-    Args:
-        batcher: Whose instances.
-        timeout_s: How long an instance may make no progress with its batch.
-    """
+    """Gives up instances that make no progress with a batch for so long; returns when no instance is left."""
     while batcher.live_instance_count:
         await asyncio.sleep(min(_WATCH_S, timeout_s / 4))
         batcher.lose_stuck(timeout_s)

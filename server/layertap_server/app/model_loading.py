@@ -36,17 +36,7 @@ _CUDA_BATCH_BYTES: Final = 256 << 20
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class FoundModel:
-    """A model that can be served, before its weights are read.
-
-    Attributes:
-        checkpoint: Its folder.
-        tokenizer: Its tokenizer.
-        sentences: What its folder says about sentences.
-        devices: Where to compute.
-        dtype: What to compute in.
-        fingerprint: Its fingerprint.
-        threads: How the cores of this process are shared.
-    """
+    """A model that can be served, before its weights are read."""
 
     checkpoint: Checkpoint
     tokenizer: Tokenizer
@@ -63,7 +53,7 @@ class FoundModel:
 
     @property
     def batch_tokens(self) -> int:
-        """How many tokens a batch has at most, where no knob says it."""
+        """How many tokens a batch has at most, where no setting says it."""
         return _CPU_BATCH_TOKENS if self.on_cpu else _CUDA_BATCH_TOKENS
 
     @property
@@ -72,11 +62,7 @@ class FoundModel:
         return _CPU_BATCH_BYTES if self.on_cpu else _CUDA_BATCH_BYTES
 
     def encoders(self, make_encoder: Callable[..., Encoder], *, before_fork: bool) -> list[Encoder]:
-        """Reads the weights; returns an encoder for each device.
-
-        Args:
-            make_encoder: What makes an encoder of a checkpoint, a device and a dtype.
-            before_fork: Whether this process is to be forked.
+        """Reads the weights; returns an encoder for each device. Before a fork it leaves no thread behind.
 
         Raises:
             CheckpointError: if the weights do not fit the configuration.

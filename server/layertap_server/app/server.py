@@ -38,7 +38,6 @@ class App:
     Attributes:
         http_url: Where it answers HTTP, once it serves; empty: nowhere.
         metrics_url: Where the metrics are, once it serves; empty: nowhere.
-        tokenizer: The tokenizer of the model.
     """
 
     def __init__(
@@ -50,14 +49,10 @@ class App:
     ) -> None:
         """Loads the model. With several processes it leaves no thread behind, so that they can be forked of it.
 
-        Args:
-            config: Every knob, for the whole server.
-            listener: Where to listen; None: as the config says.
-            make_encoder: What makes an encoder of a checkpoint, a device and a dtype.
+        By default it listens as the settings say.
 
         Raises:
-            CheckpointError: if the model cannot be served.
-            ConfigError: if a knob does not suit the model or the machine.
+            ConfigError: if the model cannot be served, or a setting does not suit it or the machine.
         """
         self._config = config
         self.http_url = self.metrics_url = ""
@@ -87,14 +82,10 @@ class App:
             self._encoders = self._found.encoders(make_encoder, before_fork=config.processes > 1)
 
     def prepare(self, *, process: int = 1) -> None:
-        """Makes the queue, its instances and the services, and warms the engine. Does nothing a second time.
-
-        Args:
-            process: Which of the processes of the server this is, from 1.
+        """Makes the parts of this process, which counts from 1, and warms the engine. Does nothing a second time.
 
         Raises:
-            CheckpointError: if the weights do not fit the configuration.
-            ConfigError: if a knob does not suit the model or the machine.
+            ConfigError: if a setting does not suit the model or the machine, or the model its configuration.
         """
         if self._parts is not None:
             return
@@ -117,14 +108,10 @@ class App:
     ) -> None:
         """Serves until a signal stops the server or no instance is left, then finishes the running calls.
 
-        Threads may still run when it returns: the process must not wait for them.
-
-        Args:
-            ready: Called with the address once the server answers.
-            stop_signal: Returns what is done when the server is to stop.
+        `ready` is called with the address once the server answers. What `stop_signal` returns is done when it is to
+        stop. Threads may still run when this returns: the process must not wait for them.
 
         Raises:
-            CheckpointError: if the weights do not fit the configuration, and `prepare` was not called.
             ConfigError: if the address cannot be listened on; without `prepare` also as that raises it.
             EngineLostError: if no instance is left.
         """

@@ -41,12 +41,8 @@ class Parts:
     """What serves calls.
 
     Attributes:
-        model: The model's facts.
-        batcher: The queue and its instances.
         metrics: What is counted. None: nothing.
         tracing: What sends spans. None: nothing.
-        sharing: The leases of shared memory.
-        admission: The admission of calls.
         handlers: The gRPC services, by name.
         http: The HTTP server, which listens nowhere yet. None: there is none.
     """
@@ -64,14 +60,7 @@ class Parts:
 def make_parts(
     config: Config, found: FoundModel, encoders: Sequence[Encoder], listener: Listener, *, process: int
 ) -> Parts:
-    """Returns the parts of a process, whose instances run.
-
-    Args:
-        config: The settings of the whole server.
-        found: The model.
-        encoders: One for each device.
-        listener: Where the process will listen.
-        process: Which of the processes it is, from 1.
+    """Returns the parts of a process, which counts from 1; their instances run.
 
     Raises:
         ConfigError: if a setting does not suit the model or the machine.

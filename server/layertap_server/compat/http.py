@@ -34,13 +34,10 @@ class Exchange:
     """One request and its answer.
 
     Attributes:
-        method: The method, such as "POST".
-        path: The path, decoded.
         headers: The headers by their names in lower case.
         address: The client's address; one of IPv6 has brackets.
         connection: What tells the connections of a client apart.
         certificate: The client's certificate as Python describes it; empty: it has shown none.
-        is_answered: Whether the answer has begun.
     """
 
     def __init__(
@@ -124,14 +121,9 @@ async def _once(body: bytes) -> AsyncIterator[bytes]:
 class HttpServer:
     """Listens, and passes requests on.
 
-    Args:
-        handle: Answers one request; raises nothing but CancelledError.
-        host: A host name or an address.
-        port: The port; 0: any free one.
-        shares_port: Whether other processes listen on it too.
-        context: Its TLS. None: plaintext.
-        max_connection_count: How many connections there may be at once.
-        stall_timeout_s: How long a connection may be without a request, or a part of an answer unread, in seconds.
+    `handle` answers one request, and raises nothing but CancelledError. Port 0 is any free one, and without a context
+    all is plaintext. `stall_timeout_s` is how long a connection may be without a request, or a part of an answer
+    unread.
     """
 
     def __init__(

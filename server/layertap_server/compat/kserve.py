@@ -73,13 +73,7 @@ class Service:
     """
 
     def __init__(self, *, preprocessor: Preprocessor, batcher: Batcher, stopping: asyncio.Event) -> None:
-        """Answers with the model of the preprocessor.
-
-        Args:
-            preprocessor: The pipeline of requests.
-            batcher: The queue and its instances.
-            stopping: Set once the server is stopping.
-        """
+        """Answers with the model of the preprocessor."""
         self._preprocessor = preprocessor
         self._model, self._sentences = preprocessor.model, preprocessor.sentences
         self._batcher = batcher

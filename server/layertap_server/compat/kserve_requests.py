@@ -48,7 +48,6 @@ class Inputs:
     """The texts of a request.
 
     Attributes:
-        texts: Each as an input of the contract.
         label: What an error calls the list of them.
     """
 
@@ -202,11 +201,7 @@ def read_options(
 ) -> Asked:
     """Returns what a request asks for. With sentence vectors, what it leaves open is as the model's folder says.
 
-    Args:
-        request: The request.
-        known: What the model can be asked for; see `outputs_of`.
-        model: The model's facts.
-        config: How its folder makes one vector of a text.
+    What the model can be asked for, `known`, is what `outputs_of` returns.
 
     Raises:
         InvalidArgumentError: if an output or a parameter is at fault.

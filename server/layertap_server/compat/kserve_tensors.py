@@ -33,15 +33,7 @@ def pack(
     tokenized: Sequence[Tokenized],
     parts: Sequence[RowsReady],
 ) -> list[bytes | memoryview]:
-    """Returns the answer to a request in pieces: a serialized ModelInferResponse once they are joined.
-
-    Args:
-        request: The request.
-        asked: What it asks for.
-        plan: The same, resolved.
-        tokenized: The texts.
-        parts: All their rows.
-    """
+    """Returns the answer to a request in pieces: a serialized ModelInferResponse once they are joined."""
     datatype = next(name for name, dtype in DTYPES.items() if dtype == plan.dtype)
     message = kserve.ModelInferResponse(model_name=request.model_name, model_version="1", id=request.id)
     pieces: list[bytes | memoryview] = []

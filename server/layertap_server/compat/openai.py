@@ -86,14 +86,8 @@ class _Caller:
 class OpenAI:
     """Answers the API's requests with one model.
 
-    Args:
-        preprocessor: The pipeline of requests.
-        batcher: The queue and its instances.
-        admit: The admission of calls.
-        identify: Returns the client by its authorization, certificate and address; raises UnauthenticatedError if it
-            may not call.
-        stall_timeout_s: How long the body of a request may take to come, in seconds.
-        hooks: Called for refusals.
+    `identify` returns the client by its authorization, certificate and address, and raises UnauthenticatedError if it
+    may not call. `stall_timeout_s` is how long the body of a request may take to come.
     """
 
     def __init__(

@@ -56,11 +56,7 @@ class MethodError(InvalidArgumentError):
 
 
 class FieldError(InvalidArgumentError):
-    """A field of a request is at fault.
-
-    Attributes:
-        field: Its name.
-    """
+    """A field of a request is at fault."""
 
     def __init__(self, field: str, details: str) -> None:
         super().__init__(details)
@@ -76,7 +72,6 @@ class EmbeddingsRequest:
     """A request for one vector of each text.
 
     Attributes:
-        texts: The texts.
         is_base64: Whether vectors are answered as base64 of their bytes, not as numbers.
         dimensions: How many values of each vector are kept; 0: as the model's folder says.
     """
@@ -87,12 +82,7 @@ class EmbeddingsRequest:
 
 
 def read_request(body: bytes, *, model_id: str, max_text_count: int) -> EmbeddingsRequest:
-    """Reads a request for embeddings.
-
-    Args:
-        body: The JSON of the request.
-        model_id: The model that it must name.
-        max_text_count: The most texts of one request.
+    """Reads the JSON of a request for embeddings, which must name the model.
 
     Raises:
         ModelNotFoundError: if it names another model.
@@ -222,13 +212,8 @@ def check_finite(vectors: Vectors) -> None:
 def answer(vectors: Vectors, *, is_base64: bool, model_id: str, token_count: int) -> Iterator[bytes]:
     """Yields the parts of the answer to a request for embeddings.
 
-    Numbers are written as float64 and so to the last bit of their float32.
-
-    Args:
-        vectors: The vectors. Shape: [text_count, dimensions].
-        is_base64: Whether they are written as base64 of their bytes, float32 and little-endian.
-        model_id: The model.
-        token_count: The tokens of all texts.
+    Numbers are written as float64 and so to the last bit of their float32; as base64 vectors are their bytes,
+    little-endian. Shape of the vectors: [text_count, dimensions].
     """
     rows = vectors.astype("<f4", copy=False)
     head = '{"object":"list","data":['

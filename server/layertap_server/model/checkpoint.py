@@ -57,13 +57,10 @@ class Checkpoint:
 
     Attributes:
         name: What clients know it by; never a path.
-        folder: Where its files are.
         tokenizer_folder: Where its tokenizer is; of dummy models that bring none, the embedded model's.
         weights_folder: Where its config.json and weights are: the folder itself, or that of its first module.
         configuration: The contents of its config.json, and under BERT's keys all that is read of it, defaults included.
-        settings: What the encoder is built from.
         weight_files: Its safetensors files; none for dummy weights.
-        seed: The seed of dummy weights.
     """
 
     name: str

@@ -11,22 +11,15 @@ class ModelFacts:
     """The facts of the served model.
 
     Attributes:
-        model_id: The name that clients know it by.
-        fingerprint: Its fingerprint.
         layer_count: L, the number of encoder blocks.
-        hidden_size: Values of one token row.
-        head_count: Heads of each attention.
         vocab_size: Token ids are below this.
         type_vocab_size: Token types are below this; 0: the model has none.
         max_length: The most tokens of one text: the positions that tokens may have.
         default_max_length: The most tokens of one text if the request names no max_length.
-        has_pooler_output: Whether there are pooler weights.
-        pad_token_id: The id that padding uses.
         special_token_ids: Among token ids, those that count as special tokens, ascending.
         special_tokens: The ids of the tokens that the tokenizer's configuration names, by their names there.
         padding_side: Where the tokenizer's configuration pads, "right" or "left".
         has_token_type_ids: Whether the tokenizer tells the strings of a pair apart by token types.
-        model_type: The architecture.
     """
 
     model_id: str

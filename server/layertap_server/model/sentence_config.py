@@ -139,12 +139,8 @@ class SentenceConfig:
 def read(folder: Path, *, hidden_size: int, max_length: int, position_count: int, truncation: str) -> SentenceConfig:
     """Reads what a folder says.
 
-    Args:
-        folder: The model's.
-        hidden_size: Values of a token row of the model.
-        max_length: The most tokens of one text by its tokenizer.
-        position_count: The most that the model can take.
-        truncation: The side that its tokenizer cuts.
+    `max_length` and `truncation` are those of its tokenizer; `position_count` is the most tokens that the model can
+    take.
     """
     reading = _Reading(folder, SentenceConfig(max_length=max_length, truncation=truncation))
     if (folder / "modules.json").is_file():

@@ -54,12 +54,8 @@ class Dense:
 
     Attributes:
         of_tokens: Whether it works on token rows; else on the vector.
-        in_size: Values that it takes.
-        out_size: Values that it gives.
-        has_bias: Whether it has a bias.
         activation: The class of torch.nn.
         has_residual: Whether what it takes is added to what it gives, projected if the sizes differ.
-        weights: Its safetensors file.
         digest: sha256 of that file, in hex.
     """
 
@@ -104,11 +100,6 @@ def read_normalize(found: Mapping[str, Any], name: str) -> Normalize:
 
 def read_dense(found: Mapping[str, Any], folder: Path, name: str) -> Dense:
     """Returns a Dense by its config.json and the header of its weights.
-
-    Args:
-        found: The contents of its config.json.
-        folder: Where its files are.
-        name: What to call its config.json in an error.
 
     Raises:
         UnsupportedModuleError: if it cannot be computed here as sentence-transformers computes it.

@@ -30,11 +30,7 @@ _LOCAL_PRE_TOKENIZERS: Final = _SPLITTERS | {"ByteLevel", "Digits", "Metaspace",
 
 
 def is_local(tokenizer: Mapping[str, Any]) -> bool:
-    """Returns whether the tokens of a text before a space do not depend on what comes after it.
-
-    Args:
-        tokenizer: The tokenizer as `tokenizer.json` has it.
-    """
+    """Returns whether the tokens of a text before a space do not depend on what comes after, by its tokenizer.json."""
     splits = False
     for one in _parts(tokenizer.get("pre_tokenizer"), "pretokenizers"):
         kind = one["type"]

@@ -15,7 +15,6 @@ class Tokenized:
     """A text after tokenizing.
 
     Attributes:
-        text: What the model sees.
         truncated: Whether tokens were cut.
         encoding: The tokenizer's own result; None for token ids.
         given_word_count: How many words it came as; None: it did not come as words.

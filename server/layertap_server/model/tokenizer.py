@@ -49,7 +49,6 @@ class Tokenizer:
     Attributes:
         description: Its whole configuration, for the fingerprint.
         special_token_ids: The ids that it adds to texts, and that of padding, ascending.
-        pad_token_id: The id that padding uses.
         pad_token: How the vocabulary spells that.
     """
 

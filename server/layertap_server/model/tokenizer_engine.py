@@ -49,12 +49,7 @@ class TokenizerEngine:
     """One way of tokenizing, with and without truncation."""
 
     def __init__(self, whole: tokenizers.Tokenizer, *, has_token_types: bool) -> None:
-        """Prepares the tokenizer.
-
-        Args:
-            whole: The tokenizer, without truncation.
-            has_token_types: Whether the model is given its token types.
-        """
+        """Prepares a tokenizer that does not truncate, for a model that may be given its token types."""
         self._whole = whole
         self._has_token_types = has_token_types
         self._truncation = Truncation(whole)

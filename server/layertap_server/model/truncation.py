@@ -60,11 +60,8 @@ class Truncation:
     def cut(self, ids: Ids, length: int, direction: str, *, add_special_tokens: bool) -> Ids | None:
         """Returns so many of the ids of a longer text; None: only a tokenizer that truncates can say which.
 
-        Args:
-            ids: The ids of a text that is no pair.
-            length: At least as many as there are special tokens.
-            direction: The side that is cut, "right" or "left".
-            add_special_tokens: Whether the ids have special tokens.
+        The ids are those of a text that is no pair, and the length is at least that of their special tokens. The
+        direction is the side that is cut, "right" or "left".
         """
         frame = self._frames[add_special_tokens]
         return frame.cut(ids, length, direction) if frame.can_cut else None

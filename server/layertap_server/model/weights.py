@@ -56,10 +56,7 @@ def _shards(folder: Path) -> tuple[Path, ...]:
 def check_weights(files: Sequence[Path], settings: ModelSettings, *, given: Mapping[str, Any]) -> None:
     """Checks names, shapes and formats of all tensors of the model.
 
-    Args:
-        files: The safetensors files.
-        settings: The settings of the model.
-        given: What config.json itself says of it.
+    `given` is what config.json itself says of the model.
 
     Raises:
         CheckpointError: if a tensor is missing, left over, or of another shape or format; it is named.

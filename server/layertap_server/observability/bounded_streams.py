@@ -25,19 +25,10 @@ _DRAIN_S: Final = 0.4
 
 
 class BoundedStream(io.TextIOBase):
-    """A text stream over a file descriptor.
-
-    Attributes:
-        dropped_line_count: Lines that were not written.
-    """
+    """A text stream over a file descriptor."""
 
     def __init__(self, descriptor: int, *, max_pending: int = _MAX_PENDING) -> None:
-        """Starts the thread that writes.
-
-        Args:
-            descriptor: Where to write; stays open.
-            max_pending: How many writes may wait.
-        """
+        """Starts the thread that writes to a descriptor, which stays open."""
         self.dropped_line_count = 0
         self._descriptor = descriptor
         self._max_pending = max_pending

@@ -61,12 +61,9 @@ class Record:
     Attributes:
         method: The RPC, such as "Embed".
         request_id: What the caller, the answer and the log name this call by.
-        client: The client that it belongs to.
         trace: The headers traceparent and tracestate, as far as the caller sent them.
         text_count: Texts taken in: tokenized, and admitted where there is a queue.
         failed_text_count: Texts of an EmbedStream that were answered with an error of their own.
-        token_count: Tokens of the texts taken in.
-        sent_bytes: Bytes of the messages sent.
         tokenize: Texts becoming tokens.
         queue: From admission to the first batch.
         compute: The batches with texts of the call.

@@ -35,13 +35,7 @@ _SECRET_LOGGERS: Final = ("grpc", "opentelemetry.util")
 
 
 def set_up(*, level: str, form: str, process: int | None = None) -> None:
-    """Sends all that is logged to stderr.
-
-    Args:
-        level: The least that is shown: "debug", "info", "warning" or "error".
-        form: "text" or "json".
-        process: Which process of the server this is, for each line; None: it has only one.
-    """
+    """Sends all that is logged from a level on to stderr, each line with the number of the process if it has one."""
     handler = StandardErrorHandler()
     handler.setFormatter(JsonFormatter() if form == "json" else TextFormatter())
     if process is not None:

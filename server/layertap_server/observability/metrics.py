@@ -35,15 +35,9 @@ class State:
     """The state of a server at the time of a scrape.
 
     Attributes:
-        serving: Whether its health is SERVING.
-        queue_texts: Texts that wait.
-        queue_tokens: Their tokens.
         output_bytes: Bytes computed or being computed, and unsent.
         instances: Instances there were at the start.
-        live_instances: Instances that are not lost.
-        busy_instances: Instances with a batch.
         certificate_expires_at: When the first certificate expires, in seconds since the epoch; None: there is none.
-        dropped_log_lines: Lines of the log that were dropped, because they were not read or could not be written.
         device_memory: Bytes by device and kind; empty where the device is the CPU.
     """
 
@@ -71,15 +65,7 @@ class Metrics(Hooks):
         max_batch_tokens: int,
         max_output_bytes: int,
     ) -> None:
-        """Makes the metrics of a server, none counted yet.
-
-        Args:
-            model_id: The name of the model.
-            fingerprint: Its fingerprint.
-            methods: The RPCs.
-            max_batch_tokens: The most tokens of a batch.
-            max_output_bytes: The most bytes that may be computed and unsent.
-        """
+        """Makes the metrics of a server, none counted yet."""
         self.registry = prometheus_client.CollectorRegistry()
         self._following = False
         self._max_batch_tokens, self._max_output_bytes = max_batch_tokens, max_output_bytes
@@ -181,11 +167,7 @@ class Metrics(Hooks):
 
 
 class Endpoint:
-    """The HTTP server of the metrics, in threads of its own.
-
-    Attributes:
-        url: Where it is.
-    """
+    """The HTTP server of the metrics, in threads of its own."""
 
     def __init__(self, registry: Registry, host: str, port: int) -> None:
         """Listens.

@@ -62,12 +62,7 @@ class MetricsSum(Collector):
             self._latest[process] = found
 
     def ended(self, process: int, *, died: bool) -> None:
-        """Keeps what a process has counted; its gauges go.
-
-        Args:
-            process: Which.
-            died: Whether it ended by a fault.
-        """
+        """Keeps what a process has counted, and whether a fault has ended it; its gauges go."""
         with self._lock:
             self._death_count += died
             for name, _, kind, samples in self._latest.pop(process, ()):

@@ -61,8 +61,7 @@ class OfflineModel:
             engine: How it is loaded and run.
 
         Raises:
-            CheckpointError: if the model cannot be served.
-            ConfigError: if an option does not suit the model or the machine.
+            ConfigError: if the model cannot be served, or an option does not suit it or the machine.
         """
         config = Config(model_id=model_id, **engine)
         found = find_model(config)

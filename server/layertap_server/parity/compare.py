@@ -67,7 +67,6 @@ class Row:
     """How far one output is from what it should be.
 
     Attributes:
-        name: The output.
         difference: The largest, of all texts; infinite where a shape or number is not one.
         text: The position of the text that has it.
         magnitude: The largest number that was wanted.

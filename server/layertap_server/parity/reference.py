@@ -44,12 +44,7 @@ class Wanted:
 
 
 class Oracle:
-    """One model, as transformers runs it.
-
-    Attributes:
-        model: The model, in float32 on the CPU.
-        tokenizer: Its tokenizer.
-    """
+    """One model, as transformers runs it."""
 
     def __init__(self, model: Any, tokenizer_folder: Path) -> None:
         self.model = model.float().eval()

@@ -32,11 +32,9 @@ class Options:
     """The options of an embed request, checked and resolved for one model.
 
     Attributes:
-        plan: What is asked of each text.
         prompt: What is put before each text.
         max_length: The most tokens of a text.
         truncation: "error", "right" or "left".
-        lower_case: Whether strings are turned to lower case first.
         detail: What the tokenizer is asked for beside ids.
         windowing: How texts above max_length run as windows; None: they do not.
         most_plain_tokens: See `validation.most_plain_tokens`.
@@ -127,13 +125,7 @@ def _prompt(options: pb.EmbedOptions, sentences: SentenceConfig) -> str:
 
 
 def _windowing(options: pb.EmbedOptions, max_length: int, special_count: int, limits: Limits) -> Windowing | None:
-    """Returns how long texts run as windows; None: they do not.
-
-    Args:
-        options: The options.
-        max_length: The most tokens of a window.
-        special_count: How many of them are special tokens.
-        limits: The limits in force.
+    """Returns how texts of more than max_length tokens run as windows; None: they do not.
 
     Raises:
         InvalidArgumentError: if the stride is out of range, or texts are to be cut as well.

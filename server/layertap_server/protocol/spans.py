@@ -31,13 +31,7 @@ def check_asked(message: pb.Input, plan: Plan, label: str) -> None:
 
 
 def spans_of(message: pb.Input, result: Tokenized, label: str, *, prompt_length: int) -> Spans:
-    """Returns which tokens each span holds.
-
-    Args:
-        message: The text.
-        result: The same after tokenizing, perhaps cut.
-        label: What to call it in an error.
-        prompt_length: Characters of what was put before it.
+    """Returns which tokens each span of a text holds, which perhaps was cut, behind a prompt of so many characters.
 
     Raises:
         InvalidArgumentError: if a span is out of bounds or holds no token, or all together hold too many.

@@ -125,7 +125,6 @@ class Mix:
     """Several layers as one.
 
     Attributes:
-        mixing: How.
         layers: The absolute layers, each once, in the order of the concatenation and of the weights.
         weights: One for each layer, if they are weighted.
         row_size: Values that a row of it has while it is added up, in float32; 0: they do not count.
@@ -156,11 +155,8 @@ class Output:
     """One asked-for output, resolved.
 
     Attributes:
-        kind: What it is.
         layers: The absolute layers after which its rows leave, ascending, without doubles; of a mix its highest.
-        row_size: Values a row.
         pool: The pooling, for pooled vectors; for those of spans that of each span.
-        word_pooling: The pooling of each word, for word vectors.
         mix: What its rows are made of instead of one layer each. None: of each layer by itself.
         joined_pools: More poolings, whose vectors are joined to that of `pool`; it says what is done to the whole.
         applies_modules: Whether the sentence modules of the model's folder are applied, to token rows and to vectors.

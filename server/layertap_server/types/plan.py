@@ -36,12 +36,9 @@ class Plan:
 
     Attributes:
         outputs: In request order.
-        dtype: The number format of the answer.
-        return_tokens: Whether the tokens are answered too.
         of_windows: What is asked of each window of a text that runs as several. None: no text does.
         byte_counts: The answer's bytes for each token, pair of tokens, word and text.
         mix_token_bytes: What its mixes take for each token until the answer is made of them.
-        excludes_special_tokens: Whether a pool leaves special tokens out.
     """
 
     outputs: tuple[Output, ...]

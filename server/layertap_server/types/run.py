@@ -25,7 +25,6 @@ class Run:
     """Consecutive texts of one call inside one batch.
 
     Attributes:
-        plan: What is asked of them.
         texts: The texts, in request order.
         first_text: The position of the first in the call.
         allocator: Where their rows are written. None: in any buffer.

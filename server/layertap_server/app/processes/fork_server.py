@@ -40,11 +40,7 @@ class ForkServerLostError(Exception):
 
 
 class Child:
-    """A child process of this one.
-
-    Attributes:
-        pid: Its id.
-    """
+    """A child process of this one."""
 
     def __init__(self, pid: int) -> None:
         self.pid = pid
@@ -86,19 +82,10 @@ class Child:
 
 
 class ForkServer:
-    """The fork server, as the supervisor sees it.
-
-    Attributes:
-        child: Its process.
-    """
+    """The fork server, as the supervisor sees it."""
 
     def __init__(self, load: Load, run: Run) -> None:
-        """Starts it.
-
-        Args:
-            load: Called in it at once.
-            run: Called in each process that is forked of it.
-        """
+        """Starts it: there `load` is called at once, and `run` in each process that is forked of it."""
         ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
         self._socket, requests = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         for stream in (sys.stdout, sys.stderr):

@@ -24,10 +24,8 @@ if TYPE_CHECKING:
 def run(config: Config, load: Callable[[Config], App], announce: Callable[[str, str, str], None]) -> int:
     """Serves until a signal stops the server, or it fails; returns the exit code.
 
-    Args:
-        config: The settings.
-        load: Loads the model of settings, in the process that others are forked from.
-        announce: Called once the server is ready, with its address and the URLs of HTTP and of metrics.
+    `load` is called in the process that others are forked from, and `announce` once the server is ready, with its
+    address and the URLs of HTTP and of metrics.
 
     Raises:
         ConfigError: if the server cannot start.

@@ -48,20 +48,10 @@ class _Process:
 
 
 class Supervisor:
-    """The processes of one server.
-
-    Attributes:
-        metrics: The sums of their metrics.
-    """
+    """The processes of one server."""
 
     def __init__(self, config: Config, *, start_fork_server: Callable[[], ForkServer], announce: Announce) -> None:
-        """Starts the fork server.
-
-        Args:
-            config: Every knob, with ports in place of 0.
-            start_fork_server: Returns a new process that others are forked of.
-            announce: Called once the server is ready; may raise ConfigError.
-        """
+        """Starts the fork server. The config has ports in place of 0; `announce` may raise ConfigError."""
         self.metrics = MetricsSum(self._refresh_metrics, lambda: (config.processes, self._serving_count))
         self._config = config
         self._start_fork_server = start_fork_server
