@@ -313,7 +313,7 @@ def test_promtool_accepts_the_metrics(url: str) -> None:
 
 
 def test_a_closed_endpoint_listens_no_more_and_leaves_no_thread() -> None:
-    metrics = Metrics(model_id="m", fingerprint="f", methods=wire.RPC_NAMES, max_batch_tokens=8, max_output_bytes=9)
+    metrics = Metrics(model_id="m", fingerprint="f", methods=wire.RPC_NAMES, max_batch_tokens=8)
     call_log = CallLog([metrics])
     call_log.close(call_log.open("Embed", client="me", metadata={}))
     endpoint = Endpoint(metrics.registry, "127.0.0.1", 0)

@@ -14,12 +14,12 @@ from typing import Final
 import layertap
 from layertap.errors import LayertapError
 from layertap_server.app import lifecycle
+from layertap_server.app.limits import share_of
 from layertap_server.app.listening import listen_settings, open_endpoint, open_listener
 from layertap_server.app.model_loading import find_model, timed
 from layertap_server.app.wiring import Parts, make_parts
 from layertap_server.config import Config, ConfigError
 from layertap_server.engine.encoder import Encoder
-from layertap_server.observability.bounded_streams import dropped_line_count
 from layertap_server.observability.metrics import Endpoint, State
 from layertap_server.rpc.listener import Listener, add_standard_services
 from layertap_server.scheduler.call import Hooks
@@ -179,14 +179,14 @@ class App:
         batcher = self.parts.batcher
         return State(
             serving=self._serving,
-            queue_texts=batcher.waiting_text_count,
+            queue_size=batcher.waiting_text_count,
             queue_tokens=batcher.waiting_token_count,
-            output_bytes=batcher.held_bytes,
+            output_held_bytes=batcher.held_bytes,
+            output_limit_bytes=share_of(self._config).max_output_bytes,
             instances=batcher.instance_count,
-            live_instances=batcher.live_instance_count,
-            busy_instances=batcher.live_instance_count - batcher.idle_instance_count,
-            certificate_expires_at=self._listener.certificate_expires_at if self._listener else None,
-            dropped_log_lines=dropped_line_count(),
+            instances_live=batcher.live_instance_count,
+            instances_busy=batcher.live_instance_count - batcher.idle_instance_count,
+            certificate_expiry_timestamp_seconds=self._listener.certificate_expires_at if self._listener else None,
             device_memory={
                 (str(one.device), kind): value for one in self._encoders for kind, value in one.memory().items()
             },

@@ -158,7 +158,6 @@ def _metrics(share: Config, model: ModelFacts, batch_tokens: int) -> Metrics:
         fingerprint=model.fingerprint,
         methods=methods,
         max_batch_tokens=batch_tokens,
-        max_output_bytes=share.max_output_bytes,
     )
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Final
+from typing import Any, Final
 
 import prometheus_client
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
@@ -18,6 +18,7 @@ from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
 import layertap
+from layertap_server.observability.bounded_streams import dropped_line_count
 from layertap_server.observability.call_log import Record
 from layertap_server.observability.metrics_sum import Snapshot
 from layertap_server.scheduler.call import REASONS, BatchPart, Hooks
@@ -30,26 +31,30 @@ _TOKENS: Final = tuple(2**n for n in range(3, 18))
 _SHARES: Final = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 
 
+def _gauge(about: str) -> Any:
+    return dataclasses.field(metadata={"about": about})
+
+
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class State:
-    """The state of a server at the time of a scrape.
+    """The state of a server at the time of a scrape: a gauge for each field with a description.
 
     Attributes:
-        output_bytes: Bytes computed or being computed, and unsent.
-        instances: Instances there were at the start.
-        certificate_expires_at: When the first certificate expires, in seconds since the epoch; None: there is none.
+        certificate_expiry_timestamp_seconds: None: there is no certificate.
         device_memory: Bytes by device and kind; empty where the device is the CPU.
     """
 
-    serving: bool
-    queue_texts: int
-    queue_tokens: int
-    output_bytes: int
-    instances: int
-    live_instances: int
-    busy_instances: int
-    certificate_expires_at: float | None
-    dropped_log_lines: int
+    serving: bool = _gauge("1 while the health is SERVING.")
+    queue_size: int = _gauge("Texts that wait.")
+    queue_tokens: int = _gauge("Tokens that wait.")
+    output_held_bytes: int = _gauge("Bytes computed or being computed, and unsent.")
+    output_limit_bytes: int = _gauge("The most of them.")
+    instances: int = _gauge("Instances at the start.")
+    instances_live: int = _gauge("Instances that are not lost.")
+    instances_busy: int = _gauge("Instances with a batch.")
+    certificate_expiry_timestamp_seconds: float | None = _gauge(
+        "When the first certificate in force expires, in seconds since the epoch."
+    )
     device_memory: Mapping[tuple[str, str], int]
 
 
@@ -63,12 +68,11 @@ class Metrics(Hooks):
         fingerprint: str,
         methods: Sequence[str],
         max_batch_tokens: int,
-        max_output_bytes: int,
     ) -> None:
         """Makes the metrics of a server, none counted yet."""
         self.registry = prometheus_client.CollectorRegistry()
         self._following = False
-        self._max_batch_tokens, self._max_output_bytes = max_batch_tokens, max_output_bytes
+        self._max_batch_tokens = max_batch_tokens
         started = self._counter("request_started", "Calls that have arrived.", ("method",))
         handled = self._counter("request_handled", "Calls that have their status.", ("method", "code"))
         duration = self._histogram("request_duration_seconds", "From arrival to status.", _DURATIONS_S, ("method",))
@@ -108,7 +112,7 @@ class Metrics(Hooks):
         Batches that ran before are the warm-up's and do not count.
         """
         self._following = True
-        self.registry.register(_States(state, self._max_output_bytes))
+        self.registry.register(_States(state))
 
     def snapshot(self) -> Snapshot:
         """Returns what is counted now, for another process to sum."""
@@ -232,32 +236,19 @@ def _add(sums: list[int], record: Record) -> None:
 class _States(Collector):
     """The state of the server, read at each scrape."""
 
-    def __init__(self, state: Callable[[], State], max_output_bytes: int) -> None:
+    def __init__(self, state: Callable[[], State]) -> None:
         self._state = state
-        self._max_output_bytes = max_output_bytes
 
     def collect(self) -> Iterator[Metric]:
         state = self._state()
-        for name, about, value in (
-            ("serving", "1 while the health is SERVING.", state.serving),
-            ("queue_size", "Texts that wait.", state.queue_texts),
-            ("queue_tokens", "Tokens that wait.", state.queue_tokens),
-            ("output_held_bytes", "Bytes computed or being computed, and unsent.", state.output_bytes),
-            ("output_limit_bytes", "The most of them.", self._max_output_bytes),
-            ("instances", "Instances at the start.", state.instances),
-            ("instances_live", "Instances that are not lost.", state.live_instances),
-            ("instances_busy", "Instances with a batch.", state.busy_instances),
-        ):
-            yield GaugeMetricFamily(f"layertap_{name}", about, value=float(value))
-        yield GaugeMetricFamily(
-            "layertap_certificate_expiry_timestamp_seconds",
-            "When the first certificate in force expires, in seconds since the epoch.",
-            value=state.certificate_expires_at,
-        )
+        for field in dataclasses.fields(state):
+            if about := field.metadata.get("about"):
+                value = getattr(state, field.name)
+                yield GaugeMetricFamily(f"layertap_{field.name}", about, value=None if value is None else float(value))
         yield CounterMetricFamily(
             "layertap_log_dropped_lines",
             "Lines of the log that were dropped, because they were not read or could not be written.",
-            value=state.dropped_log_lines,
+            value=dropped_line_count(),
         )
         memory = GaugeMetricFamily(
             "layertap_device_memory_bytes",
