@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from layertap_server import cli
-from layertap_server.app import App
+from layertap_server.app.server import App
 from layertap_server.engine.encoder import Encoder
 
 _ANSWERS = {
