@@ -75,12 +75,7 @@ class CpuPrepared:
 
 
 class CpuAttention:
-    """The attention of all blocks of one model on the CPU.
-
-    Args:
-        dtype: What the model computes in.
-        head_count: Attention heads.
-    """
+    """The attention of all blocks of one model on the CPU."""
 
     def __init__(self, *, dtype: torch.dtype, head_count: int) -> None:
         self._lowest = torch.finfo(dtype).min

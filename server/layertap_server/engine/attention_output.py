@@ -25,15 +25,7 @@ class AttentionOutput:
     def __init__(
         self, bert: Bert, packed_batch: PackedBatch, runs: Sequence[int], heads: Sequence[int], upload: Upload
     ) -> None:
-        """Adds what it needs to the batch's upload.
-
-        Args:
-            bert: The model.
-            packed_batch: The batch.
-            runs: Which runs of the batch, in this order.
-            heads: Which heads, ascending.
-            upload: The batch's upload.
-        """
+        """Adds what it needs to the batch's upload."""
         self._bert = bert
         self._rows = ChosenRows(packed_batch.rows(runs), upload)
         self._heads = upload.add(np.array(heads))

@@ -35,7 +35,6 @@ class Steps:
     """An encoder block, attention aside.
 
     Attributes:
-        linear: A dense layer without activation.
         ffn_up: The first half of the feed-forward network, with its activation.
         add_norm: Residual and LayerNorm.
     """
@@ -46,13 +45,7 @@ class Steps:
 
 
 def plain_steps(linear: Linear, activation: Callable[[torch.Tensor], torch.Tensor], epsilon: float) -> Steps:
-    """Returns the steps by torch's ordinary functions.
-
-    Args:
-        linear: A dense layer without activation.
-        activation: What is applied to the intermediate values.
-        epsilon: LayerNorm's.
-    """
+    """Returns the steps by torch's ordinary functions."""
 
     def add_norm(added: torch.Tensor, rows: torch.Tensor, norm: Norm) -> tuple[torch.Tensor, torch.Tensor]:
         found = F.layer_norm(added + rows, [rows.size(1)], norm.weight, norm.bias, epsilon)
@@ -64,13 +57,7 @@ def plain_steps(linear: Linear, activation: Callable[[torch.Tensor], torch.Tenso
 def device_steps(plain: Steps, *, gelu: bool, epsilon: float, norm: Norm, up: Dense, runtime: Runtime) -> Steps:
     """Returns the best steps of a device in half precision.
 
-    Args:
-        plain: The steps by ordinary functions.
-        gelu: Whether the activation is GELU.
-        epsilon: LayerNorm's.
-        norm: A LayerNorm of the model, for the trial.
-        up: A feed-forward layer of the model, for the trial.
-        runtime: The device.
+    `norm` and `up` are layers of the model, for the trial.
     """
     dtype, hidden_size = up.weight.dtype, up.weight.shape[1]
     generator = torch.Generator().manual_seed(0)

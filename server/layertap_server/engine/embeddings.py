@@ -16,18 +16,11 @@ class Embeddings:
 
     Attributes:
         size: Values of an embedding before it is projected.
-        norm: Their LayerNorm.
         projection: To the hidden size; None: embeddings have it already.
     """
 
     def __init__(self, reader: WeightReader, settings: ModelSettings, *, dtype: torch.dtype, packed: bool) -> None:
         """Reads the weights.
-
-        Args:
-            reader: The weights.
-            settings: The model's settings.
-            dtype: What matrices are multiplied in.
-            packed: Whether dense layers are laid out for oneDNN.
 
         Raises:
             CheckpointError: if a weight is missing or has another shape.

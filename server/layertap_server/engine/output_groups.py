@@ -18,13 +18,7 @@ _SMALL_BYTES: Final = 64 << 10
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class GroupMember:
-    """A run that gets a part of an output.
-
-    Attributes:
-        run: The run.
-        run_index: Its index in the batch.
-        output_index: The index of the output in its plan.
-    """
+    """A run that gets a part of an output."""
 
     run: Run
     run_index: int
@@ -36,8 +30,6 @@ class OutputGroup:
     """An output that is computed once for each of its layers, for all runs that ask for it.
 
     Attributes:
-        output: The output.
-        dtype: The number format of the answers.
         members: The runs that get it; their rows follow each other in this order.
     """
 

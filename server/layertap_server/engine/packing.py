@@ -27,8 +27,6 @@ class Group:
 
     Attributes:
         start: The first row.
-        text_count: How many texts.
-        length: Tokens of each.
         depth: The highest layer they are needed for.
         attention_mask: Shape: [text_count, length]. None: nothing is masked.
     """

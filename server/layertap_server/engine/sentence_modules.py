@@ -40,12 +40,7 @@ class SentenceModules:
     ) -> None:
         """Loads the weights.
 
-        Args:
-            token_modules: Those of token rows, in their order.
-            vector_modules: Those of vectors, in their order.
-            linears: Makes dense layers.
-            dtype: What matrices are multiplied in.
-            padded: How many rows to compute for so many.
+        `padded` says how many rows to compute for so many.
 
         Raises:
             CheckpointError: if weights cannot be read.

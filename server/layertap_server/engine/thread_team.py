@@ -32,12 +32,7 @@ class ThreadTeam:
         self._free_count = 0
 
     def note(self, *, wall_s: float, cpu_s: float) -> None:
-        """Learns from a batch of a lone caller, which had a team if it paid.
-
-        Args:
-            wall_s: How long it took.
-            cpu_s: How long the instance's own thread computed meanwhile.
-        """
+        """Learns from a batch of a lone caller, which had a team if it paid."""
         waited = cpu_s < wall_s * (_TEAM_SHARE if self.pays else _THREAD_SHARE)
         self._free_count = 0 if waited else self._free_count + 1
         if self.pays:

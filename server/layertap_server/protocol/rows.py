@@ -18,11 +18,7 @@ from layertap_server.types import Allocator, Plan
 
 
 class Caller(Protocol):
-    """The other end of a call, over whatever protocol.
-
-    Attributes:
-        record: What is known of the call.
-    """
+    """The other end of a call, over whatever protocol."""
 
     record: Record
 
@@ -83,14 +79,6 @@ async def collect(
     label: str = "inputs",
 ) -> list[RowsReady]:
     """Returns all rows of a call that is answered as a whole. The caller of this bounds their bytes.
-
-    Args:
-        batcher: The queue and its instances.
-        waker: Wakes the loop of the call.
-        plan: What is asked of each text.
-        tokenized: The texts.
-        caller: The other end of the call.
-        label: What an error calls the list of texts.
 
     Raises:
         LayertapError: if the call, or one of its texts, has failed.

@@ -101,9 +101,7 @@ def read_tokens(path: str) -> Tokens:
 def authenticate(tokens: Tokens, authorization: object) -> str:
     """Returns the name of the client whose bearer token an authorization carries.
 
-    Args:
-        tokens: The valid tokens.
-        authorization: The value that the caller has sent as `authorization`; None: it has sent none.
+    The authorization is None where the caller has sent none.
 
     Raises:
         UnauthenticatedError: if it has no valid token.

@@ -21,12 +21,7 @@ _WARNED_BEFORE: Final = datetime.timedelta(days=7)
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Validity:
-    """The dates of a certificate.
-
-    Attributes:
-        begin: When it begins to be valid.
-        end: When it expires.
-    """
+    """The dates of a certificate."""
 
     begin: datetime.datetime
     end: datetime.datetime

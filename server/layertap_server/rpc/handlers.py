@@ -32,13 +32,7 @@ class Service(Protocol):
 
 
 def handler(name: str, service: Service, admission: Admission) -> Handler:
-    """Returns what a gRPC server is given to answer the calls of a service; see `Admission.answered`.
-
-    Args:
-        name: The full name of the service.
-        service: Its methods.
-        admission: The admission of calls.
-    """
+    """Returns what a gRPC server is given to answer the calls of a service; see `Admission.answered`."""
     requests = ShortRequests()
     handlers: dict[str, Any] = {}
     for method, unlimited in service.unlimited.items():

@@ -23,11 +23,7 @@ class HealthService(health_pb2_grpc.HealthServicer):  # type: ignore[misc]  # gr
     """Health of some services, all with the same status."""
 
     def __init__(self, service_names: Sequence[str]) -> None:
-        """Makes a service whose status is NOT_SERVING.
-
-        Args:
-            service_names: The names that have a status; "" is the server.
-        """
+        """Makes a service whose status is NOT_SERVING, for some names; "" is the server."""
         self._names = frozenset(service_names)
         self._status = _Status.NOT_SERVING
         self._changed = asyncio.Condition()
@@ -41,11 +37,7 @@ class HealthService(health_pb2_grpc.HealthServicer):  # type: ignore[misc]  # gr
             self._changed.notify_all()
 
     async def end_watches(self, timeout_s: float) -> None:
-        """Ends each Watch once its last status is sent; waits for them.
-
-        Args:
-            timeout_s: How long a watcher that does not read may take, in seconds.
-        """
+        """Ends each Watch once its last status is sent; waits so long for watchers that do not read."""
         async with self._changed:
             self._ending = True
             self._changed.notify_all()

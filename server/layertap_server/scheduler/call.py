@@ -36,7 +36,6 @@ class WaitingText(NamedTuple):
     """A text in the queue.
 
     Attributes:
-        text: The text.
         admitted_at_ns: When it was queued, by time.monotonic_ns.
         arrival: The number of what it was queued with, among all that was queued.
     """
@@ -162,9 +161,7 @@ class BatchPart:
     """The texts of one call in one batch.
 
     Attributes:
-        call: The call.
         first_text: The position of the first text in the call.
-        texts: The texts, or windows of one.
         reserved_bytes: The output bytes reserved for them.
         admitted_at_ns: When the first of them was queued, by time.monotonic_ns.
     """
@@ -197,13 +194,7 @@ class Hooks:
     """Called from any thread, and must be quick; these do nothing."""
 
     def ran(self, batch: Sequence[BatchPart], *, started_at_ns: int, compute_time_ns: int) -> None:
-        """An instance has run a batch.
-
-        Args:
-            batch: Its parts.
-            started_at_ns: When the instance began, by time.monotonic_ns.
-            compute_time_ns: How long it took.
-        """
+        """An instance has run a batch."""
 
     def refused(self, reason: str) -> None:
         """A call was refused; the reason is one of `REASONS`."""
@@ -242,12 +233,7 @@ class EventQueue(Generic[EventT]):
     """
 
     def __init__(self, waker: LoopWaker, *, needs_rows: bool = True) -> None:
-        """Starts empty.
-
-        Args:
-            waker: Wakes the loop of the reader.
-            needs_rows: Whether the reader goes on with each layer, or once a run is done.
-        """
+        """Starts empty. With `needs_rows` the reader goes on with each layer, else once a run is done."""
         self.wake = waker.wake
         self._waker = waker
         self._needs_rows = needs_rows

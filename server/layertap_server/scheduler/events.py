@@ -16,8 +16,6 @@ class RowsReady:
 
     Attributes:
         first_text: The position of the first of the texts in the call.
-        texts: The texts.
-        rows: Their rows.
         first_row: Which row of its text the first row is.
     """
 
@@ -33,11 +31,9 @@ class RunDone:
 
     Attributes:
         first_text: The position of the first of the texts in the call.
-        texts: The texts.
         started_at_ns: When their batch began, by time.monotonic_ns.
         queue_time_ns: How long the first of them had waited.
         compute_time_ns: How long the batch took.
-        reserved_bytes: The output bytes that were reserved for them.
     """
 
     first_text: int

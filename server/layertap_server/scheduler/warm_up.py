@@ -18,12 +18,6 @@ _TIMEOUT_S: Final = 300.0
 def warm_up(batcher: Batcher, *, token_count: int, layer_count: int, hidden_size: int) -> None:
     """Runs a text in every instance, to the first and the last layer, and waits for the results.
 
-    Args:
-        batcher: The queue and its instances.
-        token_count: The tokens of each text.
-        layer_count: The model's encoder blocks.
-        hidden_size: Values of one token row.
-
     Raises:
         LayertapError: if a batch fails, or an instance gives no rows for 300 s.
     """

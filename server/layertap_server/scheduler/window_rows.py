@@ -21,12 +21,7 @@ def whole_rows(
 ) -> Vectors:
     """Returns the rows of a text.
 
-    Args:
-        output: What is asked of it.
-        whole: The text.
-        windows: Its windows, in order.
-        parts: What each made. Shape of each: [rows of the window, row size of a part].
-        apply_modules: Applies the sentence modules of vectors.
+    The windows are in order. Shape of each part: [rows of the window, row size of a part].
 
     Returns:
         Shape: [rows of the text, row_size].

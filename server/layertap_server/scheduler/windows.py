@@ -33,11 +33,9 @@ class _OpenText:
     """A text of which some windows are done.
 
     Attributes:
-        text: The text.
         left: Windows that are not done.
         rows: Its token rows, as far as they have come, where they are kept.
         parts: The windows that have made a part of rows, and these parts.
-        error: Why a window failed.
         started_at_ns: When the first of its batches began.
         queue_time_ns: How long it had waited then.
         compute_time_ns: The time of all its batches.
@@ -70,14 +68,7 @@ class TextEvents:
         keeps_rows: bool,
         apply_modules: ApplyModules,
     ) -> None:
-        """Starts without any open text.
-
-        Args:
-            call: The call.
-            deliver: Called with each event of texts.
-            keeps_rows: Whether token rows are kept until their text is complete.
-            apply_modules: Applies the sentence modules of vectors.
-        """
+        """Starts without any open text."""
         self._call, self._plan = call, call.plan
         self._deliver = deliver
         self._keeps_rows = keeps_rows
