@@ -156,7 +156,7 @@ class OpenAI:
             raise messages.ModelNotFoundError(
                 f"this server has no model of that name; it has {self._model_id}, which GET /v1/models lists"
             )
-        body = (messages.model if name else messages.models)(self._model_id, created=self._created)
+        body = messages.models(self._model_id, created=self._created, is_list=not name)
         await self._send(exchange, caller.record, body)
 
     async def _embeddings(self, exchange: Exchange, call: AdmittedCall, caller: _Caller) -> None:

@@ -229,18 +229,10 @@ def answer(vectors: Vectors, *, is_base64: bool, model_id: str, token_count: int
     yield f'],"model":{json.dumps(model_id)},{usage}}}'.encode()
 
 
-def models(model_id: str, *, created: int) -> bytes:
-    """Returns the list of models, which is one."""
-    return json.dumps({"object": "list", "data": [_model(model_id, created)]}).encode()
-
-
-def model(model_id: str, *, created: int) -> bytes:
-    """Returns what the API says of a model."""
-    return json.dumps(_model(model_id, created)).encode()
-
-
-def _model(model_id: str, created: int) -> dict[str, str | int]:
-    return {"id": model_id, "object": "model", "created": created, "owned_by": "layertap"}
+def models(model_id: str, *, created: int, is_list: bool) -> bytes:
+    """Returns what the API says of the one model, or the list of it."""
+    model = {"id": model_id, "object": "model", "created": created, "owned_by": "layertap"}
+    return json.dumps({"object": "list", "data": [model]} if is_list else model).encode()
 
 
 def status(error: LayertapError) -> int:

@@ -18,10 +18,10 @@ from layertap_server.model.sentence_modules import (
     MAX_COUNT,
     Dense,
     Module,
+    Normalize,
     UnsupportedModuleError,
-    check_dropout,
+    of_tokens,
     read_dense,
-    read_normalize,
 )
 from layertap_server.types import Strategy
 
@@ -242,10 +242,15 @@ class _Reading:
         """Adds a module to those of token rows or of the vector."""
         name = f"{path}/config.json"
         found = self._json(name)
-        if kind == "Dropout":
-            check_dropout(found, name)
+        if kind == "Dropout":  # It does nothing to a trained model.
+            if set(found) - {"dropout"}:
+                raise UnsupportedModuleError(f"{name} sets more than its dropout")
             return
-        module = read_normalize(found, name) if kind == "Normalize" else read_dense(found, self._folder / path, name)
+        is_normalize = kind == "Normalize"
+        folder = self._folder / path
+        module: Module = (
+            Normalize(of_tokens=of_tokens(found, name)) if is_normalize else read_dense(found, folder, name)
+        )
         config = self.config
         if module.of_tokens == self._pools:
             what = "token rows after they are pooled" if self._pools else "the vector before there is one"

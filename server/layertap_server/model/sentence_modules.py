@@ -89,15 +89,6 @@ class Dense:
 Module = Normalize | Dense
 
 
-def read_normalize(found: Mapping[str, Any], name: str) -> Normalize:
-    """Returns a Normalize by its config.json.
-
-    Raises:
-        UnsupportedModuleError: if it works on something else than a vector or token rows.
-    """
-    return Normalize(of_tokens=_of_tokens(found, name))
-
-
 def read_dense(found: Mapping[str, Any], folder: Path, name: str) -> Dense:
     """Returns a Dense by its config.json and the header of its weights.
 
@@ -122,7 +113,7 @@ def read_dense(found: Mapping[str, Any], folder: Path, name: str) -> Dense:
             "and save it with safe_serialization=True"
         )
     dense = Dense(
-        of_tokens=_of_tokens(found, name),
+        of_tokens=of_tokens(found, name),
         in_size=sizes[0],
         out_size=sizes[1],
         has_bias=bool(found.get("bias", True)),
@@ -146,17 +137,12 @@ def read_dense(found: Mapping[str, Any], folder: Path, name: str) -> Dense:
     return dataclasses.replace(dense, digest=digest)
 
 
-def check_dropout(found: Mapping[str, Any], name: str) -> None:
-    """Checks that a Dropout, which does nothing to a trained model, names nothing else.
+def of_tokens(found: Mapping[str, Any], name: str) -> bool:
+    """Returns whether a module works on token rows, by its config.json; else on the vector.
 
     Raises:
-        UnsupportedModuleError: if it does.
+        UnsupportedModuleError: if it works on something else.
     """
-    if set(found) - {"dropout"}:
-        raise UnsupportedModuleError(f"{name} sets more than its dropout")
-
-
-def _of_tokens(found: Mapping[str, Any], name: str) -> bool:
     source = found.get("module_input_name") or VECTOR
     if source not in (TOKENS, VECTOR) or (found.get("module_output_name") or source) != source:
         raise UnsupportedModuleError(f"{name} works on something else than the vector or the token rows")

@@ -185,5 +185,5 @@ def test_the_error_of_a_field_names_it() -> None:
 
 def test_models_are_listed() -> None:
     one = {"id": MODEL, "object": "model", "created": 5, "owned_by": "layertap"}
-    assert json.loads(messages.models(MODEL, created=5)) == {"object": "list", "data": [one]}
-    assert json.loads(messages.model(MODEL, created=5)) == one
+    assert json.loads(messages.models(MODEL, created=5, is_list=True)) == {"object": "list", "data": [one]}
+    assert json.loads(messages.models(MODEL, created=5, is_list=False)) == one
