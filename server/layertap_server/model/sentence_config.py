@@ -246,10 +246,10 @@ class _Reading:
             if set(found) - {"dropout"}:
                 raise UnsupportedModuleError(f"{name} sets more than its dropout")
             return
-        is_normalize = kind == "Normalize"
-        folder = self._folder / path
         module: Module = (
-            Normalize(of_tokens=of_tokens(found, name)) if is_normalize else read_dense(found, folder, name)
+            Normalize(of_tokens=of_tokens(found, name))
+            if kind == "Normalize"
+            else read_dense(found, self._folder / path, name)
         )
         config = self.config
         if module.of_tokens == self._pools:
