@@ -22,7 +22,7 @@ from layertap._protocol.responses import ModelPin, read_embedding
 from layertap._protocol.result_builder import build_tokens
 from layertap.v1 import embedding_pb2 as pb
 from layertap_server.model.tokenized import Tokenized
-from layertap_server.observability.call_log import Phase, Record
+from layertap_server.observability.call_log import Record
 from layertap_server.protocol import responses
 from layertap_server.protocol.stream_responses import Result, split_run
 from layertap_server.protocol.stream_responses import messages as messages_of
@@ -515,12 +515,13 @@ def test_a_unary_answer_becomes_the_right_arrays(data: st.DataObject, answer: An
     text_count = len(answer.texts)
     cuts = sorted({0, text_count, *data.draw(st.lists(st.integers(0, text_count), max_size=3), label="batches")})
     ready = [part for first, last in itertools.pairwise(cuts) for part in answer.ready(first, last)]
-    tensors = list(responses.tensors(data.draw(st.permutations(ready)), answer.plan))
-    record = Record(method="Embed", request_id="1", client="me", tokenize=Phase(time_ns=5))
-    message = pb.EmbedResponse(header=answer.header, tensors=tensors, timings=responses.timings(record))
+    tensors = b"".join(responses._tensors(data.draw(st.permutations(ready)), answer.plan))
+    record = Record(method="Embed", request_id="1", client="me")
+    record.tokenize.note(1, 6)
+    message = pb.EmbedResponse(header=answer.header, timings=responses.timings(record))
     if answer.plan.has_words:
         message.words.extend(map(responses.words, answer.tokenized))
-    raw = message.SerializeToString()
+    raw = message.SerializeToString() + tensors
     found = read_embedding(pb.EmbedResponse.FromString(raw), answer.messages, answer.options, ModelPin())
     answer.check(found)
     assert found.timings.tokenize_time_ns == 5

@@ -69,7 +69,7 @@ def test_words_are_strings_of_their_text() -> None:
     ]
     texts = [
         pb.SplitText(piece_counts=[1, 1, 1], offsets=[0, 3, 3, 9, 9, 10], first_word_count=3),
-        pb.SplitText(piece_counts=[1, 1, 1], offsets=[0, 3, 0, 3, 4, 9], first_word_count=1),
+        pb.SplitText(piece_counts=[1, 1, 1], offsets=[3, 6, 0, 3, 4, 9], first_word_count=1),
         pb.SplitText(piece_counts=[1, 0], offsets=[0, 5, 0, 0], first_word_count=2),
         pb.SplitText(),
     ]
