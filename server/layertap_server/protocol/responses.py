@@ -56,13 +56,9 @@ def list_bytes(plan: Plan, text: Text) -> int:
 
 def byte_count(plan: Plan, texts: Iterable[Tokenized]) -> int:
     """Returns about how many bytes an answer of whole results takes."""
-    has_lists = plan.return_tokens or plan.has_words
-    total = 0
-    for one in texts:
-        total += plan.byte_counts.of(one.text) + TEXT_BYTES
-        if has_lists:
-            total += list_bytes(plan, one.text)
-    return total
+    counts, has_lists = plan.byte_counts, plan.return_tokens or plan.has_words
+    sizes = [counts.of(one.text) + TEXT_BYTES + (list_bytes(plan, one.text) if has_lists else 0) for one in texts]
+    return sum(sizes)
 
 
 def header(
