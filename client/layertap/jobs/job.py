@@ -172,7 +172,7 @@ class Job:
         manifest = Manifest(settings=self.settings, model_id=model.model_id, fingerprint=model.fingerprint)
         if parts.damage:
             self.warn(parts.damage)
-        if not parts.facts or parts.manifest is None or not self._is_continued(parts.manifest, manifest):
+        if not parts.done or parts.manifest is None or not self._is_continued(parts.manifest, manifest):
             parts.begin(manifest)
         digest, items = Digest(), self.source.items()
         if not self._skip(parts, items, digest):
@@ -202,9 +202,9 @@ class Job:
         if not parts.text_count and not builder.text_count and parts.item_count + builder.item_count >= LEAST_BAD_COUNT:
             shown = "; ".join(map(_reason, builder.bad[:_REASONS_SHOWN]))
             raise JobError(f"none of the first {parts.item_count + builder.item_count} items is good: {shown}")
-        is_first = not parts.facts
+        is_first = not parts.done
         parts.add(builder, digest.text())
-        if is_first and (empty := [one.name for one in parts.facts[0].labels if one.kind == "null"]):
+        if is_first and (empty := [one.name for one in parts.done[0].labels if one.kind == "null"]):
             self.warn(f"--keep {empty[0]}: none of the first {builder.item_count} items has that field")
 
     def _is_continued(self, known: Manifest, manifest: Manifest) -> bool:
@@ -256,7 +256,7 @@ class Job:
             shapes = {member.name: member.shape for member in formats.held(table, suffix=suffix)}
             with atomic_files.writing(parts.output) as file:
                 writer(table, file)
-        bad = (one for part in range(len(parts.facts)) for one in parts.bad(part))
+        bad = (one for part in parts.done for one in part.bad())
         reasons = [_reason(one) for one, _ in zip(bad, range(_REASONS_SHOWN), strict=False)]
         if not parts.is_complete:
             parts.note(dataclasses.replace(parts.manifest, is_complete=True))

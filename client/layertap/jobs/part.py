@@ -26,10 +26,11 @@ MAX_PART_BYTES: Final = 16 << 20
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Facts:
-    """What one needs to know of a part without opening it again.
+class Part:
+    """A part that is written, and what one needs to know of it without opening it again.
 
     Attributes:
+        path: Where it is.
         item_count: Good and bad items.
         bad_count: Bad ones.
         digest: The sum over all items up to its end.
@@ -38,6 +39,7 @@ class Facts:
         labels: Its ids and kept values.
     """
 
+    path: Path
     item_count: int
     bad_count: int
     digest: str
@@ -54,6 +56,35 @@ class Facts:
     def byte_count(self) -> int:
         """Bytes of its arrays."""
         return sum(count * column.row_bytes for count, column in zip(self.row_counts, self.columns, strict=True))
+
+    @classmethod
+    def read(cls, path: Path) -> Part:
+        """Returns the part in a file."""
+        fields = _head(path)["facts"]
+        columns = tuple(Column(**{**one, "row_shape": tuple(one["row_shape"])}) for one in fields.pop("columns"))
+        labels = tuple(Label(**one) for one in fields.pop("labels"))
+        row_counts = tuple(fields.pop("row_counts"))
+        return cls(path=path, columns=columns, labels=labels, row_counts=row_counts, **fields)
+
+    def values(self) -> dict[str, list[Value]]:
+        """Returns its ids and kept values."""
+        values: dict[str, list[Value]] = _head(self.path)["labels"]
+        return values
+
+    def bad(self) -> list[BadItem]:
+        """Returns its bad items."""
+        return [BadItem(**fields) for fields in _head(self.path)["bad"]] if self.bad_count else []
+
+    def array(self, name: str) -> Array:
+        """Returns one of its arrays."""
+        with self.path.open("rb") as file:
+            file.readline()
+            file.readline()
+            for column, row_count in zip(self.columns, self.row_counts, strict=True):
+                data = file.read(row_count * column.row_bytes)
+                if column.name == name:
+                    return np.frombuffer(data, column.dtype).reshape(row_count, *column.row_shape)
+        raise KeyError(name)
 
 
 class PartBuilder:
@@ -104,9 +135,10 @@ class PartBuilder:
         """Adds an item without a result."""
         self.bad.append(item)
 
-    def write(self, path: Path, digest: str) -> Facts:
+    def write(self, path: Path, digest: str) -> Part:
         """Writes it, as a whole or not at all; digest is the sum over all items up to its end."""
-        facts = Facts(
+        part = Part(
+            path=path,
             item_count=self.item_count,
             bad_count=len(self.bad),
             digest=digest,
@@ -114,43 +146,20 @@ class PartBuilder:
             row_counts=tuple(sum(map(len, self._arrays[column.name])) for column in self._columns),
             labels=tuple(Label.of(name, values) for name, values in self._labels.items()),
         )
-        head = {
-            "facts": dataclasses.asdict(facts),
-            "labels": self._labels,
-            "bad": list(map(dataclasses.asdict, self.bad)),
-        }
+        facts = {name: value for name, value in dataclasses.asdict(part).items() if name != "path"}
+        head = {"facts": facts, "labels": self._labels, "bad": list(map(dataclasses.asdict, self.bad))}
         arrays = (
             np.ascontiguousarray(array, column.dtype).reshape(-1).view(np.uint8).data
             for column in self._columns
             for array in self._arrays[column.name]
         )
         atomic_files.write_sealed(path, LAYOUT, [json.dumps(head).encode() + b"\n", *arrays])
-        return facts
+        return part
 
 
-def read_facts(path: Path) -> Facts:
-    """Returns what is in a part."""
-    fields = read_head(path)["facts"]
-    columns = tuple(Column(**{**one, "row_shape": tuple(one["row_shape"])}) for one in fields.pop("columns"))
-    labels = tuple(Label(**one) for one in fields.pop("labels"))
-    return Facts(columns=columns, labels=labels, row_counts=tuple(fields.pop("row_counts")), **fields)
-
-
-def read_head(path: Path) -> dict[str, Any]:
-    """Returns the facts, the ids and kept values as `labels`, and the bad items of a part."""
+def _head(path: Path) -> dict[str, Any]:
+    """Returns the first line of a part: its facts, its ids and kept values as `labels`, and its bad items."""
     with path.open("rb") as file:
         file.readline()
         head: dict[str, Any] = json.loads(file.readline())
     return head
-
-
-def read_array(path: Path, facts: Facts, name: str) -> Array:
-    """Returns one array of a part."""
-    with path.open("rb") as file:
-        file.readline()
-        file.readline()
-        for column, row_count in zip(facts.columns, facts.row_counts, strict=True):
-            data = file.read(row_count * column.row_bytes)
-            if column.name == name:
-                return np.frombuffer(data, column.dtype).reshape(row_count, *column.row_shape)
-    raise KeyError(name)

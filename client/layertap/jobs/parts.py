@@ -14,9 +14,8 @@ from pathlib import Path
 from typing import Any, Final
 
 from layertap.jobs import atomic_files
-from layertap.jobs.columns import Array
-from layertap.jobs.items import BadItem, Value, json_line
-from layertap.jobs.part import LAYOUT, Facts, PartBuilder, read_array, read_facts, read_head
+from layertap.jobs.items import json_line
+from layertap.jobs.part import LAYOUT, Part, PartBuilder
 
 MANIFEST: Final = "layertap-job.json"
 _CLEARED: Final = "layertap-job.cleared"
@@ -72,7 +71,7 @@ class Parts:
         output: The output, until it gets its name.
         errors: The side file, likewise.
         manifest: What the parts are parts of; None if nothing is begun.
-        facts: What is in each part.
+        done: The parts that are whole.
         damage: What was found damaged and will be done again, as a phrase; empty: nothing.
     """
 
@@ -81,7 +80,7 @@ class Parts:
         self.folder = folder
         self.output = folder / _OUTPUT
         self.errors = folder / _ERRORS
-        self.facts: list[Facts] = []
+        self.done: list[Part] = []
         self.damage = ""
         self.manifest = self._read_manifest()
         if self.manifest is not None and self.manifest.end is None:
@@ -97,17 +96,17 @@ class Parts:
     @property
     def item_count(self) -> int:
         """Items done, good and bad."""
-        return sum(facts.item_count for facts in self.facts)
+        return sum(part.item_count for part in self.done)
 
     @property
     def text_count(self) -> int:
         """Good items."""
-        return sum(facts.text_count for facts in self.facts)
+        return sum(part.text_count for part in self.done)
 
     @property
     def digest(self) -> str | None:
         """The sum over all items done; None if there is none."""
-        return self.facts[-1].digest if self.facts else None
+        return self.done[-1].digest if self.done else None
 
     def begin(self, manifest: Manifest) -> None:
         """Removes all parts and begins those of another job."""
@@ -123,29 +122,16 @@ class Parts:
 
     def add(self, builder: PartBuilder, digest: str) -> None:
         """Writes the next part."""
-        self.facts.append(builder.write(self._path(len(self.facts)), digest))
-
-    def labels(self, part: int) -> dict[str, list[Value]]:
-        """Returns the ids and kept values of one part."""
-        labels: dict[str, list[Value]] = read_head(self._path(part))["labels"]
-        return labels
-
-    def bad(self, part: int) -> list[BadItem]:
-        """Returns the bad items of one part."""
-        return [BadItem(**one) for one in read_head(self._path(part))["bad"]] if self.facts[part].bad_count else []
-
-    def array(self, part: int, name: str) -> Array:
-        """Returns one array of one part."""
-        return read_array(self._path(part), self.facts[part], name)
+        self.done.append(builder.write(self._path(len(self.done)), digest))
 
     def bad_lines(self) -> Iterator[bytes]:
         """Yields the lines of the side file, part by part."""
-        for part in range(len(self.facts)):
-            yield b"".join(json_line(dataclasses.asdict(bad)).encode() + b"\n" for bad in self.bad(part))
+        for part in self.done:
+            yield b"".join(json_line(dataclasses.asdict(bad)).encode() + b"\n" for bad in part.bad())
 
     def clear(self) -> None:
         """Removes all that this package wrote but the lock."""
-        self.facts, self.manifest = [], None
+        self.done, self.manifest = [], None
         if (self.folder / MANIFEST).exists():
             atomic_files.rename(self.folder / MANIFEST, self.folder / _CLEARED)
         for path in self._own():
@@ -158,7 +144,7 @@ class Parts:
         assert self.manifest is not None
         if self.manifest.end != end:
             self.note(dataclasses.replace(self.manifest, is_complete=True, end=end))
-        self.facts = []
+        self.done = []
         for path in self._own():
             if path.name != MANIFEST:
                 path.unlink()
@@ -202,8 +188,8 @@ class Parts:
         return Manifest(**fields, end=None if end is None else End(**end))
 
     def _read_parts(self) -> None:
-        while (path := self._path(len(self.facts))).exists():
+        while (path := self._path(len(self.done))).exists():
             if reason := atomic_files.damage(path, LAYOUT):
                 self.damage = f"{path} {reason}; it and the parts after it are done again"
                 return
-            self.facts.append(read_facts(path))
+            self.done.append(Part.read(path))

@@ -13,6 +13,7 @@ import numpy as np
 from layertap import quantization
 from layertap.jobs.columns import IDS, Array, Column, Label, as_string
 from layertap.jobs.items import Value
+from layertap.jobs.part import Part
 from layertap.jobs.parts import Parts
 from layertap.quantization import Precision
 
@@ -70,14 +71,13 @@ class Table:
 
     def __init__(self, parts: Parts, *, precision: Precision = "float32") -> None:
         """Reads the columns of parts of which at least one has a good item; their matrices are quantized."""
-        self._parts = parts
+        self._manifest = parts.manifest
         self._precision = precision
-        self._numbers = [n for n, facts in enumerate(parts.facts) if facts.text_count]
-        facts = [parts.facts[n] for n in self._numbers]
-        self._stored = facts[0].columns
+        self._parts = [part for part in parts.done if part.text_count]
+        self._stored = self._parts[0].columns
         self.columns = tuple(map(self._quantized, self._stored))
-        self.text_count = sum(one.text_count for one in facts)
-        joined = map(Label.joined, zip(*(one.labels for one in facts), strict=True))
+        self.text_count = sum(part.text_count for part in self._parts)
+        joined = map(Label.joined, zip(*(part.labels for part in self._parts), strict=True))
         # Ids are whole numbers if all of them are, else strings.
         self.labels = tuple(
             dataclasses.replace(one, kind="string") if one.name == IDS and one.kind not in ("integer", "long") else one
@@ -87,9 +87,8 @@ class Table:
     @property
     def metadata(self) -> dict[str, str]:
         """What says, in a file, which model the numbers are of."""
-        manifest = self._parts.manifest
-        assert manifest is not None
-        return {"model_id": manifest.model_id, "fingerprint": manifest.fingerprint}
+        assert self._manifest is not None
+        return {"model_id": self._manifest.model_id, "fingerprint": self._manifest.fingerprint}
 
     def members(self) -> list[Member]:
         """Returns all columns, each from end to end; without ids and kept values."""
@@ -106,43 +105,42 @@ class Table:
 
     def blocks(self) -> Iterator[Block]:
         """Yields all texts, block by block."""
-        held: list[int] = []
+        held: list[Part] = []
         size = texts = 0
-        for number in self._numbers:
-            facts = self._parts.facts[number]
-            if held and (size + facts.byte_count > _BLOCK_BYTES or texts + facts.text_count > _BLOCK_TEXTS):
+        for part in self._parts:
+            if held and (size + part.byte_count > _BLOCK_BYTES or texts + part.text_count > _BLOCK_TEXTS):
                 yield self._block(held)
                 held, size, texts = [], 0, 0
-            held.append(number)
-            size += facts.byte_count
-            texts += facts.text_count
+            held.append(part)
+            size += part.byte_count
+            texts += part.text_count
         yield self._block(held)
 
-    def _block(self, numbers: list[int]) -> Block:
-        parts = [self._parts.labels(number) for number in numbers]
+    def _block(self, parts: list[Part]) -> Block:
+        read = [part.values() for part in parts]
         labels: dict[str, list[Value]] = {}
         for label in self.labels:
-            values = [value for part in parts for value in part[label.name]]
+            values = [value for own in read for value in own[label.name]]
             is_string = label.kind in ("string", "null")
             labels[label.name] = [as_string(one) if is_string and one is not None else one for one in values]
-        arrays = {column.name: [self._array(number, column) for number in numbers] for column in self._stored}
+        arrays = {column.name: [self._array(part, column) for part in parts] for column in self._stored}
         return Block(
             labels=labels,
             arrays={name: one[0] if len(one) == 1 else np.concatenate(one) for name, one in arrays.items()},
         )
 
     def _member(self, position: int, column: Column) -> Member:
-        row_count = sum(self._parts.facts[number].row_counts[position] for number in self._numbers)
+        row_count = sum(part.row_counts[position] for part in self._parts)
         return Member(
             name=column.name,
             dtype=np.dtype(column.dtype),
             shape=(row_count, *column.row_shape),
-            pieces=lambda: (self._array(number, self._stored[position]) for number in self._numbers),
+            pieces=lambda: (self._array(part, self._stored[position]) for part in self._parts),
         )
 
     def _label(self, label: Label, has_strings: bool) -> list[Member]:
         def values() -> Iterator[list[Value]]:
-            return (self._parts.labels(number)[label.name] for number in self._numbers)
+            return (part.values()[label.name] for part in self._parts)
 
         def member(suffix: str, dtype: object, count: int, pieces: Callable[[], Iterable[Array]]) -> Member:
             return Member(name=label.name + suffix, dtype=np.dtype(dtype), shape=(count,), pieces=pieces)  # type: ignore[call-overload]
@@ -172,8 +170,8 @@ class Table:
             member("_ends", np.int64, self.text_count, ends),
         ]
 
-    def _array(self, number: int, column: Column) -> Array:
-        return self._quantize(self._parts.array(number, column.name), column)
+    def _array(self, part: Part, column: Column) -> Array:
+        return self._quantize(part.array(column.name), column)
 
     def _quantize(self, array: Array, column: Column) -> Array:
         if self._precision == "float32" or not column.row_shape:
@@ -189,7 +187,7 @@ class Table:
     def _ranges(self) -> dict[str, Array]:
         """The least and the greatest value of each dimension, over all texts. Shape of each: [2, dim]."""
         return {
-            column.name: quantization.ranges_of(self._parts.array(number, column.name) for number in self._numbers)
+            column.name: quantization.ranges_of(part.array(column.name) for part in self._parts)
             for column in self._stored
             if column.row_shape
         }

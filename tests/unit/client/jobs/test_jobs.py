@@ -250,13 +250,13 @@ def written(writer: formats.Writer, table: Table, path: Path) -> Path:
 def test_parts_are_found_again_up_to_the_first_gap(tmp_path: Path) -> None:
     made = filled(tmp_path / "parts", list(range(8)))
     again = Parts(made.folder)
-    assert again.facts == made.facts and len(again.facts) == 4
+    assert again.done == made.done and len(again.done) == 4
     assert (again.item_count, again.digest, again.manifest) == (10, "the end", made.manifest)
     assert [json.loads(line)["number"] for line in b"".join(again.bad_lines()).splitlines()] == [99, 99]
     (made.folder / "part-00000002").unlink()
-    assert [facts.digest for facts in Parts(made.folder).facts] == ["only bad", "to 2"]
+    assert [one.digest for one in Parts(made.folder).done] == ["only bad", "to 2"]
     (made.folder / MANIFEST).unlink()
-    assert Parts(made.folder).facts == []
+    assert Parts(made.folder).done == []
 
 
 def test_a_folder_is_removed_with_all_that_is_its_own_and_nothing_else(tmp_path: Path) -> None:
