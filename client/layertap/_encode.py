@@ -25,13 +25,23 @@ from layertap.sentence_transformers import (
     Encoding,
     OutputValue,
     Sentences,
-    TaskOptions,
     check_options,
 )
 
 if TYPE_CHECKING:
     from layertap._transport.async_transport import AsyncTransport
     from layertap._transport.transport import Transport
+
+
+class TaskOptions(EncodeOptions, total=False):
+    """The options of `Client.encode_query` and `Client.encode_document`; `Client.encode` documents them."""
+
+    batch_size: int | None
+    show_progress_bar: bool | None
+    output_value: OutputValue
+    precision: Precision
+    timeout_s: float | None
+    metadata: Metadata
 
 
 class SentenceClient(BaseClient):
@@ -70,8 +80,6 @@ class SentenceClient(BaseClient):
         sentences: Sentences,
         prompt_name: str | None = ...,
         prompt: str | None = ...,
-        *,
-        metadata: Metadata = ...,
         **options: Unpack[TaskOptions],
     ) -> npt.NDArray[Any] | list[npt.NDArray[Any]]: ...
     def encode(
@@ -147,26 +155,22 @@ class SentenceClient(BaseClient):
         sentences: Sentences,
         prompt_name: str | None = None,
         prompt: str | None = None,
-        *,
-        metadata: Metadata = (),
         **options: Unpack[TaskOptions],
     ) -> npt.NDArray[Any] | list[npt.NDArray[Any]]:
         """Returns one vector for each query: `encode` with the prompt that the model's folder has for it."""
         options["task"] = "query"
-        return self.encode(sentences, prompt_name, prompt, metadata=metadata, **options)
+        return self.encode(sentences, prompt_name, prompt, **options)
 
     def encode_document(
         self,
         sentences: Sentences,
         prompt_name: str | None = None,
         prompt: str | None = None,
-        *,
-        metadata: Metadata = (),
         **options: Unpack[TaskOptions],
     ) -> npt.NDArray[Any] | list[npt.NDArray[Any]]:
         """Returns one vector for each document: `encode` with the prompt that the model's folder has for it."""
         options["task"] = "document"
-        return self.encode(sentences, prompt_name, prompt, metadata=metadata, **options)
+        return self.encode(sentences, prompt_name, prompt, **options)
 
 
 class AsyncSentenceClient(BaseClient):
@@ -205,8 +209,6 @@ class AsyncSentenceClient(BaseClient):
         sentences: Sentences,
         prompt_name: str | None = ...,
         prompt: str | None = ...,
-        *,
-        metadata: Metadata = ...,
         **options: Unpack[TaskOptions],
     ) -> npt.NDArray[Any] | list[npt.NDArray[Any]]: ...
     async def encode(
@@ -254,26 +256,22 @@ class AsyncSentenceClient(BaseClient):
         sentences: Sentences,
         prompt_name: str | None = None,
         prompt: str | None = None,
-        *,
-        metadata: Metadata = (),
         **options: Unpack[TaskOptions],
     ) -> npt.NDArray[Any] | list[npt.NDArray[Any]]:
         """See `Client.encode_query`."""
         options["task"] = "query"
-        return await self.encode(sentences, prompt_name, prompt, metadata=metadata, **options)
+        return await self.encode(sentences, prompt_name, prompt, **options)
 
     async def encode_document(
         self,
         sentences: Sentences,
         prompt_name: str | None = None,
         prompt: str | None = None,
-        *,
-        metadata: Metadata = (),
         **options: Unpack[TaskOptions],
     ) -> npt.NDArray[Any] | list[npt.NDArray[Any]]:
         """See `Client.encode_document`."""
         options["task"] = "document"
-        return await self.encode(sentences, prompt_name, prompt, metadata=metadata, **options)
+        return await self.encode(sentences, prompt_name, prompt, **options)
 
 
 def stream_sentences(

@@ -73,16 +73,6 @@ class PromptedOptions(EncodeOptions, total=False):
     prompt: str | None
 
 
-class TaskOptions(EncodeOptions, total=False):
-    """The options of `Client.encode_query` and `Client.encode_document`; `Client.encode` documents them."""
-
-    batch_size: int | None
-    show_progress_bar: bool | None
-    output_value: OutputValue
-    precision: Precision
-    timeout_s: float | None
-
-
 def check_options(options: Mapping[str, object]) -> None:
     """Checks the options that sentence-transformers takes and layertap cannot do.
 

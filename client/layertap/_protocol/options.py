@@ -80,15 +80,6 @@ class SpanOptions(EmbedOptions, total=False):
     span_unit: SpanUnitName
 
 
-class StreamOptions(EmbedOptions, total=False):
-    """The options of `Client.embed_stream`, which documents them."""
-
-    ordered: bool
-    on_error: OnError
-    item_timeout_s: float | None
-    reconnect_timeout_s: float | None
-
-
 NumberT = TypeVar("NumberT", bound=int)
 
 

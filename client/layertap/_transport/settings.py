@@ -61,11 +61,10 @@ class CallSettings:
     metadata: tuple[tuple[str, str | bytes], ...] = dataclasses.field(default=(), repr=False)
     named_timeout: bool = False
 
-    def for_stream(self, *, raising: bool = True) -> StreamSettings:
+    def for_stream(self) -> StreamSettings:
         """Returns the settings of a stream that waits as long for each answer, and for a lost server."""
-        return StreamSettings(
-            item_timeout_s=self.timeout_s, reconnect_timeout_s=self.timeout_s, metadata=self.metadata, raising=raising
-        )
+        wait_s = self.timeout_s
+        return StreamSettings(item_timeout_s=wait_s, reconnect_timeout_s=wait_s, metadata=self.metadata, raising=True)
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
