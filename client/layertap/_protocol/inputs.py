@@ -100,11 +100,12 @@ def to_message(item: InputItem, index: int) -> pb.Input:
     """
     if isinstance(item, pb.Input):
         return item
-    item = _plain(item)
-    if isinstance(item, Spanned):
-        return _spanned(item, index)
-    if isinstance(item, Mapping):
-        item = _from_mapping(item, f"inputs[{index}]")
+    if not isinstance(item, str):  # What most items are takes the shortest way.
+        item = _plain(item)
+        if isinstance(item, Spanned):
+            return _spanned(item, index)
+        if isinstance(item, Mapping):
+            item = _from_mapping(item, f"inputs[{index}]")
     try:
         if isinstance(item, str):
             return pb.Input(text=item)

@@ -56,6 +56,7 @@ class EmbedStream:
         self._progress = StreamProgress(state)
         self._source_error: BaseException | None = None
         self._tasks: set[asyncio.Task[None]] = set()
+        self._failed: asyncio.Task[None] | None = None
 
     async def results(self) -> Groups:
         """Yields answers in groups, as they come.
@@ -71,16 +72,15 @@ class EmbedStream:
         spreading = self._start(self._spread())
         try:
             while True:
-                since = progress.change_count
                 if group := self._state.ready():
                     yield group
                     progress.note_change()
-                elif failed := next((task for task in self._tasks if task.done() and _error(task)), None):
-                    failed.result()
+                elif self._failed:
+                    self._failed.result()
                 elif progress.finished:
                     break
                 else:
-                    await progress.change(since)
+                    await progress.until(lambda: self._state.has_ready or bool(self._failed) or progress.finished)
             # Nothing is owed any more: what a call meets at its end takes nothing from the answers.
             spreading.cancel()
             await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -96,14 +96,18 @@ class EmbedStream:
 
     def _start(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         task = asyncio.create_task(work)
-        task.add_done_callback(lambda _: self._progress.note_change())
+        task.add_done_callback(self._note_end)
         self._tasks.add(task)
         return task
 
+    def _note_end(self, task: asyncio.Task[None]) -> None:
+        if self._failed is None and not task.cancelled() and task.exception():
+            self._failed = task
+        self._progress.note_change()
+
     async def _spread(self) -> None:
         """Adds connections once the stream is known to be long."""
-        while not (self._state.is_long and self._state.started):
-            await self._progress.change(self._progress.change_count)
+        await self._progress.until(lambda: self._state.is_long and self._state.started)
         for endpoint in await self._more():
             self._start(self._calls(endpoint).run_beside())
 
@@ -113,10 +117,11 @@ class EmbedStream:
             async with contextlib.aclosing(input_reader.groups(self._items)) as groups:
                 async for group in groups:
                     for item in group:
-                        while not self._state.has_room:
-                            await progress.change(progress.change_count)
+                        if not self._state.has_room:
+                            progress.note_change()
+                            await progress.until(lambda: self._state.has_room)
                         self._state.offer(item)
-                        progress.note_change()
+                    progress.note_change()
         except asyncio.CancelledError as exc:
             task = asyncio.current_task()
             if task is not None and task.cancelling():
@@ -127,7 +132,3 @@ class EmbedStream:
         finally:
             progress.source_ended = True
             progress.note_change()
-
-
-def _error(task: asyncio.Task[None]) -> BaseException | None:
-    return None if task.cancelled() else task.exception()

@@ -58,15 +58,13 @@ class StreamProgress:
         state: The items.
         source_ended: Whether no more items come.
         answered_at: When an answer came last, on the clock of `time.monotonic`.
-        change_count: How often something has changed.
     """
 
     def __init__(self, state: StreamState) -> None:
         self.state = state
         self.source_ended = False
         self.answered_at = 0.0
-        self.change_count = 0
-        self._changed = asyncio.Event()
+        self._waiting: list[tuple[Callable[[], bool], asyncio.Future[None]]] = []
 
     @property
     def finished(self) -> bool:
@@ -74,20 +72,20 @@ class StreamProgress:
         return self.source_ended and not self.state.unanswered_count
 
     def note_change(self) -> None:
-        """Wakes all that wait for a change."""
-        self.change_count += 1
-        self._changed.set()
+        """Wakes those whose condition holds now: to wake all at each change would cost more than a text does."""
+        for condition, future in self._waiting:
+            if not future.done() and condition():
+                future.set_result(None)
 
-    async def finish(self) -> None:
-        """Waits until all is answered."""
-        while not self.finished:
-            await self.change(self.change_count)
-
-    async def change(self, since: int) -> None:
-        """Waits until something has changed since `change_count` was that."""
-        while self.change_count == since:
-            self._changed.clear()
-            await self._changed.wait()
+    async def until(self, condition: Callable[[], bool]) -> None:
+        """Waits until a condition holds."""
+        while not condition():
+            waiting = condition, asyncio.get_running_loop().create_future()
+            self._waiting.append(waiting)
+            try:
+                await waiting[1]
+            finally:
+                self._waiting.remove(waiting)
 
 
 class StreamCalls:
@@ -130,7 +128,8 @@ class StreamCalls:
                 attempt += 1
                 with contextlib.suppress(TimeoutError):
                     left_s = lost_at + self._settings.reconnect_timeout_s - now
-                    await asyncio.wait_for(self._progress.finish(), min(pause, left_s))
+                    finished = self._progress.until(lambda: self._progress.finished)
+                    await asyncio.wait_for(finished, min(pause, left_s))
 
     async def run_beside(self) -> None:
         """Does the same for a connection that the stream can do without: if it is refused, its items go to others.
@@ -162,28 +161,30 @@ class StreamCalls:
         except grpc.aio.UsageError as exc:
             raise CancelledError(CLOSED_DURING_CALL) from exc
         writer = asyncio.create_task(self._write(call, shared))
-        read: asyncio.Task[Any] | None = None
+        progress, read = self._progress, None
         self._moved_at = time.monotonic()
         try:
-            while not self._progress.finished:
+            while not progress.finished:
                 if self._state.has_ready:  # The caller reads; flow control stops the server meanwhile.
-                    await self._progress.change(self._progress.change_count)
+                    await progress.until(lambda: not self._state.has_ready or progress.finished)
                     self._moved_at = time.monotonic()  # The time that the caller took is not the server's.
                     continue
-                read = read or asyncio.create_task(call.read())
+                if read is None:
+                    read = asyncio.create_task(call.read())
+                    read.add_done_callback(lambda _: progress.note_change())
                 await self._wait(read)
                 if read.cancelled():
                     raise CancelledError(CLOSED_DURING_CALL)
                 if read.done():
                     raw, read = read.result(), None
                     if raw is grpc.aio.EOF:  # type: ignore[attr-defined]  # grpc-stubs lacks it
-                        if self._progress.finished:
+                        if progress.finished:
                             return
                         raise UnavailableError("the server ended the stream before all items were answered")
                     part, data = wire.split(pb.EmbedStreamResponse, raw)
                     self._sent.feed(part, data, take(shared, part))
-                    self._moved_at = self._progress.answered_at = time.monotonic()
-                    self._progress.note_change()
+                    self._moved_at = progress.answered_at = time.monotonic()
+                    progress.note_change()
             # Nothing is owed any more: a server that is slow to end the call takes nothing from the answers.
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(writer, self._settings.item_timeout_s)
@@ -218,20 +219,26 @@ class StreamCalls:
         return self._state.unanswered_count if alone else self._sent.unanswered_count
 
     async def _wait(self, read: asyncio.Task[Any]) -> None:
-        """Waits until a message has come, or something has changed."""
-        if not self._waiting_count:
+        """Waits until a message has come, or there is something else to do: an item begins to wait, or none is left."""
+        idle = not self._waiting_count
+        if idle:
             self._moved_at = time.monotonic()
-        changed = asyncio.create_task(self._progress.change(self._progress.change_count))
-        left = self._moved_at + self._settings.item_timeout_s - time.monotonic()
+
+        def ended() -> bool:
+            starts_or_stops = idle == (self._waiting_count > 0)
+            return starts_or_stops or read.done() or self._progress.finished or self._state.has_ready
+
+        left_s = self._moved_at + self._settings.item_timeout_s - time.monotonic()
         try:
-            await asyncio.wait({read, changed}, timeout=max(left, 0.0), return_when=asyncio.FIRST_COMPLETED)
-            if not read.done() and not changed.done() and self._waiting_count:
-                raise DeadlineExceededError(
-                    f"no answer came for {self._settings.item_timeout_s} s while {self._waiting_count} items "
-                    "wait; raise item_timeout_s if the server needs longer"
-                )
-        finally:
-            changed.cancel()
+            async with asyncio.timeout(None if idle else max(left_s, 0.0)):
+                await self._progress.until(ended)
+        except TimeoutError:
+            if read.done():
+                return
+            raise DeadlineExceededError(
+                f"no answer came for {self._settings.item_timeout_s} s while {self._waiting_count} items "
+                "wait; raise item_timeout_s if the server needs longer"
+            ) from None
 
     async def _write(self, call: Any, shared: SharedCall | None) -> None:
         # The reading side gets the status of a broken call and tells it.
@@ -241,11 +248,9 @@ class StreamCalls:
                 opening.options.options.shared_memory.CopyFrom(shared.use)
             await call.write(opening.SerializeToString())
             # A write that meets a refusal would hide its reason: see first whether the options are accepted.
-            while not self._sent.accepted and not self._progress.finished:
-                await self._progress.change(self._progress.change_count)
+            await self._progress.until(lambda: self._sent.accepted or self._progress.finished)
             while not self._progress.finished:
                 while self._sent.has_unsent:
                     await call.write(self._sent.take().SerializeToString())
-                if not self._progress.finished:
-                    await self._progress.change(self._progress.change_count)
+                await self._progress.until(lambda: self._sent.has_unsent or self._progress.finished)
             await call.done_writing()
