@@ -8,22 +8,18 @@ reaches past its tensor or is missing is an error, so that no array is wrong.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
-from typing import Final, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
 from layertap import wire
 from layertap._protocol.responses import ModelPin, build_whole, check_header, row_counts, tensor_shapes
+from layertap._protocol.tensor_rows import Blocks, TensorRows
 from layertap.errors import DataLossError
 from layertap.results.embedding import Embedding
 from layertap.results.streamed import LayerRows
 from layertap.types import FloatArray
 from layertap.v1 import embedding_pb2 as pb
-
-_BLOCK_BYTES: Final = 8 << 20
-"""What the rows of several texts share. numpy asks for large pages from 4 MiB on."""
 
 
 class EmbedAssembler:
@@ -38,7 +34,7 @@ class EmbedAssembler:
         self._messages = messages
         self._options = options
         self._header: pb.EmbedHeader | None = None
-        self._tensors: dict[tuple[int, int], _Rows] = {}
+        self._tensors: dict[tuple[int, int], TensorRows] = {}
         self._starts: dict[pb.RowUnit.ValueType, list[int]] = {}
         self._tokens: list[pb.TokenizedText] = []
         self._words: list[pb.SplitText] = []
@@ -108,9 +104,9 @@ class EmbedAssembler:
             counts = row_counts(unit, header.token_counts, header.word_counts, header.span_counts)
             self._starts[unit] = [0, *itertools.accumulate(counts)]
         for key, (row_count, row_size) in tensor_shapes(header).items():
-            self._tensors[key] = _Rows(row_count, row_size, header.dtype)
+            self._tensors[key] = TensorRows(row_count, row_size, header.dtype)
 
-    def _locate(self, frame: pb.Frame) -> tuple[_Rows, int]:
+    def _locate(self, frame: pb.Frame) -> tuple[TensorRows, int]:
         assert self._header is not None
         rows = self._tensors.get((frame.output_index, frame.layer))
         if rows is None or not 0 <= frame.first_text < len(self._header.token_counts):
@@ -118,71 +114,6 @@ class EmbedAssembler:
         unit = self._header.outputs[frame.output_index].unit
         first_row = 0 if unit == pb.ROW_UNIT_TEXT else frame.first_row
         return rows, self._starts[unit][frame.first_text] + first_row
-
-
-_Empty: TypeAlias = Callable[[tuple[int, int], pb.Dtype.ValueType], FloatArray]
-"""Returns a new array for wire values."""
-
-
-class _Rows:
-    """One tensor, and which of its rows have arrived.
-
-    Rows that may be kept where they lie are not copied as long as all of them lie as the tensor would.
-    """
-
-    __slots__ = ("_array", "_came", "_dtype", "_empty", "_kept", "_origin", "shape")
-
-    def __init__(self, row_count: int, row_size: int, dtype: pb.Dtype.ValueType, empty: _Empty = wire.empty) -> None:
-        wire.array_dtype(dtype)  # Refuses what this client does not know.
-        self.shape = row_count, row_size
-        self._empty = empty
-        self._array: FloatArray | None = None
-        self._came = np.zeros(row_count, np.bool_)
-        self._dtype = dtype
-        self._kept: dict[int, wire.ByteArray] = {}
-        self._origin = 0
-
-    @property
-    def array(self) -> FloatArray:
-        if self._array is None:
-            if self._kept and self.complete:
-                whole = wire.joined([self._kept[start] for start in sorted(self._kept)])
-                self._array = wire.to_array(whole, self.shape, self._dtype)
-            else:
-                self._array = self._empty(self.shape, self._dtype)
-                for start, data in self._kept.items():
-                    wire.read_into(self._array[start : start + len(data) // self.row_bytes], data, self._dtype)
-            self._kept = {}
-        return self._array
-
-    @property
-    def row_bytes(self) -> int:
-        return self.shape[1] * wire.item_bytes(self._dtype)
-
-    @property
-    def complete(self) -> bool:
-        return bool(self._came.all())
-
-    def place(self, start: int, count: int, data: wire.Buffer | wire.ByteArray) -> None:
-        came = self._came[start : start + count]
-        if start < 0 or count < 1 or len(came) != count or came.any():
-            raise DataLossError(
-                f"a frame of {count} rows at row {start} overlaps another or its tensor's end; ask again"
-            )
-        if not self._keep(start, count, data):
-            wire.read_into(self.array[start : start + count], data, self._dtype)
-        came[:] = True
-
-    def _keep(self, start: int, count: int, data: wire.Buffer | wire.ByteArray) -> bool:
-        """Keeps rows where they lie if the whole tensor may lie there."""
-        if self._array is not None or not isinstance(data, np.ndarray) or data.nbytes != count * self.row_bytes:
-            return False
-        origin = wire.address(data) - start * self.row_bytes
-        if self._kept and origin != self._origin:
-            return False
-        self._origin = origin
-        self._kept[start] = data
-        return True
 
 
 def _payload(
@@ -196,29 +127,6 @@ def _payload(
     return view(part.shared_rows.offsets[0], part.frame.row_count * row_bytes)
 
 
-class _Blocks:
-    """New arrays, several of which share a block: the system gives pages to large blocks at a fraction of the cost."""
-
-    def __init__(self, row_count: int) -> None:
-        """Starts with no block.
-
-        Args:
-            row_count: How many rows all arrays have together.
-        """
-        self._left = row_count
-        self._rest: FloatArray | None = None
-
-    def empty(self, shape: tuple[int, int], dtype: pb.Dtype.ValueType) -> FloatArray:
-        """Returns a new array for wire values."""
-        row_count, row_size = shape
-        if self._rest is None or len(self._rest) < row_count:
-            most = -(-_BLOCK_BYTES // (row_size * wire.item_bytes(dtype)))
-            self._rest = wire.empty((max(row_count, min(most, self._left)), row_size), dtype)
-        found, self._rest = self._rest[:row_count], self._rest[row_count:]
-        self._left -= row_count
-        return found
-
-
 class LayerAssembler:
     """Returns the rows of an EmbedLayers answer as they arrive, by whole texts."""
 
@@ -227,9 +135,9 @@ class LayerAssembler:
         self._messages = messages
         self._options = options
         self._header: pb.EmbedHeader | None = None
-        self._open: dict[tuple[int, int], tuple[_Rows, int]] = {}
+        self._open: dict[tuple[int, int], tuple[TensorRows, int]] = {}
         self._done: dict[int, npt.NDArray[np.bool_]] = {}
-        self._blocks: dict[int, _Blocks] = {}
+        self._blocks: dict[int, Blocks] = {}
         self._ended = False
 
     def feed(self, part: pb.EmbedLayersResponse, data: wire.Buffer, view: wire.View | None = None) -> list[LayerRows]:
@@ -247,7 +155,7 @@ class LayerAssembler:
             self._header = part.header
             layers, counts = part.header.outputs[0].layers, part.header.token_counts
             self._done = {layer: np.zeros(len(counts), np.bool_) for layer in layers}
-            self._blocks = {layer: _Blocks(sum(counts)) for layer in layers}
+            self._blocks = {layer: Blocks(sum(counts)) for layer in layers}
         elif kind == "summary":
             self._ended = True
         elif kind == "frame":
@@ -286,7 +194,7 @@ class LayerAssembler:
                 raise DataLossError(f"text {text} of layer {frame.layer} came twice; ask again")
             count = min(left, counts[text] - row)
             begun = self._open.pop((frame.layer, text), None)
-            rows, came = begun or (_Rows(counts[text], output.row_size, self._header.dtype, empty), 0)
+            rows, came = begun or (TensorRows(counts[text], output.row_size, self._header.dtype, empty), 0)
             rows.place(row, count, data[: count * row_bytes])
             data, left, came = data[count * row_bytes :], left - count, came + count
             if came == counts[text]:

@@ -8,14 +8,22 @@ pandas and polars Series, Arrow arrays. Errors name the item by its position, ne
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, Final, TypeAlias, cast
 
 import numpy as np
 import numpy.typing as npt
-from google.protobuf.internal.containers import RepeatedScalarFieldContainer
 
 from layertap import wire
+from layertap._protocol.token_ids import (
+    WHAT_IS_ALLOWED,
+    from_mapping,
+    of_batch,
+    of_ids,
+    of_tokens,
+    to_array,
+    type_name,
+)
 from layertap.errors import InvalidArgumentError
 from layertap.results.tokens import Tokens
 from layertap.types import Spanned, SpanUnitName, TokenIds
@@ -35,13 +43,6 @@ Inputs: TypeAlias = "str | TokenIds | Tokens | Mapping[str, Any] | Spanned | Ite
 _MISSING: Final = ("NAType", "NaTType")
 """What pandas calls a value that is not there, beside None and NaN."""
 
-_MASKS: Final = ("attention_mask", "token_type_ids")
-_NOT_COMPUTED: Final = frozenset(
-    ("special_tokens_mask", "offset_mapping", "length", "overflow_to_sample_mapping", "num_truncated_tokens")
-)
-"""What a transformers tokenizer may add to its answer that changes no number of the model."""
-
-_WHAT_IS_ALLOWED = "a str, a tuple of two str, a list or 1-D array of str or of ints, TokenIds, or a mapping of them"
 _IS_MISSING: Final = 'is missing (None or NaN); drop it, or pass "" for an empty text'
 
 
@@ -52,13 +53,13 @@ def to_messages(inputs: Inputs) -> list[pb.Input]:
         InvalidArgumentError: if there is no text, or an item is of another type.
     """
     if isinstance(inputs, Mapping):
-        inputs = _from_mapping(inputs, "inputs")
+        inputs = from_mapping(inputs, "inputs")
     if isinstance(inputs, (str, Spanned)):
         messages = [to_message(inputs, 0)]
     elif isinstance(inputs, Tokens):
-        messages = list(_from_tokens(inputs))
+        messages = list(of_tokens(inputs))
     elif isinstance(inputs, TokenIds):
-        messages = list(_from_batch(inputs))
+        messages = list(of_batch(inputs))
     else:
         check_items(inputs)
         messages = [to_message(item, index) for index, item in enumerate(inputs)]
@@ -74,17 +75,17 @@ def check_items(items: object) -> None:
         InvalidArgumentError: if it may not.
     """
     if hasattr(items, "columns"):
-        raise InvalidArgumentError(f"inputs is {_type_name(items)}; pass one of its columns")
+        raise InvalidArgumentError(f"inputs is {type_name(items)}; pass one of its columns")
     if isinstance(items, str):
         raise InvalidArgumentError("inputs is one str; pass an iterable of texts, such as a list with this one")
     if isinstance(items, (Mapping, TokenIds, Tokens, Spanned)):
         raise InvalidArgumentError(
-            f"inputs is {_type_name(items)}; pass an iterable of texts, or the whole batch to embed"
+            f"inputs is {type_name(items)}; pass an iterable of texts, or the whole batch to embed"
         )
     if isinstance(items, bytes) or not isinstance(items, Iterable) or getattr(items, "ndim", 1) == 0:
         of_shape = " and has no dimensions" if getattr(items, "ndim", 1) == 0 else ""
         raise InvalidArgumentError(
-            f"inputs is {_type_name(items)}{of_shape}; pass a str, or an iterable whose items are {_WHAT_IS_ALLOWED}"
+            f"inputs is {type_name(items)}{of_shape}; pass a str, or an iterable whose items are {WHAT_IS_ALLOWED}"
         )
 
 
@@ -105,7 +106,7 @@ def to_message(item: InputItem, index: int) -> pb.Input:
         if isinstance(item, Spanned):
             return _spanned(item, index)
         if isinstance(item, Mapping):
-            item = _from_mapping(item, f"inputs[{index}]")
+            item = from_mapping(item, f"inputs[{index}]")
     try:
         if isinstance(item, str):
             return pb.Input(text=item)
@@ -118,12 +119,12 @@ def to_message(item: InputItem, index: int) -> pb.Input:
             f"inputs[{index}] has a lone surrogate, which UTF-8 cannot carry; replace it before embedding"
         ) from exc
     if isinstance(item, TokenIds):
-        return _token_ids(item.input_ids, item.attention_mask, item.token_type_ids, index)
+        return of_ids(item.input_ids, item.attention_mask, item.token_type_ids, index)
     if isinstance(item, list) or (isinstance(item, np.ndarray) and item.ndim):
-        return _token_ids(item, None, None, index)
+        return of_ids(item, None, None, index)
     if _is_missing(item):
         raise InvalidArgumentError(f"inputs[{index}] {_IS_MISSING}")
-    raise InvalidArgumentError(f"inputs[{index}] is {_type_name(item)}; pass {_WHAT_IS_ALLOWED}")
+    raise InvalidArgumentError(f"inputs[{index}] is {type_name(item)}; pass {WHAT_IS_ALLOWED}")
 
 
 def spanned(inputs: Inputs, spans: Any, unit: SpanUnitName) -> list[Spanned]:
@@ -148,7 +149,7 @@ def _spanned(item: Spanned, index: int) -> pb.Input:
     message.CopyFrom(to_message(item.text, index))
     if item.unit not in list(wire.SPAN_UNITS):
         raise InvalidArgumentError(f"inputs[{index}].unit is {item.unit!r}; pass one of {', '.join(wire.SPAN_UNITS)}")
-    bounds = _array(item.spans, f"inputs[{index}].spans")
+    bounds = to_array(item.spans, f"inputs[{index}].spans")
     if bounds.size and (bounds.ndim != 2 or bounds.shape[1] != 2 or bounds.dtype.kind not in "iu"):
         raise InvalidArgumentError(
             f"inputs[{index}] has spans of dtype {bounds.dtype} and shape {bounds.shape}; pass (start, end) pairs"
@@ -161,63 +162,6 @@ def _spanned(item: Spanned, index: int) -> pb.Input:
     return message
 
 
-def _from_tokens(tokens: Tokens) -> Iterator[pb.Input]:
-    for index, count in enumerate(tokens.token_counts):
-        yield _token_ids(
-            tokens.input_ids[index, :count],
-            tokens.attention_mask[index, :count],
-            tokens.token_type_ids[index, :count],
-            index,
-        )
-
-
-def _from_batch(batch: TokenIds) -> Iterator[pb.Input]:
-    if not _nested(batch.input_ids):
-        yield _token_ids(batch.input_ids, batch.attention_mask, batch.token_type_ids, 0)
-        return
-    rows = list(batch.input_ids)  # type: ignore[arg-type]
-    beside: list[list[Any]] = []
-    for name in _MASKS:
-        given = getattr(batch, name)
-        own = [None] * len(rows) if given is None else list(given) if _nested(given) else None
-        if own is None or len(own) != len(rows):
-            count = "one row" if own is None else f"{len(own)} rows"
-            raise InvalidArgumentError(f"{name} has {count}, input_ids {len(rows)} rows; make them equal")
-        beside.append(own)
-    for index, (row, mask, types) in enumerate(zip(rows, *beside, strict=True)):
-        yield _token_ids(row, mask, types, index)
-
-
-def _nested(values: Any) -> bool:
-    """Returns whether these are the rows of several texts: a 2-D array, or a list of lists or arrays."""
-    if hasattr(values, "ndim"):
-        if values.ndim == 1 and getattr(values.dtype, "kind", "") == "O":
-            return bool(len(values)) and np.ndim(values[0]) > 0
-        return bool(values.ndim > 1)
-    return isinstance(values, (list, tuple)) and any(
-        isinstance(one, (list, tuple)) or getattr(one, "ndim", 0) for one in values
-    )
-
-
-def _from_mapping(given: Mapping[str, Any], where: str) -> TokenIds:
-    """Returns what a transformers tokenizer answers, which is a mapping of ids and masks, as token ids.
-
-    Raises:
-        InvalidArgumentError: if it is another mapping, or has an entry that the model would have to compute with.
-    """
-    others = sorted(str(key) for key in given if key not in ("input_ids", *_MASKS) and key not in _NOT_COMPUTED)
-    if "input_ids" not in given:
-        raise InvalidArgumentError(
-            f"{where} is {_type_name(given)} without input_ids; pass what a tokenizer answers, or texts"
-        )
-    if others:
-        raise InvalidArgumentError(
-            f"{where} is {_type_name(given)} with {', '.join(others)}, which layertap does not compute with; pass "
-            "input_ids, attention_mask and token_type_ids only"
-        )
-    return TokenIds(given["input_ids"], *(given.get(name) for name in _MASKS))
-
-
 def _words(item: Any, index: int) -> list[str] | None:
     """Returns the words of a text if an item is a list or an array of them, else None."""
     if isinstance(item, np.ndarray):
@@ -228,63 +172,9 @@ def _words(item: Any, index: int) -> list[str] | None:
         return None
     for place, word in enumerate(item):
         if not isinstance(word, str):
-            what = "is missing (None or NaN)" if _is_missing(word) else f"is {_type_name(word)}"
+            what = "is missing (None or NaN)" if _is_missing(word) else f"is {type_name(word)}"
             raise InvalidArgumentError(f"inputs[{index}] is a list of words whose entry {place} {what}; pass only str")
     return item
-
-
-def _token_ids(ids: npt.ArrayLike, mask: npt.ArrayLike | None, types: npt.ArrayLike | None, index: int) -> pb.Input:
-    message = pb.Input()
-    given = message.token_ids
-    _fill(given.input_ids, ids, "input_ids", index)
-    count = len(given.input_ids)
-    if not count:
-        raise InvalidArgumentError(f'inputs[{index}] has no input_ids; for the empty text pass ""')
-    for name, values, field in (
-        ("attention_mask", mask, given.attention_mask),
-        ("token_type_ids", types, given.token_type_ids),
-    ):
-        if values is not None:
-            _fill(field, values, name, index)
-            if len(field) != count:
-                raise InvalidArgumentError(
-                    f"inputs[{index}].{name} has {len(field)} entries, input_ids {count}; make them equal"
-                )
-    return message
-
-
-def _fill(field: RepeatedScalarFieldContainer[int], values: npt.ArrayLike, name: str, index: int) -> None:
-    """Copies integers into a field; protobuf checks those of a list faster than an array could be made of it."""
-    if isinstance(values, list) and values and type(values[0]) is int:
-        try:
-            field.extend(values)
-            return
-        except (TypeError, ValueError):
-            field.clear()
-    field.extend(_integers(values, name, index))
-
-
-def _array(values: npt.ArrayLike, name: str) -> npt.NDArray[np.generic]:
-    try:
-        return np.asarray(values)
-    except ValueError as exc:
-        raise InvalidArgumentError(f"{name} is not rectangular; pass lists of equal length, or several texts") from exc
-    except (TypeError, RuntimeError) as exc:  # A tensor of a GPU, for example.
-        raise InvalidArgumentError(f"{name} cannot be read as a numpy array: {exc}") from exc
-
-
-def _integers(values: npt.ArrayLike, name: str, index: int) -> list[int]:
-    array = _array(values, f"inputs[{index}].{name}")
-    if not array.size:
-        return []
-    if array.ndim != 1 or array.dtype.kind not in ("iu" if name == "input_ids" else "iub"):
-        raise InvalidArgumentError(
-            f"inputs[{index}] has {name} of dtype {array.dtype} and shape {array.shape}; pass {_WHAT_IS_ALLOWED}"
-        )
-    if not (int(array.min()) >= -(2**31) and int(array.max()) < 2**31):
-        raise InvalidArgumentError(f"inputs[{index}].{name} has a value beyond 32 bits; ids are below vocab_size")
-    numbers: list[int] = array.astype(np.int64).tolist()
-    return numbers
 
 
 def _plain(item: Any) -> Any:
@@ -293,12 +183,8 @@ def _plain(item: Any) -> Any:
         return item.as_py()
     if isinstance(item, (str, bytes, list, tuple, np.ndarray, Mapping)) or not getattr(item, "shape", ()):
         return item
-    return _array(item, "an item") if hasattr(item, "__array__") else item
+    return to_array(item, "an item") if hasattr(item, "__array__") else item
 
 
 def _is_missing(item: Any) -> bool:
     return item is None or type(item).__name__ in _MISSING or (isinstance(item, float) and item != item)
-
-
-def _type_name(value: object) -> str:
-    return f"of type {type(value).__name__}"

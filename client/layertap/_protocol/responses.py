@@ -6,9 +6,7 @@ arrays the names that users know.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
-from typing import Final, cast
 
 import numpy as np
 from google.protobuf.message import Message
@@ -17,15 +15,10 @@ from layertap import wire
 from layertap._protocol.requests import ResponseT
 from layertap._protocol.result_builder import EmbeddingBuilder, attention_mask, build_tokens, read_timings
 from layertap.errors import DataLossError, FailedPreconditionError
-from layertap.model_info import ModelInfo, SentenceConfig
 from layertap.results.embedding import Embedding
 from layertap.results.tokens import Tokens
-from layertap.types import FloatArray, IntArray, Limits, ModelRef, PoolingName
+from layertap.types import FloatArray, IntArray, ModelRef
 from layertap.v1 import embedding_pb2 as pb
-
-_STRATEGY_NAMES: Final[dict[int, PoolingName]] = {
-    number: cast("PoolingName", name) for name, number in wire.POOLING_STRATEGIES.items()
-}
 
 _MOST_TOKENS_A_BYTE = 16
 _MOST_MORE_TOKENS = 1024
@@ -232,31 +225,6 @@ def read_whole(raw: bytes, kind: type[ResponseT]) -> ResponseT:
         raise DataLossError(f"the answer is no {kind.DESCRIPTOR.name}; is this a layertap server?") from exc
 
 
-def read_model_info(message: pb.GetModelInfoResponse) -> ModelInfo:
-    """Reads what `model_info` requested."""
-    limits = {field.name: getattr(message.limits, field.name) for field in dataclasses.fields(Limits)}
-    special = (
-        "limits",
-        "devices",
-        "special_token_ids",
-        "compute_dtype",
-        "sentence_config",
-        "padding_side",
-        "special_tokens",
-    )
-    same = {f.name: getattr(message, f.name) for f in dataclasses.fields(ModelInfo) if f.name not in special}
-    return ModelInfo(
-        **same,
-        limits=Limits(**limits),
-        padding_side="left" if message.padding_side == pb.PADDING_SIDE_LEFT else "right",
-        special_tokens=dict(message.special_tokens),
-        devices=tuple(message.devices),
-        special_token_ids=tuple(message.special_token_ids),
-        compute_dtype=wire.DTYPE_NAMES.get(message.compute_dtype, "unknown"),
-        sentence_config=_sentence_config(message),
-    )
-
-
 def check_tokens(request: Message, answer: pb.TokenizeResponse, pin: ModelPin) -> None:
     """Checks that an answer to one request of `tokenize` is no larger than its texts can make it.
 
@@ -290,26 +258,3 @@ def read_texts(request: Message, answer: pb.DecodeResponse, pin: ModelPin) -> li
     if len(answer.texts) != len(request.texts):
         raise DataLossError(f"{len(request.texts)} texts were requested, {len(answer.texts)} came; ask again")
     return list(answer.texts)
-
-
-def _sentence_config(message: pb.GetModelInfoResponse) -> SentenceConfig:
-    config = message.sentence_config
-    poolings = [_STRATEGY_NAMES.get(strategy) for strategy in config.strategies]
-    unsupported: str | None = config.unsupported
-    if not (poolings or config.needs_sentence_modules) or None in poolings:
-        unsupported = unsupported or "the server does not tell, or not in words that this client knows"
-    return SentenceConfig(
-        poolings=tuple(pooling for pooling in poolings if pooling),
-        normalize=config.normalize,
-        truncate_dim=config.dimensions or None,
-        max_length=config.max_length,
-        truncation="left" if config.truncation == pb.TRUNCATION_LEFT else "right",
-        lower_case=config.lower_case,
-        prompts=dict(config.prompts),
-        default_prompt_name=config.default_prompt_name or None,
-        include_prompt=config.include_prompt,
-        needs_sentence_modules=config.needs_sentence_modules,
-        vector_size=config.vector_size,
-        token_size=config.token_size,
-        unsupported=unsupported or None,
-    )

@@ -14,19 +14,21 @@ from layertap import wire
 from layertap._protocol import requests, responses
 from layertap._protocol.assembler import EmbedAssembler, LayerAssembler
 from layertap._protocol.collected import CollectedStream
+from layertap._protocol.model_info import read_model_info
 from layertap._protocol.requests import ResponseT
 from layertap._protocol.responses import ModelPin
 from layertap._protocol.stream_state import StreamState
 from layertap._shared_memory.mapping import SharedMemory, take
 from layertap._shared_memory.session import AsyncLease
 from layertap._transport import fork
+from layertap._transport.answers import Part, Reply
 from layertap._transport.channel import open_async_channel
 from layertap._transport.connections import BUSY_CALL_COUNT, INFO_TIMEOUT_S, Opened, Spread, least_busy
 from layertap._transport.embed_stream import EmbedStream, Items
 from layertap._transport.settings import CallSettings, Connection, StreamSettings
 from layertap._transport.status import CLOSED_DURING_CALL, translate
 from layertap._transport.stream_calls import Endpoint
-from layertap._transport.transport import CLOSED, Part, Reply, request_id
+from layertap._transport.transport import CLOSED, request_id
 from layertap.errors import CancelledError, FailedPreconditionError, LayertapError
 from layertap.model_info import ModelInfo
 from layertap.results.embedding import Embedding
@@ -125,7 +127,7 @@ class AsyncTransport:
 
     async def model_info(self, call: CallSettings) -> ModelInfo:
         """See `Transport.model_info`."""
-        info = responses.read_model_info((await self.unary(requests.model_info(), call)).message)
+        info = read_model_info((await self.unary(requests.model_info(), call)).message)
         self.pin.check(info.model_id, info.fingerprint)
         return info
 

@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import dataclasses
 import os
 import threading
 from collections.abc import Generator, Iterable, Iterator
-from typing import Any, Generic
+from typing import Any
 
 import grpc
 
@@ -21,12 +20,14 @@ from layertap._protocol import requests, responses
 from layertap._protocol.assembler import EmbedAssembler, LayerAssembler
 from layertap._protocol.collected import CollectedStream
 from layertap._protocol.inputs import InputItem
+from layertap._protocol.model_info import read_model_info
 from layertap._protocol.requests import ResponseT
 from layertap._protocol.responses import ModelPin
 from layertap._protocol.stream_state import StreamState
 from layertap._shared_memory.mapping import SharedCall, SharedMemory, take
 from layertap._shared_memory.session import Lease
 from layertap._transport import fork
+from layertap._transport.answers import Part, Reply
 from layertap._transport.channel import open_channel
 from layertap._transport.connections import BUSY_CALL_COUNT, INFO_TIMEOUT_S, Opened, Spread, least_busy
 from layertap._transport.duplex import DuplexChannel
@@ -43,29 +44,6 @@ from layertap.results.streamed import LayerRows, StreamResult
 from layertap.v1 import embedding_pb2 as pb
 
 CLOSED = "this client is closed; make a new one"
-
-
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Part:
-    """One message of an EmbedLayers answer.
-
-    Attributes:
-        message: The message without its payload.
-        data: The payload.
-        view: Access to the rows of the message that lie in shared memory.
-    """
-
-    message: pb.EmbedLayersResponse
-    data: memoryview
-    view: wire.View | None
-
-
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Reply(Generic[ResponseT]):
-    """One unary answer, and the name of its call in the server's log."""
-
-    message: ResponseT
-    request_id: str | None
 
 
 class Transport:
@@ -180,7 +158,7 @@ class Transport:
 
     def model_info(self, call: CallSettings) -> ModelInfo:
         """Asks which model is served."""
-        info = responses.read_model_info(self.unary(requests.model_info(), call).message)
+        info = read_model_info(self.unary(requests.model_info(), call).message)
         self.pin.check(info.model_id, info.fingerprint)
         return info
 
