@@ -56,7 +56,8 @@ class LayertapError(Exception):
     Attributes:
         code: The gRPC status code.
         details: What is wrong, the limit, and the next step; never a text of the caller's.
-        retry_after_s: How long the server asks to wait before a retry, in seconds; None: it did not say.
+        retry_after_s: How long to wait before a retry, in seconds: what the server asks, or of a connection that broke
+            what it takes to open another. None: the server did not say, or none answers.
         request_id: What the server's log names the call by; None: it was not the server who spoke.
     """
 

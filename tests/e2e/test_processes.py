@@ -258,6 +258,23 @@ def test_a_process_whose_engine_fails_is_replaced_and_its_callers_get_a_hint(tin
         ended(server)
 
 
+def test_a_caller_in_the_middle_of_layers_gets_a_hint_when_its_process_is_killed(tiny_folder: Path) -> None:
+    flags = ("--device", "cpu", "--model-id", str(tiny_folder), "--processes", "2")
+    server = Server(*flags, script=SCRIPT)
+    try:
+        with Client(server.address) as client:
+            layers = client.embed_layers([[101, int(Demand.STUCK), 2293, 102]])
+            assert next(layers).layer == 0
+            *_, number = re.findall(rb"encoding 1 texts process=(\d)", server.log)  # The others warm up.
+            os.kill(members(server)[int(number)], signal.SIGKILL)
+            with pytest.raises(UnavailableError, match=f"the connection to {server.address} broke") as caught:
+                next(layers)
+            assert caught.value.retry_after_s == 0.1
+            assert client.embed("again", layers="all", timeout_s=WAIT_S).layers == (0, 1, 2, 3)
+    finally:
+        ended(server)
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_drains_all_processes(number: signal.Signals, tiny_folder: Path) -> None:
     server = Server("--device", "cpu", "--model-id", str(tiny_folder), "--processes", "2")

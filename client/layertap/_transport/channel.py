@@ -8,7 +8,7 @@ import grpc
 import grpc.aio
 
 from layertap._transport import fork, threads
-from layertap._transport.settings import Connection
+from layertap._transport.settings import RECONNECT_S, Connection
 from layertap._version import __version__
 from layertap.errors import InvalidArgumentError
 
@@ -18,7 +18,7 @@ _OPTIONS: Final = (
     # Without it a frozen peer is noticed only after a minute.
     ("grpc.http2.ping_timeout_ms", 10_000),
     # gRPC's own wait between attempts grows to minutes; a restarted server is to be found at once.
-    ("grpc.initial_reconnect_backoff_ms", 100),
+    ("grpc.initial_reconnect_backoff_ms", int(RECONNECT_S * 1000)),
     ("grpc.min_reconnect_backoff_ms", 1_000),
     ("grpc.max_reconnect_backoff_ms", 1_000),
     ("grpc.max_send_message_length", -1),

@@ -23,6 +23,8 @@ DEFAULT_TARGET: Final = f"127.0.0.1:{targets.DEFAULT_PORT}"
 DEFAULT_TIMEOUT_S: Final = 60.0
 """The deadline of calls for which the user names none, in seconds."""
 DEFAULT_RETRIES: Final = 3
+RECONNECT_S: Final = 0.1
+"""How long gRPC waits before it connects anew to a server that it has lost."""
 
 _MAX_RETRIES: Final = 4
 """gRPC makes five attempts at most."""

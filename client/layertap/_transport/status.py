@@ -8,13 +8,16 @@ from typing import Any, Final
 
 import grpc
 
-from layertap._transport.settings import Connection
+from layertap._transport.settings import RECONNECT_S, Connection
 from layertap.errors import CancelledError, LayertapError, StatusCode, from_status
 
 CLOSED_DURING_CALL: Final = "this client was closed during the call; make a new one"
 
 REQUEST_ID: Final = "x-request-id"
 """The metadata in which the server names a call as its log does."""
+
+_BROKEN: Final = ("Socket closed", "Connection reset", "Broken pipe", "ping timeout", "keepalive")
+"""gRPC's words for a connection that breaks under a call; of one that could not be made they name the "last error"."""
 
 _DETAILS_LENGTH: Final = 4096
 """A longer text than any of the server's own is cut."""
@@ -48,21 +51,21 @@ def translate(
         code = StatusCode.UNAVAILABLE
     if resumable and (broken or code is StatusCode.DEADLINE_EXCEEDED):
         code = StatusCode.UNAVAILABLE
+    # Only a server that is none of layertap's sends anything but a number.
+    milliseconds = int(pushback) if isinstance(pushback, str) and pushback.isascii() and pushback.isdigit() else None
+    retry_after_s = None if milliseconds is None else milliseconds / 1000
     if code is StatusCode.UNAVAILABLE and pushback is None:
-        details = _unreachable(details, connection)
+        if "last error" not in details and any(words in details for words in _BROKEN):
+            retry_after_s = RECONNECT_S
+            details = f"the connection to {connection.target} broke; repeat the call: {details}"
+        else:
+            details = _unreachable(details, connection)
     elif code is StatusCode.DEADLINE_EXCEEDED and timeout_s is not None:
         details = f"no answer from {connection.target} within {timeout_s} s; raise timeout_s or ask for less"
     elif code is StatusCode.UNAUTHENTICATED:
         hint = "renew" if connection.token else "pass"
         details = f"{details} ({hint} it with token=… or LAYERTAP_TOKEN)"
-    # Only a server that is none of layertap's sends anything but a number.
-    milliseconds = int(pushback) if isinstance(pushback, str) and pushback.isascii() and pushback.isdigit() else None
-    return from_status(
-        code,
-        details,
-        retry_after_s=None if milliseconds is None else milliseconds / 1000,
-        request_id=trailing.get(REQUEST_ID),
-    )
+    return from_status(code, details, retry_after_s=retry_after_s, request_id=trailing.get(REQUEST_ID))
 
 
 def _unreachable(details: str, connection: Connection) -> str:

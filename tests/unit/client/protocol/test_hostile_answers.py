@@ -112,11 +112,13 @@ def test_tokens_and_strings_of_another_model_are_refused() -> None:
 
 
 class Failure(grpc.RpcError):
-    def __init__(self, details: str, **metadata: str) -> None:
-        self._details, self._metadata = details, metadata
+    def __init__(
+        self, details: str, code: grpc.StatusCode = grpc.StatusCode.RESOURCE_EXHAUSTED, **metadata: str
+    ) -> None:
+        self._details, self._code, self._metadata = details, code, metadata
 
     def code(self) -> grpc.StatusCode:
-        return grpc.StatusCode.RESOURCE_EXHAUSTED
+        return self._code
 
     def details(self) -> str:
         return self._details
@@ -129,6 +131,23 @@ class Failure(grpc.RpcError):
 def test_a_retry_hint_that_is_no_number_is_none(pushback: str) -> None:
     error = translate(Failure("full", grpc_retry_pushback_ms=pushback), resolve("127.0.0.1:1"), None)
     assert isinstance(error, LayertapError) and error.retry_after_s is None
+
+
+@pytest.mark.parametrize(
+    ("details", "hint_s", "shown"),
+    [
+        ("Stream removed (Socket closed)", 0.1, "the connection to 127.0.0.1:1 broke"),
+        ("recvmsg:Connection reset by peer", 0.1, "the connection to 127.0.0.1:1 broke"),
+        ("failed to connect; last error: Socket closed", None, "127.0.0.1:1 ends the connection at once"),
+        ("failed to connect; last error: Connection refused", None, "no server answers at 127.0.0.1:1"),
+        ("DNS resolution failed", None, "no server answers at 127.0.0.1:1"),
+    ],
+)
+def test_a_connection_that_broke_is_told_from_one_that_could_not_be_made(
+    details: str, hint_s: float | None, shown: str
+) -> None:
+    error = translate(Failure(details, grpc.StatusCode.UNAVAILABLE), resolve("127.0.0.1:1"), None)
+    assert (error.retry_after_s, error.details.startswith(shown)) == (hint_s, True), error
 
 
 def test_a_servers_text_reaches_no_terminal_raw() -> None:
