@@ -116,9 +116,10 @@ def test_langchain_embeds_documents_and_queries(openai_url: str, client: Client,
 
     async def run() -> list[list[float]]:
         async with httpx.AsyncClient() as http:  # LangChain closes none.
-            return await OpenAIEmbeddings(**options, http_async_client=http).aembed_documents(TEXTS)
+            found = OpenAIEmbeddings(**options, http_async_client=http)
+            return [*await found.aembed_documents(TEXTS), await found.aembed_query(TEXTS[0])]
 
-    assert np.array_equal(np.array(asyncio.run(run()), np.float32), wanted)
+    assert np.array_equal(np.array(asyncio.run(run()), np.float32), [*wanted, wanted[0]])
     with httpx.Client() as http:
         found = OpenAIEmbeddings(**options, http_client=http)
         assert np.array_equal(np.array(found.embed_documents(TEXTS), np.float32), wanted)

@@ -71,6 +71,27 @@ def test_the_page_of_models_names_every_model_type() -> None:
     assert all(f"`{kind}`" in page for kind in MODEL_TYPES)
 
 
+def test_the_clients_of_the_table_have_the_versions_that_are_locked_and_tests_that_exist() -> None:
+    locked = {
+        name: version
+        for lock in ("compat", "cpu")
+        for name, version in re.findall(r"^([\w.-]+)==([\w.]+)", (ROOT / f"locks/{lock}.txt").read_text(), re.MULTILINE)
+    }
+    page = (ROOT / "docs/guide/other-clients.md").read_text()
+    rows = re.findall(r"^\| (.+?) \| ([\d.]+|any) \| .+ \| `(tests/compat/\w+\.py)` \|$", page, re.MULTILINE)
+    assert {test for _, _, test in rows} == {
+        f"tests/compat/{path.name}"
+        for path in (ROOT / "tests/compat").glob("test_*.py")
+        if path.stem != "test_environment"
+    }
+    for client, version, _ in rows:
+        names = [name for name in re.findall(r"[\w-]+", client) if name in locked]
+        assert version == "any" or locked[names[0]].startswith(f"{version}."), client
+    recipes = (ROOT / "docs/guide/openai.md").read_text()
+    for name in ("openai", "langchain-openai"):
+        assert f"| {name} {locked[name]} |" in recipes, name
+
+
 def test_flags_in_the_documents_exist() -> None:
     for page in PAGES:
         for line in page.read_text().splitlines():
