@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TypeAlias
 
 import numpy as np
 import pytest
@@ -141,10 +142,17 @@ def _plan(random: np.random.Generator, encoder: Encoder) -> Plan:
     return Plan(outputs=tuple(outputs[n] for n in picked), dtype="float32")
 
 
-def _bits(encode: Encode, batch: list[Run]) -> list[list[dict[tuple[int, int], bytes]]]:
-    """Returns the bytes of each text of each run, by output and layer."""
-    found: list[list[dict[tuple[int, int], bytes]]] = [[{} for _ in run.texts] for run in batch]
+Bits: TypeAlias = list[list[dict[tuple[int, int], bytes]]]
+"""The bytes of each text of each run, by output and layer."""
+
+
+def _bits(encode: Encode, batch: list[Run], pause: Callable[[], None] = lambda: None) -> Bits:
+    """Runs a batch; calls `pause` where it may pause."""
+    found: Bits = [[{} for _ in run.texts] for run in batch]
     for rows in encode(batch):
+        if rows is None:
+            pause()
+            continue
         assert not rows.failures
         run, end = batch[rows.run_index], 0
         output = run.plan.outputs[rows.output_index]
@@ -163,14 +171,14 @@ def test_a_text_has_the_same_bits_alone_and_in_any_batch(encoder: Encoder) -> No
     ]
     one_instance = cpu_threads.make([encoder], cpu_threads.share(instance_count=1, thread_count=1))
     two_instances = cpu_threads.make([encoder], cpu_threads.share(instance_count=2, thread_count=1))
-    wanted: list[list[list[dict[tuple[int, int], bytes]]]] = [
+    wanted: list[Bits] = [
         [[_bits(encoder.encode, [Run(plan=run.plan, texts=[text])])[0][0] for text in run.texts] for run in batch]
         for batch in batches
     ]
     # The lone instance computes small batches with all cores; two share them at once.
     for batch, bits in zip(batches, wanted, strict=True):
         assert _bits(one_instance[0], batch) == bits
-    found: dict[int, list[list[dict[tuple[int, int], bytes]]]] = {}
+    found: dict[int, Bits] = {}
 
     def work(instance: int) -> None:
         for n in random_order[instance]:
@@ -184,6 +192,34 @@ def test_a_text_has_the_same_bits_alone_and_in_any_batch(encoder: Encoder) -> No
     for thread in threads:
         thread.join()
     assert [found[n] for n in range(BATCHES)] == wanted
+
+
+@pytest.mark.parametrize("kind", [OutputKind.POOLED_VECTORS, OutputKind.HIDDEN_STATES, OutputKind.ATTENTIONS])
+def test_a_batch_that_pauses_and_those_in_its_pauses_keep_their_bits(encoder: Encoder, kind: OutputKind) -> None:
+    random = np.random.default_rng(3)
+    layers = {
+        OutputKind.POOLED_VECTORS: (encoder.layer_count,),
+        OutputKind.HIDDEN_STATES: tuple(range(encoder.layer_count + 1)),
+        OutputKind.ATTENTIONS: tuple(range(encoder.layer_count)),
+    }[kind]
+    heads = (0, 1) if kind is OutputKind.ATTENTIONS else ()
+    output = Output(
+        kind=kind,
+        layers=layers,
+        row_size=len(heads) or encoder.hidden_size,
+        heads=heads,
+        pool=Pool(strategy=Strategy.MEAN) if kind is OutputKind.POOLED_VECTORS else None,
+    )
+    texts = [Text(random.integers(5, 30_000, length).astype(np.int32)) for length in (250, 90, 250)]
+    long = [Run(plan=Plan(outputs=(output,), dtype="float32"), texts=texts)]
+    short = [Run(plan=_plan(random, encoder), texts=_texts(random, 2))]
+    (encode,) = cpu_threads.make([encoder], cpu_threads.share(instance_count=1, thread_count=1))
+    wanted, wanted_short = _bits(encode, long), _bits(encode, short)
+    found: list[Bits] = []
+    assert _bits(encode, long, lambda: found.append(_bits(encode, short))) == wanted
+    assert found == [wanted_short] * len(found)
+    is_large = encoder.hidden_size > 100
+    assert len(found) >= (encoder.layer_count if is_large or len(layers) > 1 else 1)
 
 
 @pytest.mark.parametrize("shape", ["32 wide", "embedded"])

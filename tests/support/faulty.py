@@ -44,18 +44,18 @@ class FaultyEncoder(Encoder):
         super().__init__(*args, **options)
         self._batch_s = batch_s
 
-    def encode(self, batch: Sequence[Run]) -> Iterator[Rows]:
+    def encode_with_pauses(self, batch: Sequence[Run]) -> Iterator[Rows | None]:
         texts = [text for run in batch for text in run.texts]
         log.info("encoding %d texts", len(texts))
         demands = {int(number) for text in texts for number in text.input_ids} & set(Demand)
         time.sleep(self._batch_s)
         first_layer: int | None = None
-        for rows in super().encode(batch):
-            if first_layer is None:
-                first_layer = rows.layer
-            if rows.layer > first_layer:
-                for demand in demands:
-                    _act(Demand(demand), len(texts))
+        for rows in super().encode_with_pauses(batch):
+            if rows is not None:
+                first_layer = rows.layer if first_layer is None else first_layer
+                if rows.layer > first_layer:
+                    for demand in demands:
+                        _act(Demand(demand), len(texts))
             yield rows
 
 

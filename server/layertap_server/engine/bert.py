@@ -71,6 +71,9 @@ class StepInput:
 _TAIL: Final = 64
 """Values at the end of a tensor, or of a thread's part of it, that an activation may compute in another way than the
 rest. Differences are too rare for a probe to find."""
+_STEP_WORK: Final = 2e9
+"""Operations of matrix products between two pauses of a batch on the CPU, unless a single block has more: 25 ms of one
+core with AVX-512. Each step has to wait for the interpreter's lock, and costs up to 0.2 ms more."""
 _LEAST_TEAM_SIZE: Final = 128
 """Narrower models have nothing to gain from a team, and too few values for a probe to find differences."""
 
@@ -215,8 +218,10 @@ class Bert:
             attention=self._attention.prepare(packed_batch.groups, upload),
         )
 
-    def layers(self, prepared: Prepared, wanted: Sequence[int]) -> Iterator[tuple[int, torch.Tensor]]:
+    def layers(self, prepared: Prepared, wanted: Sequence[int]) -> Iterator[tuple[int, torch.Tensor] | None]:
         """Yields layers by number, while the next is not yet computed.
+
+        On the CPU also yields None, between blocks of a long batch: it may wait there while another batch runs.
 
         Args:
             prepared: The batch, once its upload is sent.
@@ -238,9 +243,21 @@ class Bert:
         done = 0
         for layer in wanted:
             row_count = packed_batch.row_count(layer)
-            rows = self._run(done, layer, rows[: self._padded(row_count)], prepared.attention)
+            rows = rows[: self._padded(row_count)]
+            step = self._blocks_of_a_step(len(rows))
+            for first in range(done, layer, step):
+                if first > done:
+                    yield None
+                rows = self._run(first, min(first + step, layer), rows, prepared.attention)
             done = layer
             yield layer, rows[:row_count]
+
+    def _blocks_of_a_step(self, row_count: int) -> int:
+        """Returns how many blocks run at once over so many rows."""
+        if self._runtime is not None:
+            return self.layer_count
+        work = 4.0 * row_count * self.hidden_size * (2 * self.hidden_size + self._intermediate_size)
+        return max(1, int(_STEP_WORK / work))
 
     def queries_and_keys(self, rows: torch.Tensor, block: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Returns what the attention of a block compares, with queries scaled.

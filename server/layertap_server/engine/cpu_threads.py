@@ -84,19 +84,27 @@ class _CpuInstances:
     def __init__(self, encoder: Encoder, thread_count: int) -> None:
         self._encoder = encoder
         self._thread_count = thread_count
-        self._busy: set[int] = set()  # Each instance changes its own entry alone, so no two can disagree on a count.
+        # The threads of each instance that works. It changes its own entry alone, so no two can disagree on a count.
+        self._busy: dict[int, int] = {}
         self._team = ThreadTeam()
 
-    def encode(self, instance: int, batch: Sequence[Run]) -> Iterator[Rows]:
+    def encode(self, instance: int, batch: Sequence[Run]) -> Iterator[Rows | None]:
         token_count = sum(text.token_count for text in batch[0].texts)
         lone = instance == 0 and not self._busy and len(batch) == 1 and token_count <= _LONE_TOKENS
-        self._busy.add(instance)
+        paused = self._busy.get(instance)  # The threads of the batch that pauses meanwhile, if one does.
         started_at, computed_s = time.perf_counter(), time.thread_time()
         try:
             has_team = lone and self._team.pays
-            self._encoder.use_threads(self._encoder.max_thread_count if has_team else self._thread_count)
-            yield from self._encoder.encode(batch)
+            self._use_threads(instance, self._encoder.max_thread_count if has_team else self._thread_count)
+            yield from self._encoder.encode_with_pauses(batch)
         finally:
-            self._busy.discard(instance)
+            if paused is None:
+                self._busy.pop(instance, None)
+            else:
+                self._use_threads(instance, paused)
             if lone:
                 self._team.note(wall_s=time.perf_counter() - started_at, cpu_s=time.thread_time() - computed_s)
+
+    def _use_threads(self, instance: int, count: int) -> None:
+        self._busy[instance] = count
+        self._encoder.use_threads(count)

@@ -133,21 +133,25 @@ class Encoder:
         """Whether the model has pooler weights."""
         return self._bert.has_pooler
 
-    @torch.inference_mode()
     def encode(self, batch: Sequence[Run]) -> Iterator[Rows]:
         """Runs one batch and yields its outputs layer by layer, as each is done.
 
-        Stops at the highest layer that anyone needs; texts leave the batch at the highest layer that their own call
+        Stops at the highest layer that any run needs; texts leave the batch at the highest layer that their own call
         needs.
 
         Raises:
             OutOfMemoryError: if the device has no memory for the batch.
             DeviceLostError: if the device no longer works.
         """
+        return (rows for rows in self.encode_with_pauses(batch) if rows is not None)
+
+    @torch.inference_mode()
+    def encode_with_pauses(self, batch: Sequence[Run]) -> Iterator[Rows | None]:
+        """Runs one batch like `encode`; on the CPU yields None too, where another batch may run in the same thread."""
         with named_errors(self.device), self._selected():
             yield from self._encode(batch)
 
-    def _encode(self, batch: Sequence[Run]) -> Iterator[Rows]:
+    def _encode(self, batch: Sequence[Run]) -> Iterator[Rows | None]:
         packed_batch = PackedBatch(batch)
         upload = Upload(self._runtime)
         host_copy = HostCopy(self._runtime, self._allocate)
@@ -156,13 +160,20 @@ class Encoder:
         try:
             made = [_MadeOutput(group, packed_batch, self._bert, upload) for group in output_groups(batch)]
             upload.send()
-            for layer, rows in self._bert.layers(prepared, wanted_layers(batch)):
+            for step in self._bert.layers(prepared, wanted_layers(batch)):
+                if step is None:
+                    yield None
+                    continue
+                layer, rows = step
                 mixes.add(layer, rows)
                 for one in made:
                     output = one.group.output
                     if layer in output.layers:
                         values = rows if output.mix is None else mixes.whole(output.mix)
                         host_copy.take(one.of(values, layer), one.group, layer, chosen=one.chosen)
+                        if self._runtime is None:  # Attentions of one layer take longer than its block.
+                            yield from host_copy.done()
+                            yield None
                 yield from host_copy.done()
             yield from host_copy.rest()
         finally:

@@ -25,11 +25,12 @@ _Place: TypeAlias = tuple[int, int, int]
 def with_oom_retry(encode: Encode) -> Encode:
     """Returns an `encode` that goes on where the given one runs out of memory."""
 
-    def encode_all(batch: Sequence[Run]) -> Iterator[Rows]:
+    def encode_all(batch: Sequence[Run]) -> Iterator[Rows | None]:
         yielded: set[_Place] = set()
         try:
             for rows in encode(batch):
-                yielded.add(_place(rows))
+                if rows is not None:
+                    yielded.add(_place(rows))
                 yield rows
             return
         except OutOfMemoryError:
@@ -38,18 +39,21 @@ def with_oom_retry(encode: Encode) -> Encode:
         # What the caller may be reading where it lies is not written again.
         bare = [dataclasses.replace(run, allocator=None) for run in batch]
         rest = _refused(bare[0]) if _text_count(bare) == 1 else _joined(encode_all, bare)
-        yield from (rows for rows in rest if _place(rows) not in yielded)
+        yield from (rows for rows in rest if rows is None or _place(rows) not in yielded)
 
     return encode_all
 
 
-def _joined(encode: Encode, batch: Sequence[Run]) -> Iterator[Rows]:
+def _joined(encode: Encode, batch: Sequence[Run]) -> Iterator[Rows | None]:
     """Runs a batch in two halves and yields the tensors of its own runs."""
     halves = _halves(batch)
     owners = [index for half in halves for index, _ in half]
     parts: defaultdict[_Place, list[Rows]] = defaultdict(list)
     for half in halves:
         for part in encode([run for _, run in half]):
+            if part is None:
+                yield None
+                continue
             rows = dataclasses.replace(part, run_index=half[part.run_index][0])
             so_far = parts[_place(rows)]
             so_far.append(rows)

@@ -4,6 +4,7 @@ Rules:
 - Work-conserving: a free instance takes what is queued at once; no timer, no polling.
 - A batch is a prefix of the queue (see `fairness`), up to a budget of tokens and of output bytes. While other
   instances idle, an instance takes only its share; while callers share the server, what takes a short time.
+- While a long batch pauses, an instance takes short calls whole; see `worker` for how long.
 - Output bytes are reserved before a batch starts and given back when the call has sent them (`Call.release`). A call
   that has too much unsent leaves the order until it releases some, so an instance never waits for a reader.
 - A full queue refuses at once, or lets a stream wait; see `fairness` for what is kept for light clients. A call whose
@@ -21,6 +22,7 @@ import itertools
 import threading
 import time
 from collections.abc import Callable, Sequence
+from typing import Final
 
 from layertap.errors import DeadlineExceededError, UnavailableError
 from layertap_server.scheduler.call import BatchPart, Call, Hooks, WaitingText
@@ -31,6 +33,10 @@ from layertap_server.scheduler.windows import TextEvents
 from layertap_server.scheduler.worker import IdleInstances
 from layertap_server.types import RETRY_STOPPING_S, Allocator, ApplyModules, Encode, Plan, Text
 
+_SHORT_SHARE: Final = 4
+"""A call is short that has at most this part of the tokens of the batch that pauses for it."""
+_SHORT_LOOK: Final = 4
+"""So many calls of each connection are looked at."""
 _STOPPING = "the server is stopping; try another, or again later"
 _LOST = "the engine has failed and the server is stopping; try another, or again later"
 
@@ -89,7 +95,11 @@ class Batcher:
         self._stopping = False
         self.instance_count = len(encodes)
         self._instances = Instances(
-            encodes, next_batch=self._next_batch, on_all_lost=self._fail_lost, hooks=self._hooks
+            encodes,
+            next_batch=self._next_batch,
+            short_batch=self._short_batch,
+            on_all_lost=self._fail_lost,
+            hooks=self._hooks,
         )
 
     @property
@@ -260,6 +270,58 @@ class Batcher:
                 return batch
             if self._stopping:
                 return None
+
+    def _short_batch(self, instance: int, running: Sequence[BatchPart]) -> list[BatchPart]:
+        """Returns short calls that an instance may run while its batch pauses; empty where there are none."""
+        if not self._waiting.text_count:  # Without the lock: most pauses are for nothing.
+            return []
+        with self._lock:
+            if self._stopping or self._idle.count:
+                return []
+            batch = self._take_short(running)
+            if batch and (under_way := self._under_way.get(instance)):
+                started_at, token_count = under_way
+                self._under_way[instance] = started_at, token_count + sum(part.token_count for part in batch)
+            calls = self._take_calls_without_room() if batch else []
+        _announce_room(calls)
+        return batch
+
+    def _take_short(self, running: Sequence[BatchPart]) -> list[BatchPart]:
+        """Removes from the queue calls that are short beside a batch that pauses, each with all of its texts."""
+        parts: list[BatchPart] = []
+        token_budget = sum(part.token_count for part in running) // _SHORT_SHARE
+        byte_budget = self._max_batch_bytes // _SHORT_SHARE
+        mix_budget = self._max_call_output_bytes - sum(
+            part.token_count * part.call.plan.mix_token_bytes for part in running
+        )
+        now = time.monotonic()
+        for call in list(self._queue.heads(_SHORT_LOOK)):
+            token_count = call.waiting_token_count
+            if token_count > token_budget or any(part.call is call for part in running):
+                continue
+            texts = [waiting.text for waiting in call.waiting]
+            byte_count = sum(map(call.bytes_of, texts))
+            mix_bytes = token_count * call.plan.mix_token_bytes
+            if byte_count > byte_budget or mix_bytes > mix_budget or any(text.windows is not None for text in texts):
+                continue
+            if call.expires_at is not None and call.expires_at <= now:
+                continue
+            if not self._may_hold(call, byte_count, is_in_batch=False):
+                continue
+            if byte_count and not self._output_bytes.has_room(call.client, byte_count):
+                continue
+            token_budget -= token_count
+            byte_budget -= byte_count
+            mix_budget -= mix_bytes
+            parts.append(BatchPart(call, call.next_text, texts, byte_count, call.waiting[0].admitted_at_ns))
+            self._queue.remove(call)
+            self._queue.rotate(call.client, call.connection)
+            self._count_waiting(call, -len(texts), -token_count)
+            call.waiting.clear()
+            call.next_text += len(texts)
+            call.held_run_count += 1
+            self._hold(call, byte_count)
+        return parts
 
     def _take(self, expired: list[Call]) -> list[BatchPart]:
         """Removes the next batch from the queue; adds calls whose deadline has passed to `expired`."""

@@ -70,6 +70,12 @@ class FairQueue:
         """Whether only one connection has calls here."""
         return len(self._clients) == 1 and len(next(iter(self._clients.values()))) == 1
 
+    def heads(self, count: int) -> Iterator[Call]:
+        """Yields the first calls, up to so many, of each connection, in the order of clients and connections."""
+        for connections in self._clients.values():
+            for calls in connections.values():
+                yield from calls[:count]
+
     def add(self, call: Call) -> None:
         """Adds a call to its connection by its arrival; a client or connection that had none comes last."""
         calls = self._clients.setdefault(call.client, OrderedDict()).setdefault(call.connection, [])

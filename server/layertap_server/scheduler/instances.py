@@ -33,6 +33,7 @@ class Instances:
         encodes: Sequence[Encode],
         *,
         next_batch: Callable[[int], list[BatchPart] | None],
+        short_batch: Callable[[int, Sequence[BatchPart]], list[BatchPart]],
         on_all_lost: Callable[[], None],
         hooks: Hooks,
     ) -> None:
@@ -41,6 +42,7 @@ class Instances:
         Args:
             encodes: What runs a batch; each is called by one instance only.
             next_batch: Waits for a batch for an instance, by its index. None: none will come.
+            short_batch: Returns what an instance may run while the given batch pauses; empty: nothing.
             on_all_lost: Called when the last instance is lost, in the thread that finds out.
             hooks: Called for each batch that has run.
         """
@@ -52,6 +54,7 @@ class Instances:
                 f"instance-{n}",
                 encode,
                 next_batch=functools.partial(next_batch, n),
+                short_batch=functools.partial(short_batch, n),
                 on_lost=self._lost,
                 hooks=hooks,
             )

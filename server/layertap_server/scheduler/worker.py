@@ -4,6 +4,8 @@ Rules:
 - An instance is lost when its device is, when its thread ends by an unforeseen error, and when it makes no progress for
   too long: a thread that hangs in a driver cannot be ended from outside. The calls of its batch fail at once; a thread
   that comes back after all ends.
+- Where a long batch may pause, short calls that wait run first, in the same thread: for no longer, all pauses together,
+  than the batch itself has run. They fail and end by themselves, and a batch in a pause does not pause.
 - No more instances are woken than there is work for: one woken for nothing takes the interpreter from those that
   compute. The first ones are woken first: a server with little to do keeps to one instance, whose caches are warm.
 """
@@ -14,7 +16,7 @@ import contextlib
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 from layertap.errors import InternalError, LayertapError, UnavailableError
 from layertap_server.scheduler.call import BatchPart, Hooks
@@ -79,6 +81,7 @@ class Worker:
         encode: Encode,
         *,
         next_batch: Callable[[], list[BatchPart] | None],
+        short_batch: Callable[[Sequence[BatchPart]], list[BatchPart]],
         on_lost: Callable[[], None],
         hooks: Hooks,
     ) -> None:
@@ -88,6 +91,7 @@ class Worker:
             name: Its name in the log.
             encode: What runs a batch.
             next_batch: Waits for a batch. None: none will come.
+            short_batch: Returns what may run while the given batch pauses; empty: nothing.
             on_lost: Called when the instance is given up, in the thread that finds out.
             hooks: Called for each batch that has run.
         """
@@ -95,6 +99,7 @@ class Worker:
         self.lost = False
         self._encode = encode
         self._next_batch = next_batch
+        self._short_batch = short_batch
         self._on_lost = on_lost
         self._hooks = hooks
         self._lock = threading.Lock()
@@ -120,7 +125,7 @@ class Worker:
             self.lost = True
             batch = self._batch
         self._on_lost()  # First: a caller that retries at once must not meet this instance.
-        self._fail(batch, UnavailableError("the engine has failed; try again", retry_after_s=RETRY_STOPPING_S))
+        self._fail(batch, _engine_failed())
         return True
 
     def ended(self, timeout_s: float) -> bool:
@@ -143,8 +148,9 @@ class Worker:
             log.exception("%s is lost", self.name)
             self.lose()
 
-    def _compute(self, batch: list[BatchPart]) -> None:
+    def _compute(self, batch: list[BatchPart], *, may_pause: bool = True) -> None:
         started_at_ns = time.monotonic_ns()
+        paused_ns = 0
         runs = [
             Run(
                 plan=part.call.plan.of(part.texts[0]),
@@ -157,9 +163,13 @@ class Worker:
         try:
             for rows in self._encode(runs):
                 self._moved_at = time.monotonic()
-                part = batch[rows.run_index]
                 if self.lost or all(part.call.closed for part in batch):
                     return
+                if rows is None:
+                    if may_pause:
+                        paused_ns += self._pause(batch, time.monotonic_ns() - started_at_ns - 2 * paused_ns)
+                    continue
+                part = batch[rows.run_index]
                 if not part.call.closed:
                     part.call.report(RowsReady(part.first_text, part.texts, rows))
         except DeviceLostError:
@@ -169,7 +179,7 @@ class Worker:
             self._fail(batch, InternalError("the encoder failed; the server's log has the reason"))
             return
         compute_time_ns = time.monotonic_ns() - started_at_ns
-        self._hooks.ran(batch, started_at_ns=started_at_ns, compute_time_ns=compute_time_ns)
+        self._hooks.ran(batch, started_at_ns=started_at_ns, compute_time_ns=compute_time_ns - paused_ns)
         for part in batch:
             if part.call.closed:
                 continue
@@ -186,8 +196,34 @@ class Worker:
         for wake in {part.call.wake for part in batch}:  # Once a loop, when all its calls have their events.
             wake()
 
+    def _pause(self, batch: list[BatchPart], most_ns: int) -> int:
+        """Runs short calls that wait while a batch pauses; returns how long that took.
+
+        Args:
+            batch: The batch.
+            most_ns: Nothing is begun after so long.
+        """
+        started_at_ns = time.monotonic_ns()
+        paused_ns = 0
+        while paused_ns < most_ns and (short := self._short_batch(batch)):
+            with self._lock:
+                self._batch = [*batch, *short]
+                lost = self.lost
+            if lost:
+                self._fail(short, _engine_failed())
+            else:
+                self._compute(short, may_pause=False)
+            with self._lock:
+                self._batch = batch
+            paused_ns = time.monotonic_ns() - started_at_ns
+        return paused_ns
+
     @staticmethod
     def _fail(batch: list[BatchPart], error: LayertapError) -> None:
         for part in batch:
             if not part.call.closed:
                 part.call.report(CallFailed(error))
+
+
+def _engine_failed() -> UnavailableError:
+    return UnavailableError("the engine has failed; try again", retry_after_s=RETRY_STOPPING_S)

@@ -67,5 +67,6 @@ Vectors = npt.NDArray[np.float32]
 ApplyModules: TypeAlias = Callable[[Vectors], Vectors]
 """Applies the sentence modules of vectors. Shape: [text_count, pooled size] to [text_count, vector_size]."""
 
-Encode: TypeAlias = Callable[[Sequence[Run]], Iterator[Rows]]
-"""Runs a batch: yields every layer of every output of every run once."""
+Encode: TypeAlias = Callable[[Sequence[Run]], Iterator[Rows | None]]
+"""Runs a batch: yields every layer of every output of every run once, and None where it may pause while another batch
+runs in the same thread."""
