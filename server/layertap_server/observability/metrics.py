@@ -97,7 +97,7 @@ class Metrics(Hooks):
         )
         self._batch_duration = self._histogram(
             "batch_inference_duration_seconds",
-            "The time of a batch in its instance, events included.",
+            "The time of a batch in its instance, events included, pauses for short calls left out.",
             _DURATIONS_S,
         )
         info = prometheus_client.Info("layertap_server", "What is served.", registry=self.registry)

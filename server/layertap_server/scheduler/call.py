@@ -194,7 +194,7 @@ class Hooks:
     """Called from any thread, and must be quick; these do nothing."""
 
     def ran(self, batch: Sequence[BatchPart], *, started_at_ns: int, compute_time_ns: int) -> None:
-        """An instance has run a batch."""
+        """An instance has run a batch; the time of its pauses is left out."""
 
     def refused(self, reason: str) -> None:
         """A call was refused; the reason is one of `REASONS`."""

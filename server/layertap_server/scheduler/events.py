@@ -33,7 +33,7 @@ class RunDone:
         first_text: The position of the first of the texts in the call.
         started_at_ns: When their batch began, by time.monotonic_ns.
         queue_time_ns: How long the first of them had waited.
-        compute_time_ns: How long the batch took.
+        compute_time_ns: How long the batch took, with its pauses.
     """
 
     first_text: int
