@@ -332,6 +332,7 @@ class Batcher:
         parts: list[BatchPart] = []
         last: dict[Call, BatchPart] = {}
         passed_over: list[Call] = []
+        self._queue.begin_batch()
         while (call := self._queue.first) is not None:
             text, waiting = call.next_part, call.waiting[0]
             byte_count, mix_bytes = call.bytes_of(text), call.plan.mix_token_bytes * text.token_count

@@ -1,13 +1,15 @@
 """How clients share the server: the order of their calls, what each may use, and how long a batch may be.
 
 Rules:
-- Clients are served round robin, then the connections of a client.
+- Clients are served round robin, then the connections of a client. Of those, what had nothing waiting comes before what
+  the last batch has served: a short call waits for the batch that runs, not for the next one of the same caller too.
 - A client that opens many connections gets no more for it, and two programs that come as one client do not hold each
   other up. What a client is, `rpc.caller` decides.
 - Calls of one connection are served first come, first served, by their texts: a stream that always has texts waiting
   does not hold up the calls that come after it.
 - Of each limit the last quarter is kept for clients that use little.
-- Each operation costs the same however many calls wait, but for a binary search among those of one connection.
+- Each operation costs the same however many calls wait, but for a binary search among those of one connection, and for
+  what had nothing waiting a step for each connection that the last batch has served.
 
 Pure. The batcher changes the queue, under its lock; the admission of calls changes the memory, in its event loop.
 """
@@ -47,6 +49,7 @@ class FairQueue:
 
     def __init__(self) -> None:
         self._clients: OrderedDict[str, OrderedDict[str, list[Call]]] = OrderedDict()
+        self._served: dict[tuple[str, str], None] = {}
 
     def __iter__(self) -> Iterator[Call]:
         """Yields every call."""
@@ -77,9 +80,17 @@ class FairQueue:
                 yield from calls[:count]
 
     def add(self, call: Call) -> None:
-        """Adds a call to its connection by its arrival; a client or connection that had none comes last."""
-        calls = self._clients.setdefault(call.client, OrderedDict()).setdefault(call.connection, [])
-        bisect.insort(calls, call, key=_ARRIVAL)
+        """Adds a call to its connection by its arrival; one that had none comes behind those that wait."""
+        is_new = call.client not in self._clients
+        connections = self._clients.setdefault(call.client, OrderedDict())
+        if call.connection not in connections:
+            connections[call.connection] = []
+            for client, connection in self._served:
+                if client == call.client and connection in connections:
+                    connections.move_to_end(connection)
+                elif is_new and client in self._clients:
+                    self._clients.move_to_end(client)
+        bisect.insort(connections[call.connection], call, key=_ARRIVAL)
 
     def put_back(self, call: Call) -> None:
         """Adds a call that was removed without being served; its client and connection come first."""
@@ -101,8 +112,13 @@ class FairQueue:
         """Moves a client that has been served, and its connection, to the end."""
         if client in self._clients:
             self._clients.move_to_end(client)
+            self._served[client, connection] = None
             if connection in self._clients[client]:
                 self._clients[client].move_to_end(connection)
+
+    def begin_batch(self) -> None:
+        """Notes that what is served from here on is served in another batch."""
+        self._served.clear()
 
 
 class Budget:
@@ -196,10 +212,8 @@ class BatchTime:
     """How many tokens a batch may have, by how long batches take and which callers have come lately.
 
     A call that comes while all instances compute waits for one of them, and then for its own batch. So while callers
-    alternate, a batch has at most the tokens that lately took 50 ms: another caller then waits for about twice as long,
-    however much one of them has queued. On the CPU that costs about 3 % of the speed in bulk, so a caller that is alone
-    has the whole `--max-batch-tokens`. A text is never cut: the time of the longest one is the least that others may
-    wait.
+    alternate, a batch has at most the tokens that lately took 50 ms. On the CPU that costs about 3 % of the speed in
+    bulk, so a caller that is alone has the whole `--max-batch-tokens`. A text is never cut.
     """
 
     def __init__(self) -> None:

@@ -229,6 +229,22 @@ def test_a_stream_with_texts_always_waiting_holds_up_no_call_of_its_connection(m
     assert found == [[[2, 3]], [[4], [50]], [[51], [5]], [[6], [52]]]
 
 
+@pytest.mark.parametrize("place", [{"client": "short"}, {"connection": "short"}], ids=["client", "connection"])
+def test_a_short_call_waits_for_no_more_than_the_batch_that_runs(
+    make: Make, engine: Engine, place: dict[str, str]
+) -> None:
+    batcher = make(max_batch_tokens=4)
+    Caller(batcher, reads=True).add(*range(10, 30))
+    assert engine.next_batch() == [[10, 11, 12, 13]]
+    for first in (1, 2):  # However often it comes, what has more to do has its share in between.
+        short = Caller(batcher, **place).add(first, length=3)
+        engine.let_go()
+        assert engine.next_batch()[0] == [first]
+        engine.let_go()
+        assert short.next()
+        assert engine.next_batch()[0][0] >= 14
+
+
 def test_texts_of_a_call_are_numbered_on_through_its_batches(make: Make, engine: Engine) -> None:
     batcher = make(max_batch_tokens=2)
     plugged(batcher, engine)

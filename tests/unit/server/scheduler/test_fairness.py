@@ -64,6 +64,26 @@ def test_clients_then_connections_are_served_round_robin_and_calls_of_one_as_the
     assert not waiting and waiting.first is None
 
 
+@pytest.mark.parametrize("key", ["client", "connection"])
+def test_what_had_nothing_waiting_comes_before_what_the_last_batch_has_served(key: str) -> None:
+    waiting = FairQueue()
+
+    def add(arrival: int, name: str) -> None:
+        waiting.add(call(arrival, name) if key == "client" else call(arrival, "a", name))
+
+    for n, name in enumerate(("one", "two", "three")):
+        add(n, name)
+    waiting.begin_batch()
+    assert served(waiting, 2) == [0, 1]
+    add(3, "new")  # Behind "three", which waits, and before those that have just been served.
+    add(4, "newer")
+    assert [one.arrival for one in waiting] == [2, 3, 4, 0, 1]
+    waiting.begin_batch()
+    assert served(waiting, 1) == [2]
+    add(5, "newest")  # Not before "one" and "two" again, which would then never be served.
+    assert [one.arrival for one in waiting] == [3, 4, 0, 1, 5, 2]
+
+
 def test_a_call_that_comes_back_stands_by_its_arrival_and_one_put_back_is_next() -> None:
     waiting = FairQueue()
     calls = [call(n, client) for n, client in enumerate("aab")]
