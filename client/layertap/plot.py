@@ -60,7 +60,7 @@ def similarity(embedding: Embedding, *, layers: int | Sequence[int] = -1, texts:
     figure, axes = _figure(len(panels), width=_PANEL_INCHES * len(panels), height=3.9)
     for axis, layer, values in zip(axes, chosen, panels, strict=True):
         image = axis.imshow(values, cmap="RdBu_r", vmin=-1, vmax=1)
-        axis.set_title(f"layer {_absolute(layer, embedding)}")
+        axis.set_title(f"layer {embedding.hidden_states.absolute(layer)}")
         _label(axis, "x", _pieces(embedding, texts[1]))
         _label(axis, "y", _pieces(embedding, texts[0]))
     figure.colorbar(image, ax=list(axes), label="cosine (blue: below 0)")
@@ -112,10 +112,11 @@ def projection(
         axes_of: The layer that the axes are of; None: all held layers.
 
     Raises:
+        IndexError: if a layer is not held.
         ModuleNotFoundError: if matplotlib is missing; `layertap[plot]` brings it.
     """
     found = analysis.projection(embedding, texts=texts, layer=axes_of)
-    shown = [_absolute(layer, embedding) for layer in _several(layers)]
+    shown = list(map(embedding.hidden_states.absolute, _several(layers)))
     figure, axes = _figure(len(shown), width=1 + 3.8 * len(shown), height=4.2)
     ends = np.cumsum(found.token_counts)
     for axis, layer in zip(axes, shown, strict=True):
@@ -159,7 +160,7 @@ def attention(
     figure, axes = _figure(len(chosen), width=_PANEL_INCHES * min(len(chosen), 4), height=3.9, columns=4)
     for axis, head in zip(axes, chosen, strict=False):
         image = axis.imshow(rows[held.heads.index(head)], cmap="viridis", vmin=0, vmax=1)
-        axis.set_title(f"layer {layer + held.layer_count if layer < 0 else layer}, head {head}")
+        axis.set_title(f"layer {held.absolute(layer)}, head {head}")
         _label(axis, "x", _pieces(embedding, text))
         _label(axis, "y", _pieces(embedding, text))
     figure.colorbar(image, ax=list(axes), label="attention")
@@ -211,10 +212,6 @@ def _pieces(embedding: Embedding, text: int) -> list[str]:
 
 def _several(numbers: int | Sequence[int]) -> list[int]:
     return [numbers] if isinstance(numbers, int) else list(numbers)
-
-
-def _absolute(layer: int, embedding: Embedding) -> int:
-    return layer + embedding.hidden_states.layer_count + 1 if layer < 0 else layer
 
 
 def _widened(low: float, high: float) -> tuple[float, float]:

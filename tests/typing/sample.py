@@ -98,6 +98,7 @@ def look_at_results(embedding: Embedding) -> None:
     assert_type(states[-1], Floats)
     assert_type(states[:2], tuple[Floats, ...])
     assert_type(states.layers, tuple[int, ...])
+    assert states.absolute(-1) == states.layer_count
     assert_type(states.ragged(-1), list[Floats])
     assert all(layer.shape[0] == len(embedding) for layer in states) and states.layer_count + 1 >= len(states)
     assert states.token_counts is embedding.token_counts

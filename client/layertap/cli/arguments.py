@@ -53,11 +53,7 @@ def build() -> argparse.ArgumentParser:
     _encode(command("encode", "get one vector a text, as sentence-transformers does", examples.ENCODE, usage=texts))
     _server(command("info", "show the served model and the limits", examples.INFO)).set_defaults(run=commands.info)
     _server(command("health", "exit with 0 if the server serves", examples.HEALTH)).set_defaults(run=commands.health)
-    _explore(
-        command(
-            "explore", "open a page in the browser that shows what the model does with a sentence", examples.EXPLORE
-        )
-    )
+    _explore(command("explore", "show in the browser what the model does with a sentence", examples.EXPLORE))
     summary = "print a script that completes commands and flags in a shell"
     completing = command("completion", summary, examples.COMPLETION, usage="{bash,zsh}")
     completing.add_argument("shell", choices=completion.SHELLS)

@@ -61,6 +61,18 @@ class HeldLayers(_repr.Shown):
         """
         return tuple(map(export.to_torch, self))
 
+    def absolute(self, layer: int) -> int:
+        """Returns the absolute number of a held layer, of which negative ones count from the model's last.
+
+        Raises:
+            IndexError: if the layer is not held.
+        """
+        absolute = layer + self.layer_count + self._first_is_input if layer < 0 else layer
+        if absolute not in self._ragged:
+            held = ", ".join(map(str, self._ragged)) or "none"
+            raise IndexError(f"layer {layer} is not held (held: {held}); ask for it with {self._option}=[{layer}]")
+        return absolute
+
     @property
     def _row_counts(self) -> IntArray:
         """How many rows each text has. Shape: [text_count]."""
@@ -68,7 +80,7 @@ class HeldLayers(_repr.Shown):
 
     def _whole(self, layer: int) -> FloatArray:
         """Returns one layer, padded."""
-        absolute = self._absolute(layer)
+        absolute = self.absolute(layer)
         if absolute not in self._padded:
             self._padded[absolute] = self._pad(absolute)
         return self._padded[absolute]
@@ -78,16 +90,9 @@ class HeldLayers(_repr.Shown):
 
     def _split(self, layer: int) -> list[FloatArray]:
         """Returns views of one layer, one a text."""
-        return export.split(self._ragged[self._absolute(layer)], self._row_counts)
+        return export.split(self._ragged[self.absolute(layer)], self._row_counts)
 
     def _rows_of(self, index: int) -> dict[int, FloatArray]:
         """Returns views of all held layers of one text."""
         start, count = int(self._row_counts[:index].sum()), int(self._row_counts[index])
         return {layer: rows[start : start + count] for layer, rows in self._ragged.items()}
-
-    def _absolute(self, layer: int) -> int:
-        absolute = layer + self.layer_count + self._first_is_input if layer < 0 else layer
-        if absolute not in self._ragged:
-            held = ", ".join(map(str, self._ragged)) or "none"
-            raise IndexError(f"layer {layer} is not held (held: {held}); ask for it with {self._option}=[{layer}]")
-        return absolute

@@ -149,11 +149,13 @@ def test_figures_show_the_numbers_of_the_analysis(pyplot: Any) -> None:
     assert np.array_equal(line.get_ydata(), analysis.trajectory(one))
 
 
-def test_without_tokens_labels_are_positions_and_a_missing_head_is_named(pyplot: Any) -> None:
+def test_without_tokens_labels_are_positions_and_what_is_missing_is_named(pyplot: Any) -> None:
     axis = plot.tokens_by_layers(embedding(layers=ALL)).axes[0]
     assert [label.get_text() for label in axis.get_xticklabels()] == ["0", "1", "2", "3", "4"]
     with pytest.raises(LookupError, match=r"attention_heads=\[1\]"):
         plot.attention(labelled(), heads=1)
+    with pytest.raises(IndexError, match=r"layer 9 is not held .* layers=\[9\]"):
+        plot.projection(labelled(), layers=[9])
 
 
 def test_a_missing_matplotlib_is_named(monkeypatch: pytest.MonkeyPatch, whole: Embedding) -> None:
