@@ -81,7 +81,7 @@ def test_beside_other_outputs_and_in_their_place_in_the_tuple(real: Any, real_or
         np.testing.assert_array_equal(tensors[layer].numpy(), attentions[layer])
         assert np.abs(tensors[layer].sum(-1).numpy() - 1).max() < 1e-5
     _check(pickle.loads(pickle.dumps(only)).attentions, real_oracle, ["the bank"])
-    assert "attentions=0…5" in repr(only) and "heads" not in repr(embedding.hidden_states)
+    assert f"attentions={only.attentions!r}" in repr(only) and "heads" not in repr(embedding.hidden_states)
     table = only.to_arrow()
     assert len(table["attentions_3"][0]) == 16 and len(table["attentions_3"][0][0]) == 12
 
