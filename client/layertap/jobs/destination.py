@@ -85,16 +85,19 @@ class Destination:
             if os.path.lexists(path) and not self.overwrite:
                 raise JobError(f"{path} is there already; name another file, remove it, or say --overwrite")
 
-    def give_up(self, reason: str) -> None:
-        """Allows that what lies in the folder is lost.
+    def give_up(self, reason: str, *, is_done: bool = False) -> None:
+        """Allows that what lies in the folder is lost, or an output that is done.
 
         Raises:
             JobError: if that is not allowed; `reason` says what is wrong with it.
         """
-        if not self.overwrite:
-            raise JobError(
-                f"{self.folder} {reason}; finish it as it was begun, or say --overwrite to lose it and begin anew"
-            )
+        if self.overwrite:
+            return
+        if is_done:
+            raise JobError(f"{self.output} {reason}; name another folder with -o, or say --overwrite to make it anew")
+        raise JobError(
+            f"{self.folder} {reason}; finish it as it was begun, or say --overwrite to lose it and begin anew"
+        )
 
     def publish(self, parts: Parts, *, has_errors: bool) -> None:
         """Gives output and side file their names; what has its name already is passed over.

@@ -137,7 +137,7 @@ class Job:
             digest.add(item)
         if digest.text() == end.digest:
             return True
-        self.destination.give_up("was finished with another input")
+        self.destination.give_up("was made of another input", is_done=True)
         return False
 
     def _stamp(self) -> str:
@@ -209,13 +209,17 @@ class Job:
 
     def _is_continued(self, known: Manifest, manifest: Manifest) -> bool:
         """Returns whether a manifest is of this job; what is of another one is given up, if that is allowed."""
+        is_done = known.end is not None
+        was = "was made" if is_done else "was begun"
         if known.settings != manifest.settings:
-            self.destination.give_up(f"was begun with {_difference('', known.settings, manifest.settings)}")
+            difference = _difference("", known.settings, manifest.settings)
+            self.destination.give_up(f"{was} with {difference}", is_done=is_done)
             return False
         if known.fingerprint != manifest.fingerprint:
             self.destination.give_up(
-                f"was begun with the model {known.model_id}, fingerprint {known.fingerprint[:12]}; "
-                f"the server has {manifest.model_id}, {manifest.fingerprint[:12]}"
+                f"{was} with the model {known.model_id}, fingerprint {known.fingerprint[:12]}; "
+                f"the server has {manifest.model_id}, {manifest.fingerprint[:12]}",
+                is_done=is_done,
             )
             return False
         return True

@@ -394,5 +394,5 @@ def test_a_refusal_says_which_part_of_a_setting_is_another(corpus: Path, half_do
     run(job(corpus, half_done, overwrite=True, task=Pooled("mean"), work_folder=half_done.parent))
     refused(
         job(corpus, half_done, task=Pooled("cls"), work_folder=half_done.parent),
-        r"was begun with pooling\.0\.strategy 'mean', now it is 'cls'; finish",
+        r"out\.npz was made with pooling\.0\.strategy 'mean', now it is 'cls'; name another folder",
     )
