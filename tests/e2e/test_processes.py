@@ -116,6 +116,10 @@ def test_cuda_is_set_up_in_each_process_after_the_fork_and_not_before(tiny_folde
         assert len(serving) == 2 and serving < asked
         assert not asked & {server.process.pid, *forked_from}
         assert len(asked) == 3  # One more chose the devices, and has ended.
+        # A process times its device alone: both ask for it, then make their encoder, one after the other.
+        steps = re.findall(rb"^(cuda|made): (\d+)(?: init)?$", server.log, re.MULTILINE)
+        (_, first), _, (_, second), _ = steps
+        assert steps == [(b"cuda", first), (b"made", first), (b"cuda", second), (b"made", second)]
         with Client(server.address) as client:
             assert client.embed("I love Paris").last_hidden_state.shape[2] == 32
 

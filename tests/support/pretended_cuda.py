@@ -39,7 +39,10 @@ def _asked(name: str, answer: Any) -> Callable[..., Any]:
 def _encoder(*arguments: Any, device: str, dtype: str, **options: Any) -> Encoder:
     assert (device, dtype) == ("cuda:0", "bfloat16")
     torch.cuda.init()
-    return Encoder(*arguments, device="cpu", dtype="float32", **options)
+    try:
+        return Encoder(*arguments, device="cpu", dtype="float32", **options)
+    finally:
+        print(f"made: {os.getpid()}", file=sys.stderr, flush=True)
 
 
 def main() -> int:

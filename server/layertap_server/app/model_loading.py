@@ -7,10 +7,12 @@ fork.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
+import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Final, TypeVar
 
 from layertap_server.app.child_process import in_child
@@ -36,7 +38,11 @@ _CUDA_BATCH_BYTES: Final = 256 << 20
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class FoundModel:
-    """A model that can be served, before its weights are read."""
+    """A model that can be served, before its weights are read.
+
+    Attributes:
+        lock: A file that forked processes lock while they make encoders. None: there are no others.
+    """
 
     checkpoint: Checkpoint
     tokenizer: Tokenizer
@@ -45,6 +51,7 @@ class FoundModel:
     dtype: str
     fingerprint: str
     threads: CpuThreads
+    lock: int | None
 
     @property
     def on_cpu(self) -> bool:
@@ -64,25 +71,28 @@ class FoundModel:
     def encoders(self, make_encoder: Callable[..., Encoder], *, before_fork: bool) -> list[Encoder]:
         """Reads the weights; returns an encoder for each device. Before a fork it leaves no thread behind.
 
+        After it one process after the other does so: on a GPU an encoder times which way is faster there.
+
         Raises:
             CheckpointError: if the weights do not fit the configuration.
         """
         probing = {"run_probe": in_child} if before_fork else {}
-        return timed(
-            f"loaded the weights on {', '.join(self.devices)}",
-            lambda: [
-                make_encoder(
-                    self.checkpoint,
-                    device=device,
-                    dtype=self.dtype,
-                    sentences=self.sentences,
-                    thread_count=self.threads.thread_count,
-                    max_thread_count=self.threads.lone_thread_count,
-                    **probing,
-                )
-                for device in self.devices
-            ],
-        )
+        with contextlib.nullcontext() if before_fork or self.lock is None else _locked(self.lock):
+            return timed(
+                f"loaded the weights on {', '.join(self.devices)}",
+                lambda: [
+                    make_encoder(
+                        self.checkpoint,
+                        device=device,
+                        dtype=self.dtype,
+                        sentences=self.sentences,
+                        thread_count=self.threads.thread_count,
+                        max_thread_count=self.threads.lone_thread_count,
+                        **probing,
+                    )
+                    for device in self.devices
+                ],
+            )
 
     def facts(self, *, has_pooler: bool) -> ModelFacts:
         """Returns what requests need to know of it."""
@@ -131,7 +141,20 @@ def find_model(config: Config) -> FoundModel:
         threads=cpu_threads.share(
             instance_count=config.instances, thread_count=config.instance_threads, process_count=config.processes
         ),
+        lock=os.memfd_create("layertap") if config.processes > 1 else None,
     )
+
+
+@contextlib.contextmanager
+def _locked(file: int) -> Iterator[None]:
+    """Waits until no other process is in such a block, or has ended in it."""
+    import fcntl  # Not on Windows, where a server has one process.
+
+    fcntl.lockf(file, fcntl.LOCK_EX)
+    try:
+        yield
+    finally:
+        fcntl.lockf(file, fcntl.LOCK_UN)
 
 
 def timed(what: str, work: Callable[[], T]) -> T:

@@ -172,7 +172,8 @@ def _stream(device: torch.device) -> torch.cuda.Stream:
 
 
 def _event(stream: torch.cuda.Stream, *, timed: bool = False) -> torch.cuda.Event:
-    event = torch.cuda.Event(enable_timing=timed)  # type: ignore[no-untyped-call]
+    # A thread that waits sleeps: else each instance would keep a core busy while the device computes.
+    event = torch.cuda.Event(enable_timing=timed, blocking=True)  # type: ignore[no-untyped-call]
     event.record(stream)
     return event
 
