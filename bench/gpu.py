@@ -70,7 +70,8 @@ STAGES = {
             "peer": 80,
             "clients": 60,
             "clients_of_2": 60,
-            "clients_of_4": 60,
+            "clients_of_4": 80,
+            "peer_of_clients": 60,
         },
     ),
     "tune": Stage(

@@ -32,18 +32,18 @@ from layertap import Client
 CLIENT_COUNT = 8
 MEMORY = ("--max-batch-bytes", "--max-call-output-bytes", "--max-output-bytes", "--shared-memory-bytes")
 """Flags of the server that bound what layers take: their defaults suit a CPU."""
+_PEER = "sentence-transformers at its best, texts/s"
 SUBSCRIBER = """
-import random, sys
+import sys
+from pathlib import Path
 from layertap import Client
-address, count, length, seed = sys.argv[1], *map(int, sys.argv[2:])
-chance = random.Random(seed)
-some = [" ".join(f"word{chance.randrange(30000)}" for _ in range(length - 2)) for _ in range(min(count, 500))]
-texts = [some[n % len(some)] for n in range(count)]
+address, file = sys.argv[1:]
+texts = Path(file).read_text().splitlines()
 with Client(address) as client:
     client.embed(texts[:8], pooling="mean")
     print("ready", flush=True)
     sys.stdin.readline()
-    assert sum(1 for _ in client.embed_stream(texts, pooling="mean")) == count
+    assert sum(1 for _ in client.embed_stream(texts, pooling="mean")) == len(texts)
     print("done", flush=True)
 """
 
@@ -62,7 +62,7 @@ def large(at: Setting) -> None:
 
 
 def natural(at: Setting) -> None:
-    lengths = _natural_lengths(at, 64 if at.quick else 24_000)
+    lengths = _natural_lengths(64 if at.quick else 24_000)
     _mixed(at, f"natural lengths, mean {statistics.mean(lengths):.0f}", lengths, required=0.7, aim=0.9)
 
 
@@ -141,11 +141,8 @@ def shared_memory(at: Setting) -> None:
 
 def peer(at: Setting) -> None:
     """Measures texts to vectors over gRPC, alternating with sentence-transformers at its best on this card."""
-    lengths = _natural_lengths(at, 32 if at.quick else 8000)
-    chance = random.Random(0)
-    texts = [" ".join(f"word{chance.randrange(30000)}" for _ in range(max(1, length - 2))) for length in lengths]
-    file = at.scratch / "texts.txt"
-    file.write_text("\n".join(texts))
+    file = _texts(at, _natural_lengths(32 if at.quick else 8000))
+    texts = file.read_text().splitlines()
     with at.server() as server, Client(server.address) as client:
         command = [str(Path(__file__).with_name("gpu_peer.py")), str(folder_of(at, at.base)), str(file), at.device]
         theirs = subprocess.Popen(
@@ -168,10 +165,21 @@ def peer(at: Setting) -> None:
         finally:
             theirs.kill()
             theirs.wait()
+    at.add(_PEER, len(texts) / statistics.median(their for _, their in pairs))
     ratio = statistics.median(their / own for own, their in pairs)
     rate = len(texts) / statistics.median(own for own, _ in pairs)
-    what = f"text to vectors over gRPC, texts/s, to sentence-transformers ({line})"
+    what = f"text to vectors over gRPC, one client, texts/s, to sentence-transformers ({line})"
     at.add(what, rate, ratio=ratio, required=1.3, aim=2.0)
+
+
+def peer_of_clients(at: Setting) -> None:
+    """Measures the same texts from several client processes, of which sentence-transformers can have but one."""
+    file = _texts(at, _natural_lengths(32 if at.quick else 8000))
+    count = len(file.read_text().splitlines())
+    with at.server("--processes", "2") as server:
+        rate = CLIENT_COUNT * count / _seconds_of_clients(server.address, file)
+    what = f"text to vectors over gRPC, {CLIENT_COUNT} clients, --processes 2, texts/s, to sentence-transformers"
+    at.add(what, rate, ratio=rate / at.figure(_PEER), required=1.3, aim=2.0)
 
 
 def clients(at: Setting) -> None:
@@ -190,11 +198,13 @@ def _pooled(at: Setting, shape: str, *, required: float, aim: float) -> None:
     flops = matmul_rate(at)
     encoder = at.encoder(shape, "bfloat16")
     length, count = (16, 64) if at.quick else (128, 256 * 24)
-    batches = batches_of(texts_of([length] * count), pooled_of(encoder), "float32", at.batch_tokens)
-    rate = tokens_per_second(encoder, batches)
-    part = rate * flops_of(encoder, length) / flops
+    if shape == at.base:
+        rate = at.rate()
+    else:
+        batches = batches_of(texts_of([length] * count), pooled_of(encoder), "float32", at.batch_tokens)
+        rate = tokens_per_second(encoder, batches)
     what = f"{shape}, ids to pooled, {length} tokens, tokens/s, to the matrix product"
-    at.add(what, rate, ratio=part, required=required, aim=aim)
+    at.add(what, rate, ratio=rate * flops_of(encoder, length) / flops, required=required, aim=aim)
 
 
 def _mixed(at: Setting, label: str, lengths: Sequence[int], *, required: float, aim: float) -> None:
@@ -204,42 +214,57 @@ def _mixed(at: Setting, label: str, lengths: Sequence[int], *, required: float, 
     at.add(f"{label}, tokens/s, to 128 tokens'", own, ratio=own / rate, required=required, aim=aim)
 
 
-def _natural_lengths(at: Setting, count: int) -> list[int]:
+def _natural_lengths(count: int) -> list[int]:
     """Returns lengths of texts as they come: most are short, some very long."""
     chance = random.Random(0)
     return [min(512, max(3, int(chance.lognormvariate(3.3, 0.85)))) for _ in range(count)]
 
 
+def _texts(at: Setting, lengths: Sequence[int]) -> Path:
+    """Writes texts of so many tokens, one a line."""
+    chance = random.Random(0)
+    lines = [" ".join(f"word{chance.randrange(30_000)}" for _ in range(max(1, length - 2))) for length in lengths]
+    file = at.scratch / f"{at.row}.txt"
+    file.write_text("\n".join(lines))
+    return file
+
+
 def _many_clients(at: Setting, process_count: int) -> None:
     """Measures client processes that stream texts at the same time."""
     length, count = (8, 16) if at.quick else (128, 4000)
+    file = _texts(at, [length] * count)
     with at.server("--processes", str(process_count)) as server:
-        clients = [
-            subprocess.Popen(
-                [sys.executable, "-c", SUBSCRIBER, server.address, str(count), str(length), str(seed)],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                text=True,
-            )
-            for seed in range(CLIENT_COUNT)
-        ]
-        try:
-            for client in clients:
-                assert client.stdout is not None and client.stdout.readline().strip() == "ready"
-            started = time.perf_counter()
-            for client in clients:
-                assert client.stdin is not None
-                client.stdin.write("\n")
-                client.stdin.flush()
-            for client in clients:
-                assert client.stdout is not None and client.stdout.readline().strip() == "done"
-            rate = CLIENT_COUNT * count * length / (time.perf_counter() - started)
-        finally:
-            for client in clients:
-                client.kill()
-                client.wait()
+        rate = CLIENT_COUNT * count * length / _seconds_of_clients(server.address, file)
     label = f"over gRPC, {CLIENT_COUNT} client processes, --processes {process_count}, tokens/s, to the engine"
     at.add(label, rate, ratio=rate / at.rate(), required=0.7, aim=0.9)
+
+
+def _seconds_of_clients(address: str, file: Path) -> float:
+    """Returns how long client processes take that each stream all lines of a file, at the same time."""
+    clients = [
+        subprocess.Popen(
+            [sys.executable, "-c", SUBSCRIBER, address, str(file)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for _ in range(CLIENT_COUNT)
+    ]
+    try:
+        for client in clients:
+            assert client.stdout is not None and client.stdout.readline().strip() == "ready"
+        started = time.perf_counter()
+        for client in clients:
+            assert client.stdin is not None
+            client.stdin.write("\n")
+            client.stdin.flush()
+        for client in clients:
+            assert client.stdout is not None and client.stdout.readline().strip() == "done"
+        return time.perf_counter() - started
+    finally:
+        for client in clients:
+            client.kill()
+            client.wait()
 
 
 def _timed(work: Callable[[], Any]) -> float:
