@@ -130,7 +130,7 @@ class Client(SentenceClient):
             mix: Several layers as one; beside `layers`, if both are given.
             attentions: "all", a layer number or several, from 0 to layer_count - 1: the attention probabilities of
                 these encoder blocks.
-            attention_heads: Which heads of them; None: all.
+            attention_heads: Which heads of them, in this order; None: all.
             dtype: The number format on the wire: "float32", "float16", or "bfloat16" (returned as float32).
             truncation: What happens above max_length: "error", "right" or "left". Token ids are never cut.
             max_length: The most tokens of one text; None: the model's.

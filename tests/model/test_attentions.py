@@ -55,7 +55,7 @@ def test_all_layers_and_heads_of_every_kind_of_text(real: Any, real_oracle: Orac
 @pytest.mark.parametrize(("dtype", "bound"), [("float16", 1e-3), ("bfloat16", 5e-3)])
 def test_chosen_layers_and_heads(real: Any, real_oracle: Oracle, dtype: str, bound: float) -> None:
     embedding = real.embed(INPUTS, attentions=[-1, 0, 5], attention_heads=[7, 2], dtype=dtype, pooling="cls")
-    assert embedding.attentions.layers == (0, 5) and embedding.attentions.heads == (2, 7)
+    assert embedding.attentions.layers == (0, 5) and embedding.attentions.heads == (7, 2)
     assert embedding.attentions[-1].shape[1] == 2 and embedding.layers == ()
     _check(embedding.attentions, real_oracle, INPUTS, bound)
 

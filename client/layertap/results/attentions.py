@@ -21,7 +21,7 @@ class Attentions(HeldLayers):
     query (third axis) over all keys (fourth axis); rows and columns past a text's token count are 0.
 
     Attributes:
-        heads: The held heads, absolute, ascending.
+        heads: The held heads, absolute, in the order of the second axis, which is that of the request.
         token_counts: Shape: [text_count].
         layer_count: The encoder blocks of the model.
     """

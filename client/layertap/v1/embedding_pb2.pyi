@@ -1423,8 +1423,8 @@ class Attentions(_message.Message):
 
     @_builtins.property
     def heads(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """Heads, 0 to attention_head_count - 1, in any order, each once; answered ascending.
-        Empty: all.
+        """Heads, 0 to attention_head_count - 1, each once; answered in this order. Empty: all,
+        ascending.
         """
 
     def __init__(
@@ -1755,7 +1755,7 @@ class OutputHeader(_message.Message):
 
     @_builtins.property
     def heads(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """Of attentions: which heads, ascending; one for each value of a row. Else empty."""
+        """Of attentions: which heads, in the order of the values of a row. Else empty."""
 
     def __init__(
         self,

@@ -134,8 +134,8 @@ def _attentions(asked: pb.Attentions, model: ModelFacts, label: str) -> Output:
     for head in asked.heads:
         if not 0 <= head < count:
             raise InvalidArgumentError(f"{label}.heads has {head}; this model's heads run from 0 to {count - 1}")
-    heads = tuple(sorted(set(asked.heads) or range(count)))
-    if len(heads) < len(asked.heads):
+    heads = tuple(asked.heads or range(count))
+    if len(set(heads)) < len(heads):
         raise InvalidArgumentError(f"{label}.heads names a head twice; name each once")
     layers = _chosen(asked, model.layer_count, label)
     return Output(kind=OutputKind.ATTENTIONS, layers=layers, row_size=len(heads), heads=heads)

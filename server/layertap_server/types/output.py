@@ -160,7 +160,7 @@ class Output:
         mix: What its rows are made of instead of one layer each. None: of each layer by itself.
         joined_pools: More poolings, whose vectors are joined to that of `pool`; it says what is done to the whole.
         applies_modules: Whether the sentence modules of the model's folder are applied, to token rows and to vectors.
-        heads: The attention heads, ascending, for attentions: one for each value of a row.
+        heads: The attention heads, for attentions: one for each value of a row, in that order.
         pooled_size: Values of a pooled vector before it is cut to `row_size`.
         is_part: Whether a row is only a part of one, which the windows of a text together make: in float32, neither
             cut nor normalized.
