@@ -62,7 +62,9 @@ def test_a_file_that_fails_does_not_stop_the_others(
     assert json.loads(side.read_text())["number"] == 91
     (corpus / "0.jsonl").write_text(json.dumps({"id": "one", "text": "hello"}) + "\n")
     assert run(tiny_server, corpus, out) == 3, "the bad item of another file is still one"
-    assert capsys.readouterr().out.count("was done before") == 3
+    shown = capsys.readouterr()
+    assert shown.out.count("was done before") == 3
+    assert f"1 item failed; {side} has the reasons\n" in shown.err, "none follows"
     assert pq.read_table(out).num_rows == 181
 
 

@@ -8,7 +8,6 @@ import dataclasses
 import threading
 import webbrowser
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, Final
 
 import grpc
@@ -160,17 +159,18 @@ def _answer(args: argparse.Namespace, task: Task) -> int:
         return _write_shards(args, found, task)
     source = parsing.source(args)
     if args.output:
+        destination = Destination(output=args.output, overwrite=args.overwrite)
         with connect(args) as client:
-            return _write(args, client, _job(args, source, args.output, task))
+            return _write(args, client, _job(args, source, destination, task))
     if args.keep:
         raise parsing.UsageError("--keep carries fields to a file; name it with -o")
     return _show(args, source, task)
 
 
-def _job(args: argparse.Namespace, source: Source, output: Path, task: Task, work_folder: Path | None = None) -> Job:
+def _job(args: argparse.Namespace, source: Source, destination: Destination, task: Task) -> Job:
     return Job(
         source=source,
-        destination=Destination(output=output, overwrite=args.overwrite, work_folder=work_folder),
+        destination=destination,
         task=task,
         fields=parsing.fields(args),
         input_format=args.input_format,
@@ -191,8 +191,8 @@ def _write_shards(args: argparse.Namespace, found: Sequence[Shard], task: Task) 
     with connect(args) as client:
         for shard in found:
             try:
-                source = parsing.reader(args, shard.source)
-                code = max(code, _write(args, client, _job(args, source, shard.output, task, shard.work_folder)))
+                source, destination = parsing.reader(args, shard.source), shard.destination(overwrite=args.overwrite)
+                code = max(code, _write(args, client, _job(args, source, destination, task)))
             except JobError as exc:
                 failed += 1
                 parsing.warn(str(exc))
@@ -212,7 +212,7 @@ def _write(args: argparse.Namespace, client: Client, job: Job) -> int:
         raise
     if outcome.bad_count:
         failed = "1 item" if outcome.bad_count == 1 else f"{outcome.bad_count} items"
-        parsing.warn(f"{failed} failed; {errors} has the reasons, the first:")
+        parsing.warn(f"{failed} failed; {errors} has the reasons{', the first:' if outcome.reasons else ''}")
         for reason in outcome.reasons:
             parsing.warn(reason)
     if args.json:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Final
 
 from layertap.jobs import JobError
+from layertap.jobs.destination import Destination
 from layertap.jobs.readers import FORMATS
 from layertap.jobs.sources import COMPRESSED
 
@@ -33,10 +34,9 @@ class Shard:
     source: Path
     output: Path
 
-    @property
-    def work_folder(self) -> Path:
-        """Where its job keeps what it needs."""
-        return self.output.parent / WORK
+    def destination(self, *, overwrite: bool) -> Destination:
+        """Returns where its job writes."""
+        return Destination(output=self.output, overwrite=overwrite, work_folder=self.output.parent / WORK)
 
 
 def is_pattern(name: str) -> bool:

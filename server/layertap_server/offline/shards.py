@@ -16,7 +16,6 @@ from layertap._protocol.inputs import InputItem
 from layertap._protocol.options import EmbedOptions
 from layertap.errors import LayertapError
 from layertap.jobs import JobError, shards
-from layertap.jobs.destination import Destination
 from layertap.jobs.items import Fields
 from layertap.jobs.job import DEFAULT_PART_ITEMS, Job
 from layertap.jobs.shards import Shard
@@ -109,10 +108,9 @@ class ShardEmbedder:
         warnings: list[str] = []
         try:
             shards.prepare(shard.output.parent)
-            folder = shard.work_folder
             job = Job(
                 source=open_source(shard.source, self._input_format or format_of(shard.source), self._fields),
-                destination=Destination(output=shard.output, overwrite=self._overwrite, work_folder=folder),
+                destination=shard.destination(overwrite=self._overwrite),
                 task=self._task,
                 fields=self._fields,
                 input_format=self._input_format,

@@ -36,7 +36,7 @@ def test_each_file_of_a_folder_becomes_one_of_the_same_name(corpus: Path, tmp_pa
         "b.txt -> b.parquet",
         "c.v2.parquet -> c.v2.parquet",
     ]
-    assert found is not None and found[0].work_folder == tmp_path / "out" / "_layertap"
+    assert found is not None and found[0].destination(overwrite=False).work_folder == tmp_path / "out" / "_layertap"
 
 
 def test_a_pattern_finds_files_in_folders_too(corpus: Path, tmp_path: Path) -> None:
