@@ -30,7 +30,6 @@ STILL_LONGER = {
     "server/layertap_server/protocol/preprocess.py",
     "server/layertap_server/rpc/caller.py",
     "server/layertap_server/scheduler/batcher.py",
-    "server/layertap_server/scheduler/fairness.py",
 }
 """Modules that have not been divided yet."""
 

@@ -34,6 +34,7 @@ from layertap_server.rpc.caller import (
     Shared,
     client_of,
 )
+from layertap_server.rpc.stream_memory import StreamMemory
 from layertap_server.scheduler.call import Hooks
 from layertap_server.scheduler.fairness import Reads, RequestMemory
 from layertap_server.types import RETRY_FULL_S, RETRY_STOPPING_S
@@ -79,6 +80,7 @@ class Admission:
         """
         self._shared = Shared(
             memory=RequestMemory(max_request_bytes, hooks),
+            streams=StreamMemory(max_request_bytes),
             deadlines=Deadlines(),
             reads=Reads(),
             stall_timeout_s=stall_timeout_s,

@@ -28,6 +28,7 @@ from layertap.errors import (
 )
 from layertap_server.observability.call_log import Record
 from layertap_server.rpc import auth
+from layertap_server.rpc.stream_memory import StreamMemory
 from layertap_server.scheduler.fairness import Reads, RequestMemory
 from layertap_server.types import RETRY_ELSEWHERE_S
 
@@ -80,6 +81,7 @@ class Shared:
 
     Attributes:
         memory: The memory for their requests.
+        streams: The memory for what streams have read.
         deadlines: Ends those that wait for too long.
         reads: The messages that come in at once.
         stall_timeout_s: How long a request may take to come, and an answer may stay unread, in seconds.
@@ -88,6 +90,7 @@ class Shared:
     """
 
     memory: RequestMemory
+    streams: StreamMemory
     deadlines: Deadlines
     reads: Reads
     stall_timeout_s: float
@@ -136,16 +139,16 @@ class AdmittedCall:
     def add_stream_bytes(self, byte_count: int) -> None:
         """Counts memory that what a stream has read takes, or with a negative number gives it back."""
         self._stream_byte_count += byte_count
-        self._shared.memory.add_stream(self.client, byte_count)
+        self._shared.streams.add(self.client, byte_count)
 
     @property
     def has_stream_room(self) -> bool:
         """Whether a stream may read more."""
-        return self._shared.memory.has_stream_room(self.client)
+        return self._shared.streams.has_room(self.client)
 
     async def stream_room(self) -> None:
         """Waits until a stream may read more."""
-        await self._shared.memory.stream_room(self.client)
+        await self._shared.streams.room(self.client)
 
     def set_idle(self, timeout_s: float, error: Callable[[], LayertapError]) -> None:
         """Notes that the call is idle; after so many seconds it ends with an error, which `error` then makes."""
@@ -183,7 +186,9 @@ class AdmittedCall:
     def close(self) -> None:
         """Gives back what the call holds."""
         self.set_busy()
-        self._shared.memory.give_back(self.client, self._byte_count, self._stream_byte_count)
+        self._shared.memory.give_back(self.client, self._byte_count)
+        if self._stream_byte_count:
+            self._shared.streams.add(self.client, -self._stream_byte_count)
 
     def why_left(self) -> LayertapError:
         """Returns why the caller no longer waits."""

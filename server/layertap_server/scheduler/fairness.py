@@ -20,7 +20,7 @@ import asyncio
 import bisect
 import operator
 import time
-from collections import OrderedDict, deque
+from collections import OrderedDict
 from collections.abc import Iterator
 from typing import Final
 
@@ -160,13 +160,6 @@ class QueueBudget:
     """The texts that wait in the queue, and their tokens."""
 
     def __init__(self, *, max_texts: int, max_tokens: int, hooks: Hooks) -> None:
-        """Starts with an empty queue.
-
-        Args:
-            max_texts: Texts that may wait.
-            max_tokens: Tokens that may wait.
-            hooks: Called for refusals.
-        """
         self._texts = Budget(max_texts)
         self._tokens = Budget(max_tokens)
         self._hooks = hooks
@@ -195,12 +188,13 @@ class QueueBudget:
         """
         if self.has_room(client, text_count, token_count):
             return
-        if not self._texts.has_room(client, text_count):
-            reason, full = "queue_texts", f"{self._texts.used} texts wait, the queue holds {self._texts.limit}"
-        else:
-            reason, full = "queue_tokens", f"{self._tokens.used} tokens wait, the queue holds {self._tokens.limit}"
-        self._hooks.refused(reason)
-        raise ResourceExhaustedError(f"the server is full: {full}; try again later", retry_after_s=RETRY_FULL_S)
+        has_texts = self._texts.has_room(client, text_count)
+        what, budget = ("tokens", self._tokens) if has_texts else ("texts", self._texts)
+        self._hooks.refused(f"queue_{what}")
+        raise ResourceExhaustedError(
+            f"the server is full: {budget.used} {what} wait, the queue holds {budget.limit}; try again later",
+            retry_after_s=RETRY_FULL_S,
+        )
 
     def add(self, client: str, text_count: int, token_count: int) -> None:
         """Counts texts that a client queues, or with negative numbers takes out."""
@@ -222,13 +216,7 @@ class BatchTime:
         self._shared_until = 0.0
 
     def arrived(self, client: str, connection: str, now: float) -> None:
-        """Notes that a caller has queued texts.
-
-        Args:
-            client: Its client.
-            connection: Its connection among those of the client.
-            now: The time, in seconds.
-        """
+        """Notes that a connection of a client has queued texts, at a time in seconds."""
         if self._last != (client, connection):
             if self._last is not None:
                 self._shared_until = now + _SHARED_S
@@ -247,17 +235,11 @@ class BatchTime:
 
 
 class RequestMemory:
-    """The memory for the requests of all calls; see `Budget` for what is kept for light clients.
-
-    Streams have as much again to themselves: what they read counts when it has come, so that they may take more than
-    their limit by a message each, and others must not be refused for that.
-    """
+    """The memory for the requests of all calls; see `Budget` for what is kept for light clients."""
 
     def __init__(self, limit: int, hooks: Hooks) -> None:
-        self._requests = Budget(limit)
-        self._streams = Budget(limit)
+        self._budget = Budget(limit)
         self._hooks = hooks
-        self._freed = asyncio.Event()
 
     def add(self, client: str, byte_count: int) -> None:
         """Counts bytes of a request.
@@ -265,37 +247,18 @@ class RequestMemory:
         Raises:
             ResourceExhaustedError: if the client may not hold so many more.
         """
-        if not self._requests.has_room(client, byte_count):
+        if not self._budget.has_room(client, byte_count):
             self._hooks.refused("request_bytes")
             raise ResourceExhaustedError(
-                f"the server is full: the requests under way take {self._requests.used} bytes, the most is "
-                f"{self._requests.limit}; try again later",
+                f"the server is full: the requests under way take {self._budget.used} bytes, the most is "
+                f"{self._budget.limit}; try again later",
                 retry_after_s=RETRY_FULL_S,
             )
-        self._requests.add(client, byte_count)
+        self._budget.add(client, byte_count)
 
-    def add_stream(self, client: str, byte_count: int) -> None:
-        """Counts bytes of a stream, or with a negative number gives them back."""
-        self._streams.add(client, byte_count)
-        if byte_count < 0:
-            self._freed.set()
-
-    def give_back(self, client: str, byte_count: int, stream_byte_count: int) -> None:
+    def give_back(self, client: str, byte_count: int) -> None:
         """Gives back all that a call holds."""
-        if byte_count:
-            self._requests.add(client, -byte_count)
-        if stream_byte_count:
-            self.add_stream(client, -stream_byte_count)
-
-    def has_stream_room(self, client: str) -> bool:
-        """Returns whether streams of a client may hold more; one that holds nothing always may."""
-        return self._streams.has_room(client, 1) or not self._streams.used_by(client)
-
-    async def stream_room(self, client: str) -> None:
-        """Waits until streams of a client may hold more."""
-        while not self.has_stream_room(client):
-            self._freed.clear()
-            await self._freed.wait()
+        self._budget.add(client, -byte_count)
 
 
 class Reads:
@@ -308,23 +271,23 @@ class Reads:
 
     def __init__(self) -> None:
         self._started: dict[str, dict[object, float]] = {}
-        self._waiting: dict[str, deque[asyncio.Future[None]]] = {}
+        self._waiting: dict[str, dict[asyncio.Future[None], None]] = {}
 
     async def begin(self, client: str, caller: object) -> None:
-        """Waits until a caller may read its next message; `end` must follow.
-
-        Args:
-            client: Its client.
-            caller: What tells it apart; it reads one message at a time.
-        """
-        own = self._started.setdefault(client, {})
-        while len(own) >= MAX_COUNT:
+        """Waits until a caller of a client, which reads one message at a time, may read the next; `end` must follow."""
+        while len(own := self._started.setdefault(client, {})) >= MAX_COUNT:
             oldest, started_at = next(iter(own.items()))
-            if started_at + _FRESH_S <= time.monotonic():
+            if (left_s := started_at + _FRESH_S - time.monotonic()) <= 0:
                 del own[oldest]
-            else:
-                await self._wait(client, started_at + _FRESH_S)
-                own = self._started.setdefault(client, {})
+                continue
+            waiting, future = self._waiting.setdefault(client, {}), asyncio.get_running_loop().create_future()
+            waiting[future] = None
+            try:
+                await asyncio.wait((future,), timeout=left_s)
+            finally:
+                del waiting[future]
+                if not waiting:
+                    del self._waiting[client]
         own[caller] = time.monotonic()
 
     def end(self, client: str, caller: object) -> None:
@@ -333,22 +296,5 @@ class Reads:
         own.pop(caller, None)
         if not own:
             self._started.pop(client, None)
-        for future in self._waiting.get(client, ()):
-            if not future.done():
-                future.set_result(None)
-                break
-
-    async def _wait(self, client: str, until: float) -> None:
-        loop = asyncio.get_running_loop()
-        future: asyncio.Future[None] = loop.create_future()
-        waiting = self._waiting.setdefault(client, deque())
-        waiting.append(future)
-        try:
-            async with asyncio.timeout(max(until - time.monotonic(), 0.0)):
-                await future
-        except TimeoutError:
-            pass
-        finally:
-            waiting.remove(future)
-            if not waiting:
-                self._waiting.pop(client, None)
+        if future := next((one for one in self._waiting.get(client, ()) if not one.done()), None):
+            future.set_result(None)

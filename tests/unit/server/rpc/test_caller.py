@@ -8,6 +8,7 @@ from collections.abc import Callable
 from layertap.errors import DeadlineExceededError, LayertapError
 from layertap_server.observability.call_log import Record
 from layertap_server.rpc.caller import AdmittedCall, Deadlines, Shared
+from layertap_server.rpc.stream_memory import StreamMemory
 from layertap_server.scheduler.call import Hooks
 from layertap_server.scheduler.fairness import Reads, RequestMemory
 
@@ -20,6 +21,7 @@ def test_each_idle_call_ends_at_its_time_and_a_busy_one_does_not() -> None:
     async def run() -> None:
         shared = Shared(
             memory=RequestMemory(1000, Hooks()),
+            streams=StreamMemory(1000),
             deadlines=Deadlines(),
             reads=Reads(),
             stall_timeout_s=60,
