@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
@@ -15,6 +15,9 @@ from layertap.types import BoolArray, IntArray
 if TYPE_CHECKING:
     import pandas
     import pyarrow
+
+_NUMBERS: Final = ("input_ids", "attention_mask", "token_type_ids", "special_tokens_mask", "word_ids")
+"""What there is one number of for each token."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True, eq=False, repr=False)
@@ -54,17 +57,9 @@ class Tokens(ByText):
 
     def _text(self, index: int) -> Tokens:
         one, length = slice(index, index + 1), slice(int(self.token_counts[index]))
-        return Tokens(
-            tokens=self.tokens[one],
-            input_ids=self.input_ids[one, length],
-            attention_mask=self.attention_mask[one, length],
-            token_type_ids=self.token_type_ids[one, length],
-            special_tokens_mask=self.special_tokens_mask[one, length],
-            word_ids=self.word_ids[one, length],
-            offset_mapping=self.offset_mapping[one, length],
-            token_counts=self.token_counts[one],
-            truncated=self.truncated[one],
-        )
+        by_text: dict[str, Any] = {name: getattr(self, name)[one] for name in ("tokens", "token_counts", "truncated")}
+        by_token = {name: getattr(self, name)[one, length] for name in (*_NUMBERS, "offset_mapping")}
+        return dataclasses.replace(self, **by_text, **by_token)
 
     def _summary(self) -> list[tuple[str, str]]:
         """Returns the shape in words, and the first tokens."""
@@ -102,12 +97,11 @@ class Tokens(ByText):
 
     def _columns(self) -> list[export.Column]:
         inside = np.arange(self.input_ids.shape[1]) < self.token_counts[:, None]
-        names = ("input_ids", "attention_mask", "token_type_ids", "special_tokens_mask", "word_ids")
         offsets = self.offset_mapping[inside]
         return [
             export.Column(name="text", values=np.repeat(np.arange(len(self)), self.token_counts)),
             export.Column(name="tokens", values=[token for text in self.tokens for token in text]),
-            *(export.Column(name=name, values=getattr(self, name)[inside]) for name in names),
+            *(export.Column(name=name, values=getattr(self, name)[inside]) for name in _NUMBERS),
             export.Column(name="start", values=offsets[:, 0]),
             export.Column(name="end", values=offsets[:, 1]),
         ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 
@@ -118,16 +118,10 @@ class Words(ByText):
         return len(self.word_counts)
 
     def _text(self, index: int) -> Words:
-        one = slice(index, index + 1)
-        return Words(
-            word_counts=self.word_counts[one],
-            piece_counts=self.piece_counts[one],
-            offsets=self.offsets[one],
-            sequence_ids=self.sequence_ids[one],
-            _states=self._states._text(index),
-            _mixed=None if self._mixed is None else self._mixed._text(index),
-            strings=self.strings[one],
-        )
+        names = ("word_counts", "piece_counts", "offsets", "sequence_ids", "strings")
+        own: dict[str, Any] = {name: getattr(self, name)[index : index + 1] for name in names}
+        mixed = None if self._mixed is None else self._mixed._text(index)
+        return Words(**own, _states=self._states._text(index), _mixed=mixed)
 
     def _columns(self) -> list[export.Column]:
         """Returns the words as columns of a table, one row a text."""

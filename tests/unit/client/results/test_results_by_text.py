@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import numpy as np
@@ -40,6 +41,14 @@ def test_an_embedding_iterates_by_text() -> None:
         assert np.array_equal(one.pools[1][0], whole.pools[1][n])
         assert np.array_equal(one.pooler_output[0], whole.pooler_output[n])
         assert one.tokens.tokens == [whole.tokens.tokens[n]] and one.tokens.input_ids.shape == (1, count)
+
+
+def test_tokens_iterate_by_text_and_keep_the_name_of_their_call() -> None:
+    whole = dataclasses.replace(tokens(), request_id="a-call")
+    for n, one in enumerate(whole):
+        assert one.request_id == "a-call" and one.tokens == [whole.tokens[n]] and one.token_counts == [COUNTS[n]]
+        assert one.offset_mapping.shape == (1, COUNTS[n], 2) and one.truncated.tolist() == [n == 1]
+        assert np.array_equal(one.word_ids[0], whole.word_ids[n, : COUNTS[n]])
 
 
 def test_words_and_mixes_iterate_by_text() -> None:
