@@ -17,7 +17,6 @@ import sys
 import threading
 import time
 import traceback
-import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -30,7 +29,7 @@ from layertap_server.model import checkpoint
 from layertap_server.testing import ServerProcess, running_server
 from layertap_server.types import Encode, Output, OutputKind, Plan, Pool, Run, Strategy, Text
 
-SHAPES = {"bert-base": (768, 12, 12), "bert-large": (1024, 24, 16), "tiny": (64, 3, 4)}
+SHAPES = {"bert-base": (768, 12, 12), "bert-large": (1024, 24, 16), "tiny": (64, 3, 4), "small": (128, 4, 4)}
 VOCABULARY = 30522
 ENGINE_RATE = "engine, ids to pooled, 128 tokens, tokens/s"
 _CHOICES = ("layertap_server.engine.fast_path", "layertap_server.engine.graphs", "layertap_server.engine.runtime")
@@ -59,6 +58,7 @@ class Setting:
     batch_tokens: int
     server_flags: list[str]
     row: str = ""
+    _encoder: tuple[str, str, Encoder] | None = None
 
     @property
     def base(self) -> str:
@@ -68,7 +68,7 @@ class Setting:
     @property
     def large(self) -> str:
         """The larger model."""
-        return "tiny" if self.quick else "bert-large"
+        return "small" if self.quick else "bert-large"
 
     @property
     def on_gpu(self) -> bool:
@@ -113,10 +113,12 @@ class Setting:
             self.add(ENGINE_RATE, found)
             return found
 
-    @functools.lru_cache(maxsize=1)  # noqa: B019  # There is one setting.
     def encoder(self, shape: str, dtype: str) -> Encoder:
         """Returns the engine on the device, as the server loads it; the last one is kept."""
-        return load(self, shape, dtype)
+        if self._encoder is None or self._encoder[:2] != (shape, dtype):
+            self.release()
+            self._encoder = shape, dtype, load(self, shape, dtype)
+        return self._encoder[2]
 
     @contextlib.contextmanager
     def server(self, *flags: str) -> Iterator[ServerProcess]:
@@ -131,7 +133,8 @@ class Setting:
 
     def release(self) -> None:
         """Frees the engine that is kept, and its memory."""
-        type(self).encoder.cache_clear()
+        self._encoder = None
+        _INSTANCES.clear()
         gc.collect()
         if self.on_gpu:
             torch.cuda.empty_cache()
@@ -144,7 +147,7 @@ class Setting:
 
 Row = Callable[[Setting], None]
 
-_INSTANCES: weakref.WeakKeyDictionary[Encoder, list[Encode]] = weakref.WeakKeyDictionary()
+_INSTANCES: dict[Encoder, list[Encode]] = {}
 """The instances of each encoder. They are kept: each has a queue of the device, and memory that goes with it."""
 
 
