@@ -42,7 +42,7 @@ class StandIn(Encoder):
     has_pooler = batch_invariant = True
     thread_count = max_thread_count = 1
 
-    def encode(self, batch: Sequence[Run]) -> Iterator[Rows]:
+    def encode_with_pauses(self, batch: Sequence[Run]) -> Iterator[Rows | None]:
         if self._batch_s:
             time.sleep(self._batch_s)
         for layer in range(max(run.plan.depth for run in batch) + 1):

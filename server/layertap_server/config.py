@@ -24,6 +24,9 @@ _memory = functools.partial(setting, group="memory for outputs")
 _stopping = functools.partial(setting, group="stopping")
 _observing = functools.partial(setting, group="logs, metrics and traces")
 
+_MESSAGE_BYTES = (4 << 20) - (64 << 10)
+"""Below the 4 MiB that gRPC's clients take, by more than an estimate of a message's size is off."""
+
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Config:
@@ -117,16 +120,15 @@ class Config:
         most=(1 << 31) - 1,
     )
     max_response_bytes: int = _request(
-        (4 << 20) - (64 << 10),
+        _MESSAGE_BYTES,
         "One unary answer; clients of every language take 4 MiB unless told otherwise.",
         unit="bytes",
         least=1 << 16,
         most=(1 << 31) - 1,
     )
     max_frame_bytes: int = _request(
-        3 << 20,
-        "One streamed message. A message costs each end 0.1 ms besides its bytes, and clients take 4 MiB unless told "
-        "otherwise.",
+        _MESSAGE_BYTES,
+        "One streamed message. Each costs both ends 0.1 ms besides its bytes; clients take up to 4 MiB by default.",
         unit="bytes",
         least=1 << 14,
         most=(1 << 31) - 1,

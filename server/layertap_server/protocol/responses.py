@@ -293,7 +293,8 @@ def shared_rows(data: Sequence[memoryview], lending: Lending | None) -> pb.Share
 
 
 def cuts(row_count: int, row_bytes: int, max_frame_bytes: int) -> Iterator[tuple[int, int]]:
-    """Yields the first row and the row count of each frame, which has at least one row."""
-    step = max(1, (max_frame_bytes - HEAD_BYTES) // row_bytes)
+    """Yields the first row and the row count of each frame: as few frames as can be, and none much smaller."""
+    most = max(1, (max_frame_bytes - HEAD_BYTES) // row_bytes)
+    step = -(-row_count // -(-row_count // most)) if row_count else 1
     for first in range(0, row_count, step):
         yield first, min(step, row_count - first)
