@@ -19,7 +19,7 @@ from layertap.types import ITEM_BYTES
 from layertap.v1 import embedding_pb2 as pb
 
 KINDS = [pb.EmbedLayersResponse, pb.EmbedStreamResponse]
-MODEST = settings(max_examples=150, deadline=None)
+MODEST = settings(max_examples=100, deadline=None)
 
 INT32 = st.integers(-(2**31), 2**31 - 1)
 INT64 = st.integers(-(2**63), 2**63 - 1)

@@ -28,7 +28,7 @@ from layertap_server.protocol.stream_responses import Result, split_run
 from layertap_server.protocol.stream_responses import messages as messages_of
 from layertap_server.types import Text, Unit
 
-MODEST = settings(max_examples=70, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+MODEST = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 TIMINGS = pb.Timings(queue_time_ns=1, tokenize_time_ns=2, compute_time_ns=3)
 
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from layertap_server.engine.packing import PackedBatch
 from layertap_server.types import Mix, Mixing, Output, OutputKind, Plan, Pool, Run, Strategy, Text, WordPooling
 
-MODEST = settings(max_examples=70, deadline=None)
+MODEST = settings(max_examples=40, deadline=None)
 
 
 @st.composite

@@ -366,7 +366,7 @@ def test_many_threads_at_once_never_get_the_same_block(segment: Segment) -> None
 # What the assembler makes of rows that lie in memory.
 
 
-@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(data=st.data(), answer=answers.answers())
 def test_frames_in_memory_at_their_places_or_elsewhere_and_bytes_give_the_right_arrays(
     data: st.DataObject, answer: answers.Answer
