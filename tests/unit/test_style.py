@@ -26,7 +26,6 @@ STILL_LONGER = {
     "client/layertap/_protocol/inputs.py",
     "client/layertap/_protocol/responses.py",
     "client/layertap/_transport/transport.py",
-    "server/layertap_server/engine/bert.py",
     "server/layertap_server/protocol/preprocess.py",
     "server/layertap_server/rpc/caller.py",
     "server/layertap_server/scheduler/batcher.py",

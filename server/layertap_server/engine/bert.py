@@ -1,8 +1,7 @@
 """BERT's forward pass over packed rows, from one wanted layer to the next.
 
-The residual stream and LayerNorm are float32 whatever the compute dtype: that costs little and keeps a third of the
-error of doing all in bfloat16. The other model types are the same blocks behind other embeddings: what differs is in
-the table of `model.architectures`, and weights are known here by their names in BertModel.
+The other model types are the same blocks behind other embeddings: what differs is in the table of
+`model.architectures`, and weights are known here by their names in BertModel.
 """
 
 from __future__ import annotations
@@ -11,20 +10,16 @@ import dataclasses
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Final, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch.nn import functional as F
-from transformers.activations import ACT2FN
 
-from layertap_server.engine.attention import CpuAttention, CpuPrepared
-from layertap_server.engine.block import Blocks, compiled
-from layertap_server.engine.block import Weights as BlockWeights
+from layertap_server.engine.attention import CpuAttention
+from layertap_server.engine.block_stack import Attention, BlockStack
 from layertap_server.engine.device_attention import DeviceAttention
-from layertap_server.engine.device_steps import Steps, device_steps, plain_steps
 from layertap_server.engine.embeddings import Embeddings
 from layertap_server.engine.graphs import GraphInput, Graphs, Pass
 from layertap_server.engine.invariance import NO_PADDING, Invariance, Probe, Rowwise, RunProbe, run_here
@@ -34,16 +29,12 @@ from layertap_server.engine.runtime import Runtime
 from layertap_server.engine.sentence_modules import SentenceModules
 from layertap_server.engine.upload import Sent, Upload
 from layertap_server.engine.weight_reader import WeightReader, Weights
-from layertap_server.model.files import CheckpointError
 from layertap_server.model.sentence_config import SentenceConfig
 from layertap_server.model.settings import ModelSettings
 
 log = logging.getLogger(__name__)
 
 Prepared: TypeAlias = "StepInput | GraphInput"
-Activation: TypeAlias = Callable[[torch.Tensor], torch.Tensor]
-Attention: TypeAlias = Callable[[torch.Tensor], torch.Tensor]
-"""Attends within each text. Shape: [row_count, 3 · hidden_size] to [row_count, hidden_size]."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -71,9 +62,6 @@ class StepInput:
 _TAIL: Final = 64
 """Values at the end of a tensor, or of a thread's part of it, that an activation may compute in another way than the
 rest. Differences are too rare for a probe to find."""
-_STEP_WORK: Final = 2e9
-"""Operations of matrix products between two pauses of a batch on the CPU, unless a single block has more: 25 ms of one
-core with AVX-512. Each step has to wait for the interpreter's lock, and costs up to 0.2 ms more."""
 _LEAST_TEAM_SIZE: Final = 128
 """Narrower models have nothing to gain from a team, and too few values for a probe to find differences."""
 
@@ -123,12 +111,10 @@ class Bert:
         self.layer_count = settings.num_hidden_layers
         self._device = device
         self._dtype = dtype
-        self._epsilon = settings.layer_norm_eps
         self._head_count = settings.num_attention_heads
         self._runtime = runtime
         intermediate_size = settings.intermediate_size
         self._intermediate_size = intermediate_size
-        self._activation = _activation(settings.hidden_act)
         linears = Linears(
             device=device,
             dtype=dtype,
@@ -140,41 +126,18 @@ class Bert:
         self._program_rows = linears.padded
 
         reader = WeightReader(weights, settings, linears, device)
-        hidden = self.hidden_size
         self._padding_id = settings.padding_position_id
         self._embed = Embeddings(reader, settings, dtype=dtype, packed=self._packed)
-        self._blocks: list[BlockWeights] = []
-        for index in range(self.layer_count):
-            prefix = f"encoder.layer.{index}"
-            names = [f"{prefix}.attention.self.{part}" for part in ("query", "key", "value")]
-            self._blocks.append(
-                BlockWeights(
-                    qkv=reader.linear(*names, out_size=hidden, in_size=hidden),
-                    attended=reader.linear(f"{prefix}.attention.output.dense", out_size=hidden, in_size=hidden),
-                    attended_norm=reader.norm(f"{prefix}.attention.output", hidden),
-                    intermediate=reader.linear(
-                        f"{prefix}.intermediate.dense", out_size=intermediate_size, in_size=hidden
-                    ),
-                    output=reader.linear(f"{prefix}.output.dense", out_size=hidden, in_size=intermediate_size),
-                    output_norm=reader.norm(f"{prefix}.output", hidden),
-                )
-            )
+        self._stack = BlockStack(reader, settings, dtype=dtype, packed=self._packed, runtime=runtime)
         has_pooler = settings.architecture.has_pooler and "pooler.dense.weight" in reader
-        self._pooler = reader.linear("pooler.dense", out_size=hidden, in_size=hidden) if has_pooler else None
-        self._steps = self._find_steps()
-        self._program: torch.jit.ScriptModule | None = None
+        self._pooler = (
+            reader.linear("pooler.dense", out_size=self.hidden_size, in_size=self.hidden_size) if has_pooler else None
+        )
         self._attention: CpuAttention | DeviceAttention
         self._graphs: Graphs | None = None
         if runtime is None:
             self._attention = CpuAttention(dtype=dtype, head_count=self._head_count)
-            if self._activation is F.gelu:
-                self._program = compiled(
-                    Blocks(self._blocks, head_count=self._head_count, packed=self._packed, epsilon=self._epsilon)
-                )
-            if self._program is not None:
-                self._blocks = []
         else:
-            # Compiling saves nothing here: the host only queues the steps.
             attention = DeviceAttention(runtime, dtype=dtype, head_count=self._head_count, hidden_size=self.hidden_size)
             self._attention = attention
             if attention.varlen is not None:
@@ -244,20 +207,13 @@ class Bert:
         for layer in wanted:
             row_count = packed_batch.row_count(layer)
             rows = rows[: self._padded(row_count)]
-            step = self._blocks_of_a_step(len(rows))
+            step = self._stack.count_at_once(len(rows))
             for first in range(done, layer, step):
                 if first > done:
                     yield None
-                rows = self._run(first, min(first + step, layer), rows, prepared.attention)
+                rows = self._stack.run(first, min(first + step, layer), rows, prepared.attention)
             done = layer
             yield layer, rows[:row_count]
-
-    def _blocks_of_a_step(self, row_count: int) -> int:
-        """Returns how many blocks run at once over so many rows."""
-        if self._runtime is not None:
-            return self.layer_count
-        work = 4.0 * row_count * self.hidden_size * (2 * self.hidden_size + self._intermediate_size)
-        return max(1, int(_STEP_WORK / work))
 
     def queries_and_keys(self, rows: torch.Tensor, block: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Returns what the attention of a block compares, with queries scaled.
@@ -272,11 +228,12 @@ class Bert:
         row_count = len(rows)
         if more := self._padded(row_count) - row_count:
             rows = torch.cat([rows, rows.new_zeros(more, self.hidden_size)])
-        if self._program is not None:
-            projected = self._program.project(rows, block)
-        else:
-            projected = self._steps.linear(rows.to(self._dtype), self._blocks[block].qkv)
-        split = projected[:row_count].float().view(row_count, 3, self._head_count, -1).permute(1, 2, 0, 3)
+        split = (
+            self._stack.project(rows, block)[:row_count]
+            .float()
+            .view(row_count, 3, self._head_count, -1)
+            .permute(1, 2, 0, 3)
+        )
         return split[0] * split.shape[-1] ** -0.5, split[1]
 
     def pooler(self, first_rows: torch.Tensor) -> torch.Tensor:
@@ -295,9 +252,9 @@ class Bert:
         if self._runtime is not None:  # Not measured yet.
             return Invariance(padding=NO_PADDING, holds=False, thread_count=1, max_thread_count=1)
         started = time.perf_counter()
-        fused = self._activation is F.gelu
+        fused = self._stack.has_gelu
         probe = Probe(
-            lambda rows, groups: self._run(0, 1, rows, self._attention.prepare(groups, Upload(None))),
+            lambda rows, groups: self._stack.run(0, 1, rows, self._attention.prepare(groups, Upload(None))),
             [
                 *([Rowwise(self._pool, self.hidden_size)] if self._pooler else []),
                 *([Rowwise(self._embed.project, self._embed.size)] if self._embed.projection else []),
@@ -325,40 +282,6 @@ class Bert:
         assert self._pooler is not None
         return torch.tanh(dense(first_rows.to(self._dtype), self._pooler, self._packed, False)).float()
 
-    def _find_steps(self) -> Steps:
-        """Returns how blocks run that are not compiled."""
-        packed, fused = self._packed, self._activation is F.gelu
-        plain = plain_steps(
-            lambda rows, layer: dense(rows, layer, packed, False), self._activation, epsilon=self._epsilon
-        )
-        if self._runtime is None:
-            ffn_up = (lambda rows, layer: dense(rows, layer, packed, True)) if fused else plain.ffn_up
-            return dataclasses.replace(plain, ffn_up=ffn_up)
-        if self._dtype is torch.float32 or not self._blocks:
-            return plain
-        return device_steps(
-            plain,
-            gelu=fused,
-            epsilon=self._epsilon,
-            norm=self._blocks[0].output_norm,
-            up=self._blocks[0].intermediate,
-            runtime=self._runtime,
-        )
-
-    def _run(self, first: int, last: int, rows: torch.Tensor, attention: Attention) -> torch.Tensor:
-        """Runs the blocks from `first` to before `last`. Shape: [row_count, hidden_size], float32, in and out."""
-        if self._program is not None:
-            assert isinstance(attention, CpuPrepared)
-            found: torch.Tensor = self._program(rows, first, last, attention.shapes, attention.masks)
-            return found
-        steps, cast = self._steps, rows.to(self._dtype)
-        for block in self._blocks[first:last]:
-            context = attention(steps.linear(cast, block.qkv))
-            rows, cast = steps.add_norm(steps.linear(context, block.attended), rows, block.attended_norm)
-            output = steps.linear(steps.ffn_up(cast, block.intermediate), block.output)
-            rows, cast = steps.add_norm(output, rows, block.output_norm)
-        return rows
-
     def _whole_pass(self, attention: DeviceAttention, longest: int) -> Pass:
         """Returns the pass through all layers that graphs record."""
 
@@ -367,18 +290,10 @@ class Bert:
         ) -> list[torch.Tensor]:
             layers = [self._embed(input_ids, token_type_ids, position_ids)]
             for block in range(self.layer_count):
-                layers.append(
-                    self._run(block, block + 1, layers[-1], lambda qkv: attention.run_varlen(qkv, bounds, longest))
+                rows = self._stack.run(
+                    block, block + 1, layers[-1], lambda qkv: attention.run_varlen(qkv, bounds, longest)
                 )
+                layers.append(rows)
             return layers
 
         return run
-
-
-def _activation(name: str) -> Activation:
-    if name == "gelu":
-        return F.gelu
-    if name not in ACT2FN:
-        raise CheckpointError(f"config.json says hidden_act {name!r}, which transformers does not know")
-    activation: Activation = ACT2FN[name]
-    return activation
