@@ -23,6 +23,7 @@ from layertap_server.parity.compare import BOUNDS
 from layertap_server.scheduler.batcher import Batcher
 from layertap_server.scheduler.call import Call
 from layertap_server.scheduler.events import Event, RowsReady, RunDone
+from layertap_server.scheduler.queue_limits import QueueLimits
 from layertap_server.types import (
     Mix,
     Mixing,
@@ -62,13 +63,15 @@ def batcher(request: pytest.FixtureRequest, tiny_folder: Path, device: str, dtyp
     encodes = cpu_threads.make([encoder], threads) if request.param else [encoder.encode_beside() for _ in range(2)]
     made = Batcher(
         encodes,
-        max_batch_tokens=150,
-        max_batch_bytes=1 << 20,
-        min_share_tokens=10,
-        max_queue_texts=10_000,
-        max_queue_tokens=1_000_000,
-        max_output_bytes=1 << 26,
-        max_call_output_bytes=1 << 26,
+        QueueLimits(
+            max_batch_tokens=150,
+            max_batch_bytes=1 << 20,
+            min_share_tokens=10,
+            max_queue_texts=10_000,
+            max_queue_tokens=1_000_000,
+            max_output_bytes=1 << 26,
+            max_call_output_bytes=1 << 26,
+        ),
     )
     yield made
     assert made.stop(timeout_s=60)

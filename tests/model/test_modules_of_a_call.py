@@ -52,7 +52,7 @@ def test_one_unary_call_enters_few_modules(tiny_folder: Path) -> None:
     # `types` are values; the engine counts as one; the timer that looks for instances that hang is no part of a call.
     apart = {name for name in server_modules if name.startswith("types/")} | {"app/lifecycle", "scheduler/instances"}
     rooms = {"engine" if name.startswith("engine/") else name for name in server_modules - apart}
-    assert {"engine", "rpc/service", "model/tokenizer", "scheduler/batcher", "protocol/responses"} <= rooms
+    assert {"engine", "rpc/service", "model/tokenizer", "scheduler/call_queue", "protocol/responses"} <= rooms
     assert len(rooms) <= MOST_OF_SERVER, sorted(rooms)
     assert {"client", "wire", "_transport/transport"} <= client_modules
     assert len(client_modules) <= MOST_OF_CLIENT, sorted(client_modules)

@@ -17,6 +17,7 @@ from layertap_server.model import checkpoint
 from layertap_server.scheduler.batcher import Batcher
 from layertap_server.scheduler.call import Call
 from layertap_server.scheduler.events import Event, RowsReady, RunDone
+from layertap_server.scheduler.queue_limits import QueueLimits
 from layertap_server.types import Encode, Output, OutputKind, Plan, Pool, Rows, Run, Strategy, Text
 
 WAIT_S = 60.0
@@ -66,13 +67,15 @@ def test_a_short_text_is_answered_before_a_long_one_that_came_first(encode: Enco
     held = Held(encode)
     batcher = Batcher(
         [held],
-        max_batch_tokens=1024,
-        max_batch_bytes=1 << 30,
-        min_share_tokens=64,
-        max_queue_texts=100,
-        max_queue_tokens=10_000,
-        max_output_bytes=1 << 30,
-        max_call_output_bytes=1 << 30,
+        QueueLimits(
+            max_batch_tokens=1024,
+            max_batch_bytes=1 << 30,
+            min_share_tokens=64,
+            max_queue_texts=100,
+            max_queue_tokens=10_000,
+            max_output_bytes=1 << 30,
+            max_call_output_bytes=1 << 30,
+        ),
     )
     events: queue.Queue[tuple[int, Event]] = queue.Queue()
     answers: dict[int, list[bytes]] = {LONG: [], SHORT: []}

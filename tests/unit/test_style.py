@@ -28,7 +28,6 @@ STILL_LONGER = {
     "client/layertap/_transport/transport.py",
     "server/layertap_server/protocol/preprocess.py",
     "server/layertap_server/rpc/caller.py",
-    "server/layertap_server/scheduler/batcher.py",
 }
 """Modules that have not been divided yet."""
 

@@ -29,6 +29,7 @@ from layertap_server.rpc.listener import Listener
 from layertap_server.rpc.service import EmbeddingService
 from layertap_server.scheduler.batcher import Batcher
 from layertap_server.scheduler.call import Hooks
+from layertap_server.scheduler.queue_limits import QueueLimits
 from layertap_server.shared_memory.lease import Sharing
 
 if TYPE_CHECKING:
@@ -76,13 +77,15 @@ def make_parts(
         raise ConfigError("--shared-memory-bytes needs Linux; leave it out")
     batcher = Batcher(
         [with_oom_retry(encode) for encode in cpu_threads.make(encoders, found.threads)],
-        max_batch_tokens=batch_tokens,
-        max_batch_bytes=share.max_batch_bytes or found.batch_bytes,
-        min_share_tokens=share.min_share_tokens,
-        max_queue_texts=share.max_queue_text_count,
-        max_queue_tokens=share.max_queue_token_count,
-        max_output_bytes=share.max_output_bytes,
-        max_call_output_bytes=share.max_call_output_bytes,
+        QueueLimits(
+            max_batch_tokens=batch_tokens,
+            max_batch_bytes=share.max_batch_bytes or found.batch_bytes,
+            min_share_tokens=share.min_share_tokens,
+            max_queue_texts=share.max_queue_text_count,
+            max_queue_tokens=share.max_queue_token_count,
+            max_output_bytes=share.max_output_bytes,
+            max_call_output_bytes=share.max_call_output_bytes,
+        ),
         apply_modules=encoders[0].apply_modules,
         hooks=hooks,
     )

@@ -28,6 +28,7 @@ from layertap_server.offline.pieces import LABEL, Builder, Good, Piece, Stream, 
 from layertap_server.protocol import responses
 from layertap_server.protocol.preprocess import Preprocessor, Result
 from layertap_server.scheduler.batcher import Batcher
+from layertap_server.scheduler.queue_limits import QueueLimits
 
 _SAMPLE: Final = "a"
 _UNBOUNDED: Final = 1 << 40
@@ -80,13 +81,15 @@ class OfflineModel:
         )
         self._batcher = Batcher(
             cpu_threads.make(encoders, threads),
-            max_batch_tokens=config.max_batch_tokens or found.batch_tokens,
-            max_batch_bytes=config.max_batch_bytes or found.batch_bytes,
-            min_share_tokens=config.min_share_tokens,
-            max_queue_texts=_UNBOUNDED,
-            max_queue_tokens=_UNBOUNDED,
-            max_output_bytes=_UNBOUNDED,
-            max_call_output_bytes=config.max_call_output_bytes,
+            QueueLimits(
+                max_batch_tokens=config.max_batch_tokens or found.batch_tokens,
+                max_batch_bytes=config.max_batch_bytes or found.batch_bytes,
+                min_share_tokens=config.min_share_tokens,
+                max_queue_texts=_UNBOUNDED,
+                max_queue_tokens=_UNBOUNDED,
+                max_output_bytes=_UNBOUNDED,
+                max_call_output_bytes=config.max_call_output_bytes,
+            ),
             apply_modules=encoders[0].apply_modules,
         )
         self._loop = asyncio.new_event_loop()

@@ -47,7 +47,7 @@ def queued(
 ) -> Call:
     """Returns a call whose texts are queued; as a context it drops what is left of it at its end.
 
-    For `keeps_rows` see `Batcher.open`.
+    For `keeps_rows` see `Call`.
     """
     call = batcher.open(
         plan,

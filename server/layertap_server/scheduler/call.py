@@ -1,6 +1,6 @@
 """One caller's texts in the queue, and what is reported of them: events to the call, hooks to the server.
 
-The batcher changes the state of a call, under its lock. An instance reports to a call by events, which cross from its
+The queue changes the state of a call, under its lock. An instance reports to a call by events, which cross from its
 thread into the event loop of the call. Of what is behind the hooks nothing is known where they are called.
 """
 
@@ -14,13 +14,20 @@ from collections.abc import Callable, Sequence
 from typing import Final, Generic, NamedTuple, Protocol, TypeVar
 
 from layertap_server.scheduler.events import Event, RowsReady
-from layertap_server.types import Allocator, Plan, Text
+from layertap_server.scheduler.windows import TextEvents
+from layertap_server.types import Allocator, ApplyModules, Plan, Text
 
 EventT = TypeVar("EventT")
 
 
 class Queue(Protocol):
-    """What a call asks of the batcher."""
+    """What a call asks of its queue.
+
+    Attributes:
+        apply_modules: Applies the sentence modules of vectors.
+    """
+
+    apply_modules: ApplyModules
 
     def add(self, call: Call, texts: Sequence[Text], waits: bool) -> bool:
         """Queues texts of a call; returns whether it did."""
@@ -66,9 +73,23 @@ class Call:
         connection: str = "",
         deliver: Callable[[Event], None],
         wake: Callable[[], None] = lambda: None,
-        expires_at: float | None,
+        expires_at: float | None = None,
         allocator: Allocator | None = None,
+        keeps_rows: bool = True,
     ) -> None:
+        """Starts without texts.
+
+        Args:
+            queue: Where its texts wait.
+            plan: The outputs of its texts.
+            client: Its client; see `fairness`.
+            connection: Its connection among those of the client.
+            deliver: Called with each event, in the thread of an instance; must not block.
+            wake: Called after one or several of them, likewise.
+            expires_at: Its deadline, by time.monotonic. None: it has none.
+            allocator: Where its rows are written. None: in any buffer.
+            keeps_rows: Whether token rows of a text that runs as windows come all at once.
+        """
         self.plan = plan
         self.allocator = allocator
         self.client = client
@@ -88,6 +109,9 @@ class Call:
         self._queue = queue
         self._part: tuple[Text, Text] | None = None
         self._window_bytes = 0
+        if plan.of_windows is not None:
+            events = TextEvents(self, deliver, keeps_rows=keeps_rows, apply_modules=queue.apply_modules)
+            self.deliver = events.deliver
 
     def __enter__(self) -> Call:
         return self

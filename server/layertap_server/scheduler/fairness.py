@@ -11,7 +11,7 @@ Rules:
 - Each operation costs the same however many calls wait, but for a binary search among those of one connection, and for
   what had nothing waiting a step for each connection that the last batch has served.
 
-Pure. The batcher changes the queue, under its lock; the admission of calls changes the memory, in its event loop.
+Pure. `call_queue` changes the order, under its lock; the admission of calls changes the memory, in its event loop.
 """
 
 from __future__ import annotations

@@ -12,15 +12,18 @@ import logging
 import threading
 from collections import defaultdict
 from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
 from layertap.errors import InternalError, LayertapError
-from layertap_server.scheduler.call import Call
 from layertap_server.scheduler.events import Event, RowsReady, RunDone
 from layertap_server.scheduler.window_rows import narrowed, whole_rows
 from layertap_server.types import ApplyModules, DeviceLostError, Rows, Text, Unit, Vectors, Window
+
+if TYPE_CHECKING:
+    from layertap_server.scheduler.call import Call
 
 log = logging.getLogger(__name__)
 

@@ -26,6 +26,7 @@ from layertap import (
 from layertap_server.scheduler.batcher import Batcher
 from layertap_server.scheduler.call import Call
 from layertap_server.scheduler.events import CallFailed, Event, QueueRoom, RowsReady, RunDone
+from layertap_server.scheduler.queue_limits import QueueLimits
 from layertap_server.types import Mix, Mixing, Output, OutputKind, Plan, Pool, Rows, Run, Strategy, Text, Unit
 
 WAIT_S = 20.0
@@ -147,7 +148,7 @@ def make(engine: Engine) -> Iterator[Make]:
             "max_output_bytes": 100_000,
             "max_call_output_bytes": 50_000,
         }
-        made.append(Batcher(engines or (engine,), **generous | limits))
+        made.append(Batcher(engines or (engine,), QueueLimits(**generous | limits)))
         return made[-1]
 
     yield one
@@ -661,13 +662,15 @@ def test_every_text_is_answered_once_and_rightly_and_nothing_leaks(
 ) -> None:
     batcher = Batcher(
         [Engine(gated=False) for _ in range(instance_count)],
-        max_batch_tokens=max_batch_tokens,
-        max_batch_bytes=max_batch_bytes,
-        min_share_tokens=2,
-        max_queue_texts=60,
-        max_queue_tokens=200,
-        max_output_bytes=max_call_output_bytes + 100,
-        max_call_output_bytes=max_call_output_bytes,
+        QueueLimits(
+            max_batch_tokens=max_batch_tokens,
+            max_batch_bytes=max_batch_bytes,
+            min_share_tokens=2,
+            max_queue_texts=60,
+            max_queue_tokens=200,
+            max_output_bytes=max_call_output_bytes + 100,
+            max_call_output_bytes=max_call_output_bytes,
+        ),
     )
     problems: list[BaseException] = []
 

@@ -14,6 +14,7 @@ from layertap_server.scheduler.batcher import Batcher
 from layertap_server.scheduler.call import Call
 from layertap_server.scheduler.events import Event, RunDone
 from layertap_server.scheduler.fairness import Budget, FairQueue
+from layertap_server.scheduler.queue_limits import QueueLimits
 from layertap_server.types import Output, OutputKind, Plan, Pool, Rows, Run, Strategy, Text
 
 PLAN = Plan(
@@ -127,13 +128,15 @@ def test_taking_a_batch_does_not_look_at_calls_that_have_too_much_unsent(monkeyp
     engine = Engine()
     batcher = Batcher(
         [engine],
-        max_batch_tokens=1000,
-        max_batch_bytes=1 << 20,
-        min_share_tokens=1,
-        max_queue_texts=10_000,
-        max_queue_tokens=10_000,
-        max_output_bytes=1 << 20,
-        max_call_output_bytes=4,
+        QueueLimits(
+            max_batch_tokens=1000,
+            max_batch_bytes=1 << 20,
+            min_share_tokens=1,
+            max_queue_texts=10_000,
+            max_queue_tokens=10_000,
+            max_output_bytes=1 << 20,
+            max_call_output_bytes=4,
+        ),
     )
     one = Text(np.zeros(1, np.int32))
     events: queue.Queue[Event] = queue.Queue()

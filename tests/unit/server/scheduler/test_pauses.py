@@ -15,6 +15,7 @@ from layertap import DeadlineExceededError, InternalError, LayertapError, Unavai
 from layertap_server.scheduler.batcher import Batcher
 from layertap_server.scheduler.call import BatchPart, Hooks
 from layertap_server.scheduler.events import CallFailed, Event, RowsReady, RunDone
+from layertap_server.scheduler.queue_limits import QueueLimits
 from layertap_server.types import (
     DeviceLostError,
     Mix,
@@ -119,13 +120,15 @@ def hooks() -> Ran:
 def batcher(engine: Engine, hooks: Ran) -> Iterator[Batcher]:
     made = Batcher(
         [engine],
-        max_batch_tokens=50,
-        max_batch_bytes=1000,
-        min_share_tokens=1,
-        max_queue_texts=100,
-        max_queue_tokens=1000,
-        max_output_bytes=1000,
-        max_call_output_bytes=1000,
+        QueueLimits(
+            max_batch_tokens=50,
+            max_batch_bytes=1000,
+            min_share_tokens=1,
+            max_queue_texts=100,
+            max_queue_tokens=1000,
+            max_output_bytes=1000,
+            max_call_output_bytes=1000,
+        ),
         hooks=hooks,
     )
     yield made

@@ -16,6 +16,7 @@ from layertap_server.engine.oom_retry import with_oom_retry
 from layertap_server.scheduler.batcher import Batcher
 from layertap_server.scheduler.call import Call
 from layertap_server.scheduler.events import Event, RowsReady, RunDone
+from layertap_server.scheduler.queue_limits import QueueLimits
 from layertap_server.scheduler.window_rows import narrowed
 from layertap_server.types import OutOfMemoryError, Output, OutputKind, Plan, Pool, Rows, Run, Strategy, Text, Windows
 
@@ -84,7 +85,7 @@ LIMITS = {
 
 
 def batcher_of(*engines: Engine, **limits: int) -> Batcher:
-    return Batcher(engines, **LIMITS | limits)
+    return Batcher(engines, QueueLimits(**LIMITS | limits))
 
 
 @pytest.fixture
@@ -222,7 +223,7 @@ def test_windows_that_find_no_memory_together_run_alone(engine: Engine) -> None:
             raise OutOfMemoryError
         yield from engine(runs)
 
-    batcher = Batcher((with_oom_retry(small),), **LIMITS)
+    batcher = Batcher((with_oom_retry(small),), QueueLimits(**LIMITS))
     events: queue.Queue[Event] = queue.Queue()
     call = batcher.open(PLAN, client="a", deliver=events.put)
     texts = [text(0, 40), text(100, 5), text(200, 60), text(300, 12)]

@@ -12,6 +12,7 @@ import pytest
 from layertap import InternalError, UnavailableError
 from layertap_server.scheduler.batcher import Batcher
 from layertap_server.scheduler.events import CallFailed, Event, RowsReady, RunDone
+from layertap_server.scheduler.queue_limits import QueueLimits
 from layertap_server.types import DeviceLostError, Output, OutputKind, Plan, Pool, Rows, Run, Strategy, Text
 
 WAIT_S = 20.0
@@ -82,13 +83,15 @@ def engines() -> list[Engine]:
 def batcher(engines: list[Engine]) -> Iterator[Batcher]:
     made = Batcher(
         engines,
-        max_batch_tokens=1,
-        max_batch_bytes=100,
-        min_share_tokens=1,
-        max_queue_texts=100,
-        max_queue_tokens=100,
-        max_output_bytes=1000,
-        max_call_output_bytes=100,
+        QueueLimits(
+            max_batch_tokens=1,
+            max_batch_bytes=100,
+            min_share_tokens=1,
+            max_queue_texts=100,
+            max_queue_tokens=100,
+            max_output_bytes=1000,
+            max_call_output_bytes=100,
+        ),
     )
     yield made
     for engine in engines:
