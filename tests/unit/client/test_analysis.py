@@ -140,7 +140,9 @@ def test_each_figure_is_one_call(pyplot: Any, draw: Callable[[Embedding], Any], 
 def test_figures_show_the_numbers_of_the_analysis(pyplot: Any) -> None:
     one = labelled()
     image = plot.tokens_by_layers(one).axes[0].images[0]
-    assert np.array_equal(image.get_array(), analysis.tokens_by_layers(one))
+    values = analysis.tokens_by_layers(one)
+    assert np.array_equal(image.get_array(), values)
+    assert values.min() < 0 and image.get_clim() == (values.min(), 1), "the colours do not reach what is negative"
     axis = plot.similarity(one, layers=2, texts=(1, 0)).axes[0]
     assert np.array_equal(axis.images[0].get_array(), analysis.similarity(one, layer=2, texts=(1, 0)))
     assert axis.images[0].get_clim() == (-1, 1) and axis.get_title() == "layer 2"
