@@ -68,4 +68,4 @@ async def _serve(listening: socket.socket, target: str, timeout_s: float, opened
         opened(f"http://{HOST}:{port}/{token}/")
         await uvicorn.Server(config).serve(sockets=[listening])
     finally:
-        await session.close()
+        await session.client.close()

@@ -69,10 +69,6 @@ class Session:
         """Returns the attention of all heads, with the tokens."""
         return await self._embed((text,), cut, attentions="all", return_tokens=True)
 
-    async def close(self) -> None:
-        """Closes the connection."""
-        await self.client.close()
-
     async def _embed(self, texts: Sequence[str], cut: LengthOptions, **options: Any) -> Embedding:
         key = (tuple(texts), repr((cut, options)))
         if key in self._held:

@@ -185,7 +185,7 @@ class Embedding(ByText):
         )
 
     def _repr_html_(self) -> str:
-        html = _repr.Shown._repr_html_(self)
+        html = _repr.table("Embedding", self._summary())
         return html if self._tokens is None else f"{html}\n{self._tokens._repr_html_()}"
 
     def __array__(self, dtype: npt.DTypeLike | None = None, copy: bool | None = None) -> npt.NDArray[Any]:

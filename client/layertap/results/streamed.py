@@ -69,4 +69,6 @@ class StreamResult(_repr.Shown):
         return [("index", str(self.index)), what]
 
     def _repr_html_(self) -> str:
-        return _repr.Shown._repr_html_(self) if self._embedding is None else self._embedding._repr_html_()
+        if self._embedding is not None:
+            return self._embedding._repr_html_()
+        return _repr.table("StreamResult", self._summary())
