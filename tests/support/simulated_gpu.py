@@ -17,7 +17,13 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from layertap_server.engine.pinned_memory import PinnedMemory
-from layertap_server.engine.runtime import Arrival, Copies, relative_difference
+from layertap_server.engine.runtime import (
+    Arrival,
+    Copies,
+    VarlenAttention,
+    relative_difference,
+    varlen_attention,
+)
 
 GARBAGE = 0xA5
 
@@ -58,7 +64,9 @@ class SimulatedGpu:
             varlen: Whether it has variable-length attention.
         """
         self.device = torch.device(device)
-        self.varlen_attention = _varlen if varlen else None
+        self.varlen_attention: VarlenAttention | None = None
+        if varlen:  # Torch's own operator has shapes, but no numbers on a CPU.
+            self.varlen_attention = varlen_attention() if device == "meta" else _varlen
         self.uploads = self.downloads = self.replays = 0
         self._memory = PinnedMemory(lambda memory: lambda: None)
         self._pace = 0.5 if prefers_fast else 2.0
@@ -115,8 +123,6 @@ def _varlen(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bounds: torch.Tensor, longest: int
 ) -> torch.Tensor:
     """Attends text by text; rows of no text hold NaN, as they may on a device."""
-    if query.device.type == "meta":
-        return torch.empty_like(query)
     out = torch.full_like(query, torch.nan)
     ends = bounds.tolist()
     for start, end in itertools.pairwise(ends):

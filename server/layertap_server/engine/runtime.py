@@ -93,7 +93,7 @@ class CudaRuntime:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self.varlen_attention = _varlen_attention()
+        self.varlen_attention = varlen_attention()
         self._copies: dict[torch.cuda.Stream, torch.cuda.Stream] = {}
         self._memory = PinnedMemory(functools.partial(pin, device))
         self.host_memory = self._memory.allocate
@@ -203,7 +203,7 @@ def pin(device: torch.device, memory: memoryview) -> Callable[[], None]:
     return unpin
 
 
-def _varlen_attention() -> VarlenAttention | None:
+def varlen_attention() -> VarlenAttention | None:
     """Returns torch's variable-length flash attention. None: it has none.
 
     Its operator is called, which torch names private, because it is in more releases than the function around it, and
