@@ -225,11 +225,11 @@ def test_the_metrics_are_what_the_callers_counted(load: Load, url: str) -> None:
     assert load.ended("EmbedLayers", left) == "CANCELLED"
     poll(lambda: sum(Exposed(url).by_method("layertap_request_started_total").values()) == sum(load.handled.values()))
     poll(lambda: Exposed(url)("queue_size") == 0)
-    late = load.layers([LONG] * 100, timeout=0.5)
+    late = load.layers([LONG] * 10, timeout=0.9)  # Few, so that the answer has begun by then on a busy machine too.
     next(late)
     assert late.code() is grpc.StatusCode.DEADLINE_EXCEEDED  # Unread until its time is over.
     assert load.ended("EmbedLayers", late) == "DEADLINE_EXCEEDED"
-    load.took("EmbedLayers", 200, 102400, [])
+    load.took("EmbedLayers", 110, 56320, [])
 
     check_calls(load, url)
     found = Exposed(url)
