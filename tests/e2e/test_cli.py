@@ -130,6 +130,7 @@ def test_info_and_health_tell_about_the_server(target: str, capsys: pytest.Captu
     assert main(["info"]) == 0
     shown = dict(line.split(maxsplit=1) for line in lines(capsys))
     assert (shown["layer_count"], shown["hidden_size"], shown["limits.max_text_count"]) == ("3", "32", "1000")
+    assert shown["batch_invariant"] in ("True", "False") and shown["padding_side"] == "right"
     assert main(["info", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["limits"]["max_text_count"] == 1000
 
