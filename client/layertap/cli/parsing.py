@@ -15,9 +15,9 @@ from layertap import wire
 from layertap.client import Client
 from layertap.errors import InvalidArgumentError, printable
 from layertap.jobs.items import Fields
-from layertap.jobs.readers import FORMATS, Arguments, Source
+from layertap.jobs.readers import COMPRESSED, FORMATS, Arguments, Source
 from layertap.jobs.shards import OUTPUTS, Shard, assign, find, is_pattern
-from layertap.jobs.sources import COMPRESSED, UnknownFormatError, format_of, open_source
+from layertap.jobs.sources import UnknownFormatError, format_of, open_source
 from layertap.types import LayerMix, MixName, Windows
 
 NO_TEXT: Final = "there is no text; pass some as arguments, a file, or lines of stdin"

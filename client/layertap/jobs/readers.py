@@ -24,6 +24,9 @@ from layertap.jobs.items import BadItem, Fields, Item, bad, checked, fields_ther
 FORMATS: Final = ("txt", "jsonl", "csv", "tsv", "parquet")
 """What files of texts may be, and how their names end."""
 
+COMPRESSED: Final = ".gz"
+"""How the name of a file ends that is compressed."""
+
 MAX_LINE_BYTES: Final = 16 << 20
 """A longer line is a bad item: no text that a server takes needs it, and it would have to be held."""
 
@@ -131,7 +134,7 @@ class Lines(Source):
 
     @property
     def _is_compressed(self) -> bool:
-        return self.path is not None and self.path.suffix == ".gz"
+        return self.path is not None and self.path.suffix == COMPRESSED
 
     @contextlib.contextmanager
     def _open(self) -> Iterator[BinaryIO]:

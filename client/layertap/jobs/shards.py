@@ -15,8 +15,7 @@ from typing import Final
 
 from layertap.jobs import JobError
 from layertap.jobs.destination import Destination
-from layertap.jobs.readers import FORMATS
-from layertap.jobs.sources import COMPRESSED
+from layertap.jobs.readers import COMPRESSED, FORMATS
 
 WORK: Final = "_layertap"
 """The folder beside the outputs."""

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import importlib
 from pathlib import Path
-from typing import Final
 
 from layertap import optional_deps
 from layertap.jobs import JobError
 from layertap.jobs.items import Fields
-from layertap.jobs.readers import FORMATS, Csv, JsonLines, Lines, Source
-
-COMPRESSED: Final = ".gz"
+from layertap.jobs.readers import COMPRESSED, FORMATS, Csv, JsonLines, Lines, Source
 
 
 class UnknownFormatError(JobError):
