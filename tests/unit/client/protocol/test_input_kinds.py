@@ -109,6 +109,12 @@ def test_a_word_that_is_missing_is_named_by_its_place(missing: Any) -> None:
         to_message([5, "a"], 0)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("ids", [[101, 102], np.array([101, 102])])
+def test_the_ids_of_one_text_are_one_item(ids: Any) -> None:
+    with pytest.raises(InvalidArgumentError, match=r"inputs\[0\] is of type int.*; pass the ids of one text as one"):
+        to_messages(ids)
+
+
 @pytest.mark.parametrize("scalar", [np.array("text"), np.array(5), Tensor(5)])
 def test_an_array_without_dimensions_is_refused_by_name(scalar: Any) -> None:
     with pytest.raises(InvalidArgumentError, match=r"inputs is of type .* has no dimensions"):
