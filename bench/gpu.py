@@ -88,6 +88,8 @@ STAGES = {
         },
     ),
 }
+_SHOWS_CHOICES = ("base", "large", "float16")
+"""Rows whose lines on what the engine chose are shown; those of the others are in the results."""
 _ABORTED_START_S = 60.0
 """How long a process may take to start its first row."""
 
@@ -244,7 +246,8 @@ def _table(out: Path) -> str:
     other, required = [], []
     for stage in STAGES:
         for line in _lines(out / f"{stage}.jsonl"):
-            if "starts" in line:
+            chosen = str(line.get("what")).endswith(", chosen")
+            if "starts" in line or (chosen and line["row"] not in _SHOWS_CHOICES):
                 continue
             cells = [str(line["what"]), _cell(line.get("figure"))]
             if line.get("required") is None:
