@@ -150,6 +150,13 @@ def test_a_body_without_a_length_is_bounded_as_it_comes(server: Server) -> None:
         assert reply_of(connection).status == 413, "before any of it is sent"
 
 
+@pytest.mark.parametrize("path", ["/v1/embeddings", "/v1/nothing"])
+def test_a_caller_that_sends_all_before_it_reads_gets_the_answer(server: Server, path: str) -> None:
+    with contextlib.closing(connect(server)) as connection:
+        connection.request("POST", path, b" " * (20 << 20), {"connection": "close"})
+        assert reply_of(connection).status == (413 if path == "/v1/embeddings" else 404)
+
+
 def test_other_paths_methods_and_encodings_are_refused(server: Server) -> None:
     assert ask(server, method="GET").status == 405
     assert ask(server, {}, path="/v1/models").status == 405

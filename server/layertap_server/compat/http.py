@@ -61,6 +61,7 @@ class Exchange:
         self._send = send
         self._stall_timeout_s = stall_timeout_s
         self._is_read = False
+        self._closes = "close" in self.headers.get("connection", "").lower() or scope["http_version"] == "1.0"
 
     async def read(self, count: Callable[[int], None]) -> bytes:
         """Returns the body of the request.
@@ -95,6 +96,8 @@ class Exchange:
         async for part in _once(body) if isinstance(body, bytes) else body:
             size += len(part)
             await self._write({"type": "http.response.body", "body": part, "more_body": True})
+        if self._closes and status != 408 and "expect" not in self.headers:
+            await self._discard()
         # Apart from the last part: it waits until that has left.
         await self._write({"type": "http.response.body", "body": b"", "more_body": False})
         return size
@@ -102,6 +105,16 @@ class Exchange:
     async def cut(self) -> None:
         """Closes the connection at once, so that a caller does not take a part of an answer for the whole."""
         await self._transport.cut()
+
+    async def _discard(self) -> None:
+        """Reads what is still to come of the request, for a time: a connection that is closed before is reset.
+
+        The answer would be lost with it, since many callers read none before they have sent all.
+        """
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(self._stall_timeout_s):
+                while not self._is_read:
+                    self._is_read = not (await self._receive()).get("more_body")
 
     async def _write(self, message: Mapping[str, Any]) -> None:
         try:
