@@ -162,7 +162,9 @@ class _Reader:
             if _SURROGATE.search(text):
                 raise FieldError("input", "input has half a surrogate pair, which is no character; leave it out")
             return str(text)
-        if index is not None and (first == "[" or first in "-0123456789"):
+        while index is not None and self._skip("["):
+            first = self._peek()
+        if index is not None and first and first in "-0123456789":
             raise FieldError("input", _TOKEN_IDS)
         where = "input" if index is None else f"input[{index}]"
         raise FieldError("input", f"{where} is not a string; send a string or a list of strings")

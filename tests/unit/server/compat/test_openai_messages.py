@@ -77,6 +77,8 @@ def test_whatever_json_says_of_strings_is_read_as_python_reads_it(
         (b'{"model": "a-model", "input": ["a", "b", "c", "d"]}', "more than 3 texts"),
         (b'{"model": "a-model", "input": [1, 2]}', "check_embedding_ctx_length=False"),
         (b'{"model": "a-model", "input": [[1, 2]]}', "check_embedding_ctx_length=False"),
+        (b'{"model": "a-model", "input": [["s3cret"]]}', r"input\[0\] is not a string"),
+        (b'{"model": "a-model", "input": [[', r"input\[0\] is not a string"),
         (b'{"input": "s3cret"}', "model is missing"),
         (b'{"input": "s3cret", "model": 3}', "model is missing or not a string"),
         (b'{"input": "s3cret", "model": []}', "model is a list or an object"),
