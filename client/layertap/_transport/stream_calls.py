@@ -233,12 +233,11 @@ class StreamCalls:
             async with asyncio.timeout(None if idle else max(left_s, 0.0)):
                 await self._progress.until(ended)
         except TimeoutError:
-            if read.done():
-                return
-            raise DeadlineExceededError(
-                f"no answer came for {self._settings.item_timeout_s} s while {self._waiting_count} items "
-                "wait; raise item_timeout_s if the server needs longer"
-            ) from None
+            if not ended():
+                raise DeadlineExceededError(
+                    f"no answer came for {self._settings.item_timeout_s} s while {self._waiting_count} items "
+                    "wait; raise item_timeout_s if the server needs longer"
+                ) from None
 
     async def _write(self, call: Any, shared: SharedCall | None) -> None:
         # The reading side gets the status of a broken call and tells it.
