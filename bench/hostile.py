@@ -161,6 +161,11 @@ def attentions(address: str, seconds: float) -> None:
     call_all(address, seconds, 20 * [("EmbedLayers", (request, bytes(100 * MB)), None, False)])
 
 
+def long(address: str, seconds: float) -> None:
+    request = pb.EmbedRequest(inputs=[pb.Input(text="paris " * 500)] * 40, options=CUT).SerializeToString()
+    call_all(address, seconds, whole("Embed", request, 20))
+
+
 def windows(address: str, seconds: float) -> None:
     options = pb.EmbedOptions(outputs=POOLED.outputs, windows=pb.Windows(stride=64))
     texts = [pb.Input(text="paris " * 16_000)] * 20
@@ -198,6 +203,7 @@ KINDS: dict[str, tuple[str, Callable[[str, float], None]]] = {
     "idle": ("9 addresses with 30 idle streams each", idle),
     "mixes": ("64 different mixes of all layers on 5 texts, 4 times", mixes),
     "attentions": ("20 calls of 20 texts with all attentions, and 100 MB that nothing reads", attentions),
+    "long": ("20 requests of 40 texts of 500 tokens", long),
     "windows": ("20 requests of 20 texts of 16,000 tokens as windows", windows),
     "bombs": ("60 requests of 1 GiB, gzipped to 1 MB", bombs),
     "health": ("60 health checks of 8 MB without their last byte", health_halves),
