@@ -259,6 +259,18 @@ def test_windows_give_their_rows_and_parts_of_what_is_made_of_them(encoder: Enco
                 assert len(values) == sum(output.row_counts(parts)) and np.isfinite(values).all()
 
 
+def test_modules_of_joined_vectors_run_on_the_device(tiny: Checkpoint, tmp_path: Path) -> None:
+    gpu, sentences = SimulatedGpu(), _sentences(tmp_path)
+    pooled = np.random.default_rng(0).standard_normal((3, HIDDEN_SIZE), np.float32)
+    encoders = [
+        Encoder(tiny, device="cpu", dtype="float32", runtime=runtime, sentences=sentences) for runtime in (gpu, None)
+    ]
+    uploads = gpu.uploads
+    found, wanted = (encoder.apply_modules(pooled.copy()) for encoder in encoders)
+    assert gpu.uploads == uploads + 1 and found.shape == (3, 5)
+    np.testing.assert_allclose(found, wanted, atol=BOUNDS["float32"])
+
+
 def test_a_varying_attention_that_is_right_and_slow_still_serves_the_graphs(caplog: pytest.LogCaptureFixture) -> None:
     attentions = {
         name: DeviceAttention(gpu, dtype=torch.bfloat16, head_count=4, hidden_size=HIDDEN_SIZE)

@@ -183,21 +183,22 @@ class Encoder:
 
     @torch.inference_mode()
     def apply_modules(self, pooled: Vectors) -> Vectors:
-        """Applies the sentence modules of vectors to what was pooled elsewhere.
-
-        Args:
-            pooled: Shape: [text_count, pooled size].
-
-        Returns:
-            Shape: [text_count, vector_size].
+        """Applies the modules of vectors to pooled ones. Shape: [count, pooled size] to [count, vector_size], float32.
 
         Raises:
             OutOfMemoryError: if the device has no memory for it.
             DeviceLostError: if the device no longer works.
         """
-        with named_errors(self.device):
-            found = self._bert.sentence_modules.of_vectors(torch.from_numpy(pooled).to(self.device))
-            vectors: Vectors = found.cpu().numpy()
+        with named_errors(self.device), self._selected():
+            upload = Upload(self._runtime)
+            sent = upload.add(pooled)
+            upload.send()
+            found = host = self._bert.sentence_modules.of_vectors(sent.tensor)
+            if self._runtime is not None:
+                host = torch.frombuffer(self._runtime.host_memory(found.nbytes), dtype=found.dtype).view(found.shape)
+                self._runtime.to_host([(host, found)]).synchronize()
+            upload.wait()
+            vectors: Vectors = host.numpy()
             return vectors
 
     def encode_beside(self) -> Encode:
