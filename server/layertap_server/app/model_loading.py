@@ -141,7 +141,7 @@ def find_model(config: Config) -> FoundModel:
         threads=cpu_threads.share(
             instance_count=config.instances, thread_count=config.instance_threads, process_count=config.processes
         ),
-        lock=os.memfd_create("layertap") if config.processes > 1 else None,
+        lock=os.memfd_create("device-lock") if config.processes > 1 else None,
     )
 
 
