@@ -26,8 +26,6 @@ STILL_LONGER = {
     "client/layertap/_protocol/inputs.py",
     "client/layertap/_protocol/responses.py",
     "client/layertap/_transport/transport.py",
-    "server/layertap_server/protocol/preprocess.py",
-    "server/layertap_server/rpc/caller.py",
 }
 """Modules that have not been divided yet."""
 

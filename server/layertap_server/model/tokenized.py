@@ -10,7 +10,7 @@ import tokenizers
 from layertap_server.types import Indices, Text, Words
 
 
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+@dataclasses.dataclass(slots=True, kw_only=True, eq=False)  # Not frozen: one a text is made, in half of the time.
 class Tokenized:
     """A text after tokenizing.
 

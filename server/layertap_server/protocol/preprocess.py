@@ -1,7 +1,7 @@
-"""The one pipeline of all requests with texts: options to a plan, inputs to tokenized texts or the errors they get.
+"""The one pipeline of all requests that embed texts: options to a plan, inputs to tokens or to the errors they get.
 
-Embed, EmbedLayers, EmbedStream and Tokenize all enter here, and each check is made once, in this order: options, count,
-each text, its tokens. Rules:
+Embed, EmbedLayers and EmbedStream all enter here, and each check is made once, in this order: options, count, each
+text, its tokens. Rules:
 - Inputs are read and tokenized in slices, long ones in threads; see `offload`.
 - Plans are cached by their known fields, up to a size: a request cannot make the cache hold more than it states here.
 """
@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Final, TypeVar, cast
 
-from layertap.errors import InvalidArgumentError, LayertapError
+from layertap.errors import LayertapError
 from layertap.types import Limits
 from layertap.v1 import embedding_pb2 as pb
 from layertap_server.model.facts import ModelFacts
@@ -22,11 +22,11 @@ from layertap_server.model.sentence_config import SentenceConfig
 from layertap_server.model.tokenized import Tokenized
 from layertap_server.model.tokenizer import Tokenizer
 from layertap_server.observability.call_log import Record
-from layertap_server.protocol import spans, token_ids, validation
-from layertap_server.protocol.offload import LARGE_BYTES, SLICE_ENTRIES, Slices, offload
-from layertap_server.protocol.options import Options, max_length_of, resolve, truncation_of
+from layertap_server.protocol import spans, validation
+from layertap_server.protocol.offload import LARGE_BYTES, SLICE_ENTRIES, Slices
+from layertap_server.protocol.options import Options, resolve
 from layertap_server.protocol.requests import sizes_of
-from layertap_server.types import Plan, Text
+from layertap_server.types import Plan
 
 T = TypeVar("T")
 Result = Tokenized | LayertapError
@@ -39,11 +39,6 @@ _LARGE_SLICE_BYTES: Final = 4 << 10
 """Tokenizing of more leaves the event loop."""
 _IDS_A_TEXT: Final = 16
 """So many bytes of token ids, which need no tokenizing, take as long as one of text."""
-_SLICE_IDS: Final = 16 << 10
-"""Token ids that are decoded at once."""
-_LARGE_SLICE_IDS: Final = 256
-"""Decoding of more leaves the event loop."""
-
 HELD_TEXT_BYTES: Final = 1024
 """What the server holds of one text besides its tokens and words, from its tokenizing to its answer."""
 _HELD_TOKEN_BYTES: Final = 16
@@ -66,6 +61,7 @@ class Preprocessor:
         limits: The limits in force.
         sentences: How the model's folder makes one vector of a text.
         max_input_bytes: The most bytes of one text, as a message.
+        slices: The threads in which long work on texts is done.
     """
 
     def __init__(self, *, model: ModelFacts, limits: Limits, sentences: SentenceConfig, tokenizer: Tokenizer) -> None:
@@ -76,7 +72,7 @@ class Preprocessor:
         self._resolve = functools.partial(resolve, model=model, sentences=sentences, tokenizer=tokenizer, limits=limits)
         # Words of one character take most, or ids with masks.
         self.max_input_bytes = max(8 * limits.max_character_count, 32 * model.max_length) + (4 << 10)
-        self._slices = Slices()
+        self.slices = Slices()
         self._cached = functools.lru_cache(_CACHED_OPTIONS)(
             lambda options: self._resolve(pb.EmbedOptions.FromString(options))
         )
@@ -109,6 +105,7 @@ class Preprocessor:
         *,
         hold: Hold,
         label: str = "inputs",
+        byte_count: int = LARGE_BYTES,
     ) -> tuple[Plan, list[Tokenized]]:
         """Returns the plan and the texts of a request that fails as a whole.
 
@@ -118,6 +115,7 @@ class Preprocessor:
             record: What is known of the call.
             hold: Counts what the texts take, as they are tokenized.
             label: What an error calls the list of texts.
+            byte_count: The most bytes that all texts together may have, where it is known that they are few.
 
         Raises:
             LayertapError: if an option or a text is at fault.
@@ -127,12 +125,12 @@ class Preprocessor:
         labels = [f"{label}[{n}]" for n in range(len(inputs))]
 
         def work(part: slice) -> list[Tokenized]:
-            return _all_good(self._results(inputs[part], labels[part], resolved))
+            return all_good(self._results(inputs[part], labels[part], resolved))
 
         def note(texts: list[Tokenized]) -> None:
             hold(sum(map(held_bytes, texts)))
 
-        return resolved.plan, await self._run(work, inputs, record, note)
+        return resolved.plan, await self.run(work, inputs, record, note, byte_count=byte_count)
 
     async def embed_each(
         self,
@@ -160,109 +158,39 @@ class Preprocessor:
         if byte_count is not None:
             size = byte_count // len(inputs)
             sizes = [size // _IDS_A_TEXT if one.HasField("token_ids") else size for one in inputs]
-        return await self._run(work, inputs, record, sizes=sizes)
+        return await self.run(work, inputs, record, sizes=sizes)
 
-    async def tokenize(
-        self, request: pb.TokenizeRequest, inputs: Sequence[pb.Input], record: Record, *, hold: Hold
-    ) -> list[Tokenized]:
-        """Returns the texts of a Tokenize request.
-
-        Args:
-            request: The request; its own inputs are not looked at.
-            inputs: Its texts.
-            record: What is known of the call.
-            hold: Counts what the texts take, as they are tokenized.
-
-        Raises:
-            LayertapError: if an option or a text is at fault, or the answer would be too large.
-        """
-        limits = self.limits
-        validation.check_text_count(len(inputs), limits)
-        max_length = max_length_of(request.max_length, self.model, at_most=limits.max_character_count)
-        validation.check_padding(request.pad_to, max_length, len(inputs), limits)
-        truncation = truncation_of(request.truncation)
-        labels = [f"inputs[{request.first_text + n}]" for n in range(len(inputs))]
-
-        token_count = 0
-
-        def work(part: slice) -> list[Tokenized]:
-            items = validation.items(inputs[part], labels[part], self.model, self.limits)
-            for label, item in zip(labels[part], items, strict=True):
-                if isinstance(item, Text):
-                    raise InvalidArgumentError(f"{label} is token ids already; send text, or ask Decode for its string")
-            return _all_good(
-                self._tokenizer.encode(
-                    items,
-                    labels=labels[part],
-                    max_length=max_length,
-                    truncation=truncation,
-                    add_special_tokens=not request.omit_special_tokens,
-                )
-            )
-
-        def note(texts: list[Tokenized]) -> None:
-            nonlocal token_count
-            token_count += sum(max(one.text.token_count, request.pad_to) for one in texts)
-            validation.check_answered_tokens(token_count, limits)
-            hold(sum(map(held_bytes, texts)))
-
-        texts = await self._run(work, inputs, record, note)
-        record.take([one.text for one in texts])
-        return texts
-
-    async def decode(self, request: pb.DecodeRequest, texts: Sequence[pb.TokenIds], record: Record) -> list[str]:
-        """Returns the strings of a Decode request.
-
-        Args:
-            request: The request; its own texts are not looked at.
-            texts: Its texts.
-            record: What is known of the call.
-
-        Raises:
-            InvalidArgumentError: if the request is at fault, or the answer would be too large.
-        """
-        check = functools.partial(validation.check_decode, texts, self.limits)
-        counts = await offload(check, in_thread=sum(sizes_of(texts)) > LARGE_BYTES)
-        record.text_count += len(counts)
-        record.token_count += sum(counts)
-
-        byte_count, most = 0, self.limits.max_response_bytes
-
-        def work(part: slice) -> list[str]:
-            ids = [
-                token_ids.ids(text, f"texts[{part.start + n}]", self.model).tolist()
-                for n, text in enumerate(texts[part])
-            ]
-            return self._tokenizer.decode(ids, skip_special_tokens=request.skip_special_tokens)
-
-        def note(found: list[str]) -> None:
-            nonlocal byte_count
-            byte_count += sum(len(text.encode()) + 6 for text in found)
-            if byte_count > most:
-                raise InvalidArgumentError(
-                    f"the answer has more than {most} bytes, the most of one answer; send fewer texts at once"
-                )
-
-        return await self._slices.run(
-            work, counts, client=record.client, most=_SLICE_IDS, large=_LARGE_SLICE_IDS, note=note
-        )
-
-    async def _run(
+    async def run(
         self,
         work: Callable[[slice], list[T]],
         inputs: Sequence[pb.Input],
         record: Record,
         note: Callable[[list[T]], None] = lambda _: None,
+        *,
         sizes: Sequence[int] | None = None,
+        byte_count: int = LARGE_BYTES,
     ) -> list[T]:
-        """Returns what tokenizing gives for all inputs, and notes each slice and the time that all took."""
+        """Returns what tokenizing gives for all inputs, and records the time that it took.
+
+        Args:
+            work: Returns that of a slice, in any thread.
+            inputs: The texts.
+            record: What is known of the call.
+            note: Called on the event loop with the results of each slice, in order.
+            sizes: The size of each text in bytes, where it is known.
+            byte_count: The most bytes that all of them may have, where it is known that they are few.
+        """
         started_at_ns = time.monotonic_ns()
-        sizes = sizes_of(inputs) if sizes is None else sizes
-        if len(sizes) <= SLICE_ENTRIES and sum(sizes) <= _LARGE_SLICE_BYTES:
-            results = work(slice(len(sizes)))
+        count = len(inputs)
+        if byte_count > _LARGE_SLICE_BYTES:
+            sizes = sizes_of(inputs) if sizes is None else sizes
+            byte_count = sum(sizes)
+        if count <= SLICE_ENTRIES and byte_count <= _LARGE_SLICE_BYTES:
+            results = work(slice(count))
             note(results)
         else:
-            results = await self._slices.run(
+            sizes = sizes_of(inputs) if sizes is None else sizes
+            results = await self.slices.run(
                 work, sizes, client=record.client, most=_SLICE_BYTES, large=_LARGE_SLICE_BYTES, note=note
             )
         record.tokenize.note(started_at_ns, time.monotonic_ns())
@@ -318,7 +246,7 @@ def held_bytes(one: Tokenized) -> int:
     return byte_count
 
 
-def _all_good(results: list[Result]) -> list[Tokenized]:
+def all_good(results: list[Result]) -> list[Tokenized]:
     """Returns the texts if none is refused, else raises the first refusal."""
     for result in results:
         if isinstance(result, LayertapError):

@@ -213,21 +213,6 @@ def frames(ready: RowsReady, plan: Plan, max_frame_bytes: int, lending: Lending 
         yield wire.join(pb.EmbedLayersResponse(frame=frame), data)
 
 
-def tokenized(model: ModelFacts, texts: Sequence[Tokenized], tokenizer: Tokenizer, *, pad_to: int) -> bytes:
-    """Returns the answer to Tokenize, serialized."""
-    return pb.TokenizeResponse(
-        texts=(tokens(one, tokenizer, pad_to=pad_to) for one in texts),
-        pad_token_id=tokenizer.pad_token_id,
-        model_id=model.model_id,
-        fingerprint=model.fingerprint,
-    ).SerializeToString()
-
-
-def decoded(model: ModelFacts, texts: Sequence[str]) -> bytes:
-    """Returns the answer to Decode, serialized."""
-    return pb.DecodeResponse(texts=texts, model_id=model.model_id, fingerprint=model.fingerprint).SerializeToString()
-
-
 def embedded(
     model: ModelFacts,
     plan: Plan,

@@ -47,16 +47,20 @@ def ids(message: pb.TokenIds, label: str, model: ModelFacts) -> Ids:
 
 def _whole(messages: Sequence[pb.TokenIds], model: ModelFacts) -> list[Text] | None:
     """Returns texts of which none is at fault. None: one may be."""
-    counts = [len(message.input_ids) for message in messages]
+    fields = [message.input_ids for message in messages]
+    counts = [*map(len, fields)]
     if not (counts and min(counts) > 0 and max(counts) <= model.max_length):
         return None
-    own = _views([message.input_ids for message in messages], model.vocab_size)
-    masks = _views([message.attention_mask for message in messages], 2)
-    types = _views([message.token_type_ids for message in messages], _type_end(model))
-    if own is None or masks is None or types is None:
+    if (own := _views(fields, counts, model.vocab_size)) is None:
         return None
-    if not any(map(len, masks)) and not any(map(len, types)):
-        return [Text(one) for one in own]
+    of_masks = [message.attention_mask for message in messages]
+    of_types = [message.token_type_ids for message in messages]
+    if not any(of_masks) and not any(of_types):
+        return [*map(Text, own)]
+    masks = _views(of_masks, [*map(len, of_masks)], 2)
+    types = _views(of_types, [*map(len, of_types)], _type_end(model))
+    if masks is None or types is None:
+        return None
     if any(len(one) not in (0, count) for beside in (masks, types) for one, count in zip(beside, counts, strict=True)):
         return None
     return [
@@ -65,8 +69,8 @@ def _whole(messages: Sequence[pb.TokenIds], model: ModelFacts) -> list[Text] | N
     ]
 
 
-def _views(fields: Sequence[RepeatedScalarFieldContainer[int]], end: int) -> list[Ids] | None:
-    """Returns lists of numbers as views of one array. None: a number is not from 0 to before the end."""
+def _views(fields: Sequence[RepeatedScalarFieldContainer[int]], counts: Sequence[int], end: int) -> list[Ids] | None:
+    """Returns lists of so many numbers as views of one array. None: a number is not from 0 to before the end."""
     joined = pb.TokenIds()  # protobuf joins them, and numpy copies the whole, without making objects of the numbers.
     numbers = joined.input_ids
     for field in fields:
@@ -75,10 +79,9 @@ def _views(fields: Sequence[RepeatedScalarFieldContainer[int]], end: int) -> lis
     if not _within(whole, end):
         return None
     found, start = [], 0
-    for field in fields:
-        after = start + len(field)
-        found.append(whole[start:after])
-        start = after
+    for count in counts:
+        found.append(whole[start : start + count])
+        start += count
     return found
 
 

@@ -74,14 +74,14 @@ def items(
     found: list[Item | LayertapError] = []
     given: dict[int, pb.TokenIds] = {}
     for n, message in enumerate(messages):
+        kind = message.WhichOneof("kind")
+        if kind == "token_ids" and not prompt:
+            given[n] = message.token_ids
+            continue
         try:
-            one = _item(message, labels[n], limits, prompt)
+            found.append(_item(message, kind, labels[n], limits, prompt))
         except LayertapError as exc:
-            one = exc
-        if isinstance(one, pb.TokenIds):
-            given[n] = one
-        else:
-            found.append(one)
+            found.append(exc)
     if not given:
         return found
     texts = token_ids.texts([*given.values()], [labels[n] for n in given], model)
@@ -92,13 +92,12 @@ def items(
     return found
 
 
-def _item(message: pb.Input, label: str, limits: Limits, prompt: str) -> Item | LayertapError | pb.TokenIds:
-    """Returns one text with its prompt; of token ids the message as it is.
+def _item(message: pb.Input, kind: str | None, label: str, limits: Limits, prompt: str) -> Item:
+    """Returns one text with its prompt; token ids are none.
 
     Raises:
         InvalidArgumentError: if it is at fault; the error names its label.
     """
-    kind = message.WhichOneof("kind")
     found: Item
     if kind == "text":
         found = prompt + message.text
@@ -108,8 +107,6 @@ def _item(message: pb.Input, label: str, limits: Limits, prompt: str) -> Item | 
             f"{label} is {_WITHOUT_PROMPT[kind]}, before which no prompt can be put; send a string or a pair, or "
             "leave the prompt out"
         )
-    elif kind == "token_ids":
-        return message.token_ids
     elif kind == "pair":
         found = prompt + message.pair.first, message.pair.second
         size = len(found[0]) + len(found[1])

@@ -11,6 +11,7 @@ import asyncio
 import contextlib
 import functools
 import logging
+import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator, Mapping
 from typing import Any, Final, TypeVar
@@ -173,7 +174,7 @@ class Admission:
                 answered = await method(await caller.read_first(), caller)
                 if isinstance(answered, bytes):
                     record.sent_bytes += len(answered)
-                    caller.end_in(shared.stall_timeout_s)
+                    shared.deadlines.add(caller, time.monotonic() + shared.stall_timeout_s)  # By then it must be sent.
                 return answered
             except (Exception, asyncio.CancelledError) as exc:
                 error = self._error_of(caller, exc)
@@ -253,7 +254,7 @@ class Admission:
 
     def _leave(self, call: AdmittedCall, _: object) -> None:
         self._calls.pop(call, None)
-        call.leave()
+        self._shared.deadlines.remove(call)
         self._left.set()
 
 

@@ -118,11 +118,6 @@ class AdmittedCall:
         self._idle_since: float | None = None
 
     @property
-    def is_idle(self) -> bool:
-        """Whether it is idle."""
-        return self._idle_since is not None
-
-    @property
     def idle_s(self) -> float:
         """How long it has been idle, in seconds; 0: it is not."""
         return 0.0 if self._idle_since is None else time.monotonic() - self._idle_since
@@ -175,17 +170,10 @@ class AdmittedCall:
             self.ending = error
             self._task.cancel()
 
-    def end_in(self, seconds: float) -> None:
-        """Ends the call after so many seconds, unless gRPC has sent its only message by then."""
-        self._shared.deadlines.add(self, time.monotonic() + seconds)
-
-    def leave(self) -> None:
-        """Notes that gRPC has nothing left to send."""
-        self._shared.deadlines.remove(self)
-
     def close(self) -> None:
         """Gives back what the call holds."""
-        self.set_busy()
+        if self._idle_since is not None:
+            self.set_busy()
         self._shared.memory.give_back(self.client, self._byte_count)
         if self._stream_byte_count:
             self._shared.streams.add(self.client, -self._stream_byte_count)
@@ -227,9 +215,7 @@ class Caller(AdmittedCall):
 
     def why_left(self) -> LayertapError:
         """Returns why the caller no longer waits."""
-        remaining = self._context.time_remaining()
-        # grpc-stubs does not know that a call without a deadline has None.
-        if remaining is not None and remaining < _NEAR_S:  # type: ignore[redundant-expr]
+        if (expires_at := self.expires_at) is not None and expires_at - time.monotonic() < _NEAR_S:
             return DeadlineExceededError("the caller's deadline has passed")
         return super().why_left()
 
@@ -263,7 +249,7 @@ class Caller(AdmittedCall):
         """Notes whether a stream waits for its caller and owes no answer."""
         if not waiting:
             self.set_busy()
-        elif not self.is_idle:
+        elif self._idle_since is None:
             self.set_idle(self._shared.idle_timeout_s, self._stream_error)
 
     def _late_error(self) -> LayertapError:

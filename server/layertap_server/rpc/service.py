@@ -22,7 +22,7 @@ from layertap.v1 import embedding_pb2 as pb
 from layertap_server.model.facts import ModelFacts
 from layertap_server.model.tokenized import Tokenized
 from layertap_server.model.tokenizer import Tokenizer
-from layertap_server.protocol import responses, rows
+from layertap_server.protocol import responses, rows, tokenizer_requests
 from layertap_server.protocol.offload import LARGE_BYTES, offload
 from layertap_server.protocol.preprocess import Preprocessor
 from layertap_server.protocol.requests import EntryT, MessageT, parse, parse_parts
@@ -66,6 +66,7 @@ class EmbeddingService:
     ) -> None:
         self._preprocessor = preprocessor
         self._tokenizer = tokenizer
+        self._tokenizer_requests = tokenizer_requests.TokenizerRequests(preprocessor, tokenizer)
         self._batcher = batcher
         self._model = model
         self._info = info
@@ -107,9 +108,11 @@ class EmbeddingService:
 
     async def _tokenize(self, raw: bytes, caller: Caller) -> bytes:
         request, inputs = await self._parse(pb.TokenizeRequest, pb.Input, raw)
-        texts = await self._preprocessor.tokenize(request, inputs, caller.record, hold=caller.add_bytes)
+        texts = await self._tokenizer_requests.tokenize(request, inputs, caller.record, hold=caller.add_bytes)
         size = responses.TOKEN_BYTES * sum(max(one.text.token_count, request.pad_to) for one in texts)
-        answer = functools.partial(responses.tokenized, self._model, texts, self._tokenizer, pad_to=request.pad_to)
+        answer = functools.partial(
+            tokenizer_requests.tokenized, self._model, texts, self._tokenizer, pad_to=request.pad_to
+        )
         serialized = await offload(answer, in_thread=size > LARGE_BYTES)
         if len(serialized) > self._max_response_bytes:
             raise InvalidArgumentError(
@@ -120,12 +123,14 @@ class EmbeddingService:
 
     async def _decode(self, raw: bytes, caller: Caller) -> bytes:
         request, asked = await self._parse(pb.DecodeRequest, pb.TokenIds, raw)
-        texts = await self._preprocessor.decode(request, asked, caller.record)
-        return responses.decoded(self._model, texts)
+        texts = await self._tokenizer_requests.decode(request, asked, caller.record)
+        return tokenizer_requests.decoded(self._model, texts)
 
     async def _embed(self, raw: bytes, caller: Caller) -> bytes:
         request, inputs = await self._parse(pb.EmbedRequest, pb.Input, raw)
-        plan, tokenized = await self._preprocessor.embed(inputs, request.options, caller.record, hold=caller.add_bytes)
+        plan, tokenized = await self._preprocessor.embed(
+            inputs, request.options, caller.record, hold=caller.add_bytes, byte_count=len(raw)
+        )
         size = responses.byte_count(plan, tokenized)
         if size > self._max_response_bytes:
             raise InvalidArgumentError(

@@ -65,12 +65,12 @@ class Batcher:
     @property
     def waiting_text_count(self) -> int:
         """Texts in the queue."""
-        return self.queue.waiting.text_count
+        return self.queue.waiting.texts.used
 
     @property
     def waiting_token_count(self) -> int:
         """Their tokens."""
-        return self.queue.waiting.token_count
+        return self.queue.waiting.tokens.used
 
     @property
     def held_bytes(self) -> int:

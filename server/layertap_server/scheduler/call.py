@@ -7,7 +7,6 @@ thread into the event loop of the call. Of what is behind the hooks nothing is k
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import dataclasses
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -169,7 +168,7 @@ class Call:
         text = self.waiting[0].text
         self._part = None
         self.next_window += 1
-        if self.next_window == text.window_count:
+        if text.windows is None or self.next_window == text.windows.count:
             self.waiting.popleft()
             self.next_text += 1
             self.next_window = 0
@@ -199,7 +198,7 @@ class BatchPart:
     @property
     def token_count(self) -> int:
         """The tokens of the texts."""
-        return sum(text.token_count for text in self.texts)
+        return sum([len(text.input_ids) for text in self.texts])
 
 
 REASONS: Final = (
@@ -240,8 +239,10 @@ class LoopWaker:
         """Wakes the loop if there is anything for it; may be called from any thread."""
         if self._callbacks and not self._scheduled:
             self._scheduled = True
-            with contextlib.suppress(RuntimeError):  # The loop has closed: no call waits any more.
+            try:
                 self._loop.call_soon_threadsafe(self._run)
+            except RuntimeError:  # The loop has closed: no call waits any more.
+                self._callbacks.clear()
 
     def _run(self) -> None:
         self._scheduled = False  # First: whatever comes from here on schedules anew, so that nothing is missed.

@@ -73,7 +73,7 @@ class CallQueue:
 
     def add(self, call: Call, texts: Sequence[Text], waits: bool) -> bool:
         """See `Call.add`."""
-        token_count = sum(text.computed_token_count for text in texts)
+        token_count = sum([text.computed_token_count for text in texts])
         now = time.monotonic_ns()
         with self._lock:
             if self._end is not None:
@@ -91,7 +91,7 @@ class CallQueue:
             if not call.waiting:
                 call.arrival = arrival
                 self._order.add(call)
-            call.waiting.extend(WaitingText(text, now, arrival) for text in texts)
+            call.waiting.extend([WaitingText(text, now, arrival) for text in texts])
             self._count_waiting(call, len(texts), token_count)
             self._wake()
             return True
@@ -128,12 +128,12 @@ class CallQueue:
             with self._lock:
                 if started := self._started.pop(instance, None):
                     self._batch_time.ran(self._running_tokens.pop(instance), time.monotonic() - started)
-                with self.idle.looking():
+                with self.idle:
                     while not (batch := self._take(expired)) and not expired and not self._end:
                         self.idle.sleep(instance)
                 if batch:
                     self._started[instance] = time.monotonic()
-                    self._running_tokens[instance] = sum(part.token_count for part in batch)
+                    self._running_tokens[instance] = sum([part.token_count for part in batch])
                 self._wake()
                 calls, self._calls_without_room = self._calls_without_room, {}
             _announce_room(calls)
@@ -144,7 +144,7 @@ class CallQueue:
 
     def short_batch(self, instance: int, running: Sequence[BatchPart]) -> list[BatchPart]:
         """Returns short calls that an instance may run while its batch pauses; empty where there are none."""
-        if not self.waiting.text_count:  # Without the lock: most pauses are for nothing.
+        if not self.waiting.texts.used:  # Without the lock: most pauses are for nothing.
             return []
         with self._lock:
             if self._end or self.idle.count:
@@ -173,7 +173,7 @@ class CallQueue:
 
     def _take(self, expired: list[Call]) -> list[BatchPart]:
         """Removes the next batch from the queue; adds calls whose deadline has passed to `expired`."""
-        share = max(-(-self.waiting.token_count // self.idle.count), self._limits.min_share_tokens)
+        share = max(-(-self.waiting.tokens.used // self.idle.count), self._limits.min_share_tokens)
         now = time.monotonic()
         token_budget = min(share, self._batch_time.most_tokens(self._limits.max_batch_tokens, now))
         byte_budget, mix_budget = self._limits.max_batch_bytes, self._limits.max_call_output_bytes
@@ -183,7 +183,8 @@ class CallQueue:
         self._order.begin_batch()
         while (call := self._order.first) is not None:
             text, waiting = call.next_part, call.waiting[0]
-            byte_count, mix_bytes = call.bytes_of(text), call.plan.mix_token_bytes * text.token_count
+            token_count = len(text.input_ids)
+            byte_count, mix_bytes = call.bytes_of(text), call.plan.mix_token_bytes * token_count
             reserved_bytes = byte_count if text.window is None else call.next_window_bytes
             if call.expires_at is not None and call.expires_at <= now:
                 self._drop_waiting(call)
@@ -197,9 +198,9 @@ class CallQueue:
                 self._order.remove(call)
                 passed_over.append(call)
                 continue
-            if parts and (text.token_count > token_budget or byte_count > byte_budget or mix_bytes > mix_budget):
+            if parts and (token_count > token_budget or byte_count > byte_budget or mix_bytes > mix_budget):
                 break
-            token_budget -= text.token_count
+            token_budget -= token_count
             byte_budget -= byte_count
             mix_budget -= mix_bytes
             part = last.get(call)
@@ -211,8 +212,8 @@ class CallQueue:
             part.reserved_bytes += reserved_bytes
             self._hold(call, reserved_bytes)
             call.take_part()
-            self._count_waiting(call, -(call.next_window == 0), -text.token_count)
-            if text.window is None and self._order.is_alone:
+            self._count_waiting(call, -(call.next_window == 0), -token_count)
+            if text.window is None and call.waiting and self._order.is_alone:
                 token_count, byte_count = self._take_more(part, token_budget, byte_budget, mix_budget)
                 token_budget -= token_count
                 byte_budget -= byte_count
@@ -289,8 +290,8 @@ class CallQueue:
 
     def _wake(self) -> None:
         """Wakes instances for what waits, unless enough are on their way to it."""
-        if self._order:
-            self.idle.wake(-(-self.waiting.token_count // self._limits.min_share_tokens))
+        if self.waiting.tokens.used and self._order:
+            self.idle.wake(-(-self.waiting.tokens.used // self._limits.min_share_tokens))
 
 
 def _announce_room(calls: Iterable[Call]) -> None:

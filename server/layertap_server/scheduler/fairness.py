@@ -157,27 +157,22 @@ class Budget:
 
 
 class QueueBudget:
-    """The texts that wait in the queue, and their tokens."""
+    """The texts that wait in the queue, and their tokens.
+
+    Attributes:
+        texts: How many texts wait.
+        tokens: How many tokens they have.
+    """
 
     def __init__(self, *, max_texts: int, max_tokens: int, hooks: Hooks) -> None:
-        self._texts = Budget(max_texts)
-        self._tokens = Budget(max_tokens)
+        self.texts = Budget(max_texts)
+        self.tokens = Budget(max_tokens)
         self._hooks = hooks
-
-    @property
-    def text_count(self) -> int:
-        """Texts that wait."""
-        return self._texts.used
-
-    @property
-    def token_count(self) -> int:
-        """Their tokens."""
-        return self._tokens.used
 
     def has_room(self, client: str, text_count: int, token_count: int) -> bool:
         """Returns whether a client may queue so much; any one request may be queued where nothing waits."""
-        return self._texts.has_room(client, text_count) and (
-            not self._texts.used or self._tokens.has_room(client, token_count)
+        return self.texts.has_room(client, text_count) and (
+            not self.texts.used or self.tokens.has_room(client, token_count)
         )
 
     def check(self, client: str, text_count: int, token_count: int) -> None:
@@ -188,8 +183,8 @@ class QueueBudget:
         """
         if self.has_room(client, text_count, token_count):
             return
-        has_texts = self._texts.has_room(client, text_count)
-        what, budget = ("tokens", self._tokens) if has_texts else ("texts", self._texts)
+        has_texts = self.texts.has_room(client, text_count)
+        what, budget = ("tokens", self.tokens) if has_texts else ("texts", self.texts)
         self._hooks.refused(f"queue_{what}")
         raise ResourceExhaustedError(
             f"the server is full: {budget.used} {what} wait, the queue holds {budget.limit}; try again later",
@@ -198,8 +193,8 @@ class QueueBudget:
 
     def add(self, client: str, text_count: int, token_count: int) -> None:
         """Counts texts that a client queues, or with negative numbers takes out."""
-        self._texts.add(client, text_count)
-        self._tokens.add(client, token_count)
+        self.texts.add(client, text_count)
+        self.tokens.add(client, token_count)
 
 
 class BatchTime:

@@ -12,11 +12,11 @@ Rules:
 
 from __future__ import annotations
 
-import contextlib
 import logging
+import queue
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 from layertap.errors import InternalError, LayertapError, UnavailableError
 from layertap_server.scheduler.call import BatchPart, Hooks
@@ -30,7 +30,9 @@ class IdleInstances:
     """The instances without a batch. Used only with the lock held that it was made with."""
 
     def __init__(self, lock: threading.Lock, instance_count: int) -> None:
-        self._conditions = [threading.Condition(lock) for _ in range(instance_count)]
+        self._lock = lock
+        # Conditions are written in Python, which costs a short call as much as its place in the queue.
+        self._wakes = [queue.SimpleQueue[None]() for _ in range(instance_count)]
         self._asleep: set[int] = set()
         self._looking = 0
 
@@ -39,32 +41,29 @@ class IdleInstances:
         """How many instances have no batch: those asleep, and those that look for one."""
         return len(self._asleep) + self._looking
 
-    @contextlib.contextmanager
-    def looking(self) -> Iterator[None]:
-        """Counts an instance among those that look for a batch."""
+    def __enter__(self) -> None:
+        """Counts an instance among those that look for a batch, until the end of the context."""
         self._looking += 1
-        try:
-            yield
-        finally:
-            self._looking -= 1
+
+    def __exit__(self, *_: object) -> None:
+        self._looking -= 1
 
     def sleep(self, instance: int) -> None:
         """Waits until an instance that looks for a batch is woken; releases the lock meanwhile."""
         self._looking -= 1
         self._asleep.add(instance)
-        self._conditions[instance].wait()
-        self._rise(instance)
+        self._lock.release()
+        try:
+            self._wakes[instance].get()
+        finally:
+            self._lock.acquire()
 
     def wake(self, wanted: int) -> None:
         """Wakes instances until so many look for a batch, or none sleeps."""
         for instance in sorted(self._asleep)[: max(wanted - self._looking, 0)]:
-            self._rise(instance)
-            self._conditions[instance].notify()
-
-    def _rise(self, instance: int) -> None:
-        if instance in self._asleep:
             self._asleep.remove(instance)
             self._looking += 1
+            self._wakes[instance].put(None)
 
 
 class Worker:
@@ -163,13 +162,13 @@ class Worker:
         try:
             for rows in self._encode(runs):
                 self._moved_at = time.monotonic()
-                if self.lost or all(part.call.closed for part in batch):
+                part = None if rows is None else batch[rows.run_index]
+                if self.lost or ((part is None or part.call.closed) and all(one.call.closed for one in batch)):
                     return
-                if rows is None:
+                if rows is None or part is None:
                     if may_pause:
                         paused_ns += self._pause(batch, time.monotonic_ns() - started_at_ns - 2 * paused_ns)
                     continue
-                part = batch[rows.run_index]
                 if not part.call.closed:
                     part.call.report(RowsReady(part.first_text, part.texts, rows))
         except DeviceLostError:

@@ -164,6 +164,7 @@ class Output:
         pooled_size: Values of a pooled vector before it is cut to `row_size`.
         is_part: Whether a row is only a part of one, which the windows of a text together make: in float32, neither
             cut nor normalized.
+        unit: What one row stands for.
     """
 
     kind: OutputKind
@@ -177,6 +178,11 @@ class Output:
     heads: tuple[int, ...] = ()
     pooled_size: int = 0
     is_part: bool = False
+    unit: Unit = dataclasses.field(init=False, compare=False)
+
+    def __post_init__(self) -> None:
+        """Looks the unit up once for all texts: the hash of an enumeration is slow."""
+        object.__setattr__(self, "unit", _UNITS.get(self.kind, Unit.TEXT))
 
     def of_windows(self) -> Output:
         """Returns what is asked of each window of a text."""
@@ -190,18 +196,15 @@ class Output:
         """All its poolings of whole texts."""
         return () if self.pool is None or self.unit is Unit.SPAN else (self.pool, *self.joined_pools)
 
-    @property
-    def unit(self) -> Unit:
-        """What one row stands for."""
-        return _UNITS.get(self.kind, Unit.TEXT)
-
     def row_counts(self, texts: Sequence[Text]) -> list[int]:
         """Returns how many rows of each layer each text has."""
         unit = self.unit
+        if unit is Unit.TEXT:
+            return [1] * len(texts)
         if unit is Unit.TOKEN:
             return [text.row_count for text in texts]
         if unit is Unit.TOKEN_PAIR:
             return [text.token_count**2 for text in texts]
         if unit is Unit.SPAN:
             return [text.span_count for text in texts]
-        return [text.word_count for text in texts] if unit is Unit.WORD else [1] * len(texts)
+        return [text.word_count for text in texts]

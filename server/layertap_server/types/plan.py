@@ -39,6 +39,9 @@ class Plan:
         of_windows: What is asked of each window of a text that runs as several. None: no text does.
         byte_counts: The answer's bytes for each token, pair of tokens, word and text.
         mix_token_bytes: What its mixes take for each token until the answer is made of them.
+        has_words: Whether an output has a row for each word.
+        has_spans: Whether an output has a row for each span.
+        depth: The highest layer that is needed.
     """
 
     outputs: tuple[Output, ...]
@@ -47,7 +50,10 @@ class Plan:
     of_windows: Plan | None = None
     byte_counts: ByteCounts = dataclasses.field(init=False)
     mix_token_bytes: int = dataclasses.field(init=False)
+    has_words: bool = dataclasses.field(init=False)
+    has_spans: bool = dataclasses.field(init=False)
     excludes_special_tokens: bool = dataclasses.field(init=False)
+    depth: int = dataclasses.field(init=False)
     _hash: int = dataclasses.field(init=False, repr=False, compare=False)
 
     def __hash__(self) -> int:
@@ -61,26 +67,14 @@ class Plan:
             sizes[output.unit] += self.row_bytes(output) * len(output.layers)
         byte_counts = ByteCounts(**{unit.name.lower(): size for unit, size in sizes.items()})
         object.__setattr__(self, "byte_counts", byte_counts)
+        object.__setattr__(self, "has_words", byte_counts.word > 0)
+        object.__setattr__(self, "has_spans", byte_counts.span > 0)
         mixes = {output.mix for output in self.outputs if output.mix is not None}
         object.__setattr__(self, "mix_token_bytes", sum(4 * mix.row_size for mix in mixes))
         pools = [pool for output in self.outputs for pool in output.pools]
         object.__setattr__(self, "excludes_special_tokens", any(pool.exclude_special_tokens for pool in pools))
+        object.__setattr__(self, "depth", max((output.layers[-1] for output in self.outputs), default=0))
         object.__setattr__(self, "_hash", hash((self.outputs, self.dtype, self.return_tokens, self.of_windows)))
-
-    @property
-    def has_words(self) -> bool:
-        """Whether an output has a row for each word."""
-        return self.byte_counts.word > 0
-
-    @property
-    def has_spans(self) -> bool:
-        """Whether an output has a row for each span."""
-        return self.byte_counts.span > 0
-
-    @property
-    def depth(self) -> int:
-        """The highest layer that is needed."""
-        return max(output.layers[-1] for output in self.outputs)
 
     def pooling_from(self, row: int) -> Plan:
         """Returns the plan with pools that leave out the rows before one."""
