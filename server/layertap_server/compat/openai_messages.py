@@ -162,7 +162,7 @@ class _Reader:
             if _SURROGATE.search(text):
                 raise FieldError("input", "input has half a surrogate pair, which is no character; leave it out")
             return str(text)
-        while index is not None and self._skip("["):
+        if index is not None and self._skip("["):  # No farther: a body may be brackets alone.
             first = self._peek()
         if index is not None and first and first in "-0123456789":
             raise FieldError("input", _TOKEN_IDS)
