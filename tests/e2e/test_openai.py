@@ -267,6 +267,7 @@ def narrow(folder: Path) -> Iterator[Server]:
         yield server
 
 
+@pytest.mark.one_process  # Each of several has its share of the limit: one call.
 def test_a_full_server_refuses_at_once_and_says_when_to_come_again(narrow: Server) -> None:
     with concurrent.futures.ThreadPoolExecutor(6) as pool:
         replies = list(pool.map(lambda n: embed(narrow, f"text {n}"), range(6)))
@@ -306,6 +307,7 @@ def test_silent_connections_make_place_for_others(narrow: Server) -> None:
         assert silent[0].recv(1) == b""
 
 
+@pytest.mark.one_process  # Each of several has its share of the limit: one call.
 def test_an_answer_that_is_not_read_is_dropped(narrow: Server) -> None:
     body = json.dumps({"model": "org/tiny", "input": ["x"] * 1000}).encode()
     head = b"POST /v1/embeddings HTTP/1.1\r\nhost: x\r\nx-request-id: unread\r\ncontent-length: %d\r\n\r\n" % len(body)

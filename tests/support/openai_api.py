@@ -14,7 +14,7 @@ from layertap_server.testing import ServerProcess
 from support import Server, poll
 
 WAIT_S = 30.0
-_LISTENS = re.compile(r"listens for HTTP address=https?://(\S+):(\d+)")
+_LISTENS = re.compile(r"listens for HTTP (?:process=\d+ )?address=https?://(\S+):(\d+)")
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
