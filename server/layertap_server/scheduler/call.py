@@ -109,7 +109,7 @@ class Call:
         self._part: tuple[Text, Text] | None = None
         self._window_bytes = 0
         if plan.of_windows is not None:
-            events = TextEvents(self, deliver, keeps_rows=keeps_rows, apply_modules=queue.apply_modules)
+            events = TextEvents(plan, self.release, deliver, keeps_rows=keeps_rows, apply_modules=queue.apply_modules)
             self.deliver = events.deliver
 
     def __enter__(self) -> Call:

@@ -12,7 +12,6 @@ import logging
 import threading
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -20,10 +19,7 @@ import numpy.typing as npt
 from layertap.errors import InternalError, LayertapError
 from layertap_server.scheduler.events import Event, RowsReady, RunDone
 from layertap_server.scheduler.window_rows import narrowed, whole_rows
-from layertap_server.types import ApplyModules, DeviceLostError, Rows, Text, Unit, Vectors, Window
-
-if TYPE_CHECKING:
-    from layertap_server.scheduler.call import Call
+from layertap_server.types import ApplyModules, DeviceLostError, Plan, Rows, Text, Unit, Vectors, Window
 
 log = logging.getLogger(__name__)
 
@@ -65,14 +61,15 @@ class TextEvents:
 
     def __init__(
         self,
-        call: Call,
+        plan: Plan,
+        release: Callable[..., None],
         deliver: Callable[[Event], None],
         *,
         keeps_rows: bool,
         apply_modules: ApplyModules,
     ) -> None:
-        """Starts without any open text."""
-        self._call, self._plan = call, call.plan
+        """Starts without any open text; `release` is that of the call."""
+        self._plan, self._release = plan, release
         self._deliver = deliver
         self._keeps_rows = keeps_rows
         self._apply_modules = apply_modules
@@ -145,13 +142,13 @@ class TextEvents:
         opened.compute_time_ns += done.compute_time_ns
         opened.left -= len(done.texts)
         if opened.left:
-            self._call.release(0, run_done=True)
+            self._release(0, run_done=True)
             return
         del self._open[done.first_text]
         for place, data in sorted(opened.rows.items()):
             yield self._ready(opened, done.first_text, place, data.data)
         opened.rows.clear()
-        self._call.release(self._plan.part_bytes(opened.text))
+        self._release(self._plan.part_bytes(opened.text))
         yield RunDone(
             first_text=done.first_text,
             texts=[opened.text],
