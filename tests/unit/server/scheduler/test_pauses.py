@@ -200,6 +200,17 @@ def test_what_is_not_short_waits(batcher: Batcher, engine: Engine, long: Caller,
     assert [engine.next_step() for _ in range(STEPS)] == [(LONG, 1), (LONG, 2), (SHORT, 0)]
 
 
+def test_a_batch_of_short_texts_does_not_pause(batcher: Batcher, engine: Engine) -> None:
+    """It would run texts by the few, of callers whose next batch takes all of them at once."""
+    many = Caller(batcher, *[LONG] * 4, length=SHORT_LENGTH)
+    assert engine.next_step() == (LONG, 0)
+    short = Caller(batcher, SHORT, length=SHORT_LENGTH)
+    engine.allow(LONG, STEPS)
+    engine.allow(SHORT, STEPS)
+    assert [engine.next_step() for _ in range(STEPS)] == [(LONG, 1), (LONG, 2), (SHORT, 0)]
+    assert many.values() == [LONG] * 4 and short.values() == [SHORT]
+
+
 def test_a_batch_in_a_pause_does_not_pause(batcher: Batcher, engine: Engine, long: Caller) -> None:
     short = Caller(batcher, SHORT, length=SHORT_LENGTH)
     engine.allow(LONG)
