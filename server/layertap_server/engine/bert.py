@@ -203,11 +203,12 @@ class Bert:
         rows = self._embed(
             prepared.input_ids.tensor, None if types is None else types.tensor, prepared.position_ids.tensor
         )
+        longest = max(group.length for group in packed_batch.groups)
         done = 0
         for layer in wanted:
             row_count = packed_batch.row_count(layer)
             rows = rows[: self._padded(row_count)]
-            step = self._stack.count_at_once(len(rows))
+            step = self._stack.count_at_once(len(rows), longest)
             for first in range(done, layer, step):
                 if first > done:
                     yield None

@@ -102,11 +102,19 @@ class BlockStack:
             return projected
         return self._steps.linear(rows.to(self._dtype), self._blocks[block].qkv)
 
-    def count_at_once(self, row_count: int) -> int:
-        """Returns how many blocks run over so many rows before a batch may pause."""
+    def count_at_once(self, row_count: int, longest: int) -> int:
+        """Returns how many blocks run over so many rows before a batch may pause.
+
+        No call is short beside texts that are: a batch of those only looks whether its callers are still there.
+
+        Args:
+            row_count: The rows of the batch.
+            longest: Those of its longest text.
+        """
         if self._runtime is not None:
             return self._count
-        return max(1, int(_STEP_WORK / (self._row_work * row_count)))
+        is_long = self._row_work * longest * self._count > _STEP_WORK
+        return max(1, int((_STEP_WORK if is_long else 4 * _STEP_WORK) / (self._row_work * row_count)))
 
     def _find_steps(self, activation: Activation, packed: bool, epsilon: float) -> Steps:
         """Returns how blocks run that are not compiled."""
