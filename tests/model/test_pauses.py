@@ -102,3 +102,13 @@ def test_a_short_text_is_answered_before_a_long_one_that_came_first(encode: Enco
     assert batcher.stop(WAIT_S)
     assert ended == [SHORT, LONG]
     assert answers == alone
+
+
+def test_a_batch_of_short_texts_seldom_pauses(encode: Encode) -> None:
+    """No call is short beside them, and each pause waits for the interpreter."""
+
+    def pauses(texts: Sequence[Text]) -> int:
+        return sum(rows is None for rows in encode([Run(plan=VECTORS, texts=list(texts))]))
+
+    short = [_text(SHORT)] * 200
+    assert 2 * pauses(short) <= pauses([_text(LONG), _text(LONG)])
