@@ -14,10 +14,10 @@ from typing import Any, Final, Literal, cast
 from layertap import wire
 from layertap.client import Client
 from layertap.errors import InvalidArgumentError, printable
+from layertap.jobs import readers
 from layertap.jobs.items import Fields
-from layertap.jobs.readers import COMPRESSED, FORMATS, Arguments, Source
+from layertap.jobs.readers import Arguments, Source
 from layertap.jobs.shards import OUTPUTS, Shard, assign, find, is_pattern
-from layertap.jobs.sources import UnknownFormatError, format_of, open_source
 from layertap.types import LayerMix, MixName, Windows
 
 NO_TEXT: Final = "there is no text; pass some as arguments, a file, or lines of stdin"
@@ -64,8 +64,8 @@ def source(args: argparse.Namespace) -> Source:
             raise UsageError("Parquet cannot be read from a pipe; name the file")
         if sys.stdin is not None and sys.stdin.isatty():
             warn("reading texts from the terminal, one a line; Ctrl-D ends them")
-        return _reader(args, None, args.input_format or "txt")
-    paths = [] if args.text else [text for text in given if args.input_format or _is_path(text)]
+        return reader(args, None)
+    paths = _paths(args)
     if not paths:
         _refuse_fields(args, "texts of the command line")
         return Arguments(texts=given)
@@ -74,25 +74,28 @@ def source(args: argparse.Namespace) -> Source:
             f"{paths[0]} looks like a file; pass one file, several with -o and a folder, or texts with --text"
         )
     path = Path(paths[0])
-    if path.is_dir():
+    if os.path.isdir(path):
         raise UsageError(f"{path} is a folder; name a file in it, or pass it as a text with --text")
-    if not path.exists():
+    if not os.path.exists(path):
         raise UsageError(f"there is no file {path}; to pass it as a text, use --text")
     try:
         return reader(args, path)
-    except UnknownFormatError as exc:
+    except readers.UnknownFormatError as exc:
         raise UsageError(f"{exc}, or pass it as a text with --text") from exc
 
 
-def reader(args: argparse.Namespace, path: Path) -> Source:
-    """Returns what reads a file.
+def reader(args: argparse.Namespace, path: Path | None) -> Source:
+    """Returns what reads a file, or stdin if there is none.
 
     Raises:
         UsageError: if it has not the fields that the arguments name.
         JobError: if it is of no known format, or a Parquet file without the columns.
         ModuleNotFoundError: if Parquet needs a package that is missing.
     """
-    return _reader(args, path, args.input_format or format_of(path))
+    kind = args.input_format or ("txt" if path is None else readers.format_of(path))
+    if kind == "txt":
+        _refuse_fields(args, "lines of text")
+    return readers.open_source(path, kind, fields(args))
 
 
 def shards(args: argparse.Namespace) -> list[Shard] | None:
@@ -102,11 +105,11 @@ def shards(args: argparse.Namespace) -> list[Shard] | None:
         JobError: if there is no file, or the outputs are in each other's way.
         UsageError: if a flag is for several files, and there is one.
     """
-    given: list[str] = args.texts
-    names = [] if args.text else [one for one in given if args.input_format or _is_path(one)]
-    several = len(names) > 1 or any(_is_folder(one) or is_pattern(one) for one in names)
+    names = _paths(args)
+    several = len(names) > 1 or any(os.path.isdir(one) or is_pattern(one) for one in names)
     flags = bool(args.shard or args.output_format)
-    if args.output is None or not names or len(names) < len(given) or not (several or flags or args.output.is_dir()):
+    is_whole = args.output is None or not names or len(names) < len(args.texts)
+    if is_whole or not (several or flags or args.output.is_dir()):
         if flags:
             raise UsageError("--shard and --output-format need files as input, and with -o a folder as output")
         return None
@@ -225,28 +228,15 @@ def drop_stdout() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def _is_folder(text: str) -> bool:
-    try:
-        return Path(text).is_dir()
-    except (OSError, ValueError):  # As below.
-        return False
+def _paths(args: argparse.Namespace) -> list[str]:
+    """Returns the arguments that name files or folders, or look as if they did."""
+    return [] if args.text else [text for text in args.texts if args.input_format or _is_path(text)]
 
 
 def _is_path(text: str) -> bool:
-    """Returns whether an argument names a file or a folder, or looks as if it did."""
-    path = Path(text.removesuffix(COMPRESSED))
-    if path.suffix.removeprefix(".") in FORMATS or _LOOKS_LIKE_A_PATH.fullmatch(text):
-        return True
-    try:
-        return bool(text) and Path(text).exists()
-    except (OSError, ValueError):  # Too long for a name, or with a NUL.
-        return False
-
-
-def _reader(args: argparse.Namespace, path: Path | None, kind: str) -> Source:
-    if kind == "txt":
-        _refuse_fields(args, "lines of text")
-    return open_source(path, kind, fields(args))
+    ending = Path(text.removesuffix(readers.COMPRESSED)).suffix.removeprefix(".")
+    # Unlike those of Path, this one takes texts that are too long for a name, or have a NUL.
+    return ending in readers.FORMATS or bool(_LOOKS_LIKE_A_PATH.fullmatch(text)) or os.path.exists(text)
 
 
 def _refuse_fields(args: argparse.Namespace, what: str) -> None:

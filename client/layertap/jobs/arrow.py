@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 
 from layertap.jobs import JobError
 from layertap.jobs.items import BadItem, Fields, Item, from_fields
-from layertap.jobs.readers import Source, missing_column
+from layertap.jobs.readers import Source, check_columns
 from layertap.jobs.table import Block, Table
 from layertap.results import export
 
@@ -42,12 +42,11 @@ class ParquetRows(Source):
         """Refuses a file that does not have the columns.
 
         Raises:
-            JobError: if it is no Parquet, or a column is missing or of another type.
+            JobError: if it is no Parquet, or a column is missing, there twice or of another type.
         """
         with self._readable():
             schema = pq.read_schema(self.path)
-        if missing := [name for name in self.fields.names if name not in schema.names]:
-            raise missing_column(str(self.path), missing[0], schema.names)
+        check_columns(str(self.path), schema.names, self.fields)
         kind = _value_type(schema.field(self.fields.text).type)
         if not _is_string(_value_type(kind.value_type) if _is_list(kind) else kind):
             self._refuse(self.fields.text, kind, "texts are strings, or lists of strings", "--text-field")

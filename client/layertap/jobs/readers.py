@@ -1,4 +1,4 @@
-"""Where texts come from: arguments, lines of text, lines of JSON, CSV; Parquet is in `arrow`.
+"""Where texts come from: arguments, lines of text, lines of JSON, CSV, and Parquet, which is in `arrow`.
 
 Files are UTF-8, with or without a byte order mark, and may be compressed with gzip. Sources hold one item at a time. A
 bad line is a bad item; a file that is something else as a whole is refused once, with how to convert it.
@@ -11,6 +11,8 @@ import contextlib
 import csv
 import dataclasses
 import gzip
+import importlib
+import inspect
 import json
 import os
 import zlib
@@ -18,6 +20,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO, Final, cast
 
+from layertap import optional_deps
 from layertap.jobs import JobError
 from layertap.jobs.items import BadItem, Fields, Item, bad, checked, fields_there, from_fields
 
@@ -31,6 +34,7 @@ MAX_LINE_BYTES: Final = 16 << 20
 """A longer line is a bad item: no text that a server takes needs it, and it would have to be held."""
 
 _CHUNK_BYTES: Final = 1 << 20
+_DELIMITERS: Final = {"csv": ",", "tsv": "\t"}
 _STDIN: Final = 0
 
 _ICONV: Final = "convert it first: iconv -f {0} -t UTF-8 OLD > NEW, or in PowerShell Get-Content OLD | Set-Content NEW"
@@ -44,6 +48,43 @@ _FOREIGN: Final = {
     b"(\xb5/\xfd": "compressed with zstd; unpack it first: zstdcat",
 }
 """What a file begins with that is no lines of UTF-8, and what to do."""
+
+
+class UnknownFormatError(JobError):
+    """The name of a file says no format that can be read."""
+
+
+def format_of(path: Path) -> str:
+    """Returns the format that the name of a file says.
+
+    Raises:
+        UnknownFormatError: if it says none that can be read.
+    """
+    ending = (path.with_suffix("") if path.suffix == COMPRESSED else path).suffix.removeprefix(".")
+    if ending not in FORMATS or (ending == "parquet" and path.suffix == COMPRESSED):
+        raise UnknownFormatError(
+            f"{path} is of no format that can be read; use .txt, .jsonl, .csv, .tsv (each also with .gz) or .parquet, "
+            "or say which it is with --input-format"
+        )
+    return ending
+
+
+def open_source(path: Path | None, kind: str, fields: Fields) -> Source:
+    """Returns what reads a file of one of FORMATS, or stdin, which cannot be Parquet, if there is none.
+
+    Raises:
+        JobError: if a Parquet file does not have the columns.
+        ModuleNotFoundError: if Parquet needs a package that is missing.
+    """
+    if kind == "txt":
+        return Lines(path=path)
+    if kind == "jsonl":
+        return JsonLines(path=path, fields=fields)
+    if kind in _DELIMITERS:
+        return Csv(path=path, fields=fields, delimiter=_DELIMITERS[kind])
+    optional_deps.load("pyarrow", extra="arrow", purpose="Parquet")
+    rows: Source = importlib.import_module("layertap.jobs.arrow").ParquetRows(path=path, fields=fields)
+    return rows
 
 
 class Source:
@@ -205,12 +246,14 @@ class Csv(Lines):
             lines = (line.decode("utf-8", "surrogateescape") for line in self._lines(file))
             rows = csv.reader(lines, delimiter=self.delimiter)
             names = next(rows, [])
-            if names and (missing := [name for name in self.fields.names if name not in names]):
-                raise missing_column(self.name, missing[0], names)
+            if names:
+                check_columns(self.name, names, self.fields)
             number = 0
             while True:
                 try:
                     row = next(rows, None)
+                    if row is not None and inspect.getgeneratorstate(lines) == inspect.GEN_CLOSED:
+                        raise csv.Error("it goes on to the end of the file")  # A whole row needs no line after it.
                 except csv.Error as exc:
                     number += 1
                     yield bad(number, None, f"the row is not CSV: {exc}; is a quote missing?")
@@ -219,15 +262,29 @@ class Csv(Lines):
                     return
                 if row:
                     number += 1
-                    yield from_fields(number, dict(zip(names, row, strict=False)), self.fields)
+                    yield self._row(number, names, row)
 
     def count(self) -> int | None:
         """Returns None: rows are not lines."""
         return None
 
+    def _row(self, number: int, names: list[str], row: list[str]) -> Item | BadItem:
+        if any(row[len(names) :]):
+            reason = f"the row has {len(row)} values, and there are {len(names)} columns"
+            return bad(number, None, f"{reason}; put a value that has a {self.delimiter!r} in quotes")
+        return from_fields(number, dict(zip(names, row, strict=False)), self.fields)
 
-def missing_column(name: str, column: str, names: Sequence[str]) -> JobError:
-    """Returns the refusal of a file that lacks a column."""
-    return JobError(
-        f"{name} has no column {column}; {fields_there(names)}; choose with --text-field, --id-field and --keep"
-    )
+
+def check_columns(name: str, names: Sequence[str], wanted: Fields) -> None:
+    """Checks that a file has each column that is wanted, once.
+
+    Raises:
+        JobError: if it has not.
+    """
+    for column in wanted.names:
+        if (count := names.count(column)) > 1:
+            raise JobError(f"{name} has {count} columns {column}; rename all but one of them")
+        if not count:
+            raise JobError(
+                f"{name} has no column {column}; {fields_there(names)}; choose with --text-field, --id-field and --keep"
+            )

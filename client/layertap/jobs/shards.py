@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import glob
+import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Final
@@ -40,7 +41,7 @@ class Shard:
 
 def is_pattern(name: str) -> bool:
     """Returns whether a name stands for the files that match it: it has a `*`, `?` or `[`, and no file is called so."""
-    return not _PATTERN.isdisjoint(name) and not Path(name).exists()
+    return not _PATTERN.isdisjoint(name) and not os.path.exists(name)
 
 
 def find(names: Iterable[str]) -> list[Path]:
@@ -55,14 +56,14 @@ def find(names: Iterable[str]) -> list[Path]:
     found: set[Path] = set()
     for name in names:
         path = Path(name)
-        if path.is_dir():
+        if is_folder := os.path.isdir(name):  # Unlike that of Path, it takes a name that is too long.
             some = [one for one in path.iterdir() if one.is_file() and not one.name.startswith((".", "_"))]
         elif is_pattern(name):
             some = [one for one in map(Path, glob.iglob(name, recursive=True)) if one.is_file()]
         else:
-            some = [path] if path.is_file() else []
+            some = [path] if os.path.isfile(name) else []
         if not some:
-            raise JobError(f"there is no file {name}" if not path.is_dir() else f"there is no file in {name}")
+            raise JobError(f"there is no file in {name}" if is_folder else f"there is no file {name}")
         found.update(some)
     return sorted(found)
 

@@ -18,8 +18,8 @@ from layertap.errors import LayertapError
 from layertap.jobs import JobError, shards
 from layertap.jobs.items import Fields
 from layertap.jobs.job import DEFAULT_PART_ITEMS, Job
+from layertap.jobs.readers import format_of, open_source
 from layertap.jobs.shards import Shard
-from layertap.jobs.sources import format_of, open_source
 from layertap.jobs.tasks import EmbedTask
 from layertap.results.streamed import StreamResult
 from layertap.types import ModelRef

@@ -45,6 +45,15 @@ def test_an_argument_that_looks_like_a_file_is_never_embedded_as_a_text(text: st
     assert isinstance(source, Arguments) and contents(source.items()) == [text]
 
 
+@pytest.mark.parametrize("text", ["a" * 300 + ".txt", "https://example.com/" + "a" * 300, "./" + "a" * 300 + "?b"])
+def test_a_file_that_cannot_exist_is_said_not_to_be_there(text: str, tmp_path: Path) -> None:
+    with pytest.raises(parsing.UsageError, match=r"there is no file .*--text"):
+        parsing.source(parsed(text))
+    with pytest.raises(JobError, match="there is no file"):
+        parsing.shards(parsed(text, text, "-o", str(tmp_path)))
+    assert isinstance(parsing.source(parsed("--text", text)), Arguments)
+
+
 @pytest.mark.parametrize(
     "text", ["I love Paris", "and/or is fine in a sentence", "Hello.", "3.14", "", "a\0b", "x" * 5000]
 )
@@ -132,6 +141,34 @@ def test_a_row_that_is_not_csv_is_one_bad_item(tmp_path: Path) -> None:
     first, broken, third = Csv(path=path, fields=Fields(), delimiter=",").items()
     assert isinstance(broken, BadItem) and broken.number == 2 and "not CSV" in broken.reason
     assert first == Item(number=1, id=1, content="first") and third == Item(number=3, id=3, content="third")
+
+
+def test_a_row_of_csv_with_more_values_than_columns_is_bad_and_never_cut(tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    path.write_bytes(b"id,text\n1,Hello, world\n2,whole,\n")
+    cut, whole = Csv(path=path, fields=Fields(), delimiter=",").items()
+    assert isinstance(cut, BadItem) and cut.number == 1 and "has 3 values, and there are 2 columns" in cut.reason
+    assert whole == Item(number=2, id=2, content="whole")  # What programs end each row with is no value.
+
+
+def test_a_quote_that_stays_open_makes_no_text_of_all_rows_below(tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    path.write_bytes(b'id,text\n1,first\n2,"second\n3,third\n4,fourth\n')
+    first, open_ended = Csv(path=path, fields=Fields(), delimiter=",").items()
+    assert first == Item(number=1, id=1, content="first")
+    assert isinstance(open_ended, BadItem) and open_ended.number == 2 and "is a quote missing?" in open_ended.reason
+    path.write_bytes(b'text\n"last, without a line end"')
+    assert contents(Csv(path=path, fields=Fields(), delimiter=",").items()) == ["last, without a line end"]
+
+
+def test_a_column_that_is_there_twice_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_bytes(b"text,n,text\na,1,b\n")
+    twice = pa.Table.from_arrays([pa.array(["a"]), pa.array(["b"])], names=["text", "text"])
+    pq.write_table(twice, tmp_path / "a.parquet")
+    with pytest.raises(JobError, match=r"a\.csv has 2 columns text"):
+        list(Csv(path=tmp_path / "a.csv", fields=Fields(), delimiter=",").items())
+    with pytest.raises(JobError, match=r"a\.parquet has 2 columns text"):
+        ParquetRows(path=tmp_path / "a.parquet", fields=Fields())
 
 
 @pytest.mark.parametrize(
