@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import TypeAlias, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -36,55 +36,21 @@ SERVICE_NAME: str = _SERVICE.full_name
 RPC_NAMES: tuple[str, ...] = tuple(_SERVICE.methods_by_name)
 """The RPCs of the service, in the contract's order."""
 
-DTYPES: dict[str, pb.Dtype.ValueType] = {name: pb.Dtype.Value(f"DTYPE_{name.upper()}") for name in ITEM_BYTES}
-"""Wire dtypes by the names users give them."""
 
+def _by_name(enum: Any) -> dict[str, Any]:
+    """Returns the numbers of an enum by the names that users give them: the contract's without the enum's own."""
+    prefix = enum.Name(0).removesuffix("UNSPECIFIED")
+    return {name.removeprefix(prefix).lower(): number for name, number in enum.items() if number}
+
+
+DTYPES: dict[str, pb.Dtype.ValueType] = _by_name(pb.Dtype)
 DTYPE_NAMES: dict[pb.Dtype.ValueType, str] = {number: name for name, number in DTYPES.items()}
-
-POOLING_STRATEGIES: dict[str, pb.PoolingStrategy.ValueType] = {
-    "mean": pb.POOLING_STRATEGY_MEAN,
-    "cls": pb.POOLING_STRATEGY_CLS,
-    "max": pb.POOLING_STRATEGY_MAX,
-    "last": pb.POOLING_STRATEGY_LAST,
-    "mean_sqrt_len": pb.POOLING_STRATEGY_MEAN_SQRT_LEN,
-    "mean_max": pb.POOLING_STRATEGY_MEAN_MAX,
-}
-"""Pooling strategies by the names users give them."""
-
-MIX_STRATEGIES: dict[str, pb.MixStrategy.ValueType] = {
-    "mean": pb.MIX_STRATEGY_MEAN,
-    "sum": pb.MIX_STRATEGY_SUM,
-    "concat": pb.MIX_STRATEGY_CONCAT,
-    "weighted": pb.MIX_STRATEGY_WEIGHTED,
-}
-"""Ways to mix layers by the names users give them."""
-
-WORD_POOLINGS: dict[str, pb.WordPooling.ValueType] = {
-    "first": pb.WORD_POOLING_FIRST,
-    "last": pb.WORD_POOLING_LAST,
-    "mean": pb.WORD_POOLING_MEAN,
-    "first_last": pb.WORD_POOLING_FIRST_LAST,
-}
-"""Ways to pool the pieces of a word by the names users give them."""
-
-SPAN_UNITS: dict[str, pb.SpanUnit.ValueType] = {
-    "characters": pb.SPAN_UNIT_CHARACTER,
-    "tokens": pb.SPAN_UNIT_TOKEN,
-}
-"""What the bounds of spans count, by the names users give them."""
-
-TRUNCATIONS: dict[str, pb.Truncation.ValueType] = {
-    "error": pb.TRUNCATION_ERROR,
-    "right": pb.TRUNCATION_RIGHT,
-    "left": pb.TRUNCATION_LEFT,
-}
-"""Truncations by the names users give them."""
-
-PADDING_SIDES: dict[str, pb.PaddingSide.ValueType] = {
-    "right": pb.PADDING_SIDE_RIGHT,
-    "left": pb.PADDING_SIDE_LEFT,
-}
-"""Sides of padding by the names that transformers gives them."""
+POOLING_STRATEGIES: dict[str, pb.PoolingStrategy.ValueType] = _by_name(pb.PoolingStrategy)
+MIX_STRATEGIES: dict[str, pb.MixStrategy.ValueType] = _by_name(pb.MixStrategy)
+WORD_POOLINGS: dict[str, pb.WordPooling.ValueType] = _by_name(pb.WordPooling)
+SPAN_UNITS: dict[str, pb.SpanUnit.ValueType] = {f"{name}s": number for name, number in _by_name(pb.SpanUnit).items()}
+TRUNCATIONS: dict[str, pb.Truncation.ValueType] = _by_name(pb.Truncation)
+PADDING_SIDES: dict[str, pb.PaddingSide.ValueType] = _by_name(pb.PaddingSide)
 
 _MAX_VARINT_BITS = 70
 
@@ -188,19 +154,26 @@ def to_array(data: Buffer | ByteArray, shape: tuple[int, ...], dtype: pb.Dtype.V
 
 def joined(parts: Sequence[ByteArray]) -> ByteArray:
     """Returns arrays that lie one after the other in memory as one array, which holds them all."""
-    return parts[0] if len(parts) == 1 else np.asarray(_Joined(parts))
+    return parts[0] if len(parts) == 1 else array_at(parts, address(parts[0]), sum(part.nbytes for part in parts))
 
 
-class _Joined:
-    """The base of an array that spans several."""
+def array_at(owner: object, start: int, byte_count: int) -> ByteArray:
+    """Returns memory as an array that holds on to its owner."""
+    return np.asarray(_Base(owner, start, byte_count))
 
-    __slots__ = ("__array_interface__", "_parts")
 
-    def __init__(self, parts: Sequence[ByteArray]) -> None:
-        self._parts = parts
-        size = sum(part.nbytes for part in parts)
-        data = address(parts[0]), False
-        self.__array_interface__ = {"version": 3, "typestr": "|u1", "shape": (size,), "data": data}
+class _Base:
+    """The base of an array.
+
+    numpy replaces the base of a view by the base of its base where that is an array too, and would so forget an array
+    with a finalizer; at an object of another kind it stops.
+    """
+
+    __slots__ = ("__array_interface__", "_owner")
+
+    def __init__(self, owner: object, start: int, byte_count: int) -> None:
+        self._owner = owner
+        self.__array_interface__ = {"version": 3, "typestr": "|u1", "shape": (byte_count,), "data": (start, False)}
 
 
 def address(array: ByteArray) -> int:

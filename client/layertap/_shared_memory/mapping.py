@@ -7,7 +7,7 @@
 - Arrays hold the mapping, not the client: they outlive `close` and the server.
 - A forked child never gives back what its parent holds.
 
-No I/O but opening and mapping; what to ask the server is in `lease`.
+No I/O but opening and mapping; what to ask the server is in `session`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ import mmap
 import os
 import stat
 import threading
-from typing import Any
 
 import numpy as np
 
@@ -96,7 +95,7 @@ class Mapping:
         if not self._data_offset <= offset <= len(self._bytes) - byte_count or offset % 4 or byte_count < 0:
             raise DataLossError("the answer names a place outside the shared memory; ask again")
         self.memory.count(byte_count)
-        return np.asarray(_Rows(message, self._address + offset, byte_count))
+        return wire.array_at(message, self._address + offset, byte_count)
 
 
 class SharedCall:
@@ -150,25 +149,6 @@ class _Message:
     def __del__(self) -> None:
         if self._getpid() == self._mapping.pid:
             self._mapping.slots[self._slot] = self._RELEASED
-
-
-class _Rows:
-    """The base of arrays.
-
-    numpy replaces the base of a view by the base of its base where that is an array too, and would so forget an array
-    with a finalizer; at an object of another kind it stops.
-    """
-
-    __slots__ = ("__array_interface__", "_message")
-
-    def __init__(self, message: _Message, address: int, byte_count: int) -> None:
-        self._message = message
-        self.__array_interface__: dict[str, Any] = {
-            "version": 3,
-            "typestr": "|u1",
-            "shape": (byte_count,),
-            "data": (address, False),
-        }
 
 
 def _map(segment: pb.ShareMemoryResponse) -> wire.ByteArray:

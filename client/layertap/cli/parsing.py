@@ -60,8 +60,6 @@ def source(args: argparse.Namespace) -> Source:
     """
     given: list[str] = args.texts
     if given in ([], ["-"]) and not args.text:
-        if args.input_format == "parquet":
-            raise UsageError("Parquet cannot be read from a pipe; name the file")
         if sys.stdin is not None and sys.stdin.isatty():
             warn("reading texts from the terminal, one a line; Ctrl-D ends them")
         return reader(args, None)

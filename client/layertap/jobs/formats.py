@@ -7,7 +7,6 @@ token_counts and word_counts. .npy holds one matrix and nothing else. .parquet a
 
 from __future__ import annotations
 
-import importlib
 import json
 import struct
 import zipfile
@@ -42,9 +41,9 @@ def writer_of(path: Path) -> Writer:
     """
     if path.suffix in (".parquet", ".arrow"):
         optional_deps.load("pyarrow", extra="arrow", purpose=path.suffix)
-        arrow = importlib.import_module("layertap.jobs.arrow")
-        writer: Writer = arrow.write_parquet if path.suffix == ".parquet" else arrow.write_arrow
-        return writer
+        from layertap.jobs import arrow
+
+        return arrow.write_parquet if path.suffix == ".parquet" else arrow.write_arrow
     writers: dict[str, Writer] = {".npz": _write_npz, MATRIX: _write_npy, ".safetensors": _write_safetensors}
     if path.suffix not in writers:
         raise JobError(f"{path} has no ending that is known; use .npz, .npy, .safetensors, .parquet or .arrow")

@@ -11,7 +11,6 @@ import contextlib
 import csv
 import dataclasses
 import gzip
-import importlib
 import inspect
 import json
 import os
@@ -70,10 +69,10 @@ def format_of(path: Path) -> str:
 
 
 def open_source(path: Path | None, kind: str, fields: Fields) -> Source:
-    """Returns what reads a file of one of FORMATS, or stdin, which cannot be Parquet, if there is none.
+    """Returns what reads a file of one of FORMATS, or stdin if there is none.
 
     Raises:
-        JobError: if a Parquet file does not have the columns.
+        JobError: if a Parquet file does not have the columns, or stdin is said to be one.
         ModuleNotFoundError: if Parquet needs a package that is missing.
     """
     if kind == "txt":
@@ -82,9 +81,12 @@ def open_source(path: Path | None, kind: str, fields: Fields) -> Source:
         return JsonLines(path=path, fields=fields)
     if kind in _DELIMITERS:
         return Csv(path=path, fields=fields, delimiter=_DELIMITERS[kind])
+    if path is None:
+        raise JobError("Parquet cannot be read from a pipe; name the file")
     optional_deps.load("pyarrow", extra="arrow", purpose="Parquet")
-    rows: Source = importlib.import_module("layertap.jobs.arrow").ParquetRows(path=path, fields=fields)
-    return rows
+    from layertap.jobs import arrow
+
+    return arrow.ParquetRows(path=path, fields=fields)
 
 
 class Source:
