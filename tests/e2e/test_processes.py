@@ -139,6 +139,8 @@ def test_a_long_stream_and_many_calls_at_once_meet_all_processes(kind: str, two:
         wanted = client.embed(texts[::50], pooling="mean").pooled
     assert np.abs(np.stack([one.embedding.pooled[0] for one in results[::50]]) - wanted).max() <= 2e-5
     poll(lambda: by_process(two, "EmbedStream", since) == {1: 1, 2: 1})
+    counts = [one["text_count"] for one in lines(two)[since:] if one.get("method") == "EmbedStream"]
+    assert sum(counts) == 3000 and min(counts) >= 500, counts
 
 
 def test_threads_that_share_a_client_meet_all_processes(two: Server) -> None:

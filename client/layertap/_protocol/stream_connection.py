@@ -26,11 +26,10 @@ class StreamConnection:
     """The items of one connection: sent over it, and not answered yet."""
 
     def __init__(self, state: StreamState) -> None:
-        state.add_connection()
         self._state = state
         self._sent: dict[int, Item] = {}
         self._header: pb.EmbedHeader | None = None
-        self._got_on = False
+        self._got_on = self._counted = False
 
     @property
     def accepted(self) -> bool:
@@ -88,6 +87,9 @@ class StreamConnection:
         if header is None:
             self._state.open(part.header)
             self._header = part.header
+            if not self._counted:
+                self._counted = True
+                self._state.add_connection()
         elif kind == "results":
             offsets, options = list(part.shared_rows.offsets), self._state.options
             answers = text_answers(part.results, header, options, data=data, offsets=offsets, view=view)

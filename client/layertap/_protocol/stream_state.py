@@ -27,8 +27,14 @@ MAX_MESSAGE_COUNT: Final = 256
 MAX_MESSAGE_BYTES: Final = 60 << 10
 """How much one message carries. The server reads up to 64 KiB at once, and takes apart what is larger."""
 
+LONG_COUNT: Final = 2 * MAX_MESSAGE_COUNT
+LONG_BYTES: Final = 2 * MAX_MESSAGE_BYTES
+"""A stream of more is long: several connections share it."""
+
 MIN_CONNECTION_COUNT: Final = 512
 """How many unanswered items each of several connections may have at least, if results are small."""
+MIN_SHARE_COUNT: Final = MAX_MESSAGE_COUNT // 4
+"""So many each of them may have of however few, so that messages are not too small."""
 MAX_EARLY_BYTES: Final = 64 << 20
 """About how many bytes of results of each of several connections may come before those of another."""
 MIN_LARGE_COUNT: Final = 8
@@ -57,7 +63,8 @@ class StreamState:
 
     Attributes:
         options: What is asked of each.
-        connection_count: The connections that share what is to be sent.
+        connection_count: The connections that share what is to be sent: those that the server has accepted.
+        expected_count: How many of them to leave items for; None: not known yet, perhaps several.
     """
 
     def __init__(
@@ -84,6 +91,7 @@ class StreamState:
         self._header: pb.EmbedHeader | None = None
         self._builder: EmbeddingBuilder | None = None
         self.connection_count = 0
+        self.expected_count: int | None = 0
         self._result_bytes = 0.0
         self._offered_count = self._offered_bytes = 0
         self._unanswered: dict[int, Item] = {}
@@ -119,8 +127,8 @@ class StreamState:
 
     @property
     def is_long(self) -> bool:
-        """Whether there were more items than one connection sends at once."""
-        return self._offered_count > 2 * MAX_MESSAGE_COUNT or self._offered_bytes > 2 * MAX_MESSAGE_BYTES
+        """Whether several connections pay."""
+        return self._offered_count > LONG_COUNT or self._offered_bytes > LONG_BYTES
 
     @property
     def started(self) -> bool:
@@ -180,13 +188,18 @@ class StreamState:
     def _connection_room(self) -> int:
         """Returns how many unanswered items one connection may have.
 
-        Results that come before their turn are kept: of several connections each has only as many items under way as
-        that bounds the memory for them.
+        Several connections share evenly what there is. Results that come before those of earlier items are kept: each
+        connection has only as many items under way as that bounds the memory for them.
         """
+        if self.expected_count is None or self.connection_count < self.expected_count:
+            # No more than a short stream has, so that something is left for those that come.
+            of_bytes = LONG_BYTES * self._offered_count // max(self._offered_bytes, 1)
+            return min(LONG_COUNT, max(MIN_LARGE_COUNT, of_bytes))
         if self.connection_count <= 1:
             return MAX_UNANSWERED_COUNT
-        share = max(MAX_UNANSWERED_COUNT // self.connection_count, MIN_CONNECTION_COUNT)
-        return min(share, max(MIN_LARGE_COUNT, int(MAX_EARLY_BYTES / max(self._result_bytes, 1))))
+        most = max(MAX_UNANSWERED_COUNT // self.connection_count, MIN_CONNECTION_COUNT)
+        share = max(-(-len(self._unanswered) // self.connection_count), MIN_SHARE_COUNT)
+        return min(most, share, max(MIN_LARGE_COUNT, int(MAX_EARLY_BYTES / max(self._result_bytes, 1))))
 
     def take(self, room: int) -> dict[int, Item]:
         """Returns the next items to send, in one message, and no more than there is room for."""

@@ -52,6 +52,7 @@ class EmbedStream:
         self._server = connection
         self._settings = settings
         self._state = state
+        state.expected_count = None
         self._items = items
         self._progress = StreamProgress(state)
         self._source_error: BaseException | None = None
@@ -108,7 +109,10 @@ class EmbedStream:
     async def _spread(self) -> None:
         """Adds connections once the stream is known to be long."""
         await self._progress.until(lambda: self._state.is_long and self._state.started)
-        for endpoint in await self._more():
+        endpoints = await self._more()
+        self._state.expected_count = 1 + len(endpoints)
+        self._progress.note_change()
+        for endpoint in endpoints:
             self._start(self._calls(endpoint).run_beside())
 
     async def _read_items(self) -> None:

@@ -143,6 +143,7 @@ class StreamCalls:
         except (DataLossError, FailedPreconditionError):
             raise
         except LayertapError as exc:
+            self._state.expected_count = self._state.connection_count  # No more than there are.
             self._sent.lost(exc)
             self._progress.note_change()
 
@@ -215,7 +216,7 @@ class StreamCalls:
     @property
     def _waiting_count(self) -> int:
         """Items that this connection owes an answer; while it is the only one, all."""
-        alone = self._state.connection_count == 1
+        alone = self._state.connection_count <= 1
         return self._state.unanswered_count if alone else self._sent.unanswered_count
 
     async def _wait(self, read: asyncio.Task[Any]) -> None:

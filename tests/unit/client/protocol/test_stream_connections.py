@@ -11,7 +11,7 @@ from support import answers
 
 from layertap import DataLossError, UnavailableError
 from layertap._protocol.stream_connection import StreamConnection
-from layertap._protocol.stream_state import MAX_UNANSWERED_COUNT, StreamState
+from layertap._protocol.stream_state import LONG_BYTES, LONG_COUNT, MAX_UNANSWERED_COUNT, StreamState
 from layertap._transport.connections import Opened, Spread, least_busy
 from layertap.v1 import embedding_pb2 as pb
 from layertap_server.protocol import responses
@@ -32,6 +32,13 @@ def failures(*ids: int) -> pb.EmbedStreamResponse:
 
 def sent(connection: StreamConnection) -> list[int]:
     return [one.id for one in connection.take().inputs.inputs]
+
+
+def sent_at_once(connection: StreamConnection) -> int:
+    count = 0
+    while connection.has_unsent:
+        count += len(sent(connection))
+    return count
 
 
 @settings(max_examples=60, deadline=None)
@@ -83,13 +90,31 @@ def test_several_connections_share_what_may_be_unanswered_and_large_results_boun
         state.offer(f"text {n}")
     for connection in connections:
         open_again(connection)
-        count = 0
-        while connection.has_unsent:
-            count += len(sent(connection))
-        assert count == MAX_UNANSWERED_COUNT // 4
+    for connection in connections:
+        assert sent_at_once(connection) == MAX_UNANSWERED_COUNT // 4
     for _ in range(30):
         state.note_size(1 << 20, 1)
     assert state.room_after(0) == 64 and state.room_after(50) == 0, "it goes on when a quarter is answered"
+
+
+@pytest.mark.parametrize(("text", "count"), [("text", LONG_COUNT), ("text" * 1000, LONG_BYTES // 4000)])
+def test_the_first_connection_leaves_a_share_to_those_that_have_not_opened_yet(text: str, count: int) -> None:
+    state = StreamState(ANSWER.options, ordered=True)
+    first, second = StreamConnection(state), StreamConnection(state)
+    open_again(first)
+    state.expected_count = None
+    for _ in range(1000):
+        state.offer(text)
+    assert state.is_long
+    taken = sent_at_once(first)
+    assert 0.9 * count <= taken <= count
+    state.expected_count = 2
+    assert not first.has_unsent
+    open_again(second)
+    assert 3 / 8 <= (taken + sent_at_once(first)) / 1000 <= 5 / 8, (
+        "an even share; it goes on when a quarter is answered"
+    )
+    assert 3 / 8 <= sent_at_once(second) / 1000 <= 1 / 2
 
 
 def info(process: int, count: int) -> pb.GetModelInfoResponse:
