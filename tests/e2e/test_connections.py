@@ -87,6 +87,12 @@ def _answers(client: Client) -> bool:
     return False
 
 
+def test_a_connection_that_takes_more_than_a_second_is_made(proxy: Proxy) -> None:
+    proxy.delay_s = 1.2
+    with Client(proxy.address, retries=0) as client:
+        assert client.model_info().layer_count == 3
+
+
 def test_slow_connections_only_take_longer(proxy: Proxy, wanted: list[np.ndarray]) -> None:
     proxy.delay_s, proxy.bytes_a_second = 0.01, 2_000_000
     with Client(proxy.address) as client:

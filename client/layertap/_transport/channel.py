@@ -19,7 +19,8 @@ _OPTIONS: Final = (
     ("grpc.http2.ping_timeout_ms", 10_000),
     # gRPC's own wait between attempts grows to minutes; a restarted server is to be found at once.
     ("grpc.initial_reconnect_backoff_ms", int(RECONNECT_S * 1000)),
-    ("grpc.min_reconnect_backoff_ms", 1_000),
+    # How long one attempt may take, not how long to wait for the next: a busy or distant server needs a second or two.
+    ("grpc.min_reconnect_backoff_ms", 5_000),
     ("grpc.max_reconnect_backoff_ms", 1_000),
     ("grpc.max_send_message_length", -1),
     # What is to be repeated is kept until an answer begins; a request larger than this would not be.

@@ -94,6 +94,8 @@ def _unreachable(details: str, connection: Connection) -> str:
         )
     elif "last error" not in details or "Connection refused" in details or "No such file" in details:
         hint = f"no server answers at {target} (start one with layertap-server, or check the target)"
+    elif "timed out" in details:
+        hint = f"{target} takes connections and does not answer; it is stopped or overloaded, or no layertap server"
     elif tls is None:
         hint = f"{target} ends the connection at once; if it speaks TLS, pass tls=True or tls=TLS(ca=…)"
     elif tls.cert is None:

@@ -139,6 +139,11 @@ def test_a_retry_hint_that_is_no_number_is_none(pushback: str) -> None:
         ("Stream removed (Socket closed)", 0.1, "the connection to 127.0.0.1:1 broke"),
         ("recvmsg:Connection reset by peer", 0.1, "the connection to 127.0.0.1:1 broke"),
         ("failed to connect; last error: Socket closed", None, "127.0.0.1:1 ends the connection at once"),
+        (
+            "last error: connection attempt timed out before receiving SETTINGS frame",
+            None,
+            "127.0.0.1:1 takes connections",
+        ),
         ("failed to connect; last error: Connection refused", None, "no server answers at 127.0.0.1:1"),
         ("DNS resolution failed", None, "no server answers at 127.0.0.1:1"),
     ],
