@@ -53,7 +53,7 @@ def samples(command: list[str], folder: Path) -> Iterator[Sample]:
             names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
         except (psutil.NoSuchProcess, FileNotFoundError):
             break
-        parts = sum(name.startswith("part-") and name.endswith(".npz") for name in names)
+        parts = sum(name.startswith("part-") and not name.endswith(".tmp") for name in names)
         assembling = any(name.startswith("output") for name in names)
         yield Sample(time.perf_counter() - started, memory_mb, parts * PART_TEXTS, assembling)
         time.sleep(SAMPLE_S)

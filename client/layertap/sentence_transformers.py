@@ -124,15 +124,7 @@ class Encoding:
             FailedPreconditionError: if layertap cannot make the model's sentence vectors.
         """
         config = info.sentence_config
-        if config.unsupported is not None:
-            raise FailedPreconditionError(
-                f"encode cannot give what sentence-transformers gives with {info.model_id}: {config.unsupported}; ask "
-                "embed for layers or a pooling instead"
-            )
-        if output_value is None:
-            raise TypeError("encode has no output_value=None; ask embed for several outputs of one forward pass")
-        if output_value not in (SENTENCE, TOKENS):
-            raise InvalidArgumentError(f"output_value is {output_value!r}; pass {SENTENCE!r} or {TOKENS!r}")
+        _check(output_value, info)
         self._info = info
         self._single = isinstance(sentences, str)
         self.texts: list[Sentence] = [sentences] if isinstance(sentences, str) else _texts(sentences)
@@ -141,16 +133,6 @@ class Encoding:
         self._normalize = bool(normalize_embeddings)
         self._width = count("truncate_dim", truncate_dim) or config.truncate_dim
         of_tokens = output_value == TOKENS
-        if not (of_tokens or config.poolings):
-            raise FailedPreconditionError(
-                f"the folder of {info.model_id} has no Pooling module, so it has no sentence vectors; pass "
-                f"output_value={TOKENS!r}, or ask embed for a pooling"
-            )
-        poolings = [Pooling(strategy) for strategy in config.poolings]
-        if len(poolings) == 1 and (self._normalize or not config.normalize):
-            # Cut before it travels. Not what a model normalizes before it is cut.
-            size = min(self._width or info.hidden_size, info.hidden_size)
-            poolings = [Pooling(config.poolings[0], dimensions=size)]
         if prompt is not None:
             prompt_name = None  # A prompt beside a name wins, as in sentence-transformers.
         elif prompt_name is None:
@@ -158,7 +140,7 @@ class Encoding:
             prompt_name = next((name for name in names if name in config.prompts), config.default_prompt_name)
         self.options = embed_options(
             layers=[-1] if of_tokens else None,
-            pooling=None if of_tokens else poolings,
+            pooling=None if of_tokens else self._poolings(),
             truncation=config.truncation if windows is None else "error",
             windows=windows,
             max_length=config.max_length,
@@ -168,14 +150,7 @@ class Encoding:
         )
         self._by_server = config.needs_sentence_modules
         if self._by_server:
-            del self.options.outputs[:]
-            asked = self.options.outputs.add()
-            if of_tokens:
-                asked.hidden_states.sentence_modules = True
-            else:
-                vectors = asked.pooled_vectors
-                vectors.sentence_modules, vectors.normalize = True, self._normalize
-                vectors.dimensions = self._width or 0
+            self._ask_for_modules(of_tokens)
         self._vectors: sentence_vectors.Vectors | None = None
         self._tokens: list[FloatArray | None] | None = [None] * len(self.texts) if of_tokens else None
 
@@ -227,6 +202,41 @@ class Encoding:
         if self._precision != "float32":
             vectors = quantization.quantize_embeddings(vectors, precision=self._precision)
         return vectors[0] if self._single else vectors
+
+    def _poolings(self) -> list[Pooling]:
+        config, size = self._info.sentence_config, self._info.hidden_size
+        if len(config.poolings) == 1 and (self._normalize or not config.normalize):
+            # Cut before it travels. Not what a model normalizes before it is cut.
+            return [Pooling(config.poolings[0], dimensions=min(self._width or size, size))]
+        return [Pooling(strategy) for strategy in config.poolings]
+
+    def _ask_for_modules(self, of_tokens: bool) -> None:
+        """Asks for what the server makes with the modules of the folder, instead of layers and pools."""
+        del self.options.outputs[:]
+        asked = self.options.outputs.add()
+        if of_tokens:
+            asked.hidden_states.sentence_modules = True
+            return
+        vectors = asked.pooled_vectors
+        vectors.sentence_modules, vectors.normalize, vectors.dimensions = True, self._normalize, self._width or 0
+
+
+def _check(output_value: OutputValue | None, info: ModelInfo) -> None:
+    config = info.sentence_config
+    if config.unsupported is not None:
+        raise FailedPreconditionError(
+            f"encode cannot give what sentence-transformers gives with {info.model_id}: {config.unsupported}; ask "
+            "embed for layers or a pooling instead"
+        )
+    if output_value is None:
+        raise TypeError("encode has no output_value=None; ask embed for several outputs of one forward pass")
+    if output_value not in (SENTENCE, TOKENS):
+        raise InvalidArgumentError(f"output_value is {output_value!r}; pass {SENTENCE!r} or {TOKENS!r}")
+    if output_value == SENTENCE and not config.poolings:
+        raise FailedPreconditionError(
+            f"the folder of {info.model_id} has no Pooling module, so it has no sentence vectors; pass "
+            f"output_value={TOKENS!r}, or ask embed for a pooling"
+        )
 
 
 def _texts(sentences: Iterable[Sentence]) -> list[Sentence]:

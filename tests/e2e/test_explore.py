@@ -188,10 +188,11 @@ def send(page: Page, name: str, data: bytes) -> tuple[int, dict[str, Any]]:
 
 
 def test_files_of_texts_become_sentences(page: Page) -> None:
-    lines = "\n".join(json.dumps({"text": text}) for text in SENTENCES)
-    for name, data in (("a.TXT", "﻿" + "\r\n".join(SENTENCES) + "\n\n"), ("b.jsonl", lines)):
+    texts = [*SENTENCES, "one\u2028text\x85on one line"]
+    lines = "\n".join(json.dumps({"text": text}, ensure_ascii=False) for text in texts)
+    for name, data in (("a.TXT", "\ufeff" + "\r\n".join(texts) + "\n\n"), ("b.jsonl", lines)):
         status, header = send(page, name, data.encode())
-        assert status == 200 and header["sentences"] == SENTENCES and header["has_texts"] and not header["columns"]
+        assert status == 200 and header["sentences"] == texts and header["has_texts"] and not header["columns"]
 
 
 @pytest.mark.parametrize("pooled", [True, False])
@@ -224,7 +225,7 @@ def test_vectors_of_a_file_that_the_command_line_made_are_used_as_they_are(
         ("a.txt", b"\n\n", "no sentence"),
         ("a.txt", b"x\n" * 2001, "2001 sentences, the page takes 2000"),
         ("a.jsonl", b'{"text": "x"}\n{"title": "y"}', "line 2 has no string as 'text'"),
-        ("a.jsonl", b"{", "line 1 is not JSON"),
+        ("a.jsonl", b"\n\n{", "line 3 is not JSON"),
         ("a.parquet", b"PAR1", "no Parquet, or is damaged"),
     ],
 )

@@ -75,8 +75,9 @@ def read(name: str, data: bytes) -> Corpus:
             text = data.decode("utf-8-sig")
         except UnicodeDecodeError as exc:
             raise InvalidArgumentError("the file is not UTF-8; convert it first: iconv -t UTF-8") from exc
-        rows = [line for line in text.splitlines() if line.strip()]
-        corpus = Corpus(sentences=rows if ending == "txt" else [_of_line(n, row) for n, row in enumerate(rows, 1)])
+        # Not splitlines: texts may have the line separators of Unicode.
+        rows = [(n, line.removesuffix("\r")) for n, line in enumerate(text.split("\n"), 1) if line.strip()]
+        corpus = Corpus(sentences=[row if ending == "txt" else _of_line(n, row) for n, row in rows])
     else:
         raise InvalidArgumentError("the file is none that can be read; choose .txt, .jsonl or .parquet")
     if not corpus.sentences:

@@ -18,7 +18,7 @@ import numpy as np
 
 from layertap import optional_deps
 from layertap.jobs import JobError
-from layertap.jobs.columns import Column
+from layertap.jobs.columns import IDS, Column
 from layertap.jobs.table import Member, Table
 
 Writer: TypeAlias = Callable[[Table, BinaryIO], None]
@@ -61,7 +61,10 @@ def check_columns(path: Path, columns: tuple[Column, ...], keep: tuple[str, ...]
     Raises:
         JobError: if more or less than one matrix is to go into .npy, or two columns have one name.
     """
-    if taken := [column.name for column in columns if column.name in keep]:
+    names = {column.name for column in columns}
+    if path.suffix in (".npz", ".safetensors"):  # See Table.label_members; the last is what safetensors says of itself.
+        names |= {name + ending for name in (IDS, *keep) for ending in ("_utf8", "_ends")} | {"__metadata__"}
+    if taken := [name for name in keep if name in names]:
         raise JobError(f"--keep {taken[0]} is the name of a column of the output; rename the field in the input")
     matrices = [column.name for column in columns if column.row_shape]
     if path.suffix == MATRIX and (len(matrices) != 1 or any(column.counts for column in columns)):

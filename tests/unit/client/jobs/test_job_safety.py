@@ -275,6 +275,9 @@ def test_kept_fields_are_in_every_format(corpus: Path, tmp_path: Path) -> None:
     refused(job(corpus, tmp_path / "out.npy", fields=fields), "leave --keep out")
     with pytest.raises(JobError, match="--keep vector is the name of a column"):
         run(job(corpus, tmp_path / "other.npz", fields=Fields(keep=("vector",))))
+    for keep in (("title", "title_utf8"), ("ids_ends",), ("__metadata__",)):
+        with pytest.raises(JobError, match=f"--keep {keep[-1]} is the name of a column"):
+            run(job(corpus, tmp_path / "other.safetensors", fields=Fields(keep=keep)))
 
 
 @pytest.mark.parametrize("beside", [None, 1.5, 3], ids=["null", "float", "integer"])
