@@ -1,8 +1,9 @@
 """Pictures of an `Embedding` in matplotlib, one call each; the numbers are those of `analysis`.
 
-Needs the extra `plot`. Each function returns a figure of pyplot, which a notebook shows by itself, and takes the same
-arguments as the function of `analysis` whose numbers it draws. Labels of tokens need `return_tokens=True`; without them
-there are positions. Colours are told apart by readers who see few: viridis for amounts, blue to red around 0.
+Needs the extra `plot`; without it each function raises ModuleNotFoundError. Each returns a figure of pyplot, which a
+notebook shows by itself, and takes the same arguments as the function of `analysis` whose numbers it draws. Labels of
+tokens need `return_tokens=True`; without them there are positions. Colours are told apart by readers who see few:
+viridis for amounts, blue to red around 0.
 """
 
 from __future__ import annotations
@@ -32,11 +33,7 @@ _MAX_LABELS: Final = 64
 
 
 def tokens_by_layers(embedding: Embedding, *, measure: Measure = "cosine_to_first", text: int = 0) -> Figure:
-    """Returns a heatmap of how each token changes from layer to layer; see `analysis.tokens_by_layers`.
-
-    Raises:
-        ModuleNotFoundError: if matplotlib is missing; `layertap[plot]` brings it.
-    """
+    """Returns a heatmap of how each token changes from layer to layer; see `analysis.tokens_by_layers`."""
     values = analysis.tokens_by_layers(embedding, measure=measure, text=text)
     figure, (axis,) = _figure(1, width=2 + _CELL_INCHES * values.shape[1], height=1.6 + _CELL_INCHES * len(values))
     limits = {} if measure == "norm" else {"vmin": min(0.0, float(values.min())), "vmax": 1.0}
@@ -53,7 +50,6 @@ def similarity(embedding: Embedding, *, layers: int | Sequence[int] = -1, texts:
 
     Raises:
         IndexError: if a layer is not held.
-        ModuleNotFoundError: if matplotlib is missing; `layertap[plot]` brings it.
     """
     chosen = _several(layers)
     panels = [analysis.similarity(embedding, layer=layer, texts=texts) for layer in chosen]
@@ -72,7 +68,6 @@ def trajectory(embedding: Embedding, *, pairs: Sequence[tuple[int, int]] = ((0, 
 
     Raises:
         LookupError: if no pooling was requested.
-        ModuleNotFoundError: if matplotlib is missing; `layertap[plot]` brings it.
     """
     lines = [(f"texts {one} and {other}", analysis.trajectory(embedding, texts=(one, other))) for one, other in pairs]
     return _lines(lines, range(len(embedding.pools)), "cosine of the pooled vectors")
@@ -87,9 +82,6 @@ def token_trajectory(
         embedding: What `embed(layers="all")` returned.
         pairs: Two tokens for each line, each as (text, token).
         labels: What each line is called; none: its tokens.
-
-    Raises:
-        ModuleNotFoundError: if matplotlib is missing; `layertap[plot]` brings it.
     """
     names = labels or [" and ".join(f"{_pieces(embedding, t)[k]} ({t})" for t, k in pair) for pair in pairs]
     lines = [analysis.token_trajectory(embedding, tokens=pair) for pair in pairs]
@@ -113,7 +105,6 @@ def projection(
 
     Raises:
         IndexError: if a layer is not held.
-        ModuleNotFoundError: if matplotlib is missing; `layertap[plot]` brings it.
     """
     found = analysis.projection(embedding, texts=texts, layer=axes_of)
     shown = list(map(embedding.hidden_states.absolute, _several(layers)))
@@ -150,7 +141,6 @@ def attention(
 
     Raises:
         LookupError: if attentions were not requested, or not of this block or head.
-        ModuleNotFoundError: if matplotlib is missing; `layertap[plot]` brings it.
     """
     held = embedding.attentions
     chosen = _several(held.heads if heads is None else heads)

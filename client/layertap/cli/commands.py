@@ -29,7 +29,7 @@ from layertap.jobs.readers import Lines, Source
 from layertap.jobs.runner import answers
 from layertap.jobs.shards import Shard
 from layertap.jobs.tasks import OPTIONS, EmbedTask, EncodeTask, Task
-from layertap.quantization import Precision
+from layertap.results.embedding import Embedding
 from layertap.sentence_transformers import PromptedOptions
 from layertap.types import Pooling
 
@@ -233,7 +233,7 @@ def _write(args: argparse.Namespace, client: Client, job: Job) -> int:
 def _show(args: argparse.Namespace, source: Source, task: Task) -> int:
     count = bad_count = 0
     # Ranges are those of all texts, so nothing can be shown before the last one.
-    held: list[tuple[dict[str, Any], dict[str, Any]]] | None = [] if task.precision.endswith("int8") else None
+    by_range, held = task.precision.endswith("int8"), []
     with connect(args) as client:
         task.begin(client.model_info(timeout_s=args.timeout_s))
         with contextlib.closing(answers(client, source.items(), task=task, timeout_s=args.timeout_s)) as found:
@@ -244,15 +244,11 @@ def _show(args: argparse.Namespace, source: Source, task: Task) -> int:
                     continue
                 facts = {"index": count - 1, "id": answer.item.id, "token_count": int(answer.embedding.token_counts[0])}
                 facts["truncated"] = bool(answer.embedding.truncated[0])
-                arrays = {
-                    one.name: np.asarray(one.values if one.counts is not None else one.values[0])
-                    for one in task.columns(answer.embedding)
-                    if np.ndim(one.values) > 1
-                }
-                if held is not None:
+                arrays = _arrays(task, answer.embedding)
+                if by_range:
                     held.append((facts, arrays))
                 else:
-                    _print(args, facts, _quantized(arrays, task.precision))
+                    _print(args, facts, arrays)
     if held:
         (name,) = held[0][1]
         rows = [np.atleast_2d(arrays[name]) for _, arrays in held]
@@ -264,10 +260,13 @@ def _show(args: argparse.Namespace, source: Source, task: Task) -> int:
     return parsing.SOME_ARE_BAD if bad_count else 0
 
 
-def _quantized(arrays: dict[str, Any], precision: Precision) -> dict[str, Any]:
-    if precision == "float32":
+def _arrays(task: Task, embedding: Embedding) -> dict[str, Any]:
+    """Returns the rows of one text; in bits if the task wants bits, which no other text decides."""
+    columns = [one for one in task.columns(embedding) if np.ndim(one.values) > 1]
+    arrays = {one.name: np.asarray(one.values if one.counts is not None else one.values[0]) for one in columns}
+    if not task.precision.endswith("binary"):
         return arrays
-    return {name: quantization.quantize_embeddings(array, precision=precision) for name, array in arrays.items()}
+    return {name: quantization.quantize_embeddings(one, precision=task.precision) for name, one in arrays.items()}
 
 
 def _print(args: argparse.Namespace, facts: dict[str, Any], arrays: dict[str, Any]) -> None:

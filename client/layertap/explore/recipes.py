@@ -17,6 +17,21 @@ _SENTENCES_SHOWN: Final = 50
 
 ALL_LAYERS: Final = 'embedding = client.embed(texts, layers="all"{options}, return_tokens=True)'
 
+DIFFERENCES: Final = (
+    "def ids(n, count, mask):",
+    "    return TokenIds(",
+    "        input_ids=tokens.input_ids[n, :count],",
+    "        attention_mask=mask,",
+    "        token_type_ids=tokens.token_type_ids[n, :count],",
+    "    )",
+    "real, counts = tokens.attention_mask.sum(1), tokens.token_counts",
+    'before = client.embed([ids(n, real[n], [1] * real[n]) for n in range(len(texts))], layers="all")',
+    'after = client.embed([ids(n, counts[n], masks[n]) for n in range(len(texts))], layers="all")',
+    "pairs = [analysis.differences(before, after, text=n) for n in range(len(texts))]",
+    "cosine, difference = [pair[0] for pair in pairs], [pair[1] for pair in pairs]",
+)
+"""How far other masks, in `masks`, move the rows."""
+
 
 def lines(target: str, texts: Sequence[str], *rest: str, cut: LengthOptions, imports: str = "Client, analysis") -> str:
     """Returns a program: lines that make a client and `texts`, and the rest, in which `{options}` stands for `cut`."""

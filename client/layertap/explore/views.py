@@ -41,36 +41,20 @@ async def info(session: Session, request: Request) -> AsyncIterator[Message]:
 
 async def tokens(session: Session, request: Request) -> AsyncIterator[Message]:
     """Yields the tokens of texts, and how far padding and masks move their rows."""
-    texts, cut = request.texts, request.cut
+    texts, cut, masks = request.texts, request.cut, request.masks
     pad_to, has_special = request.number("pad_to"), request.flag("special_tokens", True)
     found = await session.client.tokenize(texts, **cut, pad_to=pad_to, add_special_tokens=has_special)
     rest = [recipes.tokens(pad_to, has_special)]
     arrays: dict[str, Any] = {}
-    masks = request.masks
     if masks is not None or pad_to is not None:
+        used = masks or [one.attention_mask[0].tolist() for one in found]
         plain = [_ids(one, int(one.attention_mask.sum())) for one in found]
-        altered = [
-            dataclasses.replace(_ids(one), attention_mask=one.attention_mask[0] if masks is None else masks[n])
-            for n, one in enumerate(found)
-        ]
+        altered = [dataclasses.replace(_ids(one), attention_mask=used[n]) for n, one in enumerate(found)]
         before = await session.client.embed(plain, layers="all")
         after = await session.client.embed(altered, layers="all")
         for n in range(len(texts)):
             arrays[f"cosine_{n}"], arrays[f"difference_{n}"] = analysis.differences(before, after, text=n)
-        rest += [
-            f"masks = {[np.asarray(one.attention_mask).tolist() for one in altered]!r}",
-            "def ids(n, count, mask):",
-            "    return TokenIds(",
-            "        input_ids=tokens.input_ids[n, :count],",
-            "        attention_mask=mask,",
-            "        token_type_ids=tokens.token_type_ids[n, :count],",
-            "    )",
-            "real, counts = tokens.attention_mask.sum(1), tokens.token_counts",
-            'before = client.embed([ids(n, real[n], [1] * real[n]) for n in range(len(texts))], layers="all")',
-            'after = client.embed([ids(n, counts[n], masks[n]) for n in range(len(texts))], layers="all")',
-            "pairs = [analysis.differences(before, after, text=n) for n in range(len(texts))]",
-            "cosine, difference = [pair[0] for pair in pairs], [pair[1] for pair in pairs]",
-        ]
+        rest += [f"masks = {used!r}", *recipes.DIFFERENCES]
     python = recipes.lines(session.target, texts, *rest, cut=cut, imports="Client, TokenIds, analysis")
     rows = [_token_table(one) for one in found]
     yield Message(header={"tokens": rows, "python": python}, arrays=arrays)
