@@ -8,7 +8,8 @@ from pathlib import Path
 import jupytext
 import nbclient
 import nbformat
-from demo import running_server
+
+from layertap_server.testing import running_server
 
 HERE = Path(__file__).parent
 CELL_TIMEOUT_S = 120

@@ -1,7 +1,7 @@
 """Requests that no client sends: made at random from the contract itself, mutated, or no messages at all.
 
 What the contract describes is filled in by its descriptors, so a field that is added is fuzzed from the first day. The
-values lean to what nearly makes sense: what is refused at the door reaches nothing behind it. One case is one call; it
+values lean to what nearly makes sense: what validation refuses reaches nothing behind it. One case is one call; it
 must end, with a code that the contract names. `bench/fuzz.py` runs many of them.
 """
 
@@ -21,18 +21,11 @@ import grpc.aio
 from google.protobuf.descriptor import FieldDescriptor as Field
 from google.protobuf.message import Message
 
+from layertap import wire
 from layertap.v1 import embedding_pb2 as pb
 
-SERVICE = "/layertap.v1.EmbeddingService/"
-REQUESTS: dict[str, type[Message]] = {
-    "GetModelInfo": pb.GetModelInfoRequest,
-    "Tokenize": pb.TokenizeRequest,
-    "Decode": pb.DecodeRequest,
-    "Embed": pb.EmbedRequest,
-    "EmbedLayers": pb.EmbedLayersRequest,
-    "EmbedStream": pb.EmbedStreamRequest,
-    "ShareMemory": pb.ShareMemoryRequest,
-}
+SERVICE = f"/{wire.SERVICE_NAME}/"
+REQUESTS: dict[str, type[Message]] = {name: getattr(pb, f"{name}Request") for name in wire.RPC_NAMES}
 RPCS = [*REQUESTS, "Embed", "EmbedLayers", "EmbedStream", "EmbedStream", "NoSuchRpc"]
 """The embed RPCs come more often."""
 
@@ -85,19 +78,17 @@ def message(kind: type[Message], chance: random.Random, depth: int = 0) -> Messa
         if not chosen or chance.random() > likely or depth > 8:
             continue
         if field.is_repeated:
-            count = (
-                chance.choice((0, 1, 1, 2, 3, 7)) if field.type == Field.TYPE_MESSAGE else chance.choice((1, 2, 5, 40))
-            )
-            values = [_value(field, chance, depth) for _ in range(count)]
-            if field.type == Field.TYPE_MESSAGE:
-                for value in values:
-                    getattr(made, field.name).add().CopyFrom(value)
-            else:
-                getattr(made, field.name).extend(values)
+            counts = (0, 1, 1, 2, 3, 7) if field.type == Field.TYPE_MESSAGE else (1, 2, 5, 40)
+            getattr(made, field.name).extend(_value(field, chance, depth) for _ in range(chance.choice(counts)))
         elif field.type == Field.TYPE_MESSAGE:
             getattr(made, field.name).CopyFrom(_value(field, chance, depth))
         else:
             setattr(made, field.name, _value(field, chance, depth))
+    return _likely(made, chance)
+
+
+def _likely(made: Message, chance: random.Random) -> Message:
+    """Returns a message, mostly as one that can be computed: at random few would be."""
     if isinstance(made, pb.EmbedOptions) and chance.random() < 0.5:
         made = pb.EmbedOptions(shared_memory=made.shared_memory if made.HasField("shared_memory") else None)
         made.outputs.append(pb.Output(hidden_states=pb.HiddenStates(all_layers=True)))
@@ -114,7 +105,11 @@ def message(kind: type[Message], chance: random.Random, depth: int = 0) -> Messa
         if chance.random() < 0.1:
             made.spans.CopyFrom(pb.Spans(unit=pb.SPAN_UNIT_TOKEN, bounds=(0, 1)))
     if isinstance(made, pb.TokenIds) and chance.random() < 0.8:
-        _mend(made, chance)
+        count = chance.choice((1, 2, 7, 30, 300))
+        for name, end in (("input_ids", VOCABULARY), ("attention_mask", 2), ("token_type_ids", 2)):
+            if name == "input_ids" or chance.random() < 0.5:
+                del getattr(made, name)[:]
+                getattr(made, name).extend(chance.randrange(end) for _ in range(count))
     return made
 
 
@@ -134,15 +129,6 @@ def _value(field: Field, chance: random.Random, depth: int) -> Any:
     if field.type in (Field.TYPE_INT64, Field.TYPE_UINT64):
         return chance.randrange(1000)
     return chance.choice(NUMBERS)
-
-
-def _mend(ids: pb.TokenIds, chance: random.Random) -> None:
-    """Makes token ids that can be computed, with any masks."""
-    count = chance.choice((1, 2, 7, 30, 300))
-    for name, end in (("input_ids", VOCABULARY), ("attention_mask", 2), ("token_type_ids", 2)):
-        if name == "input_ids" or chance.random() < 0.5:
-            del getattr(ids, name)[:]
-            getattr(ids, name).extend(chance.randrange(end) for _ in range(count))
 
 
 def mutated(raw: bytes, chance: random.Random) -> bytes:

@@ -27,10 +27,15 @@ TEMPORARY: Final = ".tmp"
 def writing(path: Path) -> Iterator[BinaryIO]:
     """Opens a file that takes its name, and replaces a file of that name, once it is whole and on the disk."""
     temporary = path.with_name(path.name + TEMPORARY)
-    with temporary.open("wb") as file:
-        yield file
-        file.flush()
-        os.fsync(file.fileno())
+    try:
+        with temporary.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as exc:
+        # A full disk does not say which it is.
+        exc.filename = exc.filename or str(temporary)
+        raise
     rename(temporary, path)
 
 

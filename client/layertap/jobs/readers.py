@@ -240,41 +240,47 @@ class Csv(Lines):
         """Yields all rows in order; the first below the names is number 1.
 
         Raises:
-            JobError: if a column is missing, or the file is no UTF-8 at all or damaged.
+            JobError: if a column is missing, or the file is no UTF-8 at all, damaged or does not begin with a row.
         """
         csv.field_size_limit(MAX_LINE_BYTES)
         with self._open() as file:
-            # What is no UTF-8 becomes surrogates, which make the one item bad.
-            lines = (line.decode("utf-8", "surrogateescape") for line in self._lines(file))
-            rows = csv.reader(lines, delimiter=self.delimiter)
-            names = next(rows, [])
-            if names:
-                check_columns(self.name, names, self.fields)
-            number = 0
-            while True:
-                try:
-                    row = next(rows, None)
-                    if row is not None and inspect.getgeneratorstate(lines) == inspect.GEN_CLOSED:
-                        raise csv.Error("it goes on to the end of the file")  # A whole row needs no line after it.
-                except csv.Error as exc:
-                    number += 1
-                    yield bad(number, None, f"the row is not CSV: {exc}; is a quote missing?")
-                    continue
-                if row is None:
-                    return
-                if row:
-                    number += 1
-                    yield self._row(number, names, row)
+            rows = self._rows(file)
+            names = next(rows, None)
+            if isinstance(names, csv.Error):
+                raise JobError(f"{self.name} does not begin with the names of columns: {names}; is a quote missing?")
+            if names is None:
+                return
+            check_columns(self.name, names, self.fields)
+            for number, row in enumerate(rows, 1):
+                if isinstance(row, csv.Error):
+                    yield bad(number, None, f"the row is not CSV: {row}; is a quote missing?")
+                elif any(row[len(names) :]):
+                    reason = f"the row has {len(row)} values, and there are {len(names)} columns"
+                    yield bad(number, None, f"{reason}; put a value that has a {self.delimiter!r} in quotes")
+                else:
+                    yield from_fields(number, dict(zip(names, row, strict=False)), self.fields)
 
     def count(self) -> int | None:
         """Returns None: rows are not lines."""
         return None
 
-    def _row(self, number: int, names: list[str], row: list[str]) -> Item | BadItem:
-        if any(row[len(names) :]):
-            reason = f"the row has {len(row)} values, and there are {len(names)} columns"
-            return bad(number, None, f"{reason}; put a value that has a {self.delimiter!r} in quotes")
-        return from_fields(number, dict(zip(names, row, strict=False)), self.fields)
+    def _rows(self, file: BinaryIO) -> Iterator[list[str] | csv.Error]:
+        """Yields all rows but empty ones, or in place of one what is wrong with it."""
+        # What is no UTF-8 becomes surrogates, which make the one item bad.
+        lines = (line.decode("utf-8", "surrogateescape") for line in self._lines(file))
+        rows = csv.reader(lines, delimiter=self.delimiter)
+        while True:
+            try:
+                row = next(rows, None)
+                if row is not None and inspect.getgeneratorstate(lines) == inspect.GEN_CLOSED:
+                    raise csv.Error("it goes on to the end of the file")  # A whole row needs no line after it.
+            except csv.Error as exc:
+                yield exc
+                continue
+            if row is None:
+                return
+            if row:
+                yield row
 
 
 def check_columns(name: str, names: Sequence[str], wanted: Fields) -> None:

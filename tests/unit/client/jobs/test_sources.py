@@ -143,6 +143,15 @@ def test_a_row_that_is_not_csv_is_one_bad_item(tmp_path: Path) -> None:
     assert first == Item(number=1, id=1, content="first") and third == Item(number=3, id=3, content="third")
 
 
+def test_names_of_columns_that_are_not_csv_are_refused_once(tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    path.write_bytes(b"text\rone\rtwo\r")
+    with pytest.raises(JobError, match=r"a\.csv does not begin with the names of columns"):
+        list(Csv(path=path, fields=Fields(), delimiter=",").items())
+    path.write_bytes(b"\r\ntext\r\none\r\n")
+    assert contents(Csv(path=path, fields=Fields(), delimiter=",").items()) == ["one"]
+
+
 def test_a_row_of_csv_with_more_values_than_columns_is_bad_and_never_cut(tmp_path: Path) -> None:
     path = tmp_path / "a.csv"
     path.write_bytes(b"id,text\n1,Hello, world\n2,whole,\n")
