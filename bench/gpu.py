@@ -6,10 +6,10 @@ next rows run in a new one. Run it as
 
     python3 bench/gpu.py --out results --wheels .wheels
 
-It needs Linux, torch, transformers, sentence-transformers, pytest, psutil and numpy. What else it imports may lie
-beside it (`make gpu-wheels`): wheels, which are unpacked where the machine has no such package or an older one, and
-the embedded model with its weights in half precision. That folder (55 MB) and the checkout (7 MB) are all that has
-to travel; seven files of results come back.
+It needs Linux, torch, transformers, sentence-transformers, pytest, psutil, numpy, and for the tests pandas and pyarrow.
+What else it imports may lie beside it (`make gpu-wheels`): wheels, which are unpacked where the machine has no such
+package or an older one, and the embedded model with its weights in half precision. That folder (55 MB) and the checkout
+(7 MB) are all that has to travel; seven files of results come back.
 
     --stages check,measure     some stages
     --rows short,layers        some rows, of any stage

@@ -49,6 +49,7 @@ class Setting:
         batch_tokens: Tokens of a batch of the engine.
         server_flags: More flags of the servers.
         row: The row that runs.
+        row_is_empty: Whether it has no result yet.
     """
 
     device: str
@@ -58,6 +59,7 @@ class Setting:
     batch_tokens: int
     server_flags: list[str]
     row: str = ""
+    row_is_empty: bool = True
     _encoder: tuple[str, str, Encoder] | None = None
 
     @property
@@ -86,11 +88,12 @@ class Setting:
         at_most: bool = False,
     ) -> None:
         """Writes one line of the results, at once: what follows may not be reached."""
+        self.row_is_empty = False
         self._write(what=what, figure=figure, ratio=ratio, required=required, aim=aim, at_most=at_most)
 
     def starts(self, row: str) -> None:
         """Notes that a row starts, from which its time counts."""
-        self.row = row
+        self.row, self.row_is_empty = row, True
         self._write(starts=True)
 
     def figure(self, what: str) -> float:
@@ -182,6 +185,8 @@ def run_rows(module: Mapping[str, Any]) -> None:
         row: Row = module[name]
         try:
             row(at)
+            if at.row_is_empty:
+                at.add(f"{name}: nothing to measure on {at.device}", "")
         except Exception as exc:
             traceback.print_exc()
             at.add(f"{name} failed", f"{type(exc).__name__}: {str(exc).strip()[-600:]}")

@@ -106,6 +106,7 @@ def attention(at: Setting) -> None:
     encoder = at.encoder(at.base, DTYPE)
     used = encoder._bert._attention
     if not isinstance(used, DeviceAttention) or used.varlen is None:
+        at.add(f"attention: {at.device} has one way only", "")
         return
     chosen = used._padded_up_to
     lengths = [3 + n * n % 97 + (n % 40 == 0) * 380 for n in range(40 if at.quick else 12_000)]
