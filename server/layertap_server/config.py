@@ -275,9 +275,13 @@ class Config:
 
     def _check_listening(self) -> None:
         if self.processes > 1 and self.is_unix:
+            # The system shares a port among the sockets that listen on it, but no unix socket (SO_REUSEPORT). One
+            # socket for all would have to be handed to gRPC, which for Python takes neither one that listens nor one
+            # that is connected; and to pass on the bytes would cost as much CPU time as gRPC itself.
             raise ConfigError(
-                f"--processes is {self.processes}, but --host is a unix socket, on which gRPC listens in one process "
-                "only; give --host an address such as 127.0.0.1, or leave --processes out"
+                f"--processes is {self.processes}, but --host is a unix socket, which the system does not share among "
+                "processes as it does a port, and gRPC cannot take one over; give --host 127.0.0.1 and --token-file, "
+                f"or start {self.processes} servers of one process with a path each"
             )
         if self.processes > 1 and sys.platform != "linux":
             raise ConfigError(f"--processes is {self.processes}, but only Linux shares a port fairly; leave it out")

@@ -341,7 +341,7 @@ def test_a_signal_while_the_model_loads_ends_all(number: signal.Signals, tiny_fo
 @pytest.mark.parametrize(
     ("flags", "code", "error"),
     [
-        (("--host", "unix:/tmp/x.sock"), 2, b"--host is a unix socket, on which gRPC listens in one process only"),
+        (("--host", "unix:/tmp/x.sock"), 2, b"--host is a unix socket, which the system does not share"),
         (("--model-id", "./missing"), 2, b"--model-id names a folder that does not exist"),
         (("--max-queue-text-count", "1500"), 2, b"shared out to 2 processes, --max-queue-text-count is 750"),
         (
