@@ -148,6 +148,11 @@ def printable(text: str) -> str:
     return "".join(one if one.isprintable() else one.encode("unicode_escape").decode() for one in text)
 
 
+def counted(count: int, noun: str, plural: str | None = None) -> str:
+    """Returns a count with its noun, such as "1 text" or "2 texts"; the plural is that with an s by default."""
+    return f"{count} {noun if count == 1 else plural or noun + 's'}"
+
+
 _BY_CODE: dict[StatusCode, type[LayertapError]] = {kind.code: kind for kind in LayertapError.__subclasses__()}
 
 

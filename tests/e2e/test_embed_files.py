@@ -455,7 +455,7 @@ def test_a_job_on_stdin_is_taken_up_after_a_signal(number: signal.Signals, serve
     if number == signal.SIGINT:
         assert code == 130 and err.count("\n") == 1, err
         done = Parts(tmp_path / "out.npz.parts").item_count
-        assert f"{done} items are done" in err and done >= 100
+        assert f"{done} finished items in" in err and done >= 100
     assert job.again(server) == 0
     check_held(tmp_path / "out.npz")
 
@@ -467,7 +467,7 @@ def test_a_lost_server_ends_it_and_the_same_command_goes_on_with_the_next(
     job = Held(lost, tmp_path / "out.npz", "--timeout-s", "1")
     lost.kill()
     code, err = job.end()
-    assert code == 1 and "items are done" in err and "no server answers" in err, err
+    assert code == 1 and "finished items in" in err and "no server answers" in err, err
     assert job.again(server) == 0
     check_held(tmp_path / "out.npz")
 

@@ -140,7 +140,7 @@ LONG = struct.pack("<I", 1 << 31)
         (raw(b"\x00" * 15, [1, 1], "INT64", "input_ids"), "a shape of 1 values"),
         (raw(b"", [1, -1], "INT64", "input_ids"), "of shape [text_count, length]"),
         (raw(b"", [1, 1 << 62], "INT64", "input_ids"), "other than so many have come"),
-        (change(request("a"), lambda m: m.raw_input_contents.extend([b"", b""])), "2 entries for 1 inputs"),
+        (change(request("a"), lambda m: m.raw_input_contents.extend([b"", b""])), "2 entries for 1 input;"),
         (change(request("a"), lambda m: m.inputs[0].shape.__setitem__(0, 2)), "a shape of 2 values"),
         (change(request("a"), lambda m: m.inputs.extend(m.inputs[:] * 9)), "inputs has 10 tensors"),
         (change(request("a"), lambda m: m.inputs.extend(m.inputs[:])), "each at most once"),

@@ -24,7 +24,7 @@ from layertap._protocol.token_ids import (
     to_array,
     type_name,
 )
-from layertap.errors import InvalidArgumentError
+from layertap.errors import InvalidArgumentError, counted
 from layertap.results.tokens import Tokens
 from layertap.types import Spanned, SpanUnitName, TokenIds
 from layertap.v1 import embedding_pb2 as pb
@@ -140,7 +140,9 @@ def spanned(inputs: Inputs, spans: Any, unit: SpanUnitName) -> list[Spanned]:
     check_items(inputs)
     items, lists = list(cast("Iterable[Any]", inputs)), list(spans) if isinstance(spans, Iterable) else []
     if len(items) != len(lists):
-        raise InvalidArgumentError(f"spans has {len(lists)} lists for {len(items)} texts; pass one list for each text")
+        raise InvalidArgumentError(
+            f"spans has {counted(len(lists), 'list')} for {counted(len(items), 'text')}; pass one list for each text"
+        )
     return [Spanned(item, own, unit) for item, own in zip(items, lists, strict=True)]
 
 

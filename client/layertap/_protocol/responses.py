@@ -14,7 +14,7 @@ from google.protobuf.message import Message
 from layertap import wire
 from layertap._protocol.requests import ResponseT
 from layertap._protocol.result_builder import EmbeddingBuilder, attention_mask, build_tokens, read_timings
-from layertap.errors import DataLossError, FailedPreconditionError
+from layertap.errors import DataLossError, FailedPreconditionError, counted
 from layertap.results.embedding import Embedding
 from layertap.results.tokens import Tokens
 from layertap.types import FloatArray, IntArray, ModelRef
@@ -256,5 +256,5 @@ def read_texts(request: Message, answer: pb.DecodeResponse, pin: ModelPin) -> li
     pin.check(answer.model_id, answer.fingerprint)
     assert isinstance(request, pb.DecodeRequest)
     if len(answer.texts) != len(request.texts):
-        raise DataLossError(f"{len(request.texts)} texts were requested, {len(answer.texts)} came; ask again")
+        raise DataLossError(f"{counted(len(request.texts), 'text')} requested, {len(answer.texts)} came; ask again")
     return list(answer.texts)

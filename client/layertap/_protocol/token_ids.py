@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 from google.protobuf.internal.containers import RepeatedScalarFieldContainer
 
-from layertap.errors import InvalidArgumentError
+from layertap.errors import InvalidArgumentError, counted
 from layertap.results.tokens import Tokens
 from layertap.types import TokenIds
 from layertap.v1 import embedding_pb2 as pb
@@ -49,8 +49,8 @@ def of_batch(batch: TokenIds) -> Iterator[pb.Input]:
         given = getattr(batch, name)
         own = [None] * len(rows) if given is None else list(given) if _nested(given) else None
         if own is None or len(own) != len(rows):
-            count = "one row" if own is None else f"{len(own)} rows"
-            raise InvalidArgumentError(f"{name} has {count}, input_ids {len(rows)} rows; make them equal")
+            count = counted(1 if own is None else len(own), "row")
+            raise InvalidArgumentError(f"{name} has {count}, input_ids {counted(len(rows), 'row')}; make them equal")
         beside.append(own)
     for index, (row, mask, types) in enumerate(zip(rows, *beside, strict=True)):
         yield of_ids(row, mask, types, index)

@@ -28,6 +28,7 @@ from layertap.errors import (
     FailedPreconditionError,
     LayertapError,
     UnavailableError,
+    counted,
 )
 from layertap.v1 import embedding_pb2 as pb
 
@@ -236,8 +237,9 @@ class StreamCalls:
         except TimeoutError:
             if not ended():
                 raise DeadlineExceededError(
-                    f"no answer came for {self._settings.item_timeout_s} s while {self._waiting_count} items "
-                    "wait; raise item_timeout_s if the server needs longer"
+                    f"no answer came for {self._settings.item_timeout_s} s with "
+                    f"{counted(self._waiting_count, 'item')} unanswered; raise item_timeout_s if the server "
+                    "needs longer"
                 ) from None
 
     async def _write(self, call: Any, shared: SharedCall | None) -> None:

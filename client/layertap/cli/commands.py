@@ -20,7 +20,7 @@ from layertap._transport.status import translate
 from layertap.cli import parsing
 from layertap.cli.parsing import connect
 from layertap.client import Client
-from layertap.errors import InvalidArgumentError, LayertapError
+from layertap.errors import InvalidArgumentError, LayertapError, counted
 from layertap.jobs import JobError, shards
 from layertap.jobs.destination import Destination
 from layertap.jobs.items import BadItem, Content, Item
@@ -197,7 +197,7 @@ def _write_shards(args: argparse.Namespace, found: Sequence[Shard], task: Task) 
                 failed += 1
                 parsing.warn(str(exc))
     if failed:
-        parsing.warn(f"{failed} of {len(found)} files failed; the same command does what is left")
+        parsing.warn(f"{failed} of {counted(len(found), 'file')} failed; the same command does what is left")
     return 1 if failed else code
 
 
@@ -208,10 +208,10 @@ def _write(args: argparse.Namespace, client: Client, job: Job) -> int:
     except (KeyboardInterrupt, LayertapError, OSError):
         if count := job.kept_count():
             folder = job.destination.folder
-            parsing.warn(f"{count} items are done and lie in {folder}; the same command resumes after them")
+            parsing.warn(f"{counted(count, 'finished item')} in {folder}; the same command goes on from there")
         raise
     if outcome.bad_count:
-        failed = "1 item" if outcome.bad_count == 1 else f"{outcome.bad_count} items"
+        failed = counted(outcome.bad_count, "item")
         parsing.warn(f"{failed} failed; {errors} has the reasons{', the first:' if outcome.reasons else ''}")
         for reason in outcome.reasons:
             parsing.warn(reason)
@@ -220,10 +220,10 @@ def _write(args: argparse.Namespace, client: Client, job: Job) -> int:
         facts = {"path": str(output), "text_count": outcome.text_count, **bad, "shapes": outcome.shapes}
         parsing.mention(parsing.to_json(facts))
     elif outcome.was_done:
-        parsing.mention(f"{output}: {outcome.text_count} texts, was done before")
+        parsing.mention(f"{output}: {counted(outcome.text_count, 'text')}, was done before")
     elif outcome.text_count:
         shapes = (f"{name} {list(shape)}" for name, shape in outcome.shapes.items())
-        parsing.mention(f"{output}: {outcome.text_count} texts, {', '.join(shapes)}")
+        parsing.mention(f"{output}: {counted(outcome.text_count, 'text')}, {', '.join(shapes)}")
     if not outcome.text_count:
         parsing.warn(f"there is no good item, so {output} is not written")
         return 1 if job.destination.work_folder is None else parsing.SOME_ARE_BAD * bool(outcome.bad_count)
@@ -273,7 +273,7 @@ def _print(args: argparse.Namespace, facts: dict[str, Any], arrays: dict[str, An
     if args.json:
         parsing.say_json(**facts, **{name: array.tolist() for name, array in arrays.items()})
         return
-    parsing.say(f"text {facts['id']}: {facts['token_count']} tokens{' (cut)' if facts['truncated'] else ''}")
+    parsing.say(f"text {facts['id']}: {counted(facts['token_count'], 'token')}{' (cut)' if facts['truncated'] else ''}")
     width = max(map(len, arrays))
     for name, array in arrays.items():
         values = [f"{value:8.4f}" if array.dtype.kind == "f" else f"{value:4}" for value in array.flat[:_VALUES_SHOWN]]

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import BinaryIO, Final, cast
 
 from layertap import optional_deps
+from layertap.errors import counted
 from layertap.jobs import JobError
 from layertap.jobs.items import BadItem, Fields, Item, bad, checked, fields_there, from_fields
 
@@ -255,7 +256,7 @@ class Csv(Lines):
                 if isinstance(row, csv.Error):
                     yield bad(number, None, f"the row is not CSV: {row}; is a quote missing?")
                 elif any(row[len(names) :]):
-                    reason = f"the row has {len(row)} values, and there are {len(names)} columns"
+                    reason = f"the row has {counted(len(row), 'value')}, the header {counted(len(names), 'column')}"
                     yield bad(number, None, f"{reason}; put a value that has a {self.delimiter!r} in quotes")
                 else:
                     yield from_fields(number, dict(zip(names, row, strict=False)), self.fields)

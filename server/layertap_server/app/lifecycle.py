@@ -12,6 +12,7 @@ import logging
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Final
 
+from layertap.errors import counted
 from layertap_server import signals
 from layertap_server.rpc.admission import Admission
 from layertap_server.scheduler.batcher import Batcher
@@ -78,7 +79,7 @@ async def drain(
     admission.close()
     stopping = asyncio.ensure_future(stop(grace_s + 2 * _LAST_STATUS_S))
     if not await admission.emptied(grace_s):
-        log.warning("%d calls did not finish within %.0f s", admission.call_count, grace_s)
+        log.warning("%s did not finish within %.0f s", counted(admission.call_count, "call"), grace_s)
         admission.cut()
         await admission.emptied(_LAST_STATUS_S)
     # Only now, so that no connection closes under a watcher that has not been sent its last status.

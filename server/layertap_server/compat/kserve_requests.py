@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from layertap import wire
-from layertap.errors import InvalidArgumentError
+from layertap.errors import InvalidArgumentError, counted
 from layertap.v1 import embedding_pb2 as pb
 from layertap_server.compat import open_inference_pb2 as kserve
 from layertap_server.compat.sentences import SentenceVectors
@@ -98,7 +98,8 @@ def read_inputs(request: kserve.ModelInferRequest, *, max_text_count: int) -> In
     raw = request.raw_input_contents
     if raw and len(raw) != len(request.inputs):
         raise InvalidArgumentError(
-            f"raw_input_contents has {len(raw)} entries for {len(request.inputs)} inputs; send one for each"
+            f"raw_input_contents has {counted(len(raw), 'entry', 'entries')} for "
+            f"{counted(len(request.inputs), 'input')}; send one for each"
         )
     tensors: dict[str, tuple[Tensor, bytes | None]] = {}
     for n, tensor in enumerate(request.inputs):

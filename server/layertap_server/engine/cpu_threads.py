@@ -18,6 +18,7 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import Final
 
+from layertap.errors import counted
 from layertap_server.engine.encoder import Encoder
 from layertap_server.engine.thread_team import ThreadTeam
 from layertap_server.types import Encode, Rows, Run
@@ -73,7 +74,8 @@ def make(encoders: Sequence[Encoder], threads: CpuThreads) -> list[Encode]:
     if encoders[0].device.type != "cpu":
         return [encoder.encode_beside() for encoder in encoders for _ in range(_INSTANCES_PER_DEVICE)]
     (encoder,) = encoders
-    log.info("%d instances with %d threads each", threads.instance_count, encoder.thread_count)
+    each = counted(encoder.thread_count, "thread")
+    log.info("%s with %s each", counted(threads.instance_count, "instance"), each)
     instances = _CpuInstances(encoder, encoder.thread_count)
     return [functools.partial(instances.encode, instance) for instance in range(threads.instance_count)]
 

@@ -13,7 +13,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from typing import TypeAlias
 
-from layertap.errors import ResourceExhaustedError
+from layertap.errors import ResourceExhaustedError, counted
 from layertap_server.types import Encode, OutOfMemoryError, Rows, Run
 
 log = logging.getLogger(__name__)
@@ -35,7 +35,8 @@ def with_oom_retry(encode: Encode) -> Encode:
             return
         except OutOfMemoryError:
             # The error holds on to all that the batch had computed, until this block is left.
-            log.warning("no memory for a batch of %d texts, %d tokens", _text_count(batch), _token_count(batch))
+            text_count = counted(_text_count(batch), "text")
+            log.warning("no memory for a batch of %s, %d tokens", text_count, _token_count(batch))
         # What the caller may be reading where it lies is not written again.
         bare = [dataclasses.replace(run, allocator=None) for run in batch]
         rest = _refused(bare[0]) if _text_count(bare) == 1 else _joined(encode_all, bare)

@@ -19,7 +19,7 @@ import numpy.typing as npt
 
 from layertap._transport.settings import DEFAULT_TARGET
 from layertap.client import Client
-from layertap.errors import LayertapError
+from layertap.errors import LayertapError, counted
 from layertap.model_info import ModelInfo
 from layertap.results.embedding import Embedding
 from layertap_server.model import checkpoint
@@ -170,7 +170,9 @@ def _run(args: argparse.Namespace) -> int:
                 timeout_s=args.timeout_s,
             )
             comparison.add(embedding, [judge.compute(text, info.max_length) for text in some])
-    print(f"{comparison.text_count} texts, {comparison.token_count} tokens, fingerprint {info.fingerprint}\n")
+    print(
+        f"{counted(comparison.text_count, 'text')}, {comparison.token_count} tokens, fingerprint {info.fingerprint}\n"
+    )
     print(*comparison.table(), sep="\n")
     if comparison.beyond:
         print(f"\nFAIL: {', '.join(comparison.beyond)}")

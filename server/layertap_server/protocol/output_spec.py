@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Final, TypeVar
 
 from layertap import wire
-from layertap.errors import FailedPreconditionError, InvalidArgumentError
+from layertap.errors import FailedPreconditionError, InvalidArgumentError, counted
 from layertap.v1 import embedding_pb2 as pb
 from layertap_server.model.facts import ModelFacts
 from layertap_server.model.sentence_config import SentenceConfig
@@ -166,7 +166,10 @@ def _check_weights(weights: Sequence[float], mixing: Mixing, layer_count: int, l
     if mixing is not Mixing.WEIGHTED and weights:
         raise InvalidArgumentError(f"{label} belongs to the strategy weighted; use that, or leave the weights out")
     if mixing is Mixing.WEIGHTED and len(weights) != layer_count:
-        raise InvalidArgumentError(f"{label} has {len(weights)} entries for {layer_count} layers; send one for each")
+        raise InvalidArgumentError(
+            f"{label} has {counted(len(weights), 'entry', 'entries')} for {counted(layer_count, 'layer')}; send "
+            "one for each"
+        )
     if not all(abs(weight) <= MAX_WEIGHT for weight in weights):  # NaN is no such number either.
         raise InvalidArgumentError(
             f"{label} has an entry outside its range; entries must be from {-MAX_WEIGHT:.0f} to {MAX_WEIGHT:.0f}"

@@ -9,7 +9,7 @@ from typing import Final
 
 import numpy as np
 
-from layertap.errors import InvalidArgumentError
+from layertap.errors import InvalidArgumentError, counted
 from layertap.v1 import embedding_pb2 as pb
 from layertap_server.model.tokenized import Tokenized
 from layertap_server.types import Indices, Plan, Spans
@@ -39,7 +39,9 @@ def spans_of(message: pb.Input, result: Tokenized, label: str, *, prompt_length:
     given, token_count = message.spans, result.text.token_count
     most = _MOST_TOKENS * token_count
     if len(given.bounds) % 2:
-        raise InvalidArgumentError(f"{label}.spans.bounds has {len(given.bounds)} entries; send two for each span")
+        raise InvalidArgumentError(
+            f"{label}.spans.bounds has {counted(len(given.bounds), 'entry', 'entries')}; send two for each span"
+        )
     if len(given.bounds) > 2 * most:
         raise InvalidArgumentError(
             f"{label} has {len(given.bounds) // 2} spans for {token_count} tokens, the most is {most}; send fewer"

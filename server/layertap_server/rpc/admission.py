@@ -19,12 +19,7 @@ from typing import Any, Final, TypeVar
 import grpc
 import grpc.aio
 
-from layertap.errors import (
-    InternalError,
-    LayertapError,
-    ResourceExhaustedError,
-    UnavailableError,
-)
+from layertap.errors import InternalError, LayertapError, ResourceExhaustedError, UnavailableError, counted
 from layertap_server.observability.call_log import REQUEST_ID, CallLog
 from layertap_server.rpc.caller import (
     AdmittedCall,
@@ -224,7 +219,7 @@ class Admission:
         if len(self._calls) > self._call_share(client) and not self._end_idle():
             self._hooks.refused("calls")
             raise ResourceExhaustedError(
-                f"the server is full: {self._max_call_count} calls are under way; try again later",
+                f"the server is full with {counted(self._max_call_count, 'call')} under way; try again later",
                 retry_after_s=RETRY_FULL_S,
             )
 

@@ -18,7 +18,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 
-from layertap.errors import InternalError, LayertapError, UnavailableError
+from layertap.errors import InternalError, LayertapError, UnavailableError, counted
 from layertap_server.scheduler.call import BatchPart, Hooks
 from layertap_server.scheduler.events import CallFailed, RowsReady, RunDone
 from layertap_server.types import RETRY_STOPPING_S, DeviceLostError, Encode, Run
@@ -174,7 +174,7 @@ class Worker:
         except DeviceLostError:
             raise
         except Exception:
-            log.exception("a batch of %d texts failed", sum(len(part.texts) for part in batch))
+            log.exception("a batch of %s failed", counted(sum(len(part.texts) for part in batch), "text"))
             self._fail(batch, InternalError("the encoder failed; the server's log has the reason"))
             return
         compute_time_ns = time.monotonic_ns() - started_at_ns

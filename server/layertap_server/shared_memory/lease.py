@@ -12,7 +12,7 @@ import os
 import threading
 from collections.abc import Awaitable, Callable, Iterator
 
-from layertap.errors import FailedPreconditionError, ResourceExhaustedError
+from layertap.errors import FailedPreconditionError, ResourceExhaustedError, counted
 from layertap.v1 import embedding_pb2 as pb
 from layertap_server.shared_memory.segment import Lending, Pin, Segment
 
@@ -48,7 +48,7 @@ class Sharing:
         with self._lock:
             if self._count >= self._max_count:
                 raise ResourceExhaustedError(
-                    f"the server already shares memory with {self._max_count} callers; close some, or raise "
+                    f"the server already shares memory with {counted(self._max_count, 'caller')}; close some, or raise "
                     "--max-shared-memory-call-count"
                 )
             self._count += 1

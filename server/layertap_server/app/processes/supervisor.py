@@ -18,6 +18,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any, Final
 
+from layertap.errors import counted
 from layertap_server import signals
 from layertap_server.app.processes.control import Control
 from layertap_server.app.processes.fork_server import Child, ForkServer, ForkServerLostError
@@ -104,7 +105,9 @@ class Supervisor:
     def _stop(self, code: int) -> None:
         """Lets all processes drain; the outcome is then this code."""
         log.info(
-            "stopping %d processes: running calls have %.0f s to finish", len(self._processes), self._config.grace_s
+            "stopping %s: running calls have %.0f s to finish",
+            counted(len(self._processes), "process", "processes"),
+            self._config.grace_s,
         )
         self._stopping, self._code = True, code
         self._fork_server.kill()

@@ -156,7 +156,7 @@ def test_a_row_of_csv_with_more_values_than_columns_is_bad_and_never_cut(tmp_pat
     path = tmp_path / "a.csv"
     path.write_bytes(b"id,text\n1,Hello, world\n2,whole,\n")
     cut, whole = Csv(path=path, fields=Fields(), delimiter=",").items()
-    assert isinstance(cut, BadItem) and cut.number == 1 and "has 3 values, and there are 2 columns" in cut.reason
+    assert isinstance(cut, BadItem) and cut.number == 1 and "has 3 values, the header 2 columns" in cut.reason
     assert whole == Item(number=2, id=2, content="whole")  # What programs end each row with is no value.
 
 

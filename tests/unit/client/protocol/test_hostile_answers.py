@@ -94,7 +94,7 @@ def test_tokens_and_strings_are_as_many_as_the_texts() -> None:
     for texts in ([], [pb.TokenizedText()] * 2, [pb.TokenizedText(input_ids=[0] * 100_000)]):
         with pytest.raises(DataLossError, match="tokens"):
             responses.check_tokens(request.request, pb.TokenizeResponse(texts=texts), ModelPin())
-    with pytest.raises(DataLossError, match="1 texts were requested, 2 came"):
+    with pytest.raises(DataLossError, match="1 text requested, 2 came"):
         responses.read_texts(DECODE, pb.DecodeResponse(texts=["a", "b"]), ModelPin())
 
 

@@ -265,7 +265,7 @@ def test_an_error_in_a_pause_fails_the_short_call_alone(
     engine.allow(LONG, STEPS)
     assert isinstance(short.error(), InternalError)
     assert long.values() == [LONG]
-    assert batcher.held_bytes == 0 and "a batch of 1 texts failed" in caplog.text
+    assert batcher.held_bytes == 0 and "a batch of 1 text failed" in caplog.text
 
 
 @pytest.mark.parametrize("error", [DeviceLostError(), SystemExit()])
