@@ -115,6 +115,8 @@ class Tokenizer:
             detail=detail,
             windowing=windowing,
         )
+        if set(map(type, items)) == {str}:
+            return encode(cast("Sequence[String]", items), labels)
         results: list[Tokenized | LayertapError] = []
         strings: list[int] = []
         words: list[int] = []

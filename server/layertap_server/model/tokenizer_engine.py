@@ -181,6 +181,8 @@ class TokenizerEngine:
 
 def _views(lists: Sequence[list[int]]) -> list[Ids]:
     """Returns lists of numbers as views of one array."""
+    if len(lists) == 1:
+        return [np.array(lists[0], np.int32)]
     numbers = array.array("i")
     for one in lists:
         numbers.fromlist(one)

@@ -3,7 +3,7 @@
 Embed, EmbedLayers and EmbedStream all enter here, and each check is made once, in this order: options, count, each
 text, its tokens. Rules:
 - Inputs are read and tokenized in slices, long ones in threads; see `offload`.
-- Plans are cached by their known fields, up to a size: a request cannot make the cache hold more than it states here.
+- Plans are cached by their options, up to a size: a request cannot make the cache hold more than it states here.
 """
 
 from __future__ import annotations
@@ -84,14 +84,12 @@ class Preprocessor:
             InvalidArgumentError: if an option is at fault.
             FailedPreconditionError: if the model has no pooler.
         """
-        if options.ByteSize() > _MAX_KEY_BYTES:
-            return self._resolve(options)
         if options.HasField("shared_memory"):  # It is another in each call, and changes nothing here.
             shared, options = options, pb.EmbedOptions()
             options.CopyFrom(shared)
             options.ClearField("shared_memory")
-        options.DiscardUnknownFields()
-        return self._cached(options.SerializeToString(deterministic=True))
+        key = options.SerializeToString()
+        return self._cached(key) if len(key) <= _MAX_KEY_BYTES else self._resolve(options)
 
     def named_prompt(self, options: pb.EmbedOptions) -> str:
         """Returns the prompt that options name; empty if they name none."""
@@ -120,9 +118,15 @@ class Preprocessor:
         Raises:
             LayertapError: if an option or a text is at fault.
         """
-        resolved = self.options(options)
-        validation.check_text_count(len(inputs), self.limits)
-        labels = [f"{label}[{n}]" for n in range(len(inputs))]
+        resolved, count = self.options(options), len(inputs)
+        validation.check_text_count(count, self.limits)
+        labels = [f"{label}[{n}]" for n in range(count)]
+        if count <= SLICE_ENTRIES and byte_count <= _LARGE_SLICE_BYTES:  # What `run` would do, in fewer steps.
+            started_at_ns = time.monotonic_ns()
+            results = all_good(self._results(inputs, labels, resolved))
+            hold(sum(map(held_bytes, results)))
+            record.tokenize.note(started_at_ns, time.monotonic_ns())
+            return resolved.plan, results
 
         def work(part: slice) -> list[Tokenized]:
             return all_good(self._results(inputs[part], labels[part], resolved))
@@ -130,7 +134,7 @@ class Preprocessor:
         def note(texts: list[Tokenized]) -> None:
             hold(sum(map(held_bytes, texts)))
 
-        return resolved.plan, await self.run(work, inputs, record, note, byte_count=byte_count)
+        return resolved.plan, await self.run(work, inputs, record, note)
 
     async def embed_each(
         self,
@@ -168,7 +172,6 @@ class Preprocessor:
         note: Callable[[list[T]], None] = lambda _: None,
         *,
         sizes: Sequence[int] | None = None,
-        byte_count: int = LARGE_BYTES,
     ) -> list[T]:
         """Returns what tokenizing gives for all inputs, and records the time that it took.
 
@@ -178,18 +181,14 @@ class Preprocessor:
             record: What is known of the call.
             note: Called on the event loop with the results of each slice, in order.
             sizes: The size of each text in bytes, where it is known.
-            byte_count: The most bytes that all of them may have, where it is known that they are few.
         """
         started_at_ns = time.monotonic_ns()
         count = len(inputs)
-        if byte_count > _LARGE_SLICE_BYTES:
-            sizes = sizes_of(inputs) if sizes is None else sizes
-            byte_count = sum(sizes)
-        if count <= SLICE_ENTRIES and byte_count <= _LARGE_SLICE_BYTES:
+        sizes = sizes_of(inputs) if sizes is None else sizes
+        if count <= SLICE_ENTRIES and sum(sizes) <= _LARGE_SLICE_BYTES:
             results = work(slice(count))
             note(results)
         else:
-            sizes = sizes_of(inputs) if sizes is None else sizes
             results = await self.slices.run(
                 work, sizes, client=record.client, most=_SLICE_BYTES, large=_LARGE_SLICE_BYTES, note=note
             )

@@ -224,16 +224,28 @@ def embedded(
     named_prompt: str,
 ) -> bytes:
     """Returns the whole answer of Embed, serialized."""
-    rest = pb.EmbedResponse(timings=timings(record))
-    if plan.return_tokens:
-        rest.tokens.extend(tokens(one, tokenizer) for one in texts)
-    if plan.has_words:
-        rest.words.extend(map(words, texts))
     is_small = len(plan.outputs) <= _CACHED_OUTPUT_COUNT
     of_plan = (_cached_header if is_small else _header_of_plan)(model, plan, named_prompt)
-    of_texts = pb.EmbedHeader(**_of_texts(plan, texts)).SerializeToString()
+    if len(texts) == 1 and not (plan.has_words or plan.has_spans or plan.of_windows):
+        of_texts = _header_of_one(len(texts[0].text.input_ids), texts[0].truncated)
+    else:
+        of_texts = pb.EmbedHeader(**_of_texts(plan, texts)).SerializeToString()
     head = wire.head(pb.EmbedResponse.HEADER_FIELD_NUMBER, len(of_plan) + len(of_texts))
-    return b"".join((head, of_plan, of_texts, *_tensors(parts, plan), rest.SerializeToString()))
+    own_timings = timings(record).SerializeToString()
+    timings_head = wire.head(pb.EmbedResponse.TIMINGS_FIELD_NUMBER, len(own_timings))
+    lists = b""
+    if plan.return_tokens or plan.has_words:
+        lists = pb.EmbedResponse(
+            tokens=[tokens(one, tokenizer) for one in texts] if plan.return_tokens else (),
+            words=map(words, texts) if plan.has_words else (),
+        ).SerializeToString()
+    return b"".join((head, of_plan, of_texts, *_tensors(parts, plan), lists, timings_head, own_timings))
+
+
+@functools.lru_cache(1024)
+def _header_of_one(token_count: int, truncated: bool) -> bytes:
+    """Returns the fields of a header that tell of its only text, which has neither words nor spans nor windows."""
+    return pb.EmbedHeader(token_counts=(token_count,), truncated=(truncated,)).SerializeToString()
 
 
 def _tensors(parts: Iterable[RowsReady], plan: Plan) -> Iterator[bytes | memoryview]:

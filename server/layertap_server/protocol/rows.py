@@ -85,17 +85,20 @@ async def collect(
     """
     parts: list[RowsReady] = []
     inbox: EventQueue[Event] = EventQueue(waker, needs_rows=False)
-    with queued(batcher, plan, tokenized, inbox, caller) as call:
+    call = queued(batcher, plan, tokenized, inbox, caller)
+    try:
         left = len(tokenized)
         while left:
             for event in await inbox.take():
                 if isinstance(event, RowsReady):
-                    parts.append(good(event, label=label))
+                    parts.append(event if not event.rows.failures else good(event, label=label))
                 else:
                     run = done(event)
                     left -= caller.record.run(run)
                     if left:  # What is computed is kept until all is.
                         call.release(run.reserved_bytes, run_done=True)
+    finally:
+        call.close()
     return parts
 
 

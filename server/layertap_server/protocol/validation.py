@@ -73,8 +73,12 @@ def items(
     """Returns texts with their prompt, ready for the tokenizer, and of those at fault why."""
     found: list[Item | LayertapError] = []
     given: dict[int, pb.TokenIds] = {}
+    most = limits.max_character_count - len(prompt)
     for n, message in enumerate(messages):
         kind = message.WhichOneof("kind")
+        if kind == "text" and len(string := message.text) <= most:  # What most are.
+            found.append(prompt + string)
+            continue
         if kind == "token_ids" and not prompt:
             given[n] = message.token_ids
             continue

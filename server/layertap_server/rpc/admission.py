@@ -84,6 +84,7 @@ class Admission:
             by_certificate=by_certificate,
         )
         self._max_call_count = max_call_count
+        self._free_count = max_call_count - max_call_count // 8
         self._call_log = call_log
         self._hooks = hooks
         self._calls: dict[AdmittedCall, None] = {}
@@ -216,7 +217,7 @@ class Admission:
             raise UnavailableError(
                 "the server is stopping; try another, or again later", retry_after_s=RETRY_STOPPING_S
             )
-        if len(self._calls) > self._call_share(client) and not self._end_idle():
+        if len(self._calls) > self._free_count and len(self._calls) > self._call_share(client) and not self._end_idle():
             self._hooks.refused("calls")
             raise ResourceExhaustedError(
                 f"the server is full with {counted(self._max_call_count, 'call')} under way; try again later",
@@ -241,11 +242,9 @@ class Admission:
 
     def _call_share(self, client: str) -> int:
         """Returns how many calls there may be; the last eighth is kept for clients who have less than an eighth."""
-        eighth = self._max_call_count // 8
-        if len(self._calls) <= self._max_call_count - eighth:
-            return self._max_call_count
         own = sum(call.client == client for call in self._calls)
-        return self._max_call_count if own <= max(eighth, 1) else self._max_call_count - eighth
+        is_light = own <= max(self._max_call_count - self._free_count, 1)
+        return self._max_call_count if is_light else self._free_count
 
     def _leave(self, call: AdmittedCall, _: object) -> None:
         self._calls.pop(call, None)

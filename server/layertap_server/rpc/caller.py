@@ -237,7 +237,8 @@ class Caller(AdmittedCall):
     async def read(self) -> bytes | None:
         """Returns the next message; None: there is none."""
         client, reads = self.client, self._shared.reads
-        await reads.begin(client, self)
+        if not reads.try_begin(client, self):
+            await reads.begin(client, self)
         try:
             message = await self._context.read()
         finally:

@@ -173,6 +173,9 @@ class CallQueue:
 
     def _take(self, expired: list[Call]) -> list[BatchPart]:
         """Removes the next batch from the queue; adds calls whose deadline has passed to `expired`."""
+        self._order.begin_batch()
+        if not self._order:
+            return []
         share = max(-(-self.waiting.tokens.used // self.idle.count), self._limits.min_share_tokens)
         now = time.monotonic()
         token_budget = min(share, self._batch_time.most_tokens(self._limits.max_batch_tokens, now))
@@ -180,7 +183,6 @@ class CallQueue:
         parts: list[BatchPart] = []
         last: dict[Call, BatchPart] = {}
         passed_over: list[Call] = []
-        self._order.begin_batch()
         while (call := self._order.first) is not None:
             text, waiting = call.next_part, call.waiting[0]
             token_count = len(text.input_ids)

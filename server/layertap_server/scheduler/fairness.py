@@ -52,10 +52,8 @@ class FairQueue:
         self._served: dict[tuple[str, str], None] = {}
 
     def __iter__(self) -> Iterator[Call]:
-        """Yields every call."""
-        for connections in self._clients.values():
-            for calls in connections.values():
-                yield from calls
+        """Returns every call."""
+        return self.heads(None)
 
     def __bool__(self) -> bool:
         return bool(self._clients)
@@ -73,7 +71,7 @@ class FairQueue:
         """Whether only one connection has calls here."""
         return len(self._clients) == 1 and len(next(iter(self._clients.values()))) == 1
 
-    def heads(self, count: int) -> Iterator[Call]:
+    def heads(self, count: int | None) -> Iterator[Call]:
         """Yields the first calls, up to so many, of each connection, in the order of clients and connections."""
         for connections in self._clients.values():
             for calls in connections.values():
@@ -144,8 +142,7 @@ class Budget:
     def has_room(self, client: str, amount: int) -> bool:
         """Returns whether a client may use so much more."""
         own, quarter = self._used_by.get(client, 0), self.limit // 4
-        is_light = not own or own + amount <= quarter
-        return self.used + amount <= (self.limit if is_light else self.limit - quarter)
+        return self.used + amount <= self.limit - (quarter if own and own + amount > quarter else 0)
 
     def add(self, client: str, amount: int) -> None:
         """Counts what a client uses, or with a negative amount gives back."""
@@ -212,10 +209,9 @@ class BatchTime:
 
     def arrived(self, client: str, connection: str, now: float) -> None:
         """Notes that a connection of a client has queued texts, at a time in seconds."""
-        if self._last != (client, connection):
-            if self._last is not None:
-                self._shared_until = now + _SHARED_S
-            self._last = client, connection
+        last, self._last = self._last, (client, connection)
+        if last is not None and last != self._last:
+            self._shared_until = now + _SHARED_S
 
     def ran(self, token_count: int, seconds: float) -> None:
         """Notes how long a batch took."""
@@ -268,22 +264,29 @@ class Reads:
         self._started: dict[str, dict[object, float]] = {}
         self._waiting: dict[str, dict[asyncio.Future[None], None]] = {}
 
-    async def begin(self, client: str, caller: object) -> None:
-        """Waits until a caller of a client, which reads one message at a time, may read the next; `end` must follow."""
-        while len(own := self._started.setdefault(client, {})) >= MAX_COUNT:
+    def try_begin(self, client: str, caller: object) -> bool:
+        """Returns whether a caller of a client may read its next message at once; if so, `end` must follow."""
+        own, now = self._started.setdefault(client, {}), time.monotonic()
+        if len(own) >= MAX_COUNT:
             oldest, started_at = next(iter(own.items()))
-            if (left_s := started_at + _FRESH_S - time.monotonic()) <= 0:
-                del own[oldest]
-                continue
+            if started_at + _FRESH_S > now:
+                return False
+            del own[oldest]
+        own[caller] = now
+        return True
+
+    async def begin(self, client: str, caller: object) -> None:
+        """Waits until a caller of a client may read its next message; `end` must follow."""
+        while not self.try_begin(client, caller):
+            left_s = next(iter(self._started[client].values())) + _FRESH_S - time.monotonic()
             waiting, future = self._waiting.setdefault(client, {}), asyncio.get_running_loop().create_future()
             waiting[future] = None
             try:
-                await asyncio.wait((future,), timeout=left_s)
+                await asyncio.wait((future,), timeout=max(left_s, 0.0))
             finally:
                 del waiting[future]
                 if not waiting:
                     del self._waiting[client]
-        own[caller] = time.monotonic()
 
     def end(self, client: str, caller: object) -> None:
         """Notes that a message has come, or will not."""
@@ -291,5 +294,7 @@ class Reads:
         own.pop(caller, None)
         if not own:
             self._started.pop(client, None)
-        if future := next((one for one in self._waiting.get(client, ()) if not one.done()), None):
-            future.set_result(None)
+        for future in self._waiting.get(client, ()):
+            if not future.done():
+                future.set_result(None)
+                return
