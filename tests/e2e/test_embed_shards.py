@@ -52,11 +52,14 @@ def test_a_file_that_fails_does_not_stop_the_others(
 ) -> None:
     out = tmp_path / "out"
     (corpus / "0.jsonl").write_bytes("in UTF-16".encode("utf-16"))
+    (corpus / "unreadable.jsonl").symlink_to("/proc/self/mem")  # It can be opened, also by root.
     with (corpus / "1.jsonl").open("a") as file:
         file.write("no JSON\n")
     assert run(tiny_server, corpus, out) == 1
     err = capsys.readouterr().err
-    assert "0.jsonl is UTF-16" in err and "1 of 4 files failed" in err
+    assert "0.jsonl is UTF-16" in err and "unreadable.jsonl: Input/output error" in err
+    assert "2 of 5 files failed" in err
+    (corpus / "unreadable.jsonl").unlink()
     assert sorted(path.name for path in out.iterdir()) == ["1.parquet", "2.parquet", "_layertap"]
     side = out / "_layertap" / "1.parquet.errors.jsonl"
     assert json.loads(side.read_text())["number"] == 91

@@ -268,6 +268,7 @@ def test_errors_are_the_words_of_the_sdk(page: Page, client: Client) -> None:
         ({"texts": ["a"], "pad_to": "9"}, "pad_to is not a whole number"),
         ({"texts": ["a"], "special_tokens": 1}, "special_tokens is not true or false"),
         ({"texts": ["a"], "masks": [[0.5]]}, "masks is not a list of lists"),
+        ({"texts": ["a", "b"], "masks": [[1, 1, 1]]}, "one for each text"),
     ],
 )
 def test_wrong_fields_are_named(fields: dict[str, Any], said: str, page: Page) -> None:

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 from layertap import wire
 from layertap.cli import arguments
-from layertap.cli.parsing import UsageError, drop_stdout, warn
+from layertap.cli.parsing import UsageError, drop_stdout, reason, warn
 from layertap.errors import LayertapError
 from layertap.jobs import JobError
 
@@ -41,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         code, message = 1, str(exc)
     except OSError as exc:
         drop_stdout()  # It may be what failed, and would fail again when the interpreter flushes it.
-        code, message = 1, f"{exc.filename}: {exc.strerror}" if exc.filename else exc.strerror or str(exc)
+        code, message = 1, reason(exc)
     warn(message)
     return code
 

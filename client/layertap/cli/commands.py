@@ -193,9 +193,11 @@ def _write_shards(args: argparse.Namespace, found: Sequence[Shard], task: Task) 
             try:
                 source, destination = parsing.reader(args, shard.source), shard.destination(overwrite=args.overwrite)
                 code = max(code, _write(args, client, _job(args, source, destination, task)))
-            except JobError as exc:
+            except (JobError, OSError) as exc:
+                if isinstance(exc, OSError) and str(exc.filename) != str(shard.source):
+                    raise  # It would end the next ones too: the disk is full, or the server's socket is gone.
                 failed += 1
-                parsing.warn(str(exc))
+                parsing.warn(parsing.reason(exc))
     if failed:
         parsing.warn(f"{failed} of {counted(len(found), 'file')} failed; the same command does what is left")
     return 1 if failed else code

@@ -209,6 +209,13 @@ def mention(line: str) -> None:
         drop_stdout()
 
 
+def reason(error: Exception) -> str:
+    """Returns what an error says; that of the system with the file that it is about."""
+    if not isinstance(error, OSError):
+        return str(error)
+    return f"{error.filename}: {error.strerror}" if error.filename else error.strerror or str(error)
+
+
 def warn(message: str) -> None:
     """Prints a line to stderr, if there is one."""
     if sys.stderr is not None:

@@ -47,7 +47,12 @@ class Request:
     @property
     def masks(self) -> list[list[int]] | None:
         """An attention mask for each text; None: the tokenizer's."""
-        found: list[list[int]] | None = self._read("masks", None, _are_positions, "a list of lists of 0 and 1")
+        count = len(self.texts)
+
+        def fits(found: Any) -> bool:
+            return _are_positions(found) and len(found) == count
+
+        found: list[list[int]] | None = self._read("masks", None, fits, "a list of lists of 0 and 1, one for each text")
         return found
 
     def strings(self, name: str, most: int) -> tuple[str, ...]:

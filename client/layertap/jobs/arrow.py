@@ -90,7 +90,10 @@ class ParquetRows(Source):
     def _readable(self) -> Iterator[None]:
         try:
             yield
-        except pa.ArrowException as exc:
+        except (pa.ArrowException, OSError) as exc:
+            if isinstance(exc, OSError) and exc.errno:  # Without one it is Arrow that says what is damaged.
+                exc.filename = str(self.path)
+                raise
             raise JobError(f"{self.path} cannot be read as Parquet; is it whole?") from exc
 
 

@@ -194,6 +194,9 @@ class Lines(Source):
                 yield file
             except (EOFError, zlib.error, gzip.BadGzipFile) as exc:
                 raise JobError(f"{self.name} cannot be unpacked as gzip; is it whole? (gzip -t tells)") from exc
+            except OSError as exc:
+                exc.filename = self.name
+                raise
 
     def _lines(self, file: BinaryIO) -> Iterator[bytes]:
         """Yields lines with their ends; of one that is too long only the beginning, without its end."""

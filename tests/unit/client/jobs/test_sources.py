@@ -120,6 +120,25 @@ def test_a_damaged_gzip_file_is_named(tmp_path: Path) -> None:
         list(Lines(path=path.with_suffix("")).items())
 
 
+def test_a_damaged_parquet_file_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"text": [f"text {n}" for n in range(3000)]}), path)
+    whole = bytearray(path.read_bytes())
+    whole[len(whole) // 4 : len(whole) // 2] = bytes(len(whole) // 2 - len(whole) // 4)
+    path.write_bytes(whole)
+    with pytest.raises(JobError, match=r"a\.parquet cannot be read as Parquet"):
+        list(ParquetRows(path=path, fields=Fields()).items())
+
+
+def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "a"
+    path.symlink_to("/proc/self/mem")
+    for source in (Lines(path=path), Csv(path=path, fields=Fields(), delimiter=",")):
+        with pytest.raises(OSError, match="Input/output error") as raised:
+            list(source.items())
+        assert raised.value.filename == str(path)
+
+
 def test_rows_of_csv_are_items(tmp_path: Path) -> None:
     path = tmp_path / "a.csv"
     path.write_bytes(
