@@ -52,6 +52,12 @@ SPAN_UNITS: dict[str, pb.SpanUnit.ValueType] = {f"{name}s": number for name, num
 TRUNCATIONS: dict[str, pb.Truncation.ValueType] = _by_name(pb.Truncation)
 PADDING_SIDES: dict[str, pb.PaddingSide.ValueType] = _by_name(pb.PaddingSide)
 
+_LITTLE_ENDIAN: dict[pb.Dtype.ValueType, np.dtype[np.float32] | np.dtype[np.float16]] = {
+    pb.DTYPE_FLOAT32: np.dtype("<f4"),
+    pb.DTYPE_FLOAT16: np.dtype("<f2"),
+}
+"""Wire dtypes that numpy has, as they lie on the wire."""
+
 _MAX_VARINT_BITS = 70
 
 _KEPT_BYTES = 31 << 20
@@ -133,7 +139,7 @@ def read_into(target: FloatArray, data: Buffer | ByteArray, dtype: pb.Dtype.Valu
         halves = np.frombuffer(data, "<u2").reshape(target.shape)
         np.left_shift(halves, 16, out=target.view(np.uint32), dtype=np.uint32)
     else:
-        target[...] = np.frombuffer(data, np.dtype(array_dtype(dtype)).newbyteorder("<")).reshape(target.shape)
+        target[...] = np.frombuffer(data, _LITTLE_ENDIAN[dtype]).reshape(target.shape)
 
 
 def to_array(data: Buffer | ByteArray, shape: tuple[int, ...], dtype: pb.Dtype.ValueType) -> FloatArray:
@@ -145,7 +151,7 @@ def to_array(data: Buffer | ByteArray, shape: tuple[int, ...], dtype: pb.Dtype.V
     if isinstance(data, np.ndarray) and dtype != pb.DTYPE_BFLOAT16:
         if data.size != math.prod(shape) * item_bytes(dtype):
             raise DataLossError(f"the answer has {data.size} bytes where {math.prod(shape)} values belong; ask again")
-        kept: FloatArray = data.view(np.dtype(array_dtype(dtype)).newbyteorder("<"))
+        kept: FloatArray = data.view(_LITTLE_ENDIAN[dtype])
         return kept.reshape(shape)
     array = empty(shape, dtype)
     read_into(array, data, dtype)
@@ -183,11 +189,11 @@ def address(array: ByteArray) -> int:
 
 def tensor_to_array(tensor: pb.Tensor) -> FloatArray:
     """Returns a tensor as a new array of its shape."""
-    shape = tuple(tensor.shape)
-    array_dtype(tensor.dtype)
-    if any(length < 0 for length in shape) or math.prod(shape) * item_bytes(tensor.dtype) != len(tensor.data):
-        raise DataLossError(f"a tensor of shape {shape} came with {len(tensor.data)} bytes; ask again")
-    return to_array(tensor.data, shape, tensor.dtype)
+    shape, dtype, data = tuple(tensor.shape), tensor.dtype, tensor.data
+    array_dtype(dtype)
+    if min(shape, default=0) < 0 or math.prod(shape) * item_bytes(dtype) != len(data):
+        raise DataLossError(f"a tensor of shape {shape} came with {len(data)} bytes; ask again")
+    return to_array(data, shape, dtype)
 
 
 def join(message: Message, data: Buffer) -> bytes:

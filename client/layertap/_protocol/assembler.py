@@ -13,7 +13,8 @@ import numpy as np
 import numpy.typing as npt
 
 from layertap import wire
-from layertap._protocol.responses import ModelPin, build_whole, check_header, row_counts, tensor_shapes
+from layertap._protocol.answer_plan import AnswerPlan, check_header, row_counts, tensor_shapes
+from layertap._protocol.responses import ModelPin, build_whole
 from layertap._protocol.tensor_rows import Blocks, TensorRows
 from layertap.errors import DataLossError
 from layertap.results.embedding import Embedding
@@ -34,6 +35,7 @@ class EmbedAssembler:
         self._messages = messages
         self._options = options
         self._header: pb.EmbedHeader | None = None
+        self._plan: AnswerPlan | None = None
         self._tensors: dict[tuple[int, int], TensorRows] = {}
         self._starts: dict[pb.RowUnit.ValueType, list[int]] = {}
         self._tokens: list[pb.TokenizedText] = []
@@ -78,7 +80,7 @@ class EmbedAssembler:
         Raises:
             DataLossError: if something is missing.
         """
-        if self._header is None or self._summary is None:
+        if self._header is None or self._plan is None or self._summary is None:
             raise DataLossError("the answer ended without its summary; ask again")
         if self._summary.frame_count != self._frame_count:
             raise DataLossError(f"{self._frame_count} of {self._summary.frame_count} frames came; ask again")
@@ -87,7 +89,7 @@ class EmbedAssembler:
                 raise DataLossError(f"output {output_index}, layer {layer} is incomplete; ask again")
         return build_whole(
             self._header,
-            self._options,
+            self._plan,
             {key: rows.array for key, rows in self._tensors.items()},
             self._messages,
             timings=self._summary.timings,
@@ -97,7 +99,7 @@ class EmbedAssembler:
         )
 
     def _open(self, header: pb.EmbedHeader) -> None:
-        check_header(header, self._options, self._messages)
+        self._plan = check_header(header, self._options, self._messages)
         self._pin.check(header.model_id, header.fingerprint)
         self._header = header
         for unit in {output.unit for output in header.outputs}:

@@ -7,7 +7,7 @@ from typing import Final
 import numpy as np
 
 from layertap._protocol.responses import ModelPin
-from layertap._protocol.result_builder import EmbeddingBuilder, attention_mask
+from layertap._protocol.result_builder import attention_mask, build_embedding
 from layertap._protocol.stream_results import TextAnswer
 from layertap._protocol.stream_state import StreamState
 from layertap.errors import DataLossError, ResourceExhaustedError
@@ -44,11 +44,12 @@ class CollectedStream(StreamState):
         Raises:
             DataLossError: if a text has no result.
         """
-        if self._header is None or len(self._answers) != len(self._messages):
+        if self._plan is None or len(self._answers) != len(self._messages):
             raise DataLossError(f"{len(self._answers)} of {len(self._messages)} results came; ask again")
         answers = [self._answers[index] for index in range(len(self._messages))]
         token_counts = np.concatenate([answer.token_counts for answer in answers])
-        return EmbeddingBuilder(self._header, self.options).build(
+        return build_embedding(
+            self._plan,
             arrays={key: np.concatenate([answer.arrays[key] for answer in answers]) for key in answers[0].arrays},
             messages=self._messages,
             token_counts=token_counts,

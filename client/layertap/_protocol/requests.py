@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Iterable, Iterator
-from typing import Final, Generic, TypeAlias, TypeVar, cast
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, Final, Generic, TypeAlias, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -39,6 +39,11 @@ ResponseT = TypeVar("ResponseT", bound=Message)
 
 _SURELY_TAKEN: Final = 32
 """No more texts than this go in one request without asking the server for its limit."""
+
+_MOST_OPTIONS: Final = 32
+"""How many messages of options are remembered."""
+_PLAIN: Final = frozenset({str, int, bool, type(None)})
+"""Values of these types are the same if they are equal; those of others may change, or equal what is refused."""
 
 _TOKENIZE_CHARACTERS: Final = 100_000
 _TOKENIZE_TEXTS: Final = 256
@@ -149,23 +154,37 @@ class Embed:
 
 def embed(inputs: Inputs, options: SpanOptions) -> Embed:
     """Returns the request that `Client.embed` makes."""
-    check_names(options, SpanOptions)
     spans, unit = options.pop("spans", None), options.pop("span_unit", "characters")
-    rest = cast("EmbedOptions", options)
     if spans is not None:
-        inputs = spanned(inputs, spans, unit)
-        rest.setdefault("span_pooling", "mean")
-    return Embed(to_messages(inputs), embed_options(**rest))
+        options.setdefault("span_pooling", "mean")
+    asked = _options(options, SpanOptions)
+    return Embed(to_messages(inputs if spans is None else spanned(inputs, spans, unit)), asked)
 
 
 def embed_layers(inputs: Inputs, options: LayerOptions) -> Embed:
     """Returns the request that `Client.embed_layers` makes."""
-    check_names(options, LayerOptions)
     options.setdefault("layers", "all")
-    return Embed(to_messages(inputs), embed_options(**options))
+    asked = _options(options, LayerOptions)
+    return Embed(to_messages(inputs), asked)
 
 
 def embed_stream(options: EmbedOptions) -> pb.EmbedOptions:
     """Returns what `Client.embed_stream` asks of each item."""
-    check_names(options, EmbedOptions)
+    return _options(options, EmbedOptions)
+
+
+def _options(options: Mapping[str, Any], kind: type) -> pb.EmbedOptions:
+    """Returns options as a message, if they are among the keys of a `TypedDict`; plain values always as the same one.
+
+    Raises:
+        InvalidArgumentError: if a value is wrong.
+        TypeError: if a name is.
+    """
+    read = _plain_options if _PLAIN.issuperset(map(type, options.values())) else _plain_options.__wrapped__
+    return read(kind, **options)
+
+
+@functools.lru_cache(_MOST_OPTIONS, typed=True)
+def _plain_options(kind: type, /, **options: Any) -> pb.EmbedOptions:
+    check_names(options, kind)
     return embed_options(**options)

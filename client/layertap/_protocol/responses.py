@@ -7,31 +7,22 @@ arrays the names that users know.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Final
 
 import numpy as np
 from google.protobuf.message import Message
 
 from layertap import wire
+from layertap._protocol.answer_plan import AnswerPlan, Key, check_header, tensor_shapes, token_bound
 from layertap._protocol.requests import ResponseT
-from layertap._protocol.result_builder import EmbeddingBuilder, attention_mask, build_tokens, read_timings
+from layertap._protocol.result_builder import attention_mask, build_embedding, build_tokens, read_timings
 from layertap.errors import DataLossError, FailedPreconditionError, counted
 from layertap.results.embedding import Embedding
 from layertap.results.tokens import Tokens
-from layertap.types import FloatArray, IntArray, ModelRef
+from layertap.types import FloatArray, ModelRef
 from layertap.v1 import embedding_pb2 as pb
 
-_MOST_TOKENS_A_BYTE = 16
-_MOST_MORE_TOKENS = 1024
-_MOST_ROW_SIZE = 1 << 22
-
-_UNITS = {
-    "hidden_states": pb.ROW_UNIT_TOKEN,
-    "word_vectors": pb.ROW_UNIT_WORD,
-    "pooler_output": pb.ROW_UNIT_TEXT,
-    "pooled_vectors": pb.ROW_UNIT_TEXT,
-    "attentions": pb.ROW_UNIT_TOKEN_PAIR,
-    "span_vectors": pb.ROW_UNIT_SPAN,
-}
+_OTHER_TENSORS: Final = "the tensors of the answer are not those of its header; ask again"
 
 
 class ModelPin:
@@ -57,99 +48,6 @@ class ModelPin:
             )
 
 
-def has_words(options: pb.EmbedOptions) -> bool:
-    """Returns whether an output with a row for each word is requested."""
-    return any(output.HasField("word_vectors") for output in options.outputs)
-
-
-def has_spans(options: pb.EmbedOptions) -> bool:
-    """Returns whether an output with a row for each span is requested."""
-    return any(output.HasField("span_vectors") for output in options.outputs)
-
-
-def span_count(message: pb.Input) -> int:
-    """Returns how many spans a text has."""
-    return len(message.spans.bounds) // 2 if message.HasField("spans") else 0
-
-
-def row_counts(
-    unit: pb.RowUnit.ValueType,
-    token_counts: Sequence[int] | IntArray,
-    word_counts: Sequence[int] | IntArray,
-    span_counts: Sequence[int] | IntArray,
-) -> Sequence[int] | IntArray:
-    """Returns how many rows each text has in an output. Shape: [text_count]."""
-    if unit == pb.ROW_UNIT_TOKEN:
-        return token_counts
-    if unit == pb.ROW_UNIT_TOKEN_PAIR:
-        return [int(count) ** 2 for count in token_counts]
-    if unit == pb.ROW_UNIT_SPAN:
-        return span_counts
-    return word_counts if unit == pb.ROW_UNIT_WORD else [1] * len(token_counts)
-
-
-def token_bound(byte_count: int, options: pb.EmbedOptions) -> int:
-    """Returns more tokens or words than any tokenizer makes of a text of so many bytes.
-
-    No more memory than for these is allocated for one text.
-    """
-    return _MOST_TOKENS_A_BYTE * (byte_count + 4 * len(options.prompt)) + _MOST_MORE_TOKENS
-
-
-def check_header(header: pb.EmbedHeader, options: pb.EmbedOptions, messages: Sequence[pb.Input]) -> None:
-    """Checks that a header is that of a request.
-
-    Args:
-        header: What opens the answer.
-        options: What was asked.
-        messages: The texts that were sent; none for a stream, whose results carry their own counts.
-
-    Raises:
-        DataLossError: if it is not.
-    """
-    wire.array_dtype(header.dtype)
-    text_count = len(messages)
-    fits = (
-        len(header.outputs) == len(options.outputs) > 0
-        and len(header.token_counts) == len(header.truncated) == text_count
-        and len(header.word_counts) == (text_count if has_words(options) else 0)
-        and list(header.span_counts) == (list(map(span_count, messages)) if has_spans(options) else [])
-        and len(header.window_counts) == (text_count if options.HasField("windows") else 0)
-        and all(0 < count <= tokens for count, tokens in zip(header.window_counts, header.token_counts, strict=False))
-        and all(map(_is_output, options.outputs, header.outputs))
-    )
-    if fits and text_count:
-        bounds = [token_bound(message.ByteSize(), options) for message in messages]
-        fits = all(0 < count <= bound for count, bound in zip(header.token_counts, bounds, strict=True))
-        fits &= all(0 <= count <= bound for count, bound in zip(header.word_counts, bounds, strict=False))
-    if not fits:
-        raise DataLossError("the header is not that of this request; ask again")
-
-
-def _is_output(asked: pb.Output, output: pb.OutputHeader) -> bool:
-    kind = asked.WhichOneof("kind")
-    assert kind is not None
-    mixed = kind not in ("pooler_output", "attentions") and getattr(asked, kind).HasField("mix")
-    layers = output.layers
-    return (
-        0 < output.row_size <= _MOST_ROW_SIZE
-        and output.unit == _UNITS[kind]
-        and len(output.heads) == (output.row_size if kind == "attentions" else 0)
-        and mixed == bool(output.mixed_layers)
-        and (len(layers) == 1 or (output.unit != pb.ROW_UNIT_TEXT and not mixed))
-        and len(set(layers)) == len(layers) > 0
-    )
-
-
-def tensor_shapes(header: pb.EmbedHeader) -> dict[tuple[int, int], tuple[int, int]]:
-    """Returns the shape of each tensor that a header promises, by output index and layer: [row_count, row_size]."""
-    shapes: dict[tuple[int, int], tuple[int, int]] = {}
-    for output_index, output in enumerate(header.outputs):
-        row_count = sum(row_counts(output.unit, header.token_counts, header.word_counts, header.span_counts))
-        shapes.update(((output_index, layer), (row_count, output.row_size)) for layer in output.layers)
-    return shapes
-
-
 def read_embedding(
     answer: pb.EmbedResponse,
     messages: list[pb.Input],
@@ -164,16 +62,19 @@ def read_embedding(
         FailedPreconditionError: if another model answers than before.
     """
     header = answer.header
-    check_header(header, options, messages)
+    plan = check_header(header, options, messages)
     pin.check(header.model_id, header.fingerprint)
-    found = [((one.output_index, one.layer), tuple(one.tensor.shape)) for one in answer.tensors]
-    shapes = tensor_shapes(header)
-    if len(found) != len(shapes) or dict(found) != shapes:
-        raise DataLossError("the tensors of the answer are not those of its header; ask again")
-    arrays = {(one.output_index, one.layer): wire.tensor_to_array(one.tensor) for one in answer.tensors}
+    shapes, arrays = tensor_shapes(header), dict[Key, FloatArray]()
+    for one in answer.tensors:
+        key = one.output_index, one.layer
+        if shapes.pop(key, None) != tuple(one.tensor.shape):
+            raise DataLossError(_OTHER_TENSORS)
+        arrays[key] = wire.tensor_to_array(one.tensor)
+    if shapes:
+        raise DataLossError(_OTHER_TENSORS)
     return build_whole(
         header,
-        options,
+        plan,
         arrays,
         messages,
         timings=answer.timings,
@@ -185,8 +86,8 @@ def read_embedding(
 
 def build_whole(
     header: pb.EmbedHeader,
-    options: pb.EmbedOptions,
-    arrays: dict[tuple[int, int], FloatArray],
+    plan: AnswerPlan,
+    arrays: dict[Key, FloatArray],
     messages: list[pb.Input],
     *,
     timings: pb.Timings,
@@ -199,16 +100,17 @@ def build_whole(
     Raises:
         DataLossError: if the tokens or the words are not those of the header.
     """
-    if [len(text.piece_counts) for text in words] != list(header.word_counts):
+    if [len(text.piece_counts) for text in words] != header.word_counts[:]:
         raise DataLossError("the words of the answer are not those of its header; ask again")
-    token_counts = np.array(header.token_counts, np.int64)
-    return EmbeddingBuilder(header, options).build(
+    token_counts = np.array(header.token_counts[:], np.int64)
+    return build_embedding(
+        plan,
         arrays=arrays,
         messages=messages,
         token_counts=token_counts,
-        truncated=np.array(header.truncated, np.bool_),
+        truncated=np.array(header.truncated[:], np.bool_),
         span_counts=header.span_counts,
-        window_counts=np.array(header.window_counts or [1] * len(messages), np.int64),
+        window_counts=np.array(header.window_counts[:] or [1] * len(messages), np.int64),
         attention_mask=attention_mask(messages, token_counts),
         timings=read_timings(timings),
         tokens=tokens,

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from layertap._protocol.answer_plan import AnswerPlan, Key, RowsPlan
 from layertap.errors import DataLossError
 from layertap.results.attentions import Attentions
 from layertap.results.embedding import Embedding
@@ -13,118 +14,76 @@ from layertap.results.hidden_states import HiddenStates
 from layertap.results.spans import SpanVectors
 from layertap.results.tokens import Tokens
 from layertap.results.words import MixedRows, Words
-from layertap.types import BoolArray, FloatArray, IntArray, ModelRef, Timings
+from layertap.types import BoolArray, FloatArray, IntArray, Timings
 from layertap.v1 import embedding_pb2 as pb
 
 _PER_TOKEN_FIELDS = ("tokens", "attention_mask", "token_type_ids", "special_tokens_mask", "word_ids")
 
 
-class EmbeddingBuilder:
-    """Gives the arrays of answers to one request the names that users know. One serves all results of a stream."""
+def build_embedding(
+    plan: AnswerPlan,
+    *,
+    arrays: Mapping[Key, FloatArray],
+    messages: Sequence[pb.Input],
+    token_counts: IntArray,
+    truncated: BoolArray,
+    window_counts: IntArray,
+    span_counts: Sequence[int],
+    attention_mask: IntArray,
+    timings: Timings,
+    tokens: Sequence[pb.TokenizedText],
+    words: Sequence[pb.SplitText],
+    request_id: str | None = None,
+) -> Embedding:
+    """Returns an embedding of whole arrays.
 
-    def __init__(self, header: pb.EmbedHeader, options: pb.EmbedOptions) -> None:
-        """Reads what all results have in common.
+    Raises:
+        DataLossError: if the requested tokens or words are not those of the texts.
+    """
+    if plan.returns_tokens and [len(text.input_ids) for text in tokens] != token_counts.tolist():
+        raise DataLossError("the tokens of the answer are not those of its texts; ask again")
+    layer_count = plan.header.layer_count
 
-        Args:
-            header: What opens the answer, already checked against the options.
-            options: What was asked.
-        """
-        self._header = header
-        self._prompt = options.prompt or header.named_prompt
-        self._returns_tokens = options.return_tokens
-        self._layer_count = header.layer_count
-        self._model = ModelRef(model_id=header.model_id, fingerprint=header.fingerprint)
-        self._outputs = [
-            (output.unit, [(layer, (index, layer)) for layer in output.layers], asked.HasField("pooler_output"), output)
-            for index, (asked, output) in enumerate(zip(options.outputs, header.outputs, strict=True))
-        ]
-        self._has_words = any(output.unit == pb.ROW_UNIT_WORD for output in header.outputs)
+    def states(tensors: dict[int, Key], counts: IntArray) -> HiddenStates:
+        ragged = {layer: arrays[key] for layer, key in tensors.items()}
+        return HiddenStates(ragged=ragged, token_counts=counts, layer_count=layer_count)
 
-    def build(
-        self,
-        *,
-        arrays: Mapping[tuple[int, int], FloatArray],
-        messages: Sequence[pb.Input],
-        token_counts: IntArray,
-        truncated: BoolArray,
-        window_counts: IntArray,
-        span_counts: Sequence[int],
-        attention_mask: IntArray,
-        timings: Timings,
-        tokens: Sequence[pb.TokenizedText],
-        words: Sequence[pb.SplitText],
-        request_id: str | None = None,
-    ) -> Embedding:
-        """Returns an embedding of whole arrays, by output index and layer.
+    def mixed(rows: RowsPlan, counts: IntArray) -> MixedRows | None:
+        return MixedRows(layers=rows.mixed_layers, _states=states(rows.mix, counts)) if rows.mix else None
 
-        Raises:
-            DataLossError: if the requested tokens or words are not those of the texts.
-        """
-        if self._returns_tokens and [len(text.input_ids) for text in tokens] != token_counts.tolist():
-            raise DataLossError("the tokens of the answer are not those of its texts; ask again")
-        ragged: dict[int, FloatArray] = {}
-        ragged_words: dict[int, FloatArray] = {}
-        mixes: dict[pb.RowUnit.ValueType, tuple[tuple[int, ...], dict[int, FloatArray]]] = {}
-        pools: list[FloatArray] = []
-        pooler_output: FloatArray | None = None
-        attentions: Attentions | None = None
-        span_pools: list[HiddenStates] = []
-        for unit, places, is_pooler, output in self._outputs:
-            found = {layer: arrays[place] for layer, place in places}
-            if unit == pb.ROW_UNIT_TEXT:
-                if is_pooler:
-                    (pooler_output,) = found.values()
-                else:
-                    pools.extend(found.values())
-            elif unit == pb.ROW_UNIT_SPAN:
-                counts = np.array(span_counts, np.int64)
-                span_pools.append(HiddenStates(ragged=found, token_counts=counts, layer_count=self._layer_count))
-            elif unit == pb.ROW_UNIT_TOKEN_PAIR:
-                attentions = Attentions(
-                    ragged=found,
-                    heads=tuple(output.heads),
-                    token_counts=token_counts,
-                    layer_count=self._layer_count,
-                )
-            elif output.mixed_layers:
-                mixes[unit] = tuple(output.mixed_layers), found
-            else:
-                (ragged if unit == pb.ROW_UNIT_TOKEN else ragged_words).update(found)
-
-        def mixed(unit: pb.RowUnit.ValueType, counts: IntArray) -> MixedRows | None:
-            if unit not in mixes:
-                return None
-            layers, own = mixes[unit]
-            states = HiddenStates(ragged=own, token_counts=counts, layer_count=self._layer_count)
-            return MixedRows(layers=layers, _states=states)
-
-        split = None
-        if self._has_words:
-            if len(words) != len(token_counts):
-                raise DataLossError("the words of the answer are not those of its texts; ask again")
-            word_counts = np.array([len(text.piece_counts) for text in words], np.int64)
-            vectors = HiddenStates(ragged=ragged_words, token_counts=word_counts, layer_count=self._layer_count)
-            strings = _strings(words, messages, self._prompt)
-            split = _build_words(words, strings, vectors, mixed(pb.ROW_UNIT_WORD, word_counts))
-        return Embedding(
-            hidden_states=HiddenStates(ragged=ragged, token_counts=token_counts, layer_count=self._layer_count),
-            pools=tuple(pools),
-            token_counts=token_counts,
-            truncated=truncated,
-            window_counts=window_counts,
-            attention_mask=attention_mask,
-            model=self._model,
-            timings=timings,
-            request_id=request_id,
-            _pooler_output=pooler_output,
-            _mixed=mixed(pb.ROW_UNIT_TOKEN, token_counts),
-            _words=split,
-            _attentions=attentions,
-            _spans=SpanVectors(span_counts=span_pools[0].token_counts, _pools=tuple(span_pools))
-            if span_pools
-            else None,
-            _tokens=build_tokens(tokens, self._header.pad_token_id) if self._returns_tokens else None,
-        )
+    own_words: Words | None = None
+    if plan.words is not None:
+        if len(words) != len(token_counts):
+            raise DataLossError("the words of the answer are not those of its texts; ask again")
+        word_counts = np.array([len(text.piece_counts) for text in words], np.int64)
+        strings = _strings(words, messages, plan.prompt)
+        vectors = states(plan.words.layers, word_counts)
+        own_words = _build_words(words, strings, vectors, mixed(plan.words, word_counts))
+    attentions: Attentions | None = None
+    if plan.attentions:
+        ragged = {layer: arrays[key] for layer, key in plan.attentions.items()}
+        attentions = Attentions(ragged=ragged, heads=plan.heads, token_counts=token_counts, layer_count=layer_count)
+    spans: SpanVectors | None = None
+    if plan.spans:
+        counts = np.array(span_counts, np.int64)
+        spans = SpanVectors(span_counts=counts, _pools=tuple(states(pooling, counts) for pooling in plan.spans))
+    return Embedding(
+        hidden_states=states(plan.tokens.layers, token_counts),
+        pools=tuple([arrays[key] for key in plan.pools]),
+        token_counts=token_counts,
+        truncated=truncated,
+        window_counts=window_counts,
+        attention_mask=attention_mask,
+        model=plan.model,
+        timings=timings,
+        request_id=request_id,
+        _pooler_output=None if plan.pooler_output is None else arrays[plan.pooler_output],
+        _mixed=mixed(plan.tokens, token_counts),
+        _words=own_words,
+        _attentions=attentions,
+        _spans=spans,
+        _tokens=build_tokens(tokens, plan.header.pad_token_id) if plan.returns_tokens else None,
+    )
 
 
 def read_timings(timings: pb.Timings) -> Timings:
@@ -138,10 +97,11 @@ def read_timings(timings: pb.Timings) -> Timings:
 
 def attention_mask(messages: Sequence[pb.Input], token_counts: IntArray) -> IntArray:
     """Returns the mask that was computed with. Shape: [text_count, length]."""
-    mask = (np.arange(int(token_counts.max(initial=0))) < token_counts[:, None]).astype(np.int64)
-    for row, message in zip(mask, messages, strict=True):
+    length = max(token_counts.tolist(), default=0)
+    mask = (np.arange(length) < token_counts[:, None]).astype(np.int64)
+    for n, message in enumerate(messages):
         if message.HasField("token_ids") and (given := message.token_ids.attention_mask):
-            row[: len(given)] = given
+            mask[n, : len(given)] = given
     return mask
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 from typing import Final
 
 from layertap import wire
-from layertap._protocol.responses import token_bound
+from layertap._protocol.answer_plan import AnswerPlan, token_bound
 from layertap._protocol.stream_results import Frames, text_answers
 from layertap._protocol.stream_state import Item, StreamState
 from layertap.errors import DataLossError, LayertapError, UnavailableError, from_status
@@ -28,13 +28,13 @@ class StreamConnection:
     def __init__(self, state: StreamState) -> None:
         self._state = state
         self._sent: dict[int, Item] = {}
-        self._header: pb.EmbedHeader | None = None
+        self._plan: AnswerPlan | None = None
         self._got_on = self._counted = False
 
     @property
     def accepted(self) -> bool:
         """Whether the server has accepted the options."""
-        return self._header is not None
+        return self._plan is not None
 
     @property
     def unanswered_count(self) -> int:
@@ -60,7 +60,7 @@ class StreamConnection:
         """Gives every unanswered item back to be sent again, after the connection was lost."""
         # What no server has seen is not what brought it down.
         blamed = self.accepted and not self._got_on
-        self._header, self._got_on = None, False
+        self._plan, self._got_on = None, False
         items, self._sent = self._sent, {}
         for index, item in list(items.items()):
             item.frames = None
@@ -81,18 +81,17 @@ class StreamConnection:
             DataLossError: if the message does not fit what was sent.
             FailedPreconditionError: if another model answers than before.
         """
-        kind, header = part.WhichOneof("part"), self._header
-        if (kind == "header") != (header is None):
+        kind, plan = part.WhichOneof("part"), self._plan
+        if (kind == "header") != (plan is None):
             raise DataLossError("the answer does not open with exactly one header; ask again")
-        if header is None:
-            self._state.open(part.header)
-            self._header = part.header
+        if plan is None:
+            self._plan = self._state.open(part.header)
             if not self._counted:
                 self._counted = True
                 self._state.add_connection()
         elif kind == "results":
-            offsets, options = list(part.shared_rows.offsets), self._state.options
-            answers = text_answers(part.results, header, options, data=data, offsets=offsets, view=view)
+            offsets = list(part.shared_rows.offsets)
+            answers = text_answers(part.results, plan, data=data, offsets=offsets, view=view)
             for index, answer in answers:
                 self._state.embed(index, self._answered(index), answer)
             for failure in part.results.failures:
@@ -101,7 +100,7 @@ class StreamConnection:
                 self._state.answer(failure.id, StreamResult(index=failure.id, error=error, _embedding=None))
             self._state.note_size(len(data), len(part.results.ids))
         elif kind == "frame":
-            self._frame(part.frame, header, data)
+            self._frame(part.frame, plan.header, data)
         else:
             raise DataLossError("the answer has an unknown part; the server is newer than this client")
 

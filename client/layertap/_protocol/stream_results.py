@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 
 from layertap import wire
-from layertap._protocol.responses import has_spans, has_words, row_counts
+from layertap._protocol.answer_plan import AnswerPlan, row_counts
 from layertap._protocol.result_builder import read_timings
 from layertap.errors import DataLossError
 from layertap.types import BoolArray, FloatArray, IntArray, Timings
@@ -48,8 +48,7 @@ class TextAnswer(NamedTuple):
 
 def text_answers(
     results: pb.StreamResults,
-    header: pb.EmbedHeader,
-    options: pb.EmbedOptions,
+    plan: AnswerPlan,
     *,
     data: memoryview,
     offsets: list[int],
@@ -59,8 +58,7 @@ def text_answers(
 
     Args:
         results: The message.
-        header: What the stream promises.
-        options: What each item requests.
+        plan: What the stream promises.
         data: The payload of the message.
         offsets: Where each tensor lies in shared memory; negative: in `data`. Empty: all lie in `data`.
         view: Access to shared memory.
@@ -68,15 +66,16 @@ def text_answers(
     Raises:
         DataLossError: if the message does not fit the header, or contradicts itself.
     """
-    counts = np.array(results.token_counts, np.int64)
+    header = plan.header
+    counts = np.array(results.token_counts[:], np.int64)
     lengths = {len(counts), len(results.truncated), len(results.timings)}
-    if options.return_tokens:
+    if plan.returns_tokens:
         lengths.add(len(results.tokens))
-    if has_words(options):
+    if plan.words:
         lengths.add(len(results.words))
-    if has_spans(options):
+    if plan.spans:
         lengths.add(len(results.span_counts))
-    if options.HasField("windows"):
+    if plan.has_windows:
         lengths.add(len(results.window_counts))
     if lengths != {len(results.ids)} or (counts < 1).any():
         raise DataLossError("the lists of the answer differ in length; ask again")
@@ -103,8 +102,8 @@ def text_answers(
             arrays[output_index, layer] = wire.to_array(payload, (row_count, output.row_size), header.dtype)
     if data or len(offsets) not in (0, len(arrays)):
         raise DataLossError("the answer has more data than results; ask again")
-    truncated = np.array(results.truncated, np.bool_)
-    window_counts = np.array(results.window_counts or [1] * len(counts), np.int64)
+    truncated = np.array(results.truncated[:], np.bool_)
+    window_counts = np.array(results.window_counts[:] or [1] * len(counts), np.int64)
     ones = np.ones((1, sum(token_counts)), np.int64)
     tensors = [(key, array, starts[key[0]]) for key, array in arrays.items()]
     tokens, words = list(results.tokens), list(results.words)

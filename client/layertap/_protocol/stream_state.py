@@ -11,9 +11,10 @@ from typing import Final
 
 import numpy as np
 
+from layertap._protocol.answer_plan import AnswerPlan, check_header, span_count, token_bound
 from layertap._protocol.inputs import InputItem, to_message
-from layertap._protocol.responses import ModelPin, check_header, has_spans, span_count, token_bound
-from layertap._protocol.result_builder import EmbeddingBuilder
+from layertap._protocol.responses import ModelPin
+from layertap._protocol.result_builder import build_embedding
 from layertap._protocol.stream_results import Frames, TextAnswer
 from layertap.errors import DataLossError, InvalidArgumentError
 from layertap.results.streamed import StreamResult
@@ -84,12 +85,10 @@ class StreamState:
             pin: The one model that may answer.
         """
         self.options = options
-        self._has_spans = has_spans(options)
         self._ordered = ordered
         self._pin = pin or ModelPin()
         self._message_count = min(message_count, MAX_MESSAGE_COUNT)
-        self._header: pb.EmbedHeader | None = None
-        self._builder: EmbeddingBuilder | None = None
+        self._plan: AnswerPlan | None = None
         self.connection_count = 0
         self.expected_count: int | None = 0
         self._result_bytes = 0.0
@@ -133,7 +132,7 @@ class StreamState:
     @property
     def started(self) -> bool:
         """Whether any server has ever answered."""
-        return self._header is not None
+        return self._plan is not None
 
     @property
     def opening(self) -> pb.EmbedStreamRequest:
@@ -215,16 +214,16 @@ class StreamState:
         """Adds items of a lost connection to what is to be sent, each at its place."""
         self._unsent = dict(sorted((items | self._unsent).items()))
 
-    def open(self, header: pb.EmbedHeader) -> None:
-        """Checks the header of a connection.
+    def open(self, header: pb.EmbedHeader) -> AnswerPlan:
+        """Returns what the header of a connection promises.
 
         Raises:
             DataLossError: if it does not fit the options.
             FailedPreconditionError: if another model answers than before.
         """
         self._pin.check(header.model_id, header.fingerprint)
-        check_header(header, self.options, [])
-        self._header, self._builder = header, EmbeddingBuilder(header, self.options)
+        self._plan = check_header(header, self.options, [])
+        return self._plan
 
     def embed(self, index: int, item: Item, answer: TextAnswer) -> None:
         """Answers an item.
@@ -232,7 +231,8 @@ class StreamState:
         Raises:
             DataLossError: if the answer has more tokens than the item, or another number of spans.
         """
-        spans = span_count(item.message) if self._has_spans else 0
+        assert self._plan is not None
+        spans = span_count(item.message) if self._plan.spans else 0
         if answer.token_count > token_bound(item.size, self.options) or answer.span_count != spans:
             raise DataLossError(f"item {index} has {answer.token_count} tokens; ask again")
         self.answer(index, self._result(index, item.message, answer))
@@ -247,13 +247,14 @@ class StreamState:
         self._result_bytes += (byte_count / max(result_count, 1) - self._result_bytes) / 4
 
     def _result(self, index: int, message: pb.Input, answer: TextAnswer) -> StreamResult:
-        assert self._builder is not None
+        assert self._plan is not None
         mask = answer.ones
         if message.HasField("token_ids") and (given := message.token_ids.attention_mask):
             mask = np.array([given], np.int64)
             if mask.shape != answer.ones.shape:
                 raise DataLossError(f"item {index} has {answer.token_count} tokens; ask again")
-        embedding = self._builder.build(
+        embedding = build_embedding(
+            self._plan,
             arrays=answer.arrays,
             messages=(message,),
             token_counts=answer.token_counts,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator
 
 import grpc
 import grpc.aio
@@ -23,7 +23,7 @@ from layertap._shared_memory.session import AsyncLease
 from layertap._transport import fork
 from layertap._transport.answers import Part, Reply
 from layertap._transport.channel import open_async_channel
-from layertap._transport.connections import BUSY_CALL_COUNT, INFO_TIMEOUT_S, Opened, Spread, least_busy
+from layertap._transport.connections import BUSY_CALL_COUNT, INFO_TIMEOUT_S, Opened, Spread, UnaryMethods, least_busy
 from layertap._transport.embed_stream import EmbedStream, Items
 from layertap._transport.settings import CallSettings, Connection, StreamSettings
 from layertap._transport.status import CLOSED_DURING_CALL, translate
@@ -66,19 +66,19 @@ class AsyncTransport:
             self._opened = [opened]
         return self._opened[0]
 
-    @contextlib.asynccontextmanager
-    async def _connection(self) -> AsyncIterator[Opened[grpc.aio.Channel, AsyncLease]]:
-        """See `Transport._connection`."""
+    async def _take(self) -> Opened[grpc.aio.Channel, AsyncLease]:
+        """See `Transport._take`."""
         connection = self.open()
         if not self._spread.decided and connection.call_count >= BUSY_CALL_COUNT and not self._spreading.locked():
             await self._open_more()
         if len(opened := self._opened) > 1:
             connection = opened[least_busy(opened)]
         connection.call_count += 1
-        try:
-            yield connection
-        finally:
-            connection.call_count -= 1
+        return connection
+
+    @staticmethod
+    def _leave(connection: Opened[grpc.aio.Channel, AsyncLease]) -> None:
+        connection.call_count -= 1
 
     def _lend(self, channel: grpc.aio.Channel) -> Opened[grpc.aio.Channel, AsyncLease]:
         connection = self.connection
@@ -91,10 +91,10 @@ class AsyncTransport:
         async with self._spreading:
             try:
                 if not spread.decided:
-                    spread.begin(await self._info(self.open().channel))
+                    spread.begin(await self._info(self.open().unary))
                 while not spread.decided:
                     channel = open_async_channel(self.connection, own=True)
-                    if spread.takes(await self._info(channel)) and not self._closed:
+                    if spread.takes(await self._info(UnaryMethods(channel))) and not self._closed:
                         self._opened.append(self._lend(channel))
                     else:
                         await channel.close(grace=None)
@@ -105,19 +105,21 @@ class AsyncTransport:
                 if channel is not None:
                     await channel.close(grace=None)
 
-    async def _info(self, channel: grpc.aio.Channel) -> pb.GetModelInfoResponse:
-        method = channel.unary_unary(requests.SERVICE + "GetModelInfo", None, None)
-        raw = await method(b"", timeout=INFO_TIMEOUT_S, metadata=self.connection.metadata)
+    async def _info(self, methods: UnaryMethods) -> pb.GetModelInfoResponse:
+        raw = await methods["GetModelInfo"](b"", timeout=INFO_TIMEOUT_S, metadata=self.connection.metadata)
         return responses.read_whole(raw, pb.GetModelInfoResponse)
 
     async def unary(self, request: requests.Unary[ResponseT], call: CallSettings) -> Reply[ResponseT]:
         """See `Transport.unary`."""
+        sent = request.request.SerializeToString()
         try:
-            async with self._connection() as connection:
-                method = connection.channel.unary_unary(requests.SERVICE + request.rpc, None, None)
-                answer = method(request.request.SerializeToString(), timeout=call.timeout_s, metadata=call.metadata)
+            connection = await self._take()
+            try:
+                answer = connection.unary[request.rpc](sent, timeout=call.timeout_s, metadata=call.metadata)
                 raw = await answer
                 trailing = await answer.trailing_metadata()
+            finally:
+                self._leave(connection)
         except (grpc.RpcError, grpc.aio.UsageError) as exc:
             raise self._error(exc, call) from exc
         except asyncio.CancelledError as exc:
@@ -170,9 +172,10 @@ class AsyncTransport:
     ) -> AsyncGenerator[Part, None]:
         """See `Transport._parts`."""
         message = request.layers()
-        async with contextlib.AsyncExitStack() as stack:
+        with contextlib.ExitStack() as stack:
             try:
-                connection = await stack.enter_async_context(self._connection())
+                connection = await self._take()
+                stack.callback(self._leave, connection)
                 method = connection.channel.unary_stream(requests.SERVICE + "EmbedLayers", None, None)
                 shared = await connection.lease.begin(call.timeout_s)
                 if shared is not None:

@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any, Final, Generic, TypeVar
 
+from layertap._protocol.requests import SERVICE
 from layertap.v1 import embedding_pb2 as pb
 
 BUSY_CALL_COUNT: Final = 4
@@ -27,19 +28,36 @@ ChannelT = TypeVar("ChannelT")
 LeaseT = TypeVar("LeaseT")
 
 
+class UnaryMethods(dict[str, Any]):
+    """The unary RPCs of a channel by their names: callables that gRPC makes, each once."""
+
+    def __init__(self, channel: Any) -> None:
+        super().__init__()
+        self._channel = channel
+
+    def __missing__(self, rpc: str) -> Any:
+        self[rpc] = method = self._channel.unary_unary(SERVICE + rpc, None, None)
+        return method
+
+
 @dataclasses.dataclass(slots=True, kw_only=True, eq=False)
 class Opened(Generic[ChannelT, LeaseT]):
     """One connection.
 
     Attributes:
         channel: Its channel.
+        unary: The unary RPCs over it.
         lease: The memory shared over it.
         call_count: Calls under way.
     """
 
     channel: ChannelT
+    unary: UnaryMethods = dataclasses.field(init=False)
     lease: LeaseT
     call_count: int = 0
+
+    def __post_init__(self) -> None:
+        self.unary = UnaryMethods(self.channel)
 
 
 def least_busy(connections: Sequence[Opened[Any, Any]]) -> int:

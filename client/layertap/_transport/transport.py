@@ -29,7 +29,7 @@ from layertap._shared_memory.session import Lease
 from layertap._transport import fork
 from layertap._transport.answers import Part, Reply
 from layertap._transport.channel import open_channel
-from layertap._transport.connections import BUSY_CALL_COUNT, INFO_TIMEOUT_S, Opened, Spread, least_busy
+from layertap._transport.connections import BUSY_CALL_COUNT, INFO_TIMEOUT_S, Opened, Spread, UnaryMethods, least_busy
 from layertap._transport.duplex import DuplexChannel
 from layertap._transport.embed_stream import EmbedStream, Groups
 from layertap._transport.settings import CallSettings, Connection, StreamSettings
@@ -72,9 +72,8 @@ class Transport:
         opened = self._opened
         return self._open() if not opened or self._pid != os.getpid() else opened[0]
 
-    @contextlib.contextmanager
-    def _connection(self) -> Iterator[Opened[grpc.Channel, Lease]]:
-        """Gives one call the connection with the fewest calls."""
+    def _take(self) -> Opened[grpc.Channel, Lease]:
+        """Returns the connection with the fewest calls for one more, which `_leave` ends."""
         connection = self.open()
         if not self._spread.decided and connection.call_count >= BUSY_CALL_COUNT:
             self._open_more(wait=False)
@@ -82,11 +81,11 @@ class Transport:
             if len(opened := self._opened) > 1:
                 connection = opened[least_busy(opened)]
             connection.call_count += 1
-        try:
-            yield connection
-        finally:
-            with self._lock:
-                connection.call_count -= 1
+        return connection
+
+    def _leave(self, connection: Opened[grpc.Channel, Lease]) -> None:
+        with self._lock:
+            connection.call_count -= 1
 
     def _open(self) -> Opened[grpc.Channel, Lease]:
         with self._lock:
@@ -120,10 +119,10 @@ class Transport:
         channel: grpc.Channel | None = None
         try:
             if not spread.decided:
-                spread.begin(self._info(self.open().channel))
+                spread.begin(self._info(self.open().unary))
             while not spread.decided:
                 channel = open_channel(self.connection, own=True)
-                if spread.takes(self._info(channel)):
+                if spread.takes(self._info(UnaryMethods(channel))):
                     with self._lock:
                         if self._closed:
                             break
@@ -138,19 +137,20 @@ class Transport:
                 channel.close()
             spreading.release()
 
-    def _info(self, channel: grpc.Channel) -> pb.GetModelInfoResponse:
-        method = channel.unary_unary(requests.SERVICE + "GetModelInfo", None, None)
-        raw = method(b"", timeout=INFO_TIMEOUT_S, metadata=self.connection.metadata)
+    def _info(self, methods: UnaryMethods) -> pb.GetModelInfoResponse:
+        raw = methods["GetModelInfo"](b"", timeout=INFO_TIMEOUT_S, metadata=self.connection.metadata)
         return responses.read_whole(raw, pb.GetModelInfoResponse)
 
     def unary(self, request: requests.Unary[ResponseT], call: CallSettings) -> Reply[ResponseT]:
         """Sends one request and waits for its answer."""
+        sent = request.request.SerializeToString()
         try:
-            with self._connection() as connection:
-                method = connection.channel.unary_unary(requests.SERVICE + request.rpc, None, None)
-                raw, ended = method.with_call(
-                    request.request.SerializeToString(), timeout=call.timeout_s, metadata=call.metadata
-                )
+            connection = self._take()
+            try:
+                method = connection.unary[request.rpc]
+                raw, ended = method.with_call(sent, timeout=call.timeout_s, metadata=call.metadata)
+            finally:
+                self._leave(connection)
         except (grpc.RpcError, ValueError) as exc:
             raise self._error(exc, call) from exc
         trailing = ended.trailing_metadata()
@@ -199,7 +199,8 @@ class Transport:
         """Sends one EmbedLayers and yields its messages; the assembler gets the name of the call at its end."""
         message = request.layers()
         with contextlib.ExitStack() as stack:
-            connection = stack.enter_context(self._connection())
+            connection = self._take()
+            stack.callback(self._leave, connection)
             method = connection.channel.unary_stream(requests.SERVICE + "EmbedLayers", None, None)
             shared = connection.lease.begin(call.timeout_s)
             if shared is not None:

@@ -19,8 +19,9 @@ from typing import Final, TypeAlias
 import numpy as np
 
 from layertap import wire
+from layertap._protocol.answer_plan import check_header
 from layertap._protocol.inputs import InputItem, to_message
-from layertap._protocol.result_builder import EmbeddingBuilder, attention_mask
+from layertap._protocol.result_builder import attention_mask, build_embedding
 from layertap.errors import InvalidArgumentError, LayertapError
 from layertap.results.embedding import Embedding
 from layertap.types import FloatArray, Timings
@@ -139,7 +140,8 @@ class Builder:
     def _embedding(self, texts: Sequence[Good], data: Mapping[tuple[int, int], Sequence[memoryview]]) -> Embedding:
         messages, tokenized = [one.message for one in texts], [one.tokenized for one in texts]
         token_counts = np.array([one.text.token_count for one in tokenized], np.int64)
-        return EmbeddingBuilder(self.header, self.options).build(
+        return build_embedding(
+            check_header(self.header, self.options, []),
             arrays={place: self._array(self.plan.outputs[place[0]], values) for place, values in data.items()},
             messages=messages,
             token_counts=token_counts,

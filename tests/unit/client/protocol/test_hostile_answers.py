@@ -19,6 +19,7 @@ from layertap import (
     wire,
 )
 from layertap._protocol import requests, responses
+from layertap._protocol.answer_plan import check_header
 from layertap._protocol.assembler import EmbedAssembler, LayerAssembler
 from layertap._protocol.inputs import to_messages
 from layertap._protocol.options import embed_options
@@ -59,6 +60,17 @@ def test_the_tensors_of_a_unary_answer_have_the_shapes_of_its_header() -> None:
     )
     with pytest.raises(DataLossError, match="tensors"):
         read_embedding(answer, to_messages("x"), POOLED, ModelPin())
+
+
+def test_the_same_header_is_refused_for_another_request() -> None:
+    good = header(pb.ROW_UNIT_TEXT)
+    check_header(good, POOLED, to_messages("x"))
+    for options, texts in ((LAYER, ["x"]), (POOLED, ["x", "y"])):
+        with pytest.raises(DataLossError, match="not that of this request"):
+            check_header(good, options, to_messages(texts))
+    good.token_counts[0] = HUGE
+    with pytest.raises(DataLossError, match="not that of this request"):
+        check_header(good, POOLED, to_messages("x"))
 
 
 def opened(options: pb.EmbedOptions, unit: Any) -> OneConnection:
@@ -169,7 +181,7 @@ def test_no_error_has_control_characters_wherever_they_come_from(kind: type[Laye
 
 
 def test_bounds_leave_room_for_every_real_tokenizer() -> None:
-    from layertap._protocol.responses import token_bound
+    from layertap._protocol.answer_plan import token_bound
 
     (message,) = to_messages("ﷺ" * 100)  # One code point of three bytes that NFKC makes 18 of.
     assert token_bound(message.ByteSize(), LAYER) >= 18 * 100 and np.iinfo(np.int32).max > token_bound(

@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from layertap import InvalidArgumentError, LayerMix, TokenIds
+from layertap import InvalidArgumentError, LayerMix, Pooling, TokenIds
+from layertap._protocol import requests
 from layertap._protocol.inputs import check_items, to_message, to_messages
 from layertap._protocol.options import embed_options
 from layertap.v1 import embedding_pb2 as pb
@@ -133,3 +134,26 @@ def test_one_layer_number_is_as_good_as_a_list_of_it(one: Any) -> None:
 def test_what_is_no_layer_number_is_refused(one: Any) -> None:
     with pytest.raises(InvalidArgumentError, match="layers has an entry of type"):
         embed_options(layers=one)
+
+
+@pytest.mark.parametrize(
+    ("good", "wrong"),
+    [
+        ({"layers": 1}, {"layers": True}),
+        ({"layers": 1}, {"layers": 1.0}),
+        ({"max_length": 8}, {"max_length": 8.0}),
+        ({"layers": (0, 1)}, {"layers": (False, True)}),
+        ({"pooling": Pooling("mean", layer=1)}, {"pooling": Pooling("mean", layer=True)}),
+    ],
+)
+def test_options_that_equal_those_of_an_earlier_request_are_refused_all_the_same(good: Any, wrong: Any) -> None:
+    assert requests.embed("a", dict(good)).options == requests.embed("b", dict(good)).options
+    with pytest.raises(InvalidArgumentError):
+        requests.embed("a", wrong)
+
+
+def test_an_option_of_another_method_is_refused_after_the_method_that_has_it() -> None:
+    given: Any = {"return_tokens": True}
+    requests.embed("a", dict(given))
+    with pytest.raises(TypeError, match="unexpected keyword argument 'return_tokens'"):
+        requests.embed_layers("a", given)
