@@ -168,6 +168,13 @@ def array_at(owner: object, start: int, byte_count: int) -> ByteArray:
     return np.asarray(_Base(owner, start, byte_count))
 
 
+def owner_of(data: memoryview) -> object:
+    """Returns what the memory of an array of `array_at` belongs to; None: data is not the whole of such an array."""
+    array: Any = data.obj
+    base: object = array.base if isinstance(array, np.ndarray) and array.nbytes == data.nbytes else None
+    return base.owner if isinstance(base, _Base) else None
+
+
 class _Base:
     """The base of an array.
 
@@ -175,10 +182,10 @@ class _Base:
     with a finalizer; at an object of another kind it stops.
     """
 
-    __slots__ = ("__array_interface__", "_owner")
+    __slots__ = ("__array_interface__", "owner")
 
     def __init__(self, owner: object, start: int, byte_count: int) -> None:
-        self._owner = owner
+        self.owner = owner
         self.__array_interface__ = {"version": 3, "typestr": "|u1", "shape": (byte_count,), "data": (start, False)}
 
 
@@ -203,9 +210,12 @@ def join(message: Message, data: Buffer) -> bytes:
     return b"".join((message.SerializeToString(), head(_DATA_FIELD, len(data)), data))
 
 
-def head(number: int, size: int) -> bytes:
-    """Returns what stands before a payload in a message: the field, at most 15, and the payload's size in bytes."""
-    return bytes((number << 3 | 2,)) + _varint(size)
+def head(number: int, size: int, *, padding: int = 0) -> bytes:
+    """Returns what stands before a payload in a message: the field, at most 15, and the payload's size in bytes.
+
+    With `padding` the size is written in so many bytes more than it needs, as the format allows.
+    """
+    return bytes((number << 3 | 2,)) + _varint(size, padding)
 
 
 def split(kind: type[MessageT], raw: bytes) -> tuple[MessageT, memoryview]:
@@ -239,12 +249,15 @@ def split(kind: type[MessageT], raw: bytes) -> tuple[MessageT, memoryview]:
     return message, payload
 
 
-def _varint(number: int) -> bytes:
+def _varint(number: int, padding: int = 0) -> bytes:
     parts = bytearray()
     while number > 0x7F:
         parts.append(number & 0x7F | 0x80)
         number >>= 7
     parts.append(number)
+    if padding:
+        parts[-1] |= 0x80
+        parts += bytes((0x80,)) * (padding - 1) + bytes((0,))
     return bytes(parts)
 
 

@@ -506,3 +506,23 @@ def test_a_graph_is_free_again_after_a_batch_that_failed(gpu: SimulatedGpu, enco
     done = threading.Event()
     threading.Thread(target=lambda: (_layers(encoder, [_text(4)]), done.set())).start()
     assert done.wait(60) and gpu.replays == replays + 1
+
+
+@pytest.mark.parametrize("on_gpu", [False, True], ids=["cpu", "gpu"])
+def test_rows_that_runs_ask_for_alike_come_into_the_buffers_of_each(
+    tiny: Checkpoint, encoder: Encoder, on_gpu: bool
+) -> None:
+    places: dict[tuple[int, int], memoryview] = {}
+
+    def allocate(first_text: int, output_index: int, layer: int, byte_count: int) -> memoryview:
+        return places.setdefault((first_text, layer), memoryview(bytearray(byte_count)))
+
+    plan = Plan(outputs=(ALL_LAYERS,), dtype="float32")
+    batch = [
+        Run(plan=plan, texts=[_text(3 + n)], first_text=n, allocator=allocate if n < 2 else None) for n in (0, 1, 2)
+    ]
+    found = list((encoder if on_gpu else Encoder(tiny, device="cpu", dtype="float32")).encode(batch))
+    assert len(found) == 3 * (LAYER_COUNT + 1)
+    for rows in found:
+        assert rows.data.nbytes == (3 + rows.run_index) * HIDDEN_SIZE * 4 and any(rows.data)
+        assert (rows.data is places.get((rows.run_index, rows.layer))) == (rows.run_index < 2)

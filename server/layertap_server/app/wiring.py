@@ -111,6 +111,7 @@ def make_parts(
         tokenizer=found.tokenizer,
         batcher=batcher,
         model=model,
+        on_cpu=found.on_cpu,
         sharing=sharing,
         info=info_of(
             model,

@@ -171,8 +171,9 @@ def _rows(pending: _Pending) -> Iterator[Rows]:
         counts = group.output.row_counts(member.run.texts)
         end = row + sum(counts)
         row_bytes = member.run.plan.row_bytes(group.output)
-        # Of a buffer that several share each gets a copy, so that a slow reader does not hold the rows of the others.
-        data = memoryview(bytes(pending.data[row * row_bytes : end * row_bytes])) if shared else pending.data
+        data = pending.data[row * row_bytes : end * row_bytes]
+        if shared:  # Each gets a copy, so that a slow reader does not hold the rows of the others.
+            data = _copied(data, member.run.allocate(member.output_index, pending.layer, len(data)))
         yield Rows(
             run_index=member.run_index,
             output_index=member.output_index,
@@ -181,6 +182,13 @@ def _rows(pending: _Pending) -> Iterator[Rows]:
             failures={} if none_bad else _failures(pending, slice(row, end), counts),
         )
         row = end
+
+
+def _copied(data: memoryview, target: memoryview | None) -> memoryview:
+    if target is None:
+        return memoryview(bytes(data))
+    target[:] = data
+    return target
 
 
 def _failures(pending: _Pending, rows: slice, counts: Sequence[int]) -> dict[int, LayertapError]:

@@ -64,8 +64,6 @@ def wanted_layers(batch: Sequence[Run]) -> list[int]:
 
 def _is_large(run: Run, output: Output) -> bool:
     """Whether rows of a run go straight into a buffer of its own."""
-    if run.allocator is not None:
-        return True
     if output.kind not in (OutputKind.HIDDEN_STATES, OutputKind.ATTENTIONS):
         return False
     return sum(output.row_counts(run.texts)) * run.plan.row_bytes(output) > _SMALL_BYTES

@@ -8,9 +8,7 @@ once, behind its head. What each part takes on the wire is estimated here too, f
 
 from __future__ import annotations
 
-import bisect
 import functools
-import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Final, TypeVar
 
@@ -179,38 +177,6 @@ def _groups(texts: Iterable[MessageT], max_frame_bytes: int) -> Iterator[tuple[i
         group.append(text)
         size += own
     yield first, group
-
-
-def frames(ready: RowsReady, plan: Plan, max_frame_bytes: int, lending: Lending | None = None) -> Iterator[bytes]:
-    """Yields rows of one layer of some texts as EmbedLayers messages below the frame size.
-
-    Rows in shared memory are one message, with their offset.
-    """
-    output = plan.outputs[ready.rows.output_index]
-    row_bytes = plan.row_bytes(output)
-    starts = list(itertools.accumulate(output.row_counts(ready.texts), initial=-ready.first_row))
-    row_count = len(ready.rows.data) // row_bytes
-    if shared := shared_rows([ready.rows.data], lending):
-        frame = pb.Frame(
-            output_index=ready.rows.output_index,
-            layer=ready.rows.layer,
-            first_text=ready.first_text,
-            first_row=ready.first_row,
-            row_count=row_count,
-        )
-        yield pb.EmbedLayersResponse(frame=frame, shared_rows=shared).SerializeToString()
-        return
-    for first, count in cuts(row_count, row_bytes, max_frame_bytes):
-        text = bisect.bisect_right(starts, first) - 1
-        frame = pb.Frame(
-            output_index=ready.rows.output_index,
-            layer=ready.rows.layer,
-            first_text=ready.first_text + text,
-            first_row=first - starts[text],
-            row_count=count,
-        )
-        data = ready.rows.data[first * row_bytes : (first + count) * row_bytes]
-        yield wire.join(pb.EmbedLayersResponse(frame=frame), data)
 
 
 def embedded(

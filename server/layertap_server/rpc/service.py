@@ -23,6 +23,7 @@ from layertap_server.model.facts import ModelFacts
 from layertap_server.model.tokenized import Tokenized
 from layertap_server.model.tokenizer import Tokenizer
 from layertap_server.protocol import responses, rows, tokenizer_requests
+from layertap_server.protocol.frames import FrameBuffers, frames_of
 from layertap_server.protocol.offload import LARGE_BYTES, offload
 from layertap_server.protocol.preprocess import Preprocessor
 from layertap_server.protocol.requests import EntryT, MessageT, parse, parse_parts
@@ -46,6 +47,7 @@ class EmbeddingService:
         tokenizer: The model's tokenizer.
         batcher: The queue and its instances.
         model: The model's facts.
+        on_cpu: Whether the CPU computes.
         info: The answer to GetModelInfo, serialized.
         lookahead_tokens: How many tokens of one EmbedStream may wait in the queue.
         sharing: The leases of shared memory.
@@ -59,6 +61,7 @@ class EmbeddingService:
         tokenizer: Tokenizer,
         batcher: Batcher,
         model: ModelFacts,
+        on_cpu: bool,
         info: bytes,
         lookahead_tokens: int,
         sharing: Sharing,
@@ -69,6 +72,7 @@ class EmbeddingService:
         self._tokenizer_requests = tokenizer_requests.TokenizerRequests(preprocessor, tokenizer)
         self._batcher = batcher
         self._model = model
+        self._on_cpu = on_cpu
         self._info = info
         self._lookahead_tokens = lookahead_tokens
         self._sharing = sharing
@@ -175,6 +179,8 @@ class EmbeddingService:
         inbox: EventQueue[Event] = EventQueue(self._waker)
         frame_count = 0
         places = allocator(lending, plan, [one.text for one in tokenized])
+        if places is None and self._on_cpu:
+            places = FrameBuffers(plan, self._max_frame_bytes)
         with rows.queued(self._batcher, plan, tokenized, inbox, caller, places, keeps_rows=False) as call:
             await caller.write(pb.EmbedLayersResponse(header=header).SerializeToString())
             if plan.return_tokens:
@@ -192,15 +198,21 @@ class EmbeddingService:
                     event = events.popleft()
                     if isinstance(event, RowsReady):
                         byte_count = len(event.rows.data)
-                        for frame in responses.frames(rows.good(event), plan, self._max_frame_bytes, lending):
-                            await caller.write(frame)
-                            frame_count += 1
+                        frame_count += await self._send_frames(event, plan, caller, lending)
                         del event  # Bytes are given back once nothing here holds them.
                         call.release(byte_count)
                     else:
                         left -= caller.record.run(rows.done(event))
                         call.release(0, run_done=True)
         return frame_count
+
+    async def _send_frames(self, ready: RowsReady, plan: Plan, caller: Caller, lending: Lending | None) -> int:
+        """Sends rows; returns in how many frames."""
+        count = 0
+        for frame in frames_of(rows.good(ready), plan, self._max_frame_bytes, lending):
+            await caller.write(frame)
+            count += 1
+        return count
 
     async def _embed_stream(self, raw: bytes, caller: Caller) -> None:
         first = await parse(pb.EmbedStreamRequest, raw)

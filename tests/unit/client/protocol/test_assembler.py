@@ -24,6 +24,7 @@ from layertap.v1 import embedding_pb2 as pb
 from layertap_server.model.tokenized import Tokenized
 from layertap_server.observability.call_log import Record
 from layertap_server.protocol import responses
+from layertap_server.protocol.frames import frames_of
 from layertap_server.protocol.stream_responses import Result, split_run
 from layertap_server.protocol.stream_responses import messages as messages_of
 from layertap_server.types import Text, Unit
@@ -500,7 +501,7 @@ def test_what_the_server_cuts_the_client_puts_together(data: st.DataObject, answ
     cuts = sorted({0, text_count, *data.draw(st.lists(st.integers(0, text_count), max_size=3), label="batches")})
     ready = [part for first, last in itertools.pairwise(cuts) for part in answer.ready(first, last)]
     ready = data.draw(st.permutations(ready))
-    raws = [raw for part in ready for raw in responses.frames(part, answer.plan, most)]
+    raws = [raw for part in ready for raw in frames_of(part, answer.plan, most)]
     frames = [(part.frame, bytes(payload)) for part, payload in split_all(raws, pb.EmbedLayersResponse, most)]
     answer.check(assemble(answer, opened(answer, frames)))
     if len(answer.plan.outputs) == 1 and answer.plan.outputs[0].unit is Unit.TOKEN:
