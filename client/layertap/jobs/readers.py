@@ -11,7 +11,6 @@ import contextlib
 import csv
 import dataclasses
 import gzip
-import inspect
 import json
 import os
 import zlib
@@ -272,12 +271,11 @@ class Csv(Lines):
         """Yields all rows but empty ones, or in place of one what is wrong with it."""
         # What is no UTF-8 becomes surrogates, which make the one item bad.
         lines = (line.decode("utf-8", "surrogateescape") for line in self._lines(file))
-        rows = csv.reader(lines, delimiter=self.delimiter)
+        # Strict, or all between two stray quotes becomes one text.
+        rows = csv.reader(lines, delimiter=self.delimiter, strict=True)
         while True:
             try:
                 row = next(rows, None)
-                if row is not None and inspect.getgeneratorstate(lines) == inspect.GEN_CLOSED:
-                    raise csv.Error("it goes on to the end of the file")  # A whole row needs no line after it.
             except csv.Error as exc:
                 yield exc
                 continue

@@ -185,6 +185,10 @@ def test_a_quote_that_stays_open_makes_no_text_of_all_rows_below(tmp_path: Path)
     first, open_ended = Csv(path=path, fields=Fields(), delimiter=",").items()
     assert first == Item(number=1, id=1, content="first")
     assert isinstance(open_ended, BadItem) and open_ended.number == 2 and "is a quote missing?" in open_ended.reason
+    path.write_bytes(b'text\n"second\nthird\n"fourth\nfifth\n"in" quotes\n')
+    swallowed, fifth, changed = Csv(path=path, fields=Fields(), delimiter=",").items()
+    assert isinstance(swallowed, BadItem) and fifth == Item(number=2, id=2, content="fifth")
+    assert isinstance(changed, BadItem) and "is a quote missing?" in changed.reason
     path.write_bytes(b'text\n"last, without a line end"')
     assert contents(Csv(path=path, fields=Fields(), delimiter=",").items()) == ["last, without a line end"]
 
