@@ -20,7 +20,7 @@ from layertap._transport.status import translate
 from layertap.cli import parsing
 from layertap.cli.parsing import connect
 from layertap.client import Client
-from layertap.errors import InvalidArgumentError, LayertapError, counted
+from layertap.errors import LayertapError, counted
 from layertap.jobs import JobError, shards
 from layertap.jobs.destination import Destination
 from layertap.jobs.items import BadItem, Content, Item
@@ -89,10 +89,8 @@ def health(args: argparse.Namespace) -> int:
     """Returns 0 if the server serves."""
     # The standard service without its package, which the client does not require. The empty request asks for the server
     # as a whole; the answer has one field, number 1, an enum: byte 0x08, then its value.
-    try:
+    with parsing.usage():
         connection = resolve(args.target, timeout_s=args.timeout_s)
-    except InvalidArgumentError as exc:
-        raise parsing.UsageError(str(exc)) from exc
     with open_channel(connection) as channel:
         check = channel.unary_unary("/grpc.health.v1.Health/Check", bytes, bytes)
         try:
@@ -116,9 +114,8 @@ def explore(args: argparse.Namespace) -> int:
             threading.Thread(target=webbrowser.open, args=(address,), daemon=True).start()
 
     try:
-        server.run(args.target, timeout_s=args.timeout_s, port=args.port, opened=opened)
-    except InvalidArgumentError as exc:
-        raise parsing.UsageError(str(exc)) from exc
+        with parsing.usage():
+            server.run(args.target, timeout_s=args.timeout_s, port=args.port, opened=opened)
     except OSError as exc:
         raise parsing.UsageError(f"port {args.port} cannot be opened: {exc.strerror}; choose another --port") from exc
     return 0

@@ -8,6 +8,7 @@ import json
 import os
 import re
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final, Literal, cast
 
@@ -33,13 +34,16 @@ class UsageError(Exception):
 
 
 def connect(args: argparse.Namespace) -> Client:
-    """Returns a client of the server that the arguments name.
-
-    Raises:
-        UsageError: if the target or a LAYERTAP_… variable is wrong.
-    """
-    try:
+    """Returns a client of the server that the arguments name."""
+    with usage():
         return Client(args.target, timeout_s=args.timeout_s)
+
+
+@contextlib.contextmanager
+def usage() -> Iterator[None]:
+    """Takes what is wrong with an argument, or a LAYERTAP_… variable, for wrong usage."""
+    try:
+        yield
     except InvalidArgumentError as exc:
         raise UsageError(str(exc)) from exc
 
@@ -180,11 +184,7 @@ def token_ids(value: str) -> list[int]:
 
 
 def say(line: str) -> None:
-    """Prints a line to stdout.
-
-    Raises:
-        OSError: if stdout is closed.
-    """
+    """Prints a line to stdout, or raises OSError if it is closed."""
     if sys.stdout is None:
         raise OSError("stdout is closed; redirect it to a file")
     print(printable(line))

@@ -49,11 +49,7 @@ class Destination:
         return self.output.parent if self.work_folder is None else self.work_folder
 
     def check(self, source: Source) -> None:
-        """Checks that the files can be written, and belong to nothing else.
-
-        Raises:
-            JobError: if one cannot, or does.
-        """
+        """Raises JobError if one of the files cannot be written, or belongs to something else."""
         if not self.output.parent.is_dir():
             raise JobError(f"there is no folder {self.output.parent}; create it, or name another with -o")
         read = source.stat()
@@ -76,21 +72,13 @@ class Destination:
             )
 
     def check_free(self) -> None:
-        """Checks that no file would be replaced unasked.
-
-        Raises:
-            JobError: if one would.
-        """
+        """Raises JobError if a file would be replaced unasked."""
         for path in (self.output, self.errors):
             if os.path.lexists(path) and not self.overwrite:
                 raise JobError(f"{path} is there already; name another file, remove it, or say --overwrite")
 
     def give_up(self, reason: str, *, is_done: bool = False) -> None:
-        """Allows that what lies in the folder is lost, or an output that is done.
-
-        Raises:
-            JobError: if that is not allowed; `reason` says what is wrong with it.
-        """
+        """Raises JobError unless what lies in the folder, or an output that is done, may be lost for a reason."""
         if self.overwrite:
             return
         if is_done:

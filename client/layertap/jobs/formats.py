@@ -56,11 +56,7 @@ def held(table: Table, *, suffix: str) -> list[Member]:
 
 
 def check_columns(path: Path, columns: tuple[Column, ...], keep: tuple[str, ...] = ()) -> None:
-    """Refuses columns that a format has no place for, and fields whose names the output uses itself.
-
-    Raises:
-        JobError: if more or less than one matrix is to go into .npy, or two columns have one name.
-    """
+    """Raises JobError if a format has no place for columns, or a kept field has a name that the output uses itself."""
     names = {column.name for column in columns}
     if path.suffix in (".npz", ".safetensors"):  # See Table.label_members; the last is what safetensors says of itself.
         names |= {name + ending for name in (IDS, *keep) for ending in ("_utf8", "_ends")} | {"__metadata__"}

@@ -54,11 +54,7 @@ class UnknownFormatError(JobError):
 
 
 def format_of(path: Path) -> str:
-    """Returns the format that the name of a file says.
-
-    Raises:
-        UnknownFormatError: if it says none that can be read.
-    """
+    """Returns the format that the name of a file says, or raises UnknownFormatError."""
     ending = (path.with_suffix("") if path.suffix == COMPRESSED else path).suffix.removeprefix(".")
     if ending not in FORMATS or (ending == "parquet" and path.suffix == COMPRESSED):
         raise UnknownFormatError(
@@ -286,11 +282,7 @@ class Csv(Lines):
 
 
 def check_columns(name: str, names: Sequence[str], wanted: Fields) -> None:
-    """Checks that a file has each column that is wanted, once.
-
-    Raises:
-        JobError: if it has not.
-    """
+    """Raises JobError unless a file has each column that is wanted once."""
     for column in wanted.names:
         if (count := names.count(column)) > 1:
             raise JobError(f"{name} has {count} columns {column}; rename all but one of them")

@@ -85,11 +85,7 @@ def assign(sources: Iterable[Path], folder: Path, *, suffix: str) -> list[Shard]
 
 
 def prepare(folder: Path) -> None:
-    """Makes the folder of the outputs, if it is not there.
-
-    Raises:
-        JobError: if it cannot be a folder.
-    """
+    """Makes the folder of the outputs if it is not there, or raises JobError if it cannot be one."""
     if not folder.is_dir() and (folder.exists() or folder.suffix.removeprefix(".") in OUTPUTS):
         raise JobError(f"{folder} names one file, and each file becomes its own; name a folder with -o")
     if not folder.parent.is_dir():
