@@ -25,6 +25,7 @@ from layertap.jobs.readers import Source
 from layertap.jobs.runner import answers
 from layertap.jobs.table import Table
 from layertap.jobs.tasks import Task
+from layertap.model_info import ModelInfo
 
 DEFAULT_PART_ITEMS: Final = 1024
 
@@ -120,8 +121,7 @@ class Job:
         if manifest is None or manifest.end is None:
             return None
         if self.destination.output.exists() or not manifest.end.text_count:
-            model = client.model_info(timeout_s=self.timeout_s)
-            now = Manifest(settings=self.settings, model_id=model.model_id, fingerprint=model.fingerprint)
+            now = self._manifest(client.model_info(timeout_s=self.timeout_s))
             if self._is_continued(manifest, now) and self._has_items(manifest.end):
                 parts.end(manifest.end)
                 return manifest.end
@@ -169,7 +169,7 @@ class Job:
         """Makes all parts that are not there yet."""
         model = client.model_info(timeout_s=self.timeout_s)
         self.task.begin(model)
-        manifest = Manifest(settings=self.settings, model_id=model.model_id, fingerprint=model.fingerprint)
+        manifest = self._manifest(model)
         if parts.damage:
             self.warn(parts.damage)
         if not parts.done or parts.manifest is None or not self._is_continued(parts.manifest, manifest):
@@ -209,20 +209,10 @@ class Job:
 
     def _is_continued(self, known: Manifest, manifest: Manifest) -> bool:
         """Returns whether a manifest is of this job; what is of another one is given up, if that is allowed."""
-        is_done = known.end is not None
-        was = "was made" if is_done else "was begun"
-        if known.settings != manifest.settings:
-            difference = _difference("", known.settings, manifest.settings)
-            self.destination.give_up(f"{was} with {difference}", is_done=is_done)
-            return False
-        if known.fingerprint != manifest.fingerprint:
-            self.destination.give_up(
-                f"{was} with the model {known.model_id}, fingerprint {known.fingerprint[:12]}; "
-                f"the server has {manifest.model_id}, {manifest.fingerprint[:12]}",
-                is_done=is_done,
-            )
-            return False
-        return True
+        if difference := known.difference(manifest):
+            is_done = known.end is not None
+            self.destination.give_up(f"{'was made' if is_done else 'was begun'} with {difference}", is_done=is_done)
+        return not difference
 
     def _skip(self, parts: Parts, items: Iterator[Item | BadItem], digest: Digest) -> bool:
         """Passes over what is done; returns whether it is what was done then."""
@@ -235,6 +225,9 @@ class Job:
             return True
         self.destination.give_up("was begun with other items: the input has changed where it was done already")
         return False
+
+    def _manifest(self, model: ModelInfo) -> Manifest:
+        return Manifest(settings=self.settings, model_id=model.model_id, fingerprint=model.fingerprint)
 
     def _builder(self) -> PartBuilder:
         return PartBuilder(
@@ -274,13 +267,3 @@ class Job:
 
 def _reason(item: BadItem) -> str:
     return f"item {item.number}: {item.reason}"
-
-
-def _difference(name: str, was: Any, now: Any) -> str:
-    """Returns which setting is another now, as a phrase; of nested ones, which part."""
-    if isinstance(was, list) and isinstance(now, list) and len(was) == len(now):
-        was, now = dict(enumerate(was)), dict(enumerate(now))
-    if isinstance(was, dict) and isinstance(now, dict):
-        key = next(key for key in sorted(was | now) if was.get(key) != now.get(key))
-        return _difference(f"{name}.{key}" if name else key, was.get(key), now.get(key))
-    return f"{name} {was!r}, now it is {now!r}"

@@ -62,6 +62,15 @@ class Manifest:
     is_complete: bool = False
     end: End | None = None
 
+    def difference(self, now: Manifest) -> str:
+        """Returns what a job now has otherwise, of what decides the output, as a phrase; empty: nothing."""
+        if self.settings != now.settings:
+            return _difference("", self.settings, now.settings)
+        if self.fingerprint != now.fingerprint:
+            here = f"the model {self.model_id}, fingerprint {self.fingerprint[:12]}"
+            return f"{here}; the server has {now.model_id}, {now.fingerprint[:12]}"
+        return ""
+
 
 class Parts:
     """The folder of a job.
@@ -193,3 +202,13 @@ class Parts:
                 self.damage = f"{path} {reason}; it and the parts after it are done again"
                 return
             self.done.append(Part.read(path))
+
+
+def _difference(name: str, was: Any, now: Any) -> str:
+    """Returns which setting is another now; of nested ones, which part."""
+    if isinstance(was, list) and isinstance(now, list) and len(was) == len(now):
+        was, now = dict(enumerate(was)), dict(enumerate(now))
+    if isinstance(was, dict) and isinstance(now, dict):
+        key = next(key for key in sorted(was | now) if was.get(key) != now.get(key))
+        return _difference(f"{name}.{key}" if name else key, was.get(key), now.get(key))
+    return f"{name} {was!r}, now it is {now!r}"

@@ -20,7 +20,7 @@ from layertap.results.embedding import Embedding
 from layertap.results.export import Column
 from layertap.results.streamed import StreamResult
 from layertap.sentence_transformers import TOKENS, Encoding, OutputValue, PromptedOptions
-from layertap.types import Pooling, PoolingName
+from layertap.types import LayerMix, Pooling, PoolingName, Windows
 
 Results: TypeAlias = Generator[StreamResult, None, None]
 
@@ -84,8 +84,8 @@ class EmbedTask(Task):
                 raise TypeError(f"got {name!r}; the options of a file are {', '.join(sorted(OPTIONS))}")
         whole: dict[str, Any] = {**OPTIONS, **options}
         for name in ("layers", "attentions", "attention_heads"):
-            if isinstance(whole[name], int):
-                whole[name] = [whole[name]]
+            plain = _plain(whole[name])
+            whole[name] = [plain] if isinstance(plain, int) else plain
         if (pooling := whole["pooling"]) is not None:
             several: Any = [pooling] if isinstance(pooling, (str, Pooling)) else pooling
             whole["pooling"] = [Pooling(cast("PoolingName", one)) if isinstance(one, str) else one for one in several]
@@ -150,6 +150,9 @@ class EncodeTask(Task):
 
 
 def _plain(value: Any) -> Any:
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return dataclasses.asdict(value)
-    return [_plain(one) for one in value] if isinstance(value, (list, tuple)) else value
+    """Returns the value of an option as JSON gives it back, whatever sequence or number of numpy it is."""
+    if isinstance(value, (np.ndarray, np.generic)):
+        return value.tolist()
+    if isinstance(value, (LayerMix, Pooling, Windows)):
+        return {field.name: _plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    return [_plain(one) for one in value] if isinstance(value, Iterable) and not isinstance(value, str) else value

@@ -21,12 +21,12 @@ from layertap.jobs.job import Job, Outcome
 from layertap.jobs.part import LAYOUT
 from layertap.jobs.parts import MANIFEST
 from layertap.jobs.readers import JsonLines
-from layertap.jobs.tasks import Task
+from layertap.jobs.tasks import EmbedTask, Task
 from layertap.quantization import quantize_embeddings
 from layertap.results.embedding import Embedding
 from layertap.results.export import Column
 from layertap.results.streamed import StreamResult
-from layertap.types import ModelRef, Timings
+from layertap.types import LayerMix, ModelRef, Pooling, Timings, Windows
 
 FINGERPRINT = "f" * 64
 
@@ -386,6 +386,23 @@ def test_what_a_crash_left_beside_the_manifest_of_the_end_is_removed(corpus: Pat
     server = Server()
     assert run(shard(corpus), server).was_done and server.asked == 0
     assert sorted(path.name for path in one.destination.folder.iterdir()) == ["layertap-job.json", "lock"]
+
+
+@pytest.mark.parametrize(
+    ("given", "plain"),
+    [
+        ({"layers": range(3)}, {"layers": [0, 1, 2]}),
+        ({"layers": np.arange(3)}, {"layers": [0, 1, 2]}),
+        ({"layers": np.int64(2), "attentions": 1}, {"layers": [2], "attentions": [1]}),
+        ({"mix": LayerMix("mean", (0, 1))}, {"mix": LayerMix("mean", [0, 1])}),
+        ({"mix": LayerMix("weighted", [0], np.array([0.5]))}, {"mix": LayerMix("weighted", [0], [0.5])}),
+        ({"pooling": (Pooling("cls", np.int64(3)),)}, {"pooling": [Pooling("cls", 3)]}),
+        ({"pooling": "mean", "windows": Windows()}, {"pooling": [Pooling("mean")], "windows": Windows(128)}),
+    ],
+)
+def test_a_job_is_the_same_however_its_options_are_written(given: dict[str, Any], plain: dict[str, Any]) -> None:
+    settings = EmbedTask.of(given).settings
+    assert settings == EmbedTask.of(plain).settings == json.loads(json.dumps(settings))
 
 
 def test_a_refusal_says_which_part_of_a_setting_is_another(corpus: Path, half_done: Path) -> None:
