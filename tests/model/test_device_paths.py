@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from layertap_server.engine.device_attention import DeviceAttention
 from layertap_server.engine.encoder import Encoder
-from layertap_server.engine.fast_path import better
+from layertap_server.engine.fast_path import tried
 from layertap_server.engine.upload import Upload
 from layertap_server.model import checkpoint, sentence_modules
 from layertap_server.model.checkpoint import Checkpoint
@@ -451,7 +451,7 @@ def test_a_fast_path_that_is_no_good_is_not_used(
         return numbers + 1
 
     with caplog.at_level("INFO"):
-        found = better(
+        found = tried(
             "adding",
             plain,
             fast,
@@ -459,12 +459,12 @@ def test_a_fast_path_that_is_no_good_is_not_used(
             runtime=SimulatedGpu(prefers_fast=prefers_fast),
             tolerance=0.01,
         )
-    assert found is plain
+    assert found.better is plain and not found.is_faster
     assert "adding" in caplog.text and why in caplog.text
 
 
 def test_a_fast_path_that_is_good_is_used() -> None:
-    found = better(
+    found = tried(
         "adding",
         lambda numbers: numbers + 1,
         lambda: _slower,
@@ -472,7 +472,7 @@ def test_a_fast_path_that_is_good_is_used() -> None:
         runtime=SimulatedGpu(),
         tolerance=0.01,
     )
-    assert found is _slower
+    assert found.better is _slower
 
 
 def test_an_upload_keeps_shapes_and_dtypes() -> None:

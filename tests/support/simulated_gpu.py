@@ -20,8 +20,8 @@ from layertap_server.engine.pinned_memory import PinnedMemory
 from layertap_server.engine.runtime import (
     Arrival,
     Copies,
+    Runtime,
     VarlenAttention,
-    relative_difference,
     varlen_attention,
 )
 
@@ -44,7 +44,7 @@ class _Copy:
 
 
 class SimulatedGpu:
-    """Implements `layertap_server.engine.runtime.Runtime`.
+    """Stands in for `layertap_server.engine.runtime.Runtime`.
 
     Attributes:
         trial_rows: Few, so that trials are short.
@@ -111,7 +111,7 @@ class SimulatedGpu:
 
     def difference(self, found: torch.Tensor, wanted: torch.Tensor) -> float:
         assert found.shape == wanted.shape and found.dtype == wanted.dtype
-        return 0.0 if self.device.type == "meta" else relative_difference(found, wanted)
+        return 0.0 if self.device.type == "meta" else Runtime.difference(self, found, wanted)
 
     def seconds(self, work: Callable[[], object]) -> float:
         work()

@@ -22,13 +22,13 @@ from layertap_server.engine.block_stack import Attention, BlockStack
 from layertap_server.engine.device_attention import DeviceAttention
 from layertap_server.engine.embeddings import Embeddings
 from layertap_server.engine.graphs import GraphInput, Graphs, Pass
-from layertap_server.engine.invariance import NO_PADDING, Invariance, Probe, Rowwise, RunProbe, run_here
-from layertap_server.engine.linear import Linears, dense
+from layertap_server.engine.invariance import NO_PADDING, Invariance, Probe, Rowwise
+from layertap_server.engine.linear import dense, filled_up
 from layertap_server.engine.packing import PackedBatch
 from layertap_server.engine.runtime import Runtime
 from layertap_server.engine.sentence_modules import SentenceModules
 from layertap_server.engine.upload import Sent, Upload
-from layertap_server.engine.weight_reader import WeightReader, Weights
+from layertap_server.engine.weight_reader import WeightReader
 from layertap_server.model.sentence_config import SentenceConfig
 from layertap_server.model.settings import ModelSettings
 
@@ -70,75 +70,43 @@ class Bert:
     """The weights of one model on one device, ready to run.
 
     Attributes:
-        hidden_size: Values a row has.
-        layer_count: Encoder blocks.
         sentence_modules: The modules of sentence-transformers in the model's folder.
-        invariance: What the probe for batch invariance found.
+        invariance: What `probe` found, whose padding is used; none before it, since the probe pads rows itself.
     """
 
     def __init__(
         self,
         settings: ModelSettings,
-        weights: Weights,
+        reader: WeightReader,
         *,
-        device: torch.device,
-        dtype: torch.dtype,
-        sentences: SentenceConfig | None = None,
-        runtime: Runtime | None = None,
-        packing: bool | None = None,
-        thread_count: int = 1,
-        max_thread_count: int = 1,
-        run_probe: RunProbe = run_here,
+        sentences: SentenceConfig | None,
+        runtime: Runtime | None,
     ) -> None:
-        """Moves the weights to the device, taking each out of `weights`, and probes for batch invariance.
+        """Moves the weights to the device.
 
         Args:
             settings: The model's settings.
-            weights: By any of their names; emptied.
-            device: Where to compute.
-            dtype: What matrices are multiplied in.
+            reader: Its weights.
             sentences: What the model's folder says about sentences; None: nothing.
             runtime: The accelerator; None: the CPU.
-            packing: Whether weights are laid out for oneDNN; None: if it pays.
-            thread_count: CPU threads of each instance.
-            max_thread_count: CPU threads that a lone caller should get.
-            run_probe: Runs the probe for batch invariance, which starts threads.
 
         Raises:
             CheckpointError: if a weight is missing or has another shape, or the activation is unknown.
         """
-        self.hidden_size = settings.hidden_size
-        self.layer_count = settings.num_hidden_layers
-        self._device = device
-        self._dtype = dtype
-        self._head_count = settings.num_attention_heads
-        self._runtime = runtime
-        intermediate_size = settings.intermediate_size
-        self._intermediate_size = intermediate_size
-        linears = Linears(
-            device=device,
-            dtype=dtype,
-            hidden_size=self.hidden_size,
-            intermediate_size=intermediate_size,
-            packing=packing if runtime is None else False,
-        )
-        self._packed = linears.packed
-        self._program_rows = linears.padded
-
-        reader = WeightReader(weights, settings, linears, device)
-        self._padding_id = settings.padding_position_id
-        self._embed = Embeddings(reader, settings, dtype=dtype, packed=self._packed)
-        self._stack = BlockStack(reader, settings, dtype=dtype, packed=self._packed, runtime=runtime)
-        has_pooler = settings.architecture.has_pooler and "pooler.dense.weight" in reader
-        self._pooler = (
-            reader.linear("pooler.dense", out_size=self.hidden_size, in_size=self.hidden_size) if has_pooler else None
-        )
+        self._settings = settings
+        self._linears = linears = reader.linears
+        self._embed = Embeddings(reader, settings)
+        self._stack = BlockStack(reader, settings, runtime)
+        hidden_size, head_count = settings.hidden_size, settings.num_attention_heads
+        self._pooler = None
+        if settings.architecture.has_pooler and "pooler.dense.weight" in reader:
+            self._pooler = reader.linear("pooler.dense", out_size=hidden_size, in_size=hidden_size)
         self._attention: CpuAttention | DeviceAttention
         self._graphs: Graphs | None = None
         if runtime is None:
-            self._attention = CpuAttention(dtype=dtype, head_count=self._head_count)
+            self._attention = CpuAttention(dtype=linears.dtype, head_count=head_count)
         else:
-            attention = DeviceAttention(runtime, dtype=dtype, head_count=self._head_count, hidden_size=self.hidden_size)
+            attention = DeviceAttention(runtime, dtype=linears.dtype, head_count=head_count, hidden_size=hidden_size)
             self._attention = attention
             if attention.varlen is not None:
                 longest = settings.max_position_embeddings
@@ -147,12 +115,9 @@ class Bert:
             token_modules=sentences.token_modules if sentences else (),
             vector_modules=sentences.vector_modules if sentences else (),
             linears=linears,
-            dtype=dtype,
             padded=self._padded,
         )
-        # The probe computes rows as it pads them itself.
         self.invariance = Invariance(padding=NO_PADDING, holds=False, thread_count=1, max_thread_count=1)
-        self.invariance = run_probe(lambda: self._probe(thread_count, max_thread_count))
 
     @property
     def has_pooler(self) -> bool:
@@ -167,9 +132,9 @@ class Bert:
         def add(array: npt.NDArray[Any]) -> Sent:
             return upload.add(np.concatenate([array, pad], dtype=np.int32) if len(pad) else array.astype(np.int32))
 
-        ids, positions = add(packed_batch.input_ids), add(packed_batch.position_ids(self._padding_id))
+        ids, positions = add(packed_batch.input_ids), add(packed_batch.position_ids(self._settings.padding_position_id))
         types = packed_batch.token_type_ids
-        graph = None if self._graphs is None else self._graphs.take(packed_batch, self.layer_count)
+        graph = None if self._graphs is None else self._graphs.take(packed_batch, self._settings.num_hidden_layers)
         if graph is not None:
             sent_types = add(np.zeros(row_count, np.int32) if types is None else types)
             return GraphInput(graph, packed_batch, (ids, sent_types, positions), upload)
@@ -227,45 +192,35 @@ class Bert:
             Queries and keys. Shape of each: [head_count, row_count, head_size], float32.
         """
         row_count = len(rows)
-        if more := self._padded(row_count) - row_count:
-            rows = torch.cat([rows, rows.new_zeros(more, self.hidden_size)])
-        split = (
-            self._stack.project(rows, block)[:row_count]
-            .float()
-            .view(row_count, 3, self._head_count, -1)
-            .permute(1, 2, 0, 3)
-        )
-        return split[0] * split.shape[-1] ** -0.5, split[1]
+        qkv = self._stack.project(filled_up(rows, self._padded(row_count)), block)[:row_count].float()
+        query, key, _ = qkv.view(row_count, 3, self._settings.num_attention_heads, -1).permute(1, 2, 0, 3)
+        return query * query.shape[-1] ** -0.5, key
 
     def pooler(self, first_rows: torch.Tensor) -> torch.Tensor:
         """Applies the pooler to row 0 of texts. Shape: [text_count, hidden_size], float32 in and out."""
         text_count = len(first_rows)
-        more = self._padded(text_count) - text_count
-        if more:
-            first_rows = torch.cat([first_rows, first_rows.new_zeros(more, self.hidden_size)])
-        return self._pool(first_rows)[:text_count]
+        return self._pool(filled_up(first_rows, self._padded(text_count)))[:text_count]
 
     def _padded(self, row_count: int) -> int:
         """Returns how many rows to compute for so many."""
-        return self._program_rows(self.invariance.padding.padded(row_count))
+        return self._linears.padded(self.invariance.padding.padded(row_count))
 
-    def _probe(self, thread_count: int, max_thread_count: int) -> Invariance:
-        if self._runtime is not None:  # Not measured yet.
-            return Invariance(padding=NO_PADDING, holds=False, thread_count=1, max_thread_count=1)
+    def probe(self, *, thread_count: int, max_thread_count: int) -> Invariance:
+        """Returns how rows must be padded for batch invariance on the CPU; starts threads. See `Probe.run`."""
         started = time.perf_counter()
-        fused = self._stack.has_gelu
+        fused, hidden_size = self._stack.has_gelu, self._settings.hidden_size
         probe = Probe(
             lambda rows, groups: self._stack.run(0, 1, rows, self._attention.prepare(groups, Upload(None))),
             [
-                *([Rowwise(self._pool, self.hidden_size)] if self._pooler else []),
+                *([Rowwise(self._pool, hidden_size)] if self._pooler else []),
                 *([Rowwise(self._embed.project, self._embed.size)] if self._embed.projection else []),
                 *self.sentence_modules.rowwise,
             ],
-            hidden_size=self.hidden_size,
-            extra=self._program_rows,
-            least_step=1 if fused else _TAIL // math.gcd(_TAIL, self._intermediate_size),
+            hidden_size=hidden_size,
+            extra=self._linears.padded,
+            least_step=1 if fused else _TAIL // math.gcd(_TAIL, self._settings.intermediate_size),
         )
-        if not fused or self.hidden_size < _LEAST_TEAM_SIZE:
+        if not fused or hidden_size < _LEAST_TEAM_SIZE:
             thread_count = max_thread_count = 1  # Teams give other bits there, and would not be faster.
         found = probe.run(thread_count=thread_count, max_thread_count=max_thread_count)
         log.info(
@@ -281,7 +236,8 @@ class Bert:
 
     def _pool(self, first_rows: torch.Tensor) -> torch.Tensor:
         assert self._pooler is not None
-        return torch.tanh(dense(first_rows.to(self._dtype), self._pooler, self._packed, False)).float()
+        linears = self._linears
+        return torch.tanh(dense(first_rows.to(linears.dtype), self._pooler, linears.packed, False)).float()
 
     def _whole_pass(self, attention: DeviceAttention, longest: int) -> Pass:
         """Returns the pass through all layers that graphs record."""
@@ -290,7 +246,7 @@ class Bert:
             input_ids: torch.Tensor, token_type_ids: torch.Tensor, position_ids: torch.Tensor, bounds: torch.Tensor
         ) -> list[torch.Tensor]:
             layers = [self._embed(input_ids, token_type_ids, position_ids)]
-            for block in range(self.layer_count):
+            for block in range(self._settings.num_hidden_layers):
                 rows = self._stack.run(
                     block, block + 1, layers[-1], lambda qkv: attention.run_varlen(qkv, bounds, longest)
                 )

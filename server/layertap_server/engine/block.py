@@ -5,8 +5,8 @@ at every step for the threads that hold it: other instances and the event loop. 
 wanted layer are one step. Only the program holds the weights: references to tensors that Python knows too are counted
 with the interpreter's lock held.
 
-Where torch cannot compile it (a later torch, an activation of its own), the same functions run as they stand. Torch
-reads the annotations here, so they are objects and not strings.
+Where torch cannot compile them (a later torch), and with another activation than GELU, `block_stack` runs the same
+steps one by one. Torch reads the annotations here, so they are objects and not strings.
 """
 
 import logging
@@ -40,28 +40,9 @@ class Weights(NamedTuple):
     output_norm: Norm
 
 
-def qkv(rows: torch.Tensor, weights: Weights, packed: bool) -> torch.Tensor:
-    """Makes query, key and value. Shape: [row_count, hidden_size], float32, to [row_count, 3 · hidden_size]."""
-    return dense(rows.to(weights.qkv.bias.dtype), weights.qkv, packed, False)
-
-
-def attention_output(
-    context: torch.Tensor, rows: torch.Tensor, weights: Weights, packed: bool, epsilon: float
-) -> torch.Tensor:
-    """Adds the projected attention output to the rows, then LayerNorm. Shape: [row_count, hidden_size], float32."""
-    attended = dense(context, weights.attended, packed, False).float().add_(rows)
-    return F.layer_norm(attended, [rows.size(1)], weights.attended_norm.weight, weights.attended_norm.bias, epsilon)
-
-
-def ffn_up(rows: torch.Tensor, weights: Weights, packed: bool, gelu: bool) -> torch.Tensor:
-    """Makes the intermediate values, with GELU if asked. Shape: [row_count, intermediate_size]."""
-    return dense(rows.to(weights.qkv.bias.dtype), weights.intermediate, packed, gelu)
-
-
-def ffn_down(wide: torch.Tensor, rows: torch.Tensor, weights: Weights, packed: bool, epsilon: float) -> torch.Tensor:
-    """Adds the projected intermediate values to the rows, then LayerNorm. Shape: [row_count, hidden_size], float32."""
-    output = dense(wide, weights.output, packed, False).float().add_(rows)
-    return F.layer_norm(output, [rows.size(1)], weights.output_norm.weight, weights.output_norm.bias, epsilon)
+def add_norm(added: torch.Tensor, rows: torch.Tensor, norm: Norm, epsilon: float) -> torch.Tensor:
+    """Adds what a product gave to the rows, then LayerNorm. Shape: [row_count, hidden_size], float32."""
+    return F.layer_norm(added.float().add_(rows), [rows.size(1)], norm.weight, norm.bias, epsilon)
 
 
 class Blocks(torch.nn.Module):
@@ -78,8 +59,9 @@ class Blocks(torch.nn.Module):
 
     @torch.jit.export
     def project(self, rows: torch.Tensor, block: int) -> torch.Tensor:
-        """Makes query, key and value of one block; see `qkv`."""
-        return qkv(rows, self.blocks[block], self.packed)
+        """Makes query, key and value of one block. Shape: [row_count, hidden_size] to [row_count, 3 · hidden_size]."""
+        qkv = self.blocks[block].qkv
+        return dense(rows.to(qkv.bias.dtype), qkv, self.packed, False)
 
     def forward(
         self,
@@ -94,9 +76,13 @@ class Blocks(torch.nn.Module):
         Shape: [row_count, hidden_size], float32, in and out. `shapes` and `masks` are those of `attend`.
         """
         for weights in self.blocks[first:last]:
-            context = attend(qkv(rows, weights, self.packed), shapes, masks, self.head_count)
-            rows = attention_output(context, rows, weights, self.packed, self.epsilon)
-            rows = ffn_down(ffn_up(rows, weights, self.packed, True), rows, weights, self.packed, self.epsilon)
+            dtype = weights.qkv.bias.dtype
+            qkv = dense(rows.to(dtype), weights.qkv, self.packed, False)
+            context = attend(qkv, shapes, masks, self.head_count)
+            attended = dense(context, weights.attended, self.packed, False)
+            rows = add_norm(attended, rows, weights.attended_norm, self.epsilon)
+            wide = dense(rows.to(dtype), weights.intermediate, self.packed, True)
+            rows = add_norm(dense(wide, weights.output, self.packed, False), rows, weights.output_norm, self.epsilon)
         return rows
 
 

@@ -39,30 +39,16 @@ class BlockStack:
         has_gelu: Whether their activation is GELU, which some products apply on the way.
     """
 
-    def __init__(
-        self,
-        reader: WeightReader,
-        settings: ModelSettings,
-        *,
-        dtype: torch.dtype,
-        packed: bool,
-        runtime: Runtime | None,
-    ) -> None:
+    def __init__(self, reader: WeightReader, settings: ModelSettings, runtime: Runtime | None) -> None:
         """Reads the weights.
-
-        Args:
-            reader: The weights.
-            settings: The model's settings.
-            dtype: What matrices are multiplied in.
-            packed: Whether dense layers are laid out for oneDNN.
-            runtime: The accelerator; None: the CPU.
 
         Raises:
             CheckpointError: if a weight is missing or has another shape, or the activation is unknown.
         """
         activation = _activation(settings.hidden_act)
+        packed = reader.linears.packed
         self.has_gelu = activation is F.gelu
-        self._dtype = dtype
+        self._dtype = reader.linears.dtype
         self._runtime = runtime
         self._row_work = 4.0 * settings.hidden_size * (2 * settings.hidden_size + settings.intermediate_size)
         self._count = settings.num_hidden_layers
@@ -70,14 +56,8 @@ class BlockStack:
         self._steps = self._find_steps(activation, packed, settings.layer_norm_eps)
         self._program: torch.jit.ScriptModule | None = None
         if runtime is None and self.has_gelu:  # On an accelerator the host only queues the steps.
-            self._program = compiled(
-                Blocks(
-                    self._blocks,
-                    head_count=settings.num_attention_heads,
-                    packed=packed,
-                    epsilon=settings.layer_norm_eps,
-                )
-            )
+            heads, epsilon = settings.num_attention_heads, settings.layer_norm_eps
+            self._program = compiled(Blocks(self._blocks, head_count=heads, packed=packed, epsilon=epsilon))
         if self._program is not None:
             self._blocks = []
 
@@ -105,11 +85,8 @@ class BlockStack:
     def count_at_once(self, row_count: int, longest: int) -> int:
         """Returns how many blocks run over so many rows before a batch may pause.
 
-        No call is short beside texts that are: a batch of those only looks whether its callers are still there.
-
-        Args:
-            row_count: The rows of the batch.
-            longest: Those of its longest text.
+        No call is short beside texts that are: a batch of those only looks whether its callers are still there. So it
+        matters how many rows the longest text has.
         """
         if self._runtime is not None:
             return self._count
@@ -118,7 +95,7 @@ class BlockStack:
 
     def _find_steps(self, activation: Activation, packed: bool, epsilon: float) -> Steps:
         """Returns how blocks run that are not compiled."""
-        plain = plain_steps(lambda rows, layer: dense(rows, layer, packed, False), activation, epsilon=epsilon)
+        plain = plain_steps(lambda rows, layer: dense(rows, layer, packed, False), activation, epsilon)
         if self._runtime is None:
             ffn_up = (lambda rows, layer: dense(rows, layer, packed, True)) if self.has_gelu else plain.ffn_up
             return dataclasses.replace(plain, ffn_up=ffn_up)

@@ -14,7 +14,6 @@ whatever its speed: its launches are the same for any lengths.
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 from collections.abc import Callable, Iterable, Sequence
 from typing import Final
@@ -26,7 +25,10 @@ from torch.nn import functional as F
 from layertap_server.engine.fast_path import Trial, tried
 from layertap_server.engine.packing import Group
 from layertap_server.engine.runtime import Runtime, VarlenAttention
-from layertap_server.engine.upload import Sent, Upload
+from layertap_server.engine.upload import Upload
+
+Attend = Callable[[torch.Tensor], torch.Tensor]
+"""Attends within each of some texts. Shape: [row_count, 3 · hidden_size] to [row_count, hidden_size]."""
 
 TILE: Final = 128
 """Rows that one block of the flash kernel works on."""
@@ -35,21 +37,6 @@ _ANY_LENGTH: Final = 1 << 31
 _TRIAL_LENGTHS: Final = (512, TILE, 64, 32, 16, 8)
 _TRIAL_VALUES: Final = 1 << 20
 _TOLERANCE: Final = 2e-2
-
-
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class _Launch:
-    """Texts that lie one after the other and attend together.
-
-    Attributes:
-        start: Their first row.
-        end: The row past their last.
-        run: Attends within each. Shape: [end - start, 3 · hidden_size] to [end - start, hidden_size].
-    """
-
-    start: int
-    end: int
-    run: Callable[[torch.Tensor], torch.Tensor]
 
 
 class DeviceAttention:
@@ -69,20 +56,27 @@ class DeviceAttention:
         if dtype is not torch.float32 and runtime.varlen_attention is not None:
             self._try(runtime, runtime.varlen_attention, dtype)
 
-    def prepare(self, groups: Sequence[Group], upload: Upload) -> DevicePrepared:
-        """Adds what the groups need to the upload, once for all layers."""
-        launches = []
+    def prepare(self, groups: Sequence[Group], upload: Upload) -> Attend:
+        """Adds what the groups need to the upload, once for all layers; returns what attends within each text.
+
+        It may be given fewer rows than the groups have: texts that are done are a tail, and whole launches.
+        """
+        launches: list[tuple[slice, Attend]] = []
         for _, members in itertools.groupby(groups, self._way):
             alike = list(members)
-            lengths = [group.length for group in alike for _ in range(group.text_count)]
-            run: Callable[[torch.Tensor], torch.Tensor]
+            lengths = np.repeat([group.length for group in alike], [group.text_count for group in alike])
             if self._runs_padded(alike[0]):
-                run = self._padded(alike, np.array(lengths), upload)
+                run = self._padded(alike, lengths, upload)
             else:
                 assert self.varlen is not None
                 run = self._varied(self.varlen, lengths, upload)
-            launches.append(_Launch(start=alike[0].start, end=alike[-1].end, run=run))
-        return DevicePrepared(launches)
+            launches.append((slice(alike[0].start, alike[-1].end), run))
+
+        def attend(qkv: torch.Tensor) -> torch.Tensor:
+            found = [run(qkv[rows]) for rows, run in launches if rows.stop <= len(qkv)]
+            return found[0] if len(found) == 1 else torch.cat(found)
+
+        return attend
 
     def run_varlen(self, qkv: torch.Tensor, bounds: torch.Tensor, longest: int) -> torch.Tensor:
         """Attends within texts of many lengths.
@@ -106,12 +100,14 @@ class DeviceAttention:
         padded = self._runs_padded(group)
         return group.depth, _padded_length(group.length) if padded else -1 - (group.length > TILE)
 
-    def _padded(self, groups: Iterable[Group], lengths: np.ndarray, upload: Upload) -> _Padded:
-        """Returns the launch of texts that run as a batch of equal lengths."""
-        width = _padded_length(int(lengths.max()))
+    def _padded(self, groups: Iterable[Group], lengths: np.ndarray, upload: Upload) -> Attend:
+        """Returns the launch of texts that run as a batch, filled up to one length."""
+        text_count, width = len(lengths), _padded_length(int(lengths.max()))
         columns = np.arange(width)
         within = columns < lengths[:, None]
-        attended, alive = within.copy(), np.ones(len(lengths), np.int32)
+        # Transformers' eager attention masks by adding the lowest number to a score, so a text whose attention mask is
+        # all zeros attends to all of its positions alike, as it does with queries of zeros.
+        attended, alive = within.copy(), np.ones(text_count, np.int32)
         first = 0
         for group in groups:
             texts = slice(first, first + group.text_count)
@@ -120,23 +116,29 @@ class DeviceAttention:
                 attended[texts, : group.length] = (group.attention_mask != 0) | (alive[texts, None] == 0)
             first += group.text_count
         # Places of the padding read the text's first row: any finite one will do.
-        starts = np.cumsum(lengths) - lengths
-        rows = starts[:, None] + np.where(within, columns, 0)
-        return _Padded(
-            rows=upload.add(rows.reshape(-1).astype(np.int32)),
-            places=upload.add(np.flatnonzero(within).astype(np.int32)),
-            attended=None if attended.all() else upload.add(attended.reshape(-1).astype(np.int32)),
-            alive=None if alive.all() else upload.add(alive),
-            added=self._added,
-            text_count=len(lengths),
-            width=width,
-            head_count=self._head_count,
-        )
+        rows = (np.cumsum(lengths) - lengths)[:, None] + np.where(within, columns, 0)
+        row_at = upload.add(rows.reshape(-1).astype(np.int32))
+        place_of = upload.add(np.flatnonzero(within).astype(np.int32))
+        taken = None if attended.all() else upload.add(attended.reshape(-1).astype(np.int32))
+        scale = None if alive.all() else upload.add(alive)
 
-    def _varied(
-        self, varlen: VarlenAttention, lengths: Sequence[int], upload: Upload
-    ) -> Callable[[torch.Tensor], torch.Tensor]:
-        bounds, longest = upload.add(np.cumsum([0, *lengths], dtype=np.int32)), max(lengths)
+        def attend(qkv: torch.Tensor) -> torch.Tensor:
+            batch = qkv.index_select(0, row_at.tensor).view(text_count, width, 3, self._head_count, -1)
+            query, key, value = batch.permute(2, 0, 3, 1, 4).unbind(0)
+            mask = None
+            if scale is not None:
+                query = query * scale.tensor.to(query.dtype).view(-1, 1, 1, 1)
+            if taken is not None:
+                mask = self._added.index_select(0, taken.tensor).view(text_count, 1, 1, width)
+                # Kernels want a row of the mask for each query; these are views of one.
+                mask = mask.expand(-1, self._head_count, width, -1)
+            found = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+            return found.transpose(1, 2).reshape(text_count * width, -1).index_select(0, place_of.tensor)
+
+        return attend
+
+    def _varied(self, varlen: VarlenAttention, lengths: np.ndarray, upload: Upload) -> Attend:
+        bounds, longest = upload.add(np.cumsum([0, *lengths], dtype=np.int32)), int(lengths.max())
         return lambda qkv: self._flash(varlen, qkv, bounds.tensor, longest)
 
     def _flash(self, varlen: VarlenAttention, qkv: torch.Tensor, bounds: torch.Tensor, longest: int) -> torch.Tensor:
@@ -147,7 +149,7 @@ class DeviceAttention:
         """Compares the two ways at some lengths: from the longest that runs better padded, all texts do."""
         for length in _TRIAL_LENGTHS:
             found = self._trial(runtime, varlen, dtype, length)
-            if found.way is None:
+            if not found.is_right:
                 self.varlen, self._padded_up_to = None, _ANY_LENGTH
                 return
             self.varlen = varlen
@@ -156,17 +158,14 @@ class DeviceAttention:
                 return
         self._padded_up_to = 0
 
-    def _trial(
-        self, runtime: Runtime, varlen: VarlenAttention, dtype: torch.dtype, length: int
-    ) -> Trial[Callable[[torch.Tensor], torch.Tensor]]:
+    def _trial(self, runtime: Runtime, varlen: VarlenAttention, dtype: torch.dtype, length: int) -> Trial[Attend]:
         """Runs texts of up to a length, from half of it on, padded and in one variable-length launch."""
         lengths = np.resize([length, length - 1, length // 2 + 1], max(3, runtime.trial_rows // length))
         row_count, width = int(lengths.sum()), 3 * self._head_count * self._head_size
         some = torch.randn(-(-_TRIAL_VALUES // width), width, generator=torch.Generator().manual_seed(0))
         qkv = some.to(runtime.device, dtype).repeat(-(-row_count // len(some)), 1)[:row_count]
         upload = Upload(runtime)
-        padded: Callable[[torch.Tensor], torch.Tensor] = self._padded((), lengths, upload)
-        varied = self._varied(varlen, lengths.tolist(), upload)
+        padded, varied = self._padded((), lengths, upload), self._varied(varlen, lengths, upload)
         upload.send()
         found = tried(
             f"variable-length attention of texts of up to {length} tokens",
@@ -180,67 +179,5 @@ class DeviceAttention:
         return found
 
 
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class _Padded:
-    """A batch of texts filled up to one length.
-
-    Attributes:
-        rows: The row at each place of the batch. Shape: [text_count · width].
-        places: The place of each row. Shape: [row_count].
-        attended: Which places are attended to, 0 or 1. Shape: [text_count · width]. None: all are.
-        alive: 0 for texts whose attention mask is all zeros. Shape: [text_count]. None: there is none. Transformers'
-            eager attention masks by adding the lowest number to a score, so such a text attends to all of its
-            positions alike, as it does with queries of zeros.
-        added: What is added to the scores by `attended`. Shape: [2].
-        text_count: How many texts.
-        width: Places of each text.
-        head_count: Attention heads.
-    """
-
-    rows: Sent
-    places: Sent
-    attended: Sent | None
-    alive: Sent | None
-    added: torch.Tensor
-    text_count: int
-    width: int
-    head_count: int
-
-    def __call__(self, qkv: torch.Tensor) -> torch.Tensor:
-        """Attends within each text. Shape: [row_count, 3 · hidden_size] to [row_count, hidden_size]."""
-        batch = qkv.index_select(0, self.rows.tensor).view(self.text_count, self.width, 3, self.head_count, -1)
-        query, key, value = batch.permute(2, 0, 3, 1, 4).unbind(0)
-        mask = None
-        if self.alive is not None:
-            query = query * self.alive.tensor.to(query.dtype).view(-1, 1, 1, 1)
-        if self.attended is not None:
-            mask = self.added.index_select(0, self.attended.tensor).view(self.text_count, 1, 1, self.width)
-            # Kernels want a row of the mask for each query; these are views of one.
-            mask = mask.expand(-1, self.head_count, self.width, -1)
-        found = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
-        flat = found.transpose(1, 2).reshape(self.text_count * self.width, -1)
-        return flat.index_select(0, self.places.tensor)
-
-
 def _padded_length(length: int) -> int:
     return max(_LEAST_PADDED, 1 << (length - 1).bit_length())
-
-
-class DevicePrepared:
-    """The attention of one batch."""
-
-    def __init__(self, launches: Sequence[_Launch]) -> None:
-        self._launches = launches
-
-    def __call__(self, qkv: torch.Tensor) -> torch.Tensor:
-        """Attends within each text.
-
-        Args:
-            qkv: Query, key and value of each row. Shape: [row_count, 3 · hidden_size]. Rows may be fewer than the
-                batch has: texts that are done are a tail, and whole launches.
-
-        Returns:
-            Shape: [row_count, hidden_size].
-        """
-        found = [one.run(qkv[one.start : one.end]) for one in self._launches if one.end <= len(qkv)]
-        return found[0] if len(found) == 1 else torch.cat(found)

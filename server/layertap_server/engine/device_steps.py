@@ -7,6 +7,7 @@ tried at start: GELU inside the matrix product, and residual, LayerNorm and cast
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Final
 
@@ -14,7 +15,7 @@ import torch
 from torch.nn import functional as F
 
 from layertap_server.engine.block import Norm
-from layertap_server.engine.fast_path import better
+from layertap_server.engine.fast_path import tried
 from layertap_server.engine.linear import Dense
 from layertap_server.engine.runtime import Runtime
 
@@ -74,22 +75,13 @@ def device_steps(plain: Steps, *, gelu: bool, epsilon: float, norm: Norm, up: De
         # Of the tanh form on cuda, 4.7e-4 from erf: within the bounds of half precision, not of float32.
         return lambda rows, layer: torch._addmm_activation(layer.bias, rows, layer.weight.t(), use_gelu=True)
 
-    add_norm = better(
-        "residual and LayerNorm in one kernel",
-        plain.add_norm,
-        one_kernel,
-        lambda way: way(cast, rows, norm),
-        runtime=runtime,
-        tolerance=_TOLERANCE,
-    )
+    trial = functools.partial(tried, runtime=runtime, tolerance=_TOLERANCE)
+    add_norm = trial(
+        "residual and LayerNorm in one kernel", plain.add_norm, one_kernel, lambda way: way(cast, rows, norm)
+    ).better
     ffn_up = plain.ffn_up
     if gelu:
-        ffn_up = better(
-            "GELU inside the matrix product",
-            plain.ffn_up,
-            in_the_product,
-            lambda way: (way(cast, up),),
-            runtime=runtime,
-            tolerance=_TOLERANCE,
-        )
+        ffn_up = trial(
+            "GELU inside the matrix product", plain.ffn_up, in_the_product, lambda way: (way(cast, up),)
+        ).better
     return dataclasses.replace(plain, ffn_up=ffn_up, add_norm=add_norm)

@@ -5,8 +5,7 @@ from __future__ import annotations
 import torch
 from torch.nn import functional as F
 
-from layertap_server.engine.block import Norm
-from layertap_server.engine.linear import Dense, dense
+from layertap_server.engine.linear import Dense
 from layertap_server.engine.weight_reader import WeightReader
 from layertap_server.model.settings import ModelSettings
 
@@ -19,20 +18,15 @@ class Embeddings:
         projection: To the hidden size; None: embeddings have it already.
     """
 
-    def __init__(self, reader: WeightReader, settings: ModelSettings, *, dtype: torch.dtype, packed: bool) -> None:
-        """Reads the weights.
-
-        Raises:
-            CheckpointError: if a weight is missing or has another shape.
-        """
-        self._dtype, self._packed = dtype, packed
+    def __init__(self, reader: WeightReader, settings: ModelSettings) -> None:
+        self._linears = reader.linears
         self._epsilon = settings.layer_norm_eps
         self.size = size = settings.embedding_size
         self._words = reader.table("embeddings.word_embeddings.weight", settings.vocab_size, size)
         self._positions = reader.table("embeddings.position_embeddings.weight", settings.max_position_embeddings, size)
         types = settings.type_vocab_size
         self._types = reader.table("embeddings.token_type_embeddings.weight", types, size) if types else None
-        self.norm: Norm = reader.norm("embeddings", size)
+        self._norm = reader.norm("embeddings", size)
         self.projection: Dense | None = None
         if size != settings.hidden_size:
             self.projection = reader.linear("embeddings_project", out_size=settings.hidden_size, in_size=size)
@@ -40,24 +34,16 @@ class Embeddings:
     def __call__(
         self, input_ids: torch.Tensor, token_type_ids: torch.Tensor | None, position_ids: torch.Tensor
     ) -> torch.Tensor:
-        """Returns layer 0.
+        """Returns layer 0. Shape: [row_count], three times, to [row_count, hidden_size], float32.
 
-        Args:
-            input_ids: Shape: [row_count].
-            token_type_ids: Shape: [row_count]. None: all 0.
-            position_ids: Shape: [row_count].
-
-        Returns:
-            Shape: [row_count, hidden_size], float32.
+        Without `token_type_ids` all are 0.
         """
         rows = F.embedding(input_ids, self._words)
         if self._types is not None:
             rows += self._types[0] if token_type_ids is None else F.embedding(token_type_ids, self._types)
         rows += F.embedding(position_ids, self._positions)
-        return self.project(F.layer_norm(rows, rows.shape[-1:], *self.norm, self._epsilon))
+        return self.project(F.layer_norm(rows, rows.shape[-1:], *self._norm, self._epsilon))
 
     def project(self, rows: torch.Tensor) -> torch.Tensor:
         """Projects embeddings. Shape: [row_count, size] to [row_count, hidden_size], float32."""
-        if self.projection is None:
-            return rows
-        return dense(rows.to(self._dtype), self.projection, self._packed, False).float()
+        return rows if self.projection is None else self._linears(rows, self.projection)

@@ -25,13 +25,14 @@ from layertap_server.engine.device import named_errors
 from layertap_server.engine.host_copy import DTYPES, ChosenRows, HostCopy
 from layertap_server.engine.invariance import RunProbe, run_here
 from layertap_server.engine.layer_mix import Mixes
+from layertap_server.engine.linear import Linears
 from layertap_server.engine.output_groups import OutputGroup, output_groups, wanted_layers
 from layertap_server.engine.packing import PackedBatch
 from layertap_server.engine.pooling import TextPooling, WordsPooling
-from layertap_server.engine.runtime import CudaRuntime, Runtime
+from layertap_server.engine.runtime import Runtime
 from layertap_server.engine.sentence_modules import SentenceModules
 from layertap_server.engine.upload import Upload
-from layertap_server.engine.weight_reader import Weights, dummy_weights
+from layertap_server.engine.weight_reader import WeightReader, Weights, dummy_weights
 from layertap_server.model.checkpoint import Checkpoint, CheckpointError
 from layertap_server.model.sentence_config import SentenceConfig
 from layertap_server.types import Encode, Output, OutputKind, Rows, Run, Vectors
@@ -43,7 +44,17 @@ Allocate = Callable[[int], memoryview]
 
 
 class Encoder:
-    """One model on one device."""
+    """One model on one device.
+
+    Attributes:
+        device: The device.
+        hidden_size: Values a token row has.
+        layer_count: Encoder blocks.
+        has_pooler: Whether the model has pooler weights.
+        batch_invariant: Whether a text has the same bits alone and in any batch.
+        thread_count: How many CPU threads each instance may have: those asked for, or one where more change the bits.
+        max_thread_count: How many a lone caller may have: the most that give the same bits, of those asked for.
+    """
 
     def __init__(
         self,
@@ -78,60 +89,35 @@ class Encoder:
         """
         self.device = torch.device(device)
         if runtime is None and self.device.type == "cuda":
-            runtime = CudaRuntime(self.device)
+            runtime = Runtime(self.device)
         self._runtime = runtime
         if self.device.type == "cpu":
             self.use_threads(1)  # The loading thread may have no team; see `instances`.
         self._selected = contextlib.nullcontext if runtime is None else runtime.selected
         self._allocate = allocate
-        weights = (
-            dummy_weights(checkpoint.settings, checkpoint.seed) if not checkpoint.weight_files else _load(checkpoint)
-        )
+        settings = checkpoint.settings
+        weights = _load(checkpoint) if checkpoint.weight_files else dummy_weights(settings, checkpoint.seed)
         with torch.inference_mode(), self._selected():
-            self._bert = Bert(
-                checkpoint.settings,
-                weights,
+            linears = Linears(
                 device=self.device,
                 dtype=DTYPES[dtype],
-                sentences=sentences,
-                runtime=runtime,
-                packing=packing,
-                thread_count=thread_count,
-                max_thread_count=max_thread_count,
-                run_probe=run_probe,
+                hidden_size=settings.hidden_size,
+                intermediate_size=settings.intermediate_size,
+                packing=packing if runtime is None else False,
             )
-        if runtime is not None:
-            runtime.reached().synchronize()  # Other streams do not wait for this thread's.
-
-    @property
-    def hidden_size(self) -> int:
-        """Values a token row has."""
-        return self._bert.hidden_size
-
-    @property
-    def layer_count(self) -> int:
-        """Encoder blocks."""
-        return self._bert.layer_count
-
-    @property
-    def batch_invariant(self) -> bool:
-        """Whether a text has the same bits alone and in any batch."""
-        return self._bert.invariance.holds
-
-    @property
-    def thread_count(self) -> int:
-        """How many CPU threads each instance may have: those asked for, or one where more change the bits."""
-        return self._bert.invariance.thread_count
-
-    @property
-    def max_thread_count(self) -> int:
-        """How many CPU threads a lone caller may have: the most that give the same bits, of those asked for."""
-        return self._bert.invariance.max_thread_count
-
-    @property
-    def has_pooler(self) -> bool:
-        """Whether the model has pooler weights."""
-        return self._bert.has_pooler
+            reader = WeightReader(weights, settings.architecture, linears)
+            self._bert = bert = Bert(settings, reader, sentences=sentences, runtime=runtime)
+            if runtime is None:
+                bert.invariance = run_probe(
+                    lambda: bert.probe(thread_count=thread_count, max_thread_count=max_thread_count)
+                )
+            else:  # Invariance is not measured there yet.
+                runtime.reached().synchronize()  # Other streams do not wait for this thread's.
+        self.hidden_size, self.layer_count = settings.hidden_size, settings.num_hidden_layers
+        self.has_pooler = bert.has_pooler
+        self.batch_invariant = bert.invariance.holds
+        self.thread_count = bert.invariance.thread_count
+        self.max_thread_count = bert.invariance.max_thread_count
 
     def encode(self, batch: Sequence[Run]) -> Iterator[Rows]:
         """Runs one batch and yields its outputs layer by layer, as each is done.

@@ -29,26 +29,14 @@ class Trial(Generic[Way]):
     """What a trial found of a fast way.
 
     Attributes:
-        way: The fast way. None: it is missing, or its numbers differ.
-        is_faster: Whether it is clearly faster than the plain one.
+        better: The fast way if it is right and clearly faster, else the plain one.
+        is_right: Whether the fast way is there, and its numbers agree.
+        is_faster: Whether it is also clearly faster.
     """
 
-    way: Way | None
+    better: Way
+    is_right: bool
     is_faster: bool
-
-
-def better(
-    what: str,
-    plain: Way,
-    fast: Callable[[], Way],
-    run: Callable[[Way], Sequence[torch.Tensor]],
-    *,
-    runtime: Runtime,
-    tolerance: float,
-) -> Way:
-    """Returns the fast way if it agrees with the plain one and is clearly faster, else the plain one; see `tried`."""
-    found = tried(what, plain, fast, run, runtime=runtime, tolerance=tolerance)
-    return plain if found.way is None or not found.is_faster else found.way
 
 
 def tried(
@@ -76,11 +64,11 @@ def tried(
         differences = [runtime.difference(found, wanted) for wanted, found in pairs]
         if not all(difference <= tolerance for difference in differences):  # NaN is not agreement either.
             log.warning("%s: not used, its numbers differ by %s (at most %.1e)", what, differences, tolerance)
-            return Trial(way=None, is_faster=False)
+            return Trial(better=plain, is_right=False, is_faster=False)
         ratio = runtime.seconds(lambda: run(plain)) / runtime.seconds(lambda: run(way))
     except Exception as exc:  # It may be missing, or refuse this device, shape or dtype in any way.
         log.info("%s: not available here (%s: %s)", what, type(exc).__name__, exc)
-        return Trial(way=None, is_faster=False)
+        return Trial(better=plain, is_right=False, is_faster=False)
     is_faster = ratio >= _CLEARLY_FASTER
     log.info(
         "%s: %s (%.2f times as fast, largest difference %.1e)",
@@ -89,4 +77,4 @@ def tried(
         ratio,
         max(differences),
     )
-    return Trial(way=way, is_faster=is_faster)
+    return Trial(better=way if is_faster else plain, is_right=True, is_faster=is_faster)

@@ -19,7 +19,7 @@ from typing import Final
 import numpy as np
 import torch
 
-from layertap_server.engine.fast_path import better
+from layertap_server.engine.fast_path import tried
 from layertap_server.engine.packing import PackedBatch
 from layertap_server.engine.runtime import Runtime
 from layertap_server.engine.upload import Sent, Upload
@@ -170,7 +170,7 @@ def _record(run: Pass, row_count: int, max_length: int, runtime: Runtime) -> Gra
         late.send()
         return graph_input.run
 
-    way = better(
+    found = tried(
         f"graph of {row_count} rows",
         launched,
         replayed,
@@ -180,7 +180,7 @@ def _record(run: Pass, row_count: int, max_length: int, runtime: Runtime) -> Gra
     )
     upload.wait()
     late.wait()
-    return None if way is launched else made[0]
+    return made[0] if found.is_faster else None
 
 
 def _trial(row_count: int, max_length: int) -> Run:

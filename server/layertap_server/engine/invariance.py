@@ -11,13 +11,14 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import threading
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Final
 
 import numpy as np
 import torch
 
+from layertap_server.engine.linear import filled_up
 from layertap_server.engine.packing import Group
 
 Forward = Callable[[torch.Tensor, Sequence[Group]], torch.Tensor]
@@ -132,23 +133,10 @@ class Probe:
 
         Runs in a thread of its own: a thread that has computed with a team keeps the team.
         """
-        found: list[Invariance | BaseException] = []
+        with ThreadPoolExecutor(1, "probe") as own_thread:
+            return own_thread.submit(self._search, thread_count, max_thread_count).result()
 
-        def search() -> None:
-            try:
-                with torch.inference_mode():
-                    found.append(self._search(thread_count, max_thread_count))
-            except BaseException as exc:
-                found.append(exc)
-
-        thread = threading.Thread(target=search, name="probe")
-        thread.start()
-        thread.join()
-        (result,) = found
-        if isinstance(result, BaseException):
-            raise result
-        return result
-
+    @torch.inference_mode()
     def _search(self, thread_count: int, max_thread_count: int) -> Invariance:
         for count in sorted({thread_count, 1}, reverse=True):
             torch.set_num_threads(count)
@@ -176,15 +164,12 @@ class Probe:
         """Returns each text's bits if they are the same alone, in a batch of all, and in one of each several times."""
         if not self._rowwise_agree(padding):
             return None
-        alone = self._alone(padding)
         count = len(self._texts)
+        alone = [self._bits_alone(n, padding) for n in range(count)]
         for batch in (list(range(count)), [n for n in range(count - 1) for _ in range(n % 2 + 1)], [0, 4, 9]):
             if not all(torch.equal(rows, alone[n]) for n, rows in self._run(batch, padding)):
                 return None
         return alone
-
-    def _alone(self, padding: RowPadding) -> list[torch.Tensor]:
-        return [self._bits_alone(n, padding) for n in range(len(self._texts))]
 
     def _bits_alone(self, n: int, padding: RowPadding) -> torch.Tensor:
         ((_, rows),) = self._run([n], padding)
@@ -216,6 +201,5 @@ class Probe:
         return True
 
     def _padded(self, parts: list[torch.Tensor], padding: RowPadding) -> torch.Tensor:
-        row_count = sum(len(part) for part in parts)
-        more = self._extra(padding.padded(row_count)) - row_count
-        return torch.cat([*parts, parts[0].new_zeros(more, parts[0].size(1))])
+        rows = torch.cat(parts)
+        return filled_up(rows, self._extra(padding.padded(len(rows))))

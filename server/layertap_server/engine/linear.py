@@ -48,9 +48,11 @@ def dense(rows: torch.Tensor, layer: Dense, packed: bool, gelu: bool) -> torch.T
 
 
 class Linears:
-    """Makes dense layers of one dtype on one device, by the way that a probe found better.
+    """Makes and applies dense layers, by the way that a probe found better.
 
     Attributes:
+        device: Where they compute.
+        dtype: What they compute in.
         packed: Whether weights are laid out for oneDNN.
     """
 
@@ -65,15 +67,10 @@ class Linears:
     ) -> None:
         """Probes with the shape of the model's largest matrix.
 
-        Args:
-            device: Where the layers compute.
-            dtype: What they compute in.
-            hidden_size: Values a row has.
-            intermediate_size: Values a row has inside the feed-forward network.
-            packing: Whether to lay weights out for oneDNN; None: if the probe finds that it pays.
+        `packing` says whether to lay weights out for oneDNN; None: if the probe finds that it pays.
         """
-        self._device = device
-        self._dtype = dtype
+        self.device = device
+        self.dtype = dtype
         self.packed = device.type == "cpu" and (
             _packing_pays(dtype, hidden_size, intermediate_size) if packing is None else packing
         )
@@ -91,14 +88,19 @@ class Linears:
         return -(-row_count // step) * step
 
     def make(self, weight: torch.Tensor, bias: torch.Tensor) -> Dense:
-        """Returns a dense layer on the device.
-
-        Args:
-            weight: Shape: [out_size, in_size].
-            bias: Shape: [out_size].
-        """
-        layer = Dense(weight.to(self._device, self._dtype), bias.to(self._device, self._dtype))
+        """Returns a dense layer on the device. Shape: [out_size, in_size] and [out_size]."""
+        layer = Dense(weight.to(self.device, self.dtype), bias.to(self.device, self.dtype))
         return _pack(layer) if self.packed else layer
+
+    def __call__(self, rows: torch.Tensor, layer: Dense) -> torch.Tensor:
+        """Applies a dense layer. Shape: [row_count, in_size], float32, to [row_count, out_size], float32."""
+        return dense(rows.to(self.dtype), layer, self.packed, False).float()
+
+
+def filled_up(rows: torch.Tensor, row_count: int) -> torch.Tensor:
+    """Returns so many rows: those given, and zeros. Shape: [fewer rows, size] to [row_count, size]."""
+    more = row_count - len(rows)
+    return F.pad(rows, (0, 0, 0, more)) if more else rows
 
 
 def _pack(layer: Dense) -> Dense:

@@ -1,7 +1,7 @@
 """What the engine asks of an accelerator beside tensors: host memory, copies, events, graphs and a clock.
 
 A CPU has no runtime: its tensors are the host's own. Everything that behaves otherwise on an accelerator goes through a
-`Runtime`, so that a stand-in can run the same paths where there is none. Nothing here waits for a whole device.
+`Runtime`, so that the tests can run the same paths on a stand-in with its methods. Nothing waits for a whole device.
 """
 
 from __future__ import annotations
@@ -41,52 +41,16 @@ class Arrival(Protocol):
         """Waits until the device has passed it."""
 
 
-class Runtime(Protocol):
+class Runtime:
     """One accelerator.
+
+    Copies to the host run in a stream beside each queue, so that the rows of a small batch do not wait for those of a
+    large one.
 
     Attributes:
         device: What torch calls it.
         trial_rows: How many rows keep it busy: trials compare two ways with so many.
         varlen_attention: Attention over texts of many lengths in one launch. None: the device has none.
-    """
-
-    device: torch.device
-    trial_rows: int
-    varlen_attention: VarlenAttention | None
-
-    def host_memory(self, byte_count: int) -> memoryview:
-        """Returns host memory that the device copies to and from without waiting."""
-
-    def to_device(self, host: torch.Tensor) -> torch.Tensor:
-        """Starts to copy host memory of this runtime to the device; what is queued next finds it there."""
-
-    def to_host(self, copies: Copies) -> Arrival:
-        """Starts to copy what is computed so far; later work does not wait. Both sides must live until it is done."""
-
-    def queue(self) -> contextlib.AbstractContextManager[object]:
-        """Returns a queue of the device's work for one thread: what is queued inside runs beside other queues' work."""
-
-    def reached(self) -> Arrival:
-        """Returns the point in this thread's queue up to which everything is queued now."""
-
-    def selected(self) -> contextlib.AbstractContextManager[object]:
-        """Returns what makes it the device of work that names none."""
-
-    def capture(self, work: Callable[[], None]) -> Callable[[], None]:
-        """Records the device's part of some work, which must be the same each time; returns what repeats it."""
-
-    def difference(self, found: torch.Tensor, wanted: torch.Tensor) -> float:
-        """Returns the largest difference from what is wanted, as a part of the largest value; waits for the device."""
-
-    def seconds(self, work: Callable[[], object]) -> float:
-        """Returns how long the device takes for some work: the median of several runs, after one that is not timed."""
-
-
-class CudaRuntime:
-    """One cuda device; implements `Runtime`.
-
-    Copies to the host run in a stream beside each queue, so that the rows of a small batch do not wait for those of a
-    large one.
     """
 
     trial_rows = 32_768
@@ -96,18 +60,21 @@ class CudaRuntime:
         self.varlen_attention = varlen_attention()
         self._copies: dict[torch.cuda.Stream, torch.cuda.Stream] = {}
         self._memory = PinnedMemory(functools.partial(pin, device))
-        self.host_memory = self._memory.allocate
         # cuDNN's attention makes a plan for each shape, tens of milliseconds long, and batches have any shape.
         torch.backends.cuda.enable_cudnn_sdp(False)
         # Images may turn TF32 on by a variable of the environment; float32 would be off by 1e-3.
         torch.set_float32_matmul_precision("highest")
 
+    def host_memory(self, byte_count: int) -> memoryview:
+        """Returns host memory that the device copies to and from without waiting."""
+        return self._memory.allocate(byte_count)
+
     def to_device(self, host: torch.Tensor) -> torch.Tensor:
-        """See `Runtime`."""
+        """Starts to copy host memory of this runtime to the device; what is queued next finds it there."""
         return host.to(self.device, non_blocking=True)
 
     def to_host(self, copies: Copies) -> Arrival:
-        """See `Runtime`."""
+        """Starts to copy what is computed so far; later work does not wait. Both sides must live until it is done."""
         queue = torch.cuda.current_stream(self.device)
         beside = self._copies.get(queue)
         if beside is None:
@@ -119,19 +86,19 @@ class CudaRuntime:
             return _event(beside)
 
     def queue(self) -> contextlib.AbstractContextManager[object]:
-        """See `Runtime`."""
+        """Returns a queue of the device's work for one thread: what is queued inside runs beside other queues' work."""
         return torch.cuda.stream(_stream(self.device))
 
     def reached(self) -> Arrival:
-        """See `Runtime`."""
+        """Returns the point in this thread's queue up to which everything is queued now."""
         return _event(torch.cuda.current_stream(self.device))
 
     def selected(self) -> contextlib.AbstractContextManager[object]:
-        """See `Runtime`."""
+        """Returns what makes it the device of work that names none."""
         return torch.cuda.device(self.device)
 
     def capture(self, work: Callable[[], None]) -> Callable[[], None]:
-        """See `Runtime`."""
+        """Records the device's part of some work, which must be the same each time; returns what repeats it."""
         graph = torch.cuda.CUDAGraph()
         queue = torch.cuda.stream(torch.cuda.current_stream(self.device))  # A failed recording would stay in its own.
         # Other threads may use the device meanwhile: the metrics ask for its memory.
@@ -140,11 +107,12 @@ class CudaRuntime:
         return graph.replay
 
     def difference(self, found: torch.Tensor, wanted: torch.Tensor) -> float:
-        """See `Runtime`."""
-        return relative_difference(found, wanted)
+        """Returns the largest difference as a part of the largest wanted value; NaN if either has one. Any shape."""
+        wanted = wanted.float()
+        return float((found.float() - wanted).abs().max() / wanted.abs().max())
 
     def seconds(self, work: Callable[[], object]) -> float:
-        """See `Runtime`."""
+        """Returns how long the device takes for some work: the median of several runs, after one that is not timed."""
         self._timed(work, 1)  # The first run may load kernels.
         repeats = max(1, min(_MOST_REPEATS, int(_CLOCK_SECONDS / max(self._timed(work, 1), 1e-6))))
         return float(np.median([self._timed(work, repeats) for _ in range(_CLOCK_ROUNDS)]))
@@ -159,12 +127,6 @@ class CudaRuntime:
         ended.synchronize()
         milliseconds: float = started.elapsed_time(ended)
         return milliseconds / 1e3 / repeats
-
-
-def relative_difference(found: torch.Tensor, wanted: torch.Tensor) -> float:
-    """Returns the largest difference as a part of the largest wanted value; NaN if either has one. Any shape."""
-    wanted = wanted.float()
-    return float((found.float() - wanted).abs().max() / wanted.abs().max())
 
 
 def _stream(device: torch.device) -> torch.cuda.Stream:

@@ -11,7 +11,7 @@ import torch
 from torch.nn import functional as F
 
 from layertap_server.engine.invariance import Rowwise
-from layertap_server.engine.linear import Linears, dense
+from layertap_server.engine.linear import Linears, filled_up
 from layertap_server.model.files import CheckpointError
 from layertap_server.model.sentence_modules import Dense, Module
 
@@ -23,7 +23,7 @@ _TAIL: Final = 64
 
 
 class SentenceModules:
-    """The modules of one model on one device.
+    """The modules of one model on one device; `padded` says how many rows to compute for so many.
 
     Attributes:
         rowwise: Each Dense, for the probe of batch invariance.
@@ -35,18 +35,15 @@ class SentenceModules:
         token_modules: Sequence[Module],
         vector_modules: Sequence[Module],
         linears: Linears,
-        dtype: torch.dtype,
         padded: Callable[[int], int],
     ) -> None:
         """Loads the weights.
-
-        `padded` says how many rows to compute for so many.
 
         Raises:
             CheckpointError: if weights cannot be read.
         """
         self.rowwise: list[Rowwise] = []
-        self._linears, self._dtype, self._padded = linears, dtype, padded
+        self._linears, self._padded = linears, padded
         self._tokens = [self._load(module) for module in token_modules]
         self._vectors = [self._load(module) for module in vector_modules]
 
@@ -73,25 +70,20 @@ class SentenceModules:
                 "again"
             ) from exc
         no_bias = torch.zeros(module.out_size)
-        linear = self._linears.make(weights["linear.weight"], weights.get("linear.bias", no_bias))
+        linears = self._linears
+        linear = linears.make(weights["linear.weight"], weights.get("linear.bias", no_bias))
         projected = weights.get("residual.weight")
-        residual = None if projected is None else self._linears.make(projected, no_bias)
+        residual = None if projected is None else linears.make(projected, no_bias)
         activation: Apply = getattr(torch.nn, module.activation)()
-        packed, dtype = self._linears.packed, self._dtype
-
-        def compute(rows: torch.Tensor) -> torch.Tensor:
-            cast = rows.to(dtype)
-            found = activation(dense(cast, linear, packed, False).float())
-            if module.has_residual:
-                found = found + (rows if residual is None else dense(cast, residual, packed, False).float())
-            return found
-
         step = _TAIL // math.gcd(_TAIL, module.out_size)
 
         def apply(rows: torch.Tensor) -> torch.Tensor:
             row_count = len(rows)
-            more = -(-self._padded(row_count) // step) * step - row_count
-            return compute(F.pad(rows, (0, 0, 0, more)) if more else rows)[:row_count]
+            rows = filled_up(rows, -(-self._padded(row_count) // step) * step)
+            found = activation(linears(rows, linear))
+            if module.has_residual:
+                found = found + (rows if residual is None else linears(rows, residual))
+            return found[:row_count]
 
         self.rowwise.append(Rowwise(apply, module.in_size))
         return apply

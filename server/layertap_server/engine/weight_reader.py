@@ -6,6 +6,7 @@ import torch
 
 from layertap_server.engine.block import Norm
 from layertap_server.engine.linear import Dense, Linears
+from layertap_server.model.architectures import Architecture
 from layertap_server.model.files import CheckpointError
 from layertap_server.model.settings import ModelSettings
 from layertap_server.model.weights import expected_shapes
@@ -14,52 +15,38 @@ Weights = dict[str, torch.Tensor]
 
 
 class WeightReader:
-    """Moves weights to a device, each out of the mapping that it reads, so that none is held twice."""
+    """Moves weights to a device, each out of the mapping that it reads, so that none is held twice.
 
-    def __init__(self, weights: Weights, settings: ModelSettings, linears: Linears, device: torch.device) -> None:
-        """Reads from a mapping.
+    What is missing or has another shape is a `CheckpointError`.
 
-        Args:
-            weights: By any of their names.
-            settings: The model's settings.
-            linears: Makes the dense layers.
-            device: Where all other weights go.
-        """
-        self._architecture = settings.architecture
-        self._weights = {self._architecture.common_name(name): weights.pop(name) for name in list(weights)}
-        self._linears = linears
-        self._device = device
+    Attributes:
+        linears: Makes the dense layers, and names the device.
+    """
+
+    def __init__(self, weights: Weights, architecture: Architecture, linears: Linears) -> None:
+        """Empties a mapping with weights by any of their names."""
+        self._architecture = architecture
+        self._weights = {architecture.common_name(name): weights.pop(name) for name in list(weights)}
+        self.linears = linears
 
     def __contains__(self, name: str) -> bool:
         return name in self._weights
 
     def table(self, name: str, *shape: int) -> torch.Tensor:
-        """Returns a weight in float32.
-
-        Raises:
-            CheckpointError: if it is missing or has another shape.
-        """
-        return self._take(name, *shape).to(self._device, torch.float32)
+        """Returns a weight in float32."""
+        return self._take(name, *shape).to(self.linears.device, torch.float32)
 
     def norm(self, prefix: str, size: int) -> Norm:
-        """Returns a LayerNorm.
-
-        Raises:
-            CheckpointError: if a weight is missing or has another shape.
-        """
+        """Returns a LayerNorm."""
         return Norm(self.table(f"{prefix}.LayerNorm.weight", size), self.table(f"{prefix}.LayerNorm.bias", size))
 
     def linear(self, *names: str, out_size: int, in_size: int) -> Dense:
-        """Returns some dense layers as one, whose outputs follow each other.
-
-        Raises:
-            CheckpointError: if a weight is missing or has another shape.
-        """
+        """Returns some dense layers as one, whose outputs follow each other."""
         weights = [self._take(f"{name}.weight", out_size, in_size) for name in names]
         biases = [self._take(f"{name}.bias", out_size) for name in names]
         if len(names) == 1:
-            return self._linears.make(weights[0], biases[0])
-        return self._linears.make(torch.cat(weights), torch.cat(biases))
+            return self.linears.make(weights[0], biases[0])
+        return self.linears.make(torch.cat(weights), torch.cat(biases))
 
     def _take(self, name: str, *shape: int) -> torch.Tensor:
         own_name = self._architecture.own_name(name)
