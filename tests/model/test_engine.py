@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import queue
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from support.faulty import Demand, FaultyEncoder
 from support.oracle import POOLINGS, Oracle
 from support.simulated_gpu import SimulatedGpu
 
@@ -99,6 +101,18 @@ def test_few_numbers_of_rows_reach_onednn(real_folder: Path) -> None:
         assert max(more) < 8 and len({linears.padded(number) for number in numbers}) <= 1024 // 4
     else:
         assert not any(more)
+
+
+def test_instances_run_in_halves_what_finds_no_memory(tiny_folder: Path) -> None:
+    found = checkpoint.find(model_id=str(tiny_folder), revision="", name="", load_format="safetensors", seed=0)
+    faulty = FaultyEncoder(found, device="cpu", dtype="float32", batch_s=0.0)
+    (encode,) = cpu_threads.make([faulty], cpu_threads.share(instance_count=1, thread_count=1))
+    output = Output(kind=OutputKind.HIDDEN_STATES, layers=(0, LAYER_COUNT), row_size=HIDDEN_SIZE)
+    texts = [Text(np.array([Demand.NO_MEMORY_TOGETHER, 40 + n], np.int32)) for n in range(3)]
+    runs = [Run(plan=Plan(outputs=(output,), dtype="float32"), texts=[text]) for text in texts]
+    rows = [one for one in encode(runs) if one is not None]
+    assert sorted((one.run_index, one.layer) for one in rows) == list(itertools.product(range(3), output.layers))
+    assert not any(one.failures for one in rows)
 
 
 @pytest.mark.parametrize("lengths", [(9, 8, 20), (30, 31, 37)], ids=str)

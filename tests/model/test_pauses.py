@@ -12,7 +12,6 @@ import pytest
 
 from layertap_server.engine import cpu_threads
 from layertap_server.engine.encoder import Encoder
-from layertap_server.engine.oom_retry import with_oom_retry
 from layertap_server.model import checkpoint
 from layertap_server.scheduler.batcher import Batcher
 from layertap_server.scheduler.call import Call
@@ -51,7 +50,7 @@ def encode(real_folder: Path) -> Encode:
     found = checkpoint.find(model_id=str(real_folder), revision="", name="", load_format="safetensors", seed=0)
     encoder = Encoder(found, device="cpu", dtype="float32")
     (made,) = cpu_threads.make([encoder], cpu_threads.share(instance_count=1, thread_count=1))
-    return with_oom_retry(made)
+    return made
 
 
 def _text(length: int) -> Text:

@@ -17,7 +17,6 @@ from layertap_server.app.model_loading import FoundModel
 from layertap_server.config import Config, ConfigError
 from layertap_server.engine import cpu_threads, runtime
 from layertap_server.engine.encoder import Encoder
-from layertap_server.engine.oom_retry import with_oom_retry
 from layertap_server.model.facts import ModelFacts
 from layertap_server.observability.call_log import CallLog
 from layertap_server.observability.metrics import Metrics
@@ -76,7 +75,7 @@ def make_parts(
     if share.shared_memory_bytes and not hasattr(os, "memfd_create"):
         raise ConfigError("--shared-memory-bytes needs Linux; leave it out")
     batcher = Batcher(
-        [with_oom_retry(encode) for encode in cpu_threads.make(encoders, found.threads)],
+        cpu_threads.make(encoders, found.threads),
         QueueLimits(
             max_batch_tokens=batch_tokens,
             max_batch_bytes=share.max_batch_bytes or found.batch_bytes,

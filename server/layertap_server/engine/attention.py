@@ -57,13 +57,7 @@ def attend(
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class CpuPrepared:
-    """The attention of one batch.
-
-    Attributes:
-        shapes: First row, text count and length of each group.
-        masks: What is added to the scores of each, or None. Shape: [text_count, 1, 1, length].
-        head_count: Attention heads.
-    """
+    """The attention of one batch: what `attend` needs beside the rows."""
 
     shapes: list[tuple[int, int, int]]
     masks: list[torch.Tensor | None]

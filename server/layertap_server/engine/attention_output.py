@@ -36,14 +36,10 @@ class AttentionOutput:
         ]
 
     def __call__(self, rows: torch.Tensor, layer: int) -> torch.Tensor:
-        """Returns the probabilities of the block that reads a layer.
+        """Returns the probabilities of the block that reads a layer of this number.
 
-        Args:
-            rows: The layer. Shape: [row_count, hidden_size], float32.
-            layer: Its number.
-
-        Returns:
-            Of each text, for each query and key, one value for each head. Shape: [sum of token_count², head_count].
+        Of each text, for each query and key, there is one value for each head. Shape: [row_count, hidden_size],
+        float32, to [sum of token_count², head_count].
         """
         queries, keys = self._bert.queries_and_keys(self._rows.of(rows), layer)
         queries, keys = (one.index_select(0, self._heads.tensor) for one in (queries, keys))

@@ -94,6 +94,7 @@ class Bert:
             CheckpointError: if a weight is missing or has another shape, or the activation is unknown.
         """
         self._settings = settings
+        self._padding_id = settings.padding_position_id
         self._linears = linears = reader.linears
         self._embed = Embeddings(reader, settings)
         self._stack = BlockStack(reader, settings, runtime)
@@ -132,7 +133,7 @@ class Bert:
         def add(array: npt.NDArray[Any]) -> Sent:
             return upload.add(np.concatenate([array, pad], dtype=np.int32) if len(pad) else array.astype(np.int32))
 
-        ids, positions = add(packed_batch.input_ids), add(packed_batch.position_ids(self._settings.padding_position_id))
+        ids, positions = add(packed_batch.input_ids), add(packed_batch.position_ids(self._padding_id))
         types = packed_batch.token_type_ids
         graph = None if self._graphs is None else self._graphs.take(packed_batch, self._settings.num_hidden_layers)
         if graph is not None:

@@ -20,6 +20,7 @@ from typing import Final
 
 from layertap.errors import counted
 from layertap_server.engine.encoder import Encoder
+from layertap_server.engine.oom_retry import with_oom_retry
 from layertap_server.engine.thread_team import ThreadTeam
 from layertap_server.types import Encode, Rows, Run
 
@@ -65,27 +66,21 @@ def share(*, instance_count: int = 0, thread_count: int = 0, process_count: int 
 
 
 def make(encoders: Sequence[Encoder], threads: CpuThreads) -> list[Encode]:
-    """Returns what each instance runs.
-
-    Args:
-        encoders: One for each device.
-        threads: How the cores are shared, if the device is the CPU.
-    """
+    """Returns what each instance runs, by encoders of one for each device; what finds no memory runs in halves."""
     if encoders[0].device.type != "cpu":
-        return [encoder.encode_beside() for encoder in encoders for _ in range(_INSTANCES_PER_DEVICE)]
+        return [with_oom_retry(one.encode_beside()) for one in encoders for _ in range(_INSTANCES_PER_DEVICE)]
     (encoder,) = encoders
     each = counted(encoder.thread_count, "thread")
     log.info("%s with %s each", counted(threads.instance_count, "instance"), each)
-    instances = _CpuInstances(encoder, encoder.thread_count)
-    return [functools.partial(instances.encode, instance) for instance in range(threads.instance_count)]
+    instances = _CpuInstances(encoder)
+    return [with_oom_retry(functools.partial(instances.encode, n)) for n in range(threads.instance_count)]
 
 
 class _CpuInstances:
     """The instances of a CPU, which know of each other whether they work."""
 
-    def __init__(self, encoder: Encoder, thread_count: int) -> None:
+    def __init__(self, encoder: Encoder) -> None:
         self._encoder = encoder
-        self._thread_count = thread_count
         # The threads of each instance that works. It changes its own entry alone, so no two can disagree on a count.
         self._busy: dict[int, int] = {}
         self._team = ThreadTeam()
@@ -97,7 +92,7 @@ class _CpuInstances:
         started_at, computed_s = time.perf_counter(), time.thread_time()
         try:
             has_team = lone and self._team.pays
-            self._use_threads(instance, self._encoder.max_thread_count if has_team else self._thread_count)
+            self._use_threads(instance, self._encoder.max_thread_count if has_team else self._encoder.thread_count)
             yield from self._encoder.encode_with_pauses(batch)
         finally:
             if paused is None:

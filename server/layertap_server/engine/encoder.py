@@ -14,7 +14,6 @@ import dataclasses
 import logging
 from collections.abc import Callable, Iterator, Sequence
 
-import safetensors.torch
 import torch
 from torch.nn import functional as F
 
@@ -32,8 +31,8 @@ from layertap_server.engine.pooling import TextPooling, WordsPooling
 from layertap_server.engine.runtime import Runtime
 from layertap_server.engine.sentence_modules import SentenceModules
 from layertap_server.engine.upload import Upload
-from layertap_server.engine.weight_reader import WeightReader, Weights, dummy_weights
-from layertap_server.model.checkpoint import Checkpoint, CheckpointError
+from layertap_server.engine.weight_reader import WeightReader, dummy_weights, load_weights
+from layertap_server.model.checkpoint import Checkpoint
 from layertap_server.model.sentence_config import SentenceConfig
 from layertap_server.types import Encode, Output, OutputKind, Rows, Run, Vectors
 
@@ -96,7 +95,9 @@ class Encoder:
         self._selected = contextlib.nullcontext if runtime is None else runtime.selected
         self._allocate = allocate
         settings = checkpoint.settings
-        weights = _load(checkpoint) if checkpoint.weight_files else dummy_weights(settings, checkpoint.seed)
+        weights = {} if checkpoint.weight_files else dummy_weights(settings, checkpoint.seed)
+        for path in checkpoint.weight_files:
+            weights |= load_weights(path, path.name)
         with torch.inference_mode(), self._selected():
             linears = Linears(
                 device=self.device,
@@ -270,13 +271,3 @@ def _sentence_vectors(
         return F.normalize(vectors, dim=1, eps=1e-12) if normalize else vectors
 
     return make
-
-
-def _load(checkpoint: Checkpoint) -> Weights:
-    weights: Weights = {}
-    try:
-        for path in checkpoint.weight_files:
-            weights |= safetensors.torch.load_file(path)
-    except (OSError, safetensors.SafetensorError) as exc:
-        raise CheckpointError(f"{path.name} cannot be read as safetensors; fetch the model again") from exc
-    return weights

@@ -91,20 +91,14 @@ class GraphInput:
     """
 
     def __init__(self, graph: Graph, packed_batch: PackedBatch, inputs: Sequence[Sent], upload: Upload) -> None:
-        """Adds the bounds of the texts to the upload.
+        """Adds the bounds of the texts to the upload, for a graph that was taken for the batch.
 
-        Args:
-            graph: A graph that was taken for the batch.
-            packed_batch: The batch.
-            inputs: Ids, token types and positions. Shape of each: [row_count], int32.
-            upload: The batch's upload.
+        Inputs are ids, token types and positions. Shape of each: [row_count], int32.
         """
         self.packed_batch = packed_batch
         self._graph, self._inputs = graph, inputs
-        lengths = [group.length for group in packed_batch.groups for _ in range(group.text_count)]
-        bounds = np.full(_MOST_TEXTS + 1, sum(lengths), np.int32)
-        bounds[: len(lengths) + 1] = np.cumsum([0, *lengths])
-        self._bounds = upload.add(bounds)
+        bounds = packed_batch.bounds
+        self._bounds = upload.add(np.pad(bounds, (0, _MOST_TEXTS + 1 - len(bounds)), "edge"))
 
     def run(self) -> list[torch.Tensor]:
         """Returns all layers, valid until `close`. Shape of each: [row_count of the graph, hidden_size], float32."""
@@ -122,10 +116,7 @@ class Graphs:
     def __init__(self, run: Pass, *, max_length: int, runtime: Runtime) -> None:
         """Records graphs, smallest first; those that are clearly faster than what they repeat are kept.
 
-        Args:
-            run: The pass; the same kernels whatever its input.
-            max_length: Rows of the longest text that the model takes.
-            runtime: The device.
+        The pass must run the same kernels whatever its input. No text has more rows than `max_length`.
         """
         self._graphs: list[Graph] = []
         started, byte_count = time.monotonic(), 0
@@ -142,7 +133,7 @@ class Graphs:
         groups, row_count = packed_batch.groups, packed_batch.row_count(0)
         if packed_batch.depth < layer_count or any(group.attention_mask is not None for group in groups):
             return None
-        if sum(group.text_count for group in groups) > _MOST_TEXTS:
+        if len(packed_batch.bounds) > _MOST_TEXTS + 1:
             return None
         fitting = next((graph for graph in self._graphs if graph.row_count >= row_count), None)
         return fitting if fitting is not None and fitting.lock.acquire(blocking=False) else None
@@ -152,11 +143,10 @@ def _record(run: Pass, row_count: int, max_length: int, runtime: Runtime) -> Gra
     """Returns a graph that gives what launching gives, also for a batch other than the recorded one."""
     batch = PackedBatch([_trial(row_count - row_count // 5, max_length)])
     total = batch.row_count(0)
-    bounds = np.cumsum([0, *(group.length for group in batch.groups for _ in range(group.text_count))], dtype=np.int32)
     upload, late = Upload(runtime), Upload(runtime)
     arrays = batch.input_ids, np.zeros(total, np.int32), batch.position_ids(None).astype(np.int32)
     inputs = [upload.add(array) for array in arrays]
-    own_bounds = upload.add(bounds)
+    own_bounds = upload.add(batch.bounds)
     upload.send()
     made: list[Graph] = []
 

@@ -48,17 +48,16 @@ class _Pending:
     arrival: Arrival | None
     read: tuple[torch.Tensor, ...] = ()
 
+    def wait(self) -> None:
+        if self.arrival is not None:
+            self.arrival.synchronize()
+
 
 class ChosenRows:
     """Some rows of a batch: a part of it where they lie together, else gathered."""
 
     def __init__(self, rows: Indices, upload: Upload) -> None:
-        """Adds what it needs to the upload.
-
-        Args:
-            rows: Which rows, in order. Shape: [row_count], not empty.
-            upload: The batch's upload.
-        """
+        """Adds what it needs to the batch's upload. Shape of the indices: [row_count], not empty."""
         self.row_count = len(rows)
         self._first = int(rows[0])
         together = bool((rows == np.arange(self._first, self._first + len(rows))).all())
@@ -79,29 +78,21 @@ class ChosenRows:
 
 
 class HostCopy:
-    """The copies of one batch."""
+    """The copies of one batch.
+
+    Args:
+        runtime: The accelerator. None: the CPU, whose numbers are on the host already.
+        allocate: Where buffers come from. None: the runtime's host memory, or new memory.
+    """
 
     def __init__(self, runtime: Runtime | None, allocate: Callable[[int], memoryview] | None) -> None:
-        """Starts with nothing.
-
-        Args:
-            runtime: The accelerator. None: the CPU, whose numbers are on the host already.
-            allocate: Where buffers come from. None: the runtime's host memory, or new memory.
-        """
         self._runtime = runtime
         self._allocate = allocate or (_plain if runtime is None else runtime.host_memory)
         self._pending: deque[_Pending] = deque()
         self._peaks: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def take(self, values: torch.Tensor, group: OutputGroup, layer: int, *, chosen: ChosenRows | None = None) -> None:
-        """Starts to copy values to the host.
-
-        Args:
-            values: Shape: [row_count, row_size], float32.
-            group: The outputs that they belong to.
-            layer: Their layer.
-            chosen: The rows to copy, in order; None: all.
-        """
+        """Starts to copy the chosen rows of a layer, or all, for a group. Shape: [row_count, row_size], float32."""
         dtype = DTYPES[group.dtype]
         row_count = len(values) if chosen is None else chosen.row_count
         if not row_count:  # Texts without words have no rows.
@@ -138,15 +129,13 @@ class HostCopy:
     def rest(self) -> Iterator[Rows]:
         """Yields all that is left, waiting for each."""
         while self._pending:
-            if self._pending[0].arrival is not None:
-                self._pending[0].arrival.synchronize()
+            self._pending[0].wait()
             yield from _rows(self._pending.popleft())
 
     def wait(self) -> None:
         """Waits until nothing is being written any more; buffers that are let go of may be lent anew at once."""
         for pending in self._pending:
-            if pending.arrival is not None:
-                pending.arrival.synchronize()
+            pending.wait()
         self._pending.clear()
 
     def _row_peaks(self, values: torch.Tensor) -> torch.Tensor:
@@ -203,4 +192,4 @@ def _failures(pending: _Pending, rows: slice, counts: Sequence[int]) -> dict[int
 
 
 def _plain(byte_count: int) -> memoryview:
-    return np.empty(byte_count, np.uint8).data.cast("B")
+    return np.empty(byte_count, np.uint8).data

@@ -102,7 +102,7 @@ class Probe:
         forward: Runs one block of the model.
         rowwise: The parts beside the blocks.
         hidden_size: Values a row has.
-        extra: Pads rows once more, for speed; a multiple of any step stays one.
+        extra: Returns how many rows to compute, for speed, in place of so many; a multiple of any step stays one.
         least_step: The least step of rows.
     """
 

@@ -26,12 +26,7 @@ class Mixes:
         self._held: dict[Mix, torch.Tensor] = {}
 
     def add(self, layer: int, rows: torch.Tensor) -> None:
-        """Adds the next layer, and frees the mixes that were complete before it.
-
-        Args:
-            layer: Its number.
-            rows: Shape: [row_count, hidden_size], float32.
-        """
+        """Adds the next layer, and frees the mixes that were complete before it. Shape: [row_count, hidden_size]."""
         for mix in self._wanted:
             if mix.top < layer:
                 self._held.pop(mix, None)

@@ -88,6 +88,11 @@ class PackedBatch:
         self.groups = _groups(ordered, lengths[order], masked[order], self._depths_sorted)
 
     @property
+    def bounds(self) -> npt.NDArray[np.int32]:
+        """The first row of each text in its order here, and the row past the last. Shape: [text_count + 1]."""
+        return np.concatenate([[0], self._row_ends], dtype=np.int32)
+
+    @property
     def depth(self) -> int:
         """The highest layer that is needed."""
         return int(self._depths_sorted[0])

@@ -34,9 +34,8 @@ class _Slab:
     def __init__(self, byte_count: int, register: Register) -> None:
         self.byte_count = byte_count
         mapping = mmap.mmap(-1, byte_count, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        with contextlib.suppress(
-            OSError
-        ):  # Where the kernel has them, large pages are registered in a tenth of the time.
+        # Where the kernel has them, large pages are registered in a tenth of the time.
+        with contextlib.suppress(OSError):
             mapping.madvise(mmap.MADV_HUGEPAGE)
         self.memory = memoryview(mapping)
         self.unregister = register(self.memory)
@@ -104,7 +103,7 @@ class PinnedMemory:
             slab, start = self._take(taken)
         piece = np.frombuffer(slab.memory[start : start + byte_count], np.uint8)
         weakref.finalize(piece, self._returned.append, (slab, start, taken)).atexit = False
-        return piece.data.cast("B")
+        return piece.data
 
     def _take(self, byte_count: int) -> tuple[_Slab, int]:
         for slab in self._slabs:

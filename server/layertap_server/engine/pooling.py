@@ -42,14 +42,7 @@ class TextPooling:
     """The vectors of some texts: rows pooled, cut to a size, then normalized."""
 
     def __init__(self, bags: Bags, pool: Pool, size: int | None, upload: Upload) -> None:
-        """Adds what it needs to the upload.
-
-        Args:
-            bags: Which rows make which vector; none is empty.
-            pool: How.
-            size: Values to keep of each vector; None: all.
-            upload: The batch's upload.
-        """
+        """Adds what it needs to the batch's upload: bags, none of them empty. Without a size vectors stay whole."""
         self._pool, self._size = pool, size
         self._chosen: Sent | None = None
         if pool.strategy in (Strategy.CLS, Strategy.LAST):
@@ -71,13 +64,7 @@ class WordsPooling:
     """The vectors of the words of some texts; a word without rows becomes zeros."""
 
     def __init__(self, bags: Bags, pooling: WordPooling, upload: Upload) -> None:
-        """Adds what it needs to the upload.
-
-        Args:
-            bags: Which rows make which word; some may be empty.
-            pooling: How.
-            upload: The batch's upload.
-        """
+        """Adds what it needs to the batch's upload: bags, some of which may be empty."""
         self._bags: _SentBags | None = None
         self._ends: list[Sent] = []
         self._empty: Sent | None = None
@@ -100,14 +87,7 @@ class WordsPooling:
             self._empty = upload.add(~full)
 
     def __call__(self, rows: torch.Tensor) -> torch.Tensor:
-        """Pools a layer.
-
-        Args:
-            rows: Shape: [row_count, row_size], float32.
-
-        Returns:
-            Shape: [word_count, row_size], or twice as wide for FIRST_LAST; float32.
-        """
+        """Pools a layer. Shape: [row_count, row_size] to [word_count, row_size], or twice as wide for FIRST_LAST."""
         if self._bags is not None:
             return self._bags.reduce(rows, "mean")
         vectors = torch.cat([rows.index_select(0, end.tensor) for end in self._ends], dim=1)

@@ -6,13 +6,12 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Final
 
-import safetensors.torch
 import torch
 from torch.nn import functional as F
 
 from layertap_server.engine.invariance import Rowwise
 from layertap_server.engine.linear import Linears, filled_up
-from layertap_server.model.files import CheckpointError
+from layertap_server.engine.weight_reader import load_weights
 from layertap_server.model.sentence_modules import Dense, Module
 
 Apply = Callable[[torch.Tensor], torch.Tensor]
@@ -62,13 +61,7 @@ class SentenceModules:
     def _load(self, module: Module) -> Apply:
         if not isinstance(module, Dense):
             return lambda rows: F.normalize(rows, dim=1, eps=1e-12)
-        try:
-            weights = safetensors.torch.load_file(module.weights)
-        except (OSError, safetensors.SafetensorError) as exc:
-            raise CheckpointError(
-                f"{module.weights.name} of {module.weights.parent.name} cannot be read as safetensors; fetch the model "
-                "again"
-            ) from exc
+        weights = load_weights(module.weights, f"{module.weights.name} of {module.weights.parent.name}")
         no_bias = torch.zeros(module.out_size)
         linears = self._linears
         linear = linears.make(weights["linear.weight"], weights.get("linear.bias", no_bias))

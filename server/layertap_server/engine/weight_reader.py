@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import safetensors.torch
 import torch
 
 from layertap_server.engine.block import Norm
@@ -59,6 +62,18 @@ class WeightReader:
                 f"{own_name} has shape {tuple(tensor.shape)}, config.json says {shape}; fetch the model again"
             )
         return tensor
+
+
+def load_weights(path: Path, name: str) -> Weights:
+    """Returns the tensors of a safetensors file; an error calls it by the name given.
+
+    Raises:
+        CheckpointError: if it cannot be read.
+    """
+    try:
+        return safetensors.torch.load_file(path)
+    except (OSError, safetensors.SafetensorError) as exc:
+        raise CheckpointError(f"{name} cannot be read as safetensors; fetch the model again") from exc
 
 
 def dummy_weights(settings: ModelSettings, seed: int) -> Weights:

@@ -13,9 +13,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
-import safetensors
-
-from layertap_server.model.files import CheckpointError, check_file
+from layertap_server.model.files import CheckpointError
+from layertap_server.model.weights import FLOATS, tensor_headers
 
 TOKENS: Final = "token_embeddings"
 VECTOR: Final = "sentence_embedding"
@@ -25,7 +24,6 @@ _ACTIVATIONS: Final = frozenset(
 )
 """The activations of torch.nn that have no weights and look at each number by itself."""
 _ACTIVATION_PLACES: Final = ("torch.nn", "torch.nn.modules.activation", "torch.nn.modules.linear")
-_FLOATS: Final = ("F64", "F32", "F16", "BF16")
 _FILE: Final = "model.safetensors"
 MAX_COUNT: Final = 32
 """The most modules of a folder."""
@@ -123,16 +121,13 @@ def read_dense(found: Mapping[str, Any], folder: Path, name: str) -> Dense:
         digest="",
     )
     try:
-        check_file(path)
-        with safetensors.safe_open(path, framework="np") as file:
-            parts = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118  # The file cannot be iterated.
-            shapes = {key: tuple(part.get_shape()) for key, part in parts.items()}
-            formats = {str(part.get_dtype()) for part in parts.values()}
+        headers = tensor_headers(path)
         with path.open("rb") as opened:
             digest = hashlib.file_digest(opened, "sha256").hexdigest()
-    except (OSError, safetensors.SafetensorError, CheckpointError) as exc:
+    except (OSError, CheckpointError) as exc:
         raise UnsupportedModuleError(f"the weights beside {name} cannot be read") from exc
-    if shapes != dense.shapes or not formats <= set(_FLOATS):
+    shapes = {key: shape for key, (shape, _) in headers.items()}
+    if shapes != dense.shapes or not all(kind in FLOATS for _, kind in headers.values()):
         raise UnsupportedModuleError(f"the weights beside {name} are not those of its config")
     return dataclasses.replace(dense, digest=digest)
 

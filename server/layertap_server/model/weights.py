@@ -14,7 +14,8 @@ from layertap_server.model.settings import ModelSettings
 
 INDEX: Final = "model.safetensors.index.json"
 
-_FLOATS: Final = ("F64", "F32", "F16", "BF16")
+FLOATS: Final = ("F64", "F32", "F16", "BF16")
+"""The formats of weights that are read."""
 _BUFFERS: Final = ("embeddings.position_ids", "embeddings.token_type_ids")
 """What old versions of transformers saved though it is no weight."""
 
@@ -75,9 +76,9 @@ def check_weights(files: Sequence[Path], settings: ModelSettings, *, given: Mapp
             raise CheckpointError(
                 f"{name} has shape {own_shape}, config.json says {shape}{hint}; correct it, or fetch the model again"
             )
-        if kind not in _FLOATS:
+        if kind not in FLOATS:
             raise CheckpointError(
-                f"{name} has the format {kind}; layertap reads {', '.join(_FLOATS)}, save the model in one of these"
+                f"{name} has the format {kind}; layertap reads {', '.join(FLOATS)}, save the model in one of these"
             )
     left = sorted(architecture.own_name(name) for name in found if architecture.is_own(name) and name not in _BUFFERS)
     if left:
@@ -92,20 +93,29 @@ def _tensors(files: Sequence[Path], architecture: Architecture) -> dict[str, tup
     """Returns shape and format of each tensor by its name in BertModel."""
     found: dict[str, tuple[tuple[int, ...], str]] = {}
     for path in files:
-        check_file(path)
-        try:
-            with safetensors.safe_open(path, framework="np") as file:
-                for name in file.keys():  # noqa: SIM118  # The file itself cannot be iterated.
-                    part = file.get_slice(name)
-                    common = architecture.common_name(name)
-                    if common in found and architecture.is_own(common):
-                        raise CheckpointError(f"the weights have {name} twice; fetch the model again")
-                    found[common] = tuple(part.get_shape()), str(part.get_dtype())
-        except (OSError, safetensors.SafetensorError) as exc:
-            raise CheckpointError(
-                f"{path.name} cannot be read as safetensors ({reason_of(exc)}); fetch the model again"
-            ) from exc
+        for name, header in tensor_headers(path).items():
+            common = architecture.common_name(name)
+            if common in found and architecture.is_own(common):
+                raise CheckpointError(f"the weights have {name} twice; fetch the model again")
+            found[common] = header
     return found
+
+
+def tensor_headers(path: Path) -> dict[str, tuple[tuple[int, ...], str]]:
+    """Returns shape and format of each tensor of a safetensors file by its name.
+
+    Raises:
+        CheckpointError: if it cannot be read.
+    """
+    check_file(path)
+    try:
+        with safetensors.safe_open(path, framework="np") as file:
+            parts = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118  # It cannot be iterated.
+            return {name: (tuple(part.get_shape()), str(part.get_dtype())) for name, part in parts.items()}
+    except (OSError, safetensors.SafetensorError) as exc:
+        raise CheckpointError(
+            f"{path.name} cannot be read as safetensors ({reason_of(exc)}); fetch the model again"
+        ) from exc
 
 
 def expected_shapes(settings: ModelSettings, *, pooler: bool) -> dict[str, tuple[int, ...]]:
