@@ -69,10 +69,12 @@ def _serve(config: Config) -> int:
     set_environment()
     with _server_extra():
         from layertap_server.app.child_process import in_child
-        from layertap_server.app.listening import check_listening, open_listener
+        from layertap_server.app.listening import open_listener
 
         # In a child, if this process is to be forked: certificates start gRPC, which does not survive that.
-        listener = open_listener(config) if config.processes == 1 else in_child(lambda: check_listening(config))
+        if config.processes > 1:
+            in_child(lambda: bool(open_listener(config)))
+        listener = open_listener(config) if config.processes == 1 else None
 
     def make_app(config: Config) -> App:
         # Only now, since it imports torch, which takes seconds: a wrong address is refused at once.

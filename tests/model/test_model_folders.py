@@ -539,6 +539,10 @@ def test_a_folder_that_is_not_there(capfd: pytest.CaptureFixture[str], folder: s
     _fails(capfd, ["--model-id", folder], "--model-id", "folder", "does not exist")
 
 
+def test_a_folder_that_cannot_be_looked_into(capfd: pytest.CaptureFixture[str]) -> None:
+    _fails(capfd, ["--model-id", "~/" + "long" * 100], "--model-id", "cannot be read", "File name too long")
+
+
 def test_a_vocabulary_beyond_the_model_is_refused(copy: Path, capfd: pytest.CaptureFixture[str]) -> None:
     # Its texts would ask for rows that the model does not have.
     with (copy / "vocab.txt").open("a") as file:

@@ -525,6 +525,12 @@ def test_what_cannot_be_done_is_named(tmp_path: Path, reason: str) -> None:
     assert "modules.json cannot be read" in read(tmp_path).unsupported
 
 
+def test_what_a_folder_calls_its_modules_makes_no_endless_error(tmp_path: Path) -> None:
+    write(tmp_path, modules=modules(TRANSFORMER, {"path": "1", "type": "a\nb" * 1000}))
+    found = read(tmp_path).unsupported
+    assert len(found) < 1100 and found.isprintable()
+
+
 def test_all_that_a_folder_says_is_in_the_fingerprint_and_no_reason_is() -> None:
     one = sentences.SentenceConfig(max_length=256)
     changed = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -18,12 +19,12 @@ from support import family
 from support.texts import EVERYTHING, PROPERTY, TEXTS
 from tokenizers import models, pre_tokenizers, processors
 
-from layertap.errors import LayertapError
+from layertap.errors import InvalidArgumentError, LayertapError
 from layertap_server.model import text_head
 from layertap_server.model.tokenized import Tokenized
 from layertap_server.model.tokenizer import Tokenizer
 from layertap_server.model.tokenizer_engine import Detail, TokenizerEngine
-from layertap_server.types import Text
+from layertap_server.types import Text, Windowing
 
 SCRIPTS = st.text(
     st.characters(exclude_categories=["Cs"]) | st.sampled_from(list("aeiou -'.,éß東\u0301\u200d👩")), max_size=60
@@ -191,6 +192,26 @@ def test_whatever_a_tokenizer_puts_around_a_text(template: str | None, known: li
                 options = {"max_length": max_length, "truncation": truncation, "add_special_tokens": special}
                 check(engine, items, **options)
                 check(engine, [["b", "c", "b", "c"], ["c"], []], **options)
+
+
+@pytest.mark.parametrize("text", ["", "b c b c"])
+def test_windows_without_room_beside_the_special_tokens_are_refused(text: str) -> None:
+    whole = tokenizers.Tokenizer(models.WordLevel({"[CLS]": 0, "[SEP]": 1, "b": 2, "c": 3}, unk_token="[UNK]"))
+    whole.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    whole.post_processor = processors.TemplateProcessing(
+        single="[CLS] [CLS] $A [SEP]", special_tokens=[("[CLS]", 0), ("[SEP]", 1)]
+    )
+    (found,) = TokenizerEngine(whole, has_token_types=False).encode(
+        [text],
+        ["inputs[0]"],
+        max_length=2,
+        truncation="error",
+        add_special_tokens=True,
+        detail=Detail.NOTHING,
+        windowing=Windowing(stride=0, max_count=9),
+    )
+    assert isinstance(found, InvalidArgumentError)
+    assert re.search(r"inputs\[0\] has 3 special tokens.* max_length is 2; raise max_length", found.details)
 
 
 def test_the_texts_of_a_group_share_one_array(tokenizer: Callable[[str], Tokenizer]) -> None:

@@ -16,34 +16,20 @@ if TYPE_CHECKING:
 
 
 def open_listener(config: Config) -> Listener:
-    """Returns where a process listens; if it is the server's only one, with its other ports checked too.
+    """Returns where a process listens, and checks the ports beside that of gRPC too.
 
     Raises:
-        ConfigError: if an address cannot be listened on, or a file of TLS or tokens cannot be used.
+        ConfigError: if an address cannot be listened on, a file of TLS or tokens cannot be used, or a limit is too
+            small to be shared out.
     """
     listener = Listener(listen_settings(config))
-    if config.processes == 1:
-        _check_other_ports(config)
-    return listener
-
-
-def check_listening(config: Config) -> None:
-    """Checks what several processes need to listen: files, limits, and the ports beside that of gRPC.
-
-    Raises:
-        ConfigError: if something cannot be used, or a limit is too small to be shared out.
-    """
-    open_listener(config)
-    _check_other_ports(config)
-
-
-def _check_other_ports(config: Config) -> None:
     if config.metrics_port >= 0:
         check_port(config.metrics_host, config.metrics_port, flag="--metrics-port")
     if config.http_port >= 0:
         check_port(config.host, config.http_port, flag="--http-port")
         if importlib.util.find_spec("uvicorn") is None:
             raise ConfigError("--http-port needs packages (uvicorn): pip install 'layertap[server,http]'")
+    return listener
 
 
 def open_endpoint(registry: Registry, config: Config) -> Endpoint:

@@ -25,6 +25,7 @@ from layertap_server.model.checkpoint import Checkpoint
 from layertap_server.model.facts import ModelFacts
 from layertap_server.model.sentence_config import SentenceConfig
 from layertap_server.model.tokenizer import Tokenizer
+from layertap_server.scheduler.queue_limits import QueueLimits
 
 log = logging.getLogger(__name__)
 
@@ -58,15 +59,17 @@ class FoundModel:
         """Whether the CPU computes."""
         return self.devices == ["cpu"]
 
-    @property
-    def batch_tokens(self) -> int:
-        """How many tokens a batch has at most, where no setting says it."""
-        return _CPU_BATCH_TOKENS if self.on_cpu else _CUDA_BATCH_TOKENS
-
-    @property
-    def batch_bytes(self) -> int:
-        """How many output bytes a batch has at most, likewise."""
-        return _CPU_BATCH_BYTES if self.on_cpu else _CUDA_BATCH_BYTES
+    def queue_limits(self, share: Config) -> QueueLimits:
+        """Returns the limits of the queue of a process that has this share of the settings."""
+        return QueueLimits(
+            max_batch_tokens=share.max_batch_tokens or (_CPU_BATCH_TOKENS if self.on_cpu else _CUDA_BATCH_TOKENS),
+            max_batch_bytes=share.max_batch_bytes or (_CPU_BATCH_BYTES if self.on_cpu else _CUDA_BATCH_BYTES),
+            min_share_tokens=share.min_share_tokens,
+            max_queue_texts=share.max_queue_text_count,
+            max_queue_tokens=share.max_queue_token_count,
+            max_output_bytes=share.max_output_bytes,
+            max_call_output_bytes=share.max_call_output_bytes,
+        )
 
     def encoders(self, make_encoder: Callable[..., Encoder], *, before_fork: bool) -> list[Encoder]:
         """Reads the weights; returns an encoder for each device. Before a fork it leaves no thread behind.

@@ -28,7 +28,6 @@ from layertap_server.rpc.listener import Listener
 from layertap_server.rpc.service import EmbeddingService
 from layertap_server.scheduler.batcher import Batcher
 from layertap_server.scheduler.call import Hooks
-from layertap_server.scheduler.queue_limits import QueueLimits
 from layertap_server.shared_memory.lease import Sharing
 
 if TYPE_CHECKING:
@@ -68,23 +67,15 @@ def make_parts(
     share = share_of(config)
     model = found.facts(has_pooler=encoders[0].has_pooler)
     check_output_bytes(share, (model.layer_count + 1) * model.max_length * model.hidden_size * 4)
-    batch_tokens = share.max_batch_tokens or found.batch_tokens
-    metrics = _metrics(share, model, batch_tokens) if share.metrics_port >= 0 else None
+    limits = found.queue_limits(share)
+    metrics = _metrics(share, model, limits.max_batch_tokens) if share.metrics_port >= 0 else None
     hooks = metrics or Hooks()
     tracing = _tracing() if share.traces == "otlp" else None
     if share.shared_memory_bytes and not hasattr(os, "memfd_create"):
         raise ConfigError("--shared-memory-bytes needs Linux; leave it out")
     batcher = Batcher(
         cpu_threads.make(encoders, found.threads),
-        QueueLimits(
-            max_batch_tokens=batch_tokens,
-            max_batch_bytes=share.max_batch_bytes or found.batch_bytes,
-            min_share_tokens=share.min_share_tokens,
-            max_queue_texts=share.max_queue_text_count,
-            max_queue_tokens=share.max_queue_token_count,
-            max_output_bytes=share.max_output_bytes,
-            max_call_output_bytes=share.max_call_output_bytes,
-        ),
+        limits,
         apply_modules=encoders[0].apply_modules,
         hooks=hooks,
     )
@@ -122,7 +113,7 @@ def make_parts(
             process_count=config.processes,
             process=process,
         ),
-        lookahead_tokens=batch_tokens * (batcher.instance_count + 1),
+        lookahead_tokens=limits.max_batch_tokens * (batcher.instance_count + 1),
         admission=admission,
     )
     handlers = {wire.SERVICE_NAME: service.handler()}

@@ -71,14 +71,11 @@ class Graph:
         """The bytes of its layers, which are most of what it holds."""
         return sum(layer.nbytes for layer in self.layers)
 
-    def fill(self, inputs: Sequence[torch.Tensor], bounds: torch.Tensor) -> None:
-        """Copies a batch in; rows behind it are those of earlier batches, which nothing reads."""
+    def run(self, inputs: Sequence[torch.Tensor], bounds: torch.Tensor) -> list[torch.Tensor]:
+        """Returns all layers of a batch; they stay until the next run. Rows behind it are of earlier batches."""
         for own, given in zip(self._inputs, inputs, strict=True):
             own[: len(given)].copy_(given)
         self._bounds.copy_(bounds)
-
-    def run(self) -> list[torch.Tensor]:
-        """Returns all layers; they stay until the next run."""
         self._replay()
         return self.layers
 
@@ -102,8 +99,7 @@ class GraphInput:
 
     def run(self) -> list[torch.Tensor]:
         """Returns all layers, valid until `close`. Shape of each: [row_count of the graph, hidden_size], float32."""
-        self._graph.fill([sent.tensor for sent in self._inputs], self._bounds.tensor)
-        return self._graph.run()
+        return self._graph.run([sent.tensor for sent in self._inputs], self._bounds.tensor)
 
     def close(self) -> None:
         """Frees the graph; its next run writes over the layers, so nothing may read them any more."""

@@ -19,22 +19,15 @@ _ALIGNMENT: Final = 16
 
 
 class Sent:
-    """One array of an upload, once it is sent."""
+    """One array of an upload.
 
-    __slots__ = ("_tensor",)
+    Attributes:
+        tensor: The array on the device, in its shape and dtype; there is none before `Upload.send`.
+    """
 
-    def __init__(self) -> None:
-        self._tensor: torch.Tensor | None = None
+    __slots__ = ("tensor",)
 
-    @property
-    def tensor(self) -> torch.Tensor:
-        """The array on the device, in its shape and dtype."""
-        assert self._tensor is not None, "nothing is on the device before Upload.send"
-        return self._tensor
-
-    def put(self, tensor: torch.Tensor) -> None:
-        """Tells where the array is; only `Upload` calls it."""
-        self._tensor = tensor
+    tensor: torch.Tensor
 
 
 class Upload:
@@ -55,7 +48,7 @@ class Upload:
         assert self._arrival is None, "a batch has one upload"
         sent = Sent()
         if self._runtime is None:
-            sent.put(torch.from_numpy(array))
+            sent.tensor = torch.from_numpy(array)
         else:
             self._parts.append((np.ascontiguousarray(array), sent))
         return sent
@@ -76,7 +69,7 @@ class Upload:
         self._arrival = self._runtime.reached()
         for start, (array, sent) in zip(starts, self._parts, strict=True):
             part = whole[start : start + array.nbytes]
-            sent.put(part.view(torch.from_numpy(array).dtype).view(array.shape))
+            sent.tensor = part.view(torch.from_numpy(array).dtype).view(array.shape)
         self._parts.clear()
 
     def wait(self) -> None:

@@ -100,15 +100,18 @@ def find(*, model_id: str, revision: str, name: str, load_format: str, seed: int
     Raises:
         CheckpointError: if it is not there or cannot be served.
     """
-    folder, derived = _locate(model_id, revision)
-    weights_folder = transformer_folder(folder)
-    configuration = read_settings(weights_folder)
-    settings = ModelSettings.of(configuration)
     dummy = load_format == "dummy"
-    tokenizer_folder = _tokenizer_folder(weights_folder, dummy)
-    weight_files = () if dummy else find_weights(weights_folder)
-    if weight_files:
-        check_weights(weight_files, settings, given=read_json(weights_folder / "config.json"))
+    try:
+        folder, derived = _locate(model_id, revision)
+        weights_folder = transformer_folder(folder)
+        configuration = read_settings(weights_folder)
+        settings = ModelSettings.of(configuration)
+        tokenizer_folder = _tokenizer_folder(weights_folder, dummy)
+        weight_files = () if dummy else find_weights(weights_folder)
+        if weight_files:
+            check_weights(weight_files, settings, given=read_json(weights_folder / "config.json"))
+    except OSError as exc:  # A folder that this user may not enter, for example.
+        raise CheckpointError(f"the model folder cannot be read: {exc.strerror or exc}; check --model-id") from exc
     return Checkpoint(
         name=name or derived,
         folder=folder,

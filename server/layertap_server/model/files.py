@@ -63,6 +63,10 @@ def check_file(path: Path) -> None:
 
 def reason_of(exc: BaseException) -> str:
     """Returns the message of an error of a library as one short line."""
-    message = " ".join(str(exc).split()) or type(exc).__name__
-    message = "".join(letter if letter.isprintable() else "?" for letter in message)
-    return message if len(message) <= _REASON_LENGTH else message[:_REASON_LENGTH] + " …"
+    return shortened(str(exc), _REASON_LENGTH) or type(exc).__name__
+
+
+def shortened(text: str, most: int) -> str:
+    """Returns a text of others, such as a model's folder, as one line with at most so many characters of it."""
+    line = "".join(letter if letter.isprintable() else "?" for letter in " ".join(text.split()))
+    return line if len(line) <= most else line[:most] + " …"

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any, Final
 
-from layertap_server.model.files import CheckpointError, read_json
+from layertap_server.model.files import CheckpointError, read_json, shortened
 from layertap_server.model.sentence_modules import (
     MAX_COUNT,
     Dense,
@@ -52,6 +52,8 @@ _FLAGS: Final = {
     "pooling_mode_lasttoken": "lasttoken",
 }
 """What poolings were called before they had names, in the order in which several are joined."""
+
+_REASONS_LENGTH: Final = 1000
 
 _READ_OR_IDLE: Final = frozenset(
     ("max_seq_length", "do_lower_case", "unpad_inputs", "query_length", "document_length", "query_expansion")
@@ -148,7 +150,8 @@ def read(folder: Path, *, hidden_size: int, max_length: int, position_count: int
         reading.read_transformer()
         reading.read_modules(hidden_size)
     most = min(reading.config.max_length, position_count)
-    return dataclasses.replace(reading.config, max_length=most, unsupported="; ".join(reading.reasons))
+    unsupported = shortened("; ".join(reading.reasons), _REASONS_LENGTH)
+    return dataclasses.replace(reading.config, max_length=most, unsupported=unsupported)
 
 
 def transformer_folder(folder: Path) -> Path:

@@ -202,11 +202,16 @@ def _windowed(
             "windows; shorten it, or cut it with truncation right or left"
         )
     own = np.flatnonzero(np.array(encoding.special_tokens_mask) == 0)
-    prefix_count, suffix_count = int(own[0]), count - 1 - int(own[-1])
-    most = max_length - prefix_count - suffix_count - 1
+    prefix_count, suffix_count = (int(own[0]), count - 1 - int(own[-1])) if len(own) else (count, 0)
+    special_count = prefix_count + suffix_count
+    most = max_length - special_count - 1
+    if most < 0:
+        return InvalidArgumentError(
+            f"{label} has {special_count} special tokens in each window, max_length is {max_length}; raise max_length"
+        )
     if not windowing.stride <= most:
         return InvalidArgumentError(
-            f"{label} has {prefix_count + suffix_count} special tokens, so with max_length {max_length} the stride of "
+            f"{label} has {special_count} special tokens, so with max_length {max_length} the stride of "
             f"windows is at most {most}; lower it, or raise max_length"
         )
     windows = Windows(

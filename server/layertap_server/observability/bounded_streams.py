@@ -56,7 +56,9 @@ class BoundedStream(io.TextIOBase):
 
     def write(self, text: str) -> int:
         """Queues a text, or drops it; returns its length."""
-        data = text.encode("utf-8", "backslashreplace")[:_MAX_CHUNK_BYTES]
+        data = text.encode("utf-8", "backslashreplace")
+        if len(data) > _MAX_CHUNK_BYTES:  # What is printed next still begins a line.
+            data = data[: _MAX_CHUNK_BYTES - 1] + b"\n"
         if self._pending.qsize() >= self._max_pending:
             self._drop(data)
         else:

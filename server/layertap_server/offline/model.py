@@ -28,7 +28,6 @@ from layertap_server.offline.pieces import LABEL, Builder, Good, Piece, Stream, 
 from layertap_server.protocol import responses
 from layertap_server.protocol.preprocess import Preprocessor, Result
 from layertap_server.scheduler.batcher import Batcher
-from layertap_server.scheduler.queue_limits import QueueLimits
 
 _SAMPLE: Final = "a"
 _UNBOUNDED: Final = 1 << 40
@@ -64,7 +63,13 @@ class OfflineModel:
         Raises:
             ConfigError: if the model cannot be served, or an option does not suit it or the machine.
         """
-        config = Config(model_id=model_id, **engine)
+        config = Config(
+            model_id=model_id,
+            max_queue_text_count=_UNBOUNDED,
+            max_queue_token_count=_UNBOUNDED,
+            max_output_bytes=_UNBOUNDED,
+            **engine,
+        )
         found = find_model(config)
         # No caller waits alone: a team of threads would only take cores from other processes.
         threads = dataclasses.replace(found.threads, lone_thread_count=found.threads.thread_count)
@@ -74,22 +79,11 @@ class OfflineModel:
         self.ref = ModelRef(model_id=facts.model_id, fingerprint=facts.fingerprint)
         self._facts, self._tokenizer = facts, found.tokenizer
         self._preprocessor = Preprocessor(
-            model=facts,
-            limits=limits_of(config),
-            sentences=found.sentences,
-            tokenizer=found.tokenizer,
+            model=facts, limits=limits_of(config), sentences=found.sentences, tokenizer=found.tokenizer
         )
         self._batcher = Batcher(
             cpu_threads.make(encoders, threads),
-            QueueLimits(
-                max_batch_tokens=config.max_batch_tokens or found.batch_tokens,
-                max_batch_bytes=config.max_batch_bytes or found.batch_bytes,
-                min_share_tokens=config.min_share_tokens,
-                max_queue_texts=_UNBOUNDED,
-                max_queue_tokens=_UNBOUNDED,
-                max_output_bytes=_UNBOUNDED,
-                max_call_output_bytes=config.max_call_output_bytes,
-            ),
+            found.queue_limits(config),
             apply_modules=encoders[0].apply_modules,
         )
         self._loop = asyncio.new_event_loop()

@@ -44,6 +44,12 @@ def test_what_is_written_arrives_in_order(pipe: tuple[int, int]) -> None:
     assert stream.writable() and stream.fileno() == pipe[1] and not stream.isatty() and stream.encoding == "utf-8"
 
 
+def test_a_line_that_is_cut_still_ends(pipe: tuple[int, int]) -> None:
+    stream = BoundedStream(pipe[1])
+    stream.write("x" * (1 << 17) + "\n")
+    assert read(pipe[0], 1 << 16) == b"x" * ((1 << 16) - 1) + b"\n"
+
+
 def test_a_pipe_that_is_not_read_delays_nothing_and_what_it_does_not_take_is_counted(pipe: tuple[int, int]) -> None:
     stream = BoundedStream(pipe[1], max_pending=100)
     line = "x" * 9_999 + "\n"
