@@ -23,7 +23,7 @@ from layertap.errors import InvalidArgumentError, LayertapError
 from layertap_server.model import text_head
 from layertap_server.model.tokenized import Tokenized
 from layertap_server.model.tokenizer import Tokenizer
-from layertap_server.model.tokenizer_engine import Detail, TokenizerEngine
+from layertap_server.model.tokenizer_engine import Detail, TokenizerEngine, Tokenizing
 from layertap_server.types import Text, Windowing
 
 SCRIPTS = st.text(
@@ -69,17 +69,19 @@ def shown(found: Sequence[Tokenized | LayertapError]) -> list[Any]:
 
 
 def check(tokenizer: Tokenizer | TokenizerEngine, items: Sequence[Any], **options: Any) -> None:
+    def encode(items: Sequence[Any], labels: list[str], detail: Detail) -> list[Tokenized | LayertapError]:
+        if isinstance(tokenizer, TokenizerEngine):
+            return tokenizer.encode(items, labels, Tokenizing(detail=detail, **options))
+        return tokenizer.encode(items, labels=labels, detail=detail, **options)
+
     labels = [f"item {n}" for n in range(len(items))]
-    wanted = shown(tokenizer.encode(items, labels=labels, detail=Detail.EVERYTHING, **options))
+    wanted = shown(encode(items, labels, Detail.EVERYTHING))
     for detail in (Detail.NOTHING, Detail.SPECIAL_TOKENS):
-        found = tokenizer.encode(items, labels=labels, detail=detail, **options)
+        found = encode(items, labels, detail)
         assert shown(found) == wanted
         for one in found:
             assert isinstance(one, LayertapError) or (one.encoding is None) == (detail is Detail.NOTHING)
-    alone = [
-        tokenizer.encode([item], labels=[label], detail=Detail.NOTHING, **options)[0]
-        for item, label in zip(items, labels, strict=True)
-    ]
+    alone = [encode([item], [label], Detail.NOTHING)[0] for item, label in zip(items, labels, strict=True)]
     assert shown(alone) == wanted
 
 
@@ -201,15 +203,8 @@ def test_windows_without_room_beside_the_special_tokens_are_refused(text: str) -
     whole.post_processor = processors.TemplateProcessing(
         single="[CLS] [CLS] $A [SEP]", special_tokens=[("[CLS]", 0), ("[SEP]", 1)]
     )
-    (found,) = TokenizerEngine(whole, has_token_types=False).encode(
-        [text],
-        ["inputs[0]"],
-        max_length=2,
-        truncation="error",
-        add_special_tokens=True,
-        detail=Detail.NOTHING,
-        windowing=Windowing(stride=0, max_count=9),
-    )
+    how = Tokenizing(max_length=2, truncation="error", windowing=Windowing(stride=0, max_count=9))
+    (found,) = TokenizerEngine(whole, has_token_types=False).encode([text], ["inputs[0]"], how)
     assert isinstance(found, InvalidArgumentError)
     assert re.search(r"inputs\[0\] has 3 special tokens.* max_length is 2; raise max_length", found.details)
 

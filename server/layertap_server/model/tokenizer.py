@@ -27,7 +27,7 @@ from layertap_server.model.files import CheckpointError, reason_of
 from layertap_server.model.sentence_config import SentenceConfig
 from layertap_server.model.text_head import String
 from layertap_server.model.tokenized import Tokenized
-from layertap_server.model.tokenizer_engine import Detail, TokenizerEngine
+from layertap_server.model.tokenizer_engine import Detail, TokenizerEngine, Tokenizing
 from layertap_server.model.truncation import copy
 from layertap_server.types import Text, Windowing
 
@@ -107,8 +107,7 @@ class Tokenizer:
             For each text its tokens, or why it is refused.
         """
         engine = self._lowering if lower_case else self._engine
-        encode = functools.partial(
-            engine.encode,
+        how = Tokenizing(
             max_length=max_length,
             truncation=truncation,
             add_special_tokens=add_special_tokens,
@@ -130,10 +129,11 @@ class Tokenizer:
                 results.append(_UNREAD)
         for places in (strings, words):
             if places and len(places) == len(results):
-                return encode(cast("Sequence[String]", items), labels)
-            found = encode([cast("String", items[n]) for n in places], [labels[n] for n in places]) if places else []
-            for n, one in zip(places, found, strict=True):
-                results[n] = one
+                return engine.encode(cast("Sequence[String]", items), labels, how)
+            if places:
+                some = [cast("String", items[n]) for n in places]
+                for n, one in zip(places, engine.encode(some, [labels[n] for n in places], how), strict=True):
+                    results[n] = one
         return results
 
     def sentence_config(self, checkpoint: Checkpoint) -> SentenceConfig:

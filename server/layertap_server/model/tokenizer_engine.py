@@ -45,6 +45,25 @@ class Detail(enum.Enum):
     """The tokenizer's own result, with offsets and words."""
 
 
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Tokenizing:
+    """How texts are tokenized.
+
+    Attributes:
+        max_length: The most tokens of one text, special tokens counted.
+        truncation: "error", "right" or "left".
+        add_special_tokens: Whether the tokenizer adds its special tokens.
+        detail: What is asked of each text beside ids and types.
+        windowing: How strings and words above max_length run as windows; None: they do not.
+    """
+
+    max_length: int
+    truncation: str
+    add_special_tokens: bool = True
+    detail: Detail = Detail.EVERYTHING
+    windowing: Windowing | None = None
+
+
 class TokenizerEngine:
     """One way of tokenizing, with and without truncation."""
 
@@ -59,39 +78,22 @@ class TokenizerEngine:
         self._is_local = text_head.is_local(json.loads(whole.to_str()))
 
     def encode(
-        self,
-        items: Sequence[String],
-        labels: Sequence[str],
-        *,
-        max_length: int,
-        truncation: str,
-        add_special_tokens: bool,
-        detail: Detail,
-        windowing: Windowing | None = None,
+        self, items: Sequence[String], labels: Sequence[str], how: Tokenizing
     ) -> list[Tokenized | LayertapError]:
-        """Returns for each text its tokens, or why it is refused.
-
-        The arguments are those of `Tokenizer.encode`; of the texts either all are words, or none.
-        """
+        """Returns for each text its tokens, or why it is refused; of the texts either all are words, or none."""
         results: list[Tokenized | LayertapError] = []
-        cuts = self._is_local and truncation == "right"
-        heads = [text_head.head(item, max_length) for item in items] if cuts else [*items]
-        encodings = self._encode_each(heads, labels, add_special_tokens, detail)
-        for n, one in enumerate(encodings) if cuts else ():
-            if heads[n] is items[n] or (not isinstance(one, LayertapError) and text_head.is_enough(one, max_length)):
-                continue
-            heads[n] = items[n]
-            (encodings[n],) = self._encode_each([items[n]], [labels[n]], add_special_tokens, detail)
-        texts = self._texts(items, encodings, add_special_tokens)
+        max_length = how.max_length
+        heads, encodings = self._heads(items, labels, how)
+        texts = self._texts(items, encodings, how)
         for n, (encoding, text, item, label) in enumerate(zip(encodings, texts, items, labels, strict=True)):
             if isinstance(encoding, LayertapError):
                 results.append(encoding)
             elif len(text.input_ids) <= max_length:
-                results.append(_tokenized(text, item, encoding, detail))
-            elif windowing is not None:
-                found = _windowed(text, item, encoding, label, max_length, windowing)
-                results.append(found if isinstance(found, LayertapError) else _tokenized(found, item, encoding, detail))
-            elif truncation == "error":
+                results.append(_tokenized(text, item, encoding, how))
+            elif how.windowing is not None:
+                found = _windowed(text, item, encoding, label, max_length, how.windowing)
+                results.append(found if isinstance(found, LayertapError) else _tokenized(found, item, encoding, how))
+            elif how.truncation == "error":
                 results.append(
                     InvalidArgumentError(
                         f"{label} has {text.token_count} tokens, max_length is {max_length}; shorten it, cut it with "
@@ -99,19 +101,33 @@ class TokenizerEngine:
                     )
                 )
             else:
-                cut = self._cut(item, heads[n], text, label, max_length, truncation, add_special_tokens, detail)
-                results.append(cut)
+                results.append(self._cut(item, heads[n], text, label, how))
         return results
 
     def ids(self, text: str) -> list[int]:
         """Returns the ids of one string, special tokens included."""
         return self._whole.encode(text).ids
 
+    def _heads(
+        self, items: Sequence[String], labels: Sequence[str], how: Tokenizing
+    ) -> tuple[list[String], list[tokenizers.Encoding | LayertapError]]:
+        """Returns as much of each text as its cut needs, and its tokens."""
+        if not self._is_local or how.truncation != "right":
+            return [*items], self._encode_each(items, labels, how)
+        heads = [text_head.head(item, how.max_length) for item in items]
+        encodings = self._encode_each(heads, labels, how)
+        for n, one in enumerate(encodings):
+            is_enough = not isinstance(one, LayertapError) and text_head.is_enough(one, how.max_length)
+            if heads[n] is not items[n] and not is_enough:
+                heads[n] = items[n]
+                (encodings[n],) = self._encode_each([items[n]], [labels[n]], how)
+        return heads, encodings
+
     def _encode_each(
-        self, items: Sequence[String], labels: Sequence[str], add_special_tokens: bool, detail: Detail
+        self, items: Sequence[String], labels: Sequence[str], how: Tokenizing
     ) -> list[tokenizers.Encoding | LayertapError]:
         try:
-            return [*self._encode(self._whole, items, add_special_tokens, detail)]
+            return [*self._encode(self._whole, items, how)]
         except Exception as exc:  # The library raises `Exception` itself, such as for an unknown token that it lacks.
             if len(items) == 1:
                 log.warning("the tokenizer failed on a text: %s", reason_of(exc))
@@ -122,61 +138,46 @@ class TokenizerEngine:
                     )
                 ]
         return [
-            one
-            for item, label in zip(items, labels, strict=True)
-            for one in self._encode_each([item], [label], add_special_tokens, detail)
+            one for item, label in zip(items, labels, strict=True) for one in self._encode_each([item], [label], how)
         ]
 
     @staticmethod
     def _encode(
-        tokenizer: tokenizers.Tokenizer, items: Sequence[String], add_special_tokens: bool, detail: Detail
+        tokenizer: tokenizers.Tokenizer, items: Sequence[String], how: Tokenizing
     ) -> Sequence[tokenizers.Encoding]:
-        is_words = isinstance(items[0], list)
         if len(items) == 1 and isinstance(items[0], str) and len(items[0]) <= _SHORT:
-            return [tokenizer.encode(items[0], None, False, add_special_tokens)]
+            return [tokenizer.encode(items[0], None, False, how.add_special_tokens)]
         # The fast one may give the second text of a pair the type 0.
-        whole = detail is Detail.EVERYTHING or tuple in map(type, items)
+        whole = how.detail is Detail.EVERYTHING or tuple in map(type, items)
         encode = tokenizer.encode_batch if whole else tokenizer.encode_batch_fast
-        return encode(items, is_pretokenized=is_words, add_special_tokens=add_special_tokens)
+        return encode(items, is_pretokenized=isinstance(items[0], list), add_special_tokens=how.add_special_tokens)
 
     def _texts(
-        self,
-        items: Sequence[String],
-        encodings: Sequence[tokenizers.Encoding | LayertapError],
-        add_special_tokens: bool,
+        self, items: Sequence[String], encodings: Sequence[tokenizers.Encoding | LayertapError], how: Tokenizing
     ) -> list[Text]:
         """Returns texts with their ids, and their types unless all are 0; without ids for what failed."""
         ids = _views([[] if isinstance(one, LayertapError) else one.ids for one in encodings])
-        has_types = self._may_have_types[add_special_tokens] or tuple in map(type, items)
+        has_types = self._may_have_types[how.add_special_tokens] or tuple in map(type, items)
         if not (self._has_token_types and has_types):
             return list(map(Text, ids))
         types = _views([[] if isinstance(one, LayertapError) else one.type_ids for one in encodings])
         return [Text(own, token_type_ids=of if of.any() else None) for own, of in zip(ids, types, strict=True)]
 
-    def _cut(
-        self,
-        item: String,
-        head: String,
-        whole: Text,
-        label: str,
-        max_length: int,
-        direction: str,
-        add_special_tokens: bool,
-        detail: Detail,
-    ) -> Tokenized | LayertapError:
+    def _cut(self, item: String, head: String, whole: Text, label: str, how: Tokenizing) -> Tokenized | LayertapError:
+        max_length, direction, add_special_tokens = how.max_length, how.truncation, how.add_special_tokens
         special = self._whole.num_special_tokens_to_add(isinstance(item, tuple)) if add_special_tokens else 0
         if max_length < special:
             return InvalidArgumentError(
                 f"{label} needs {special} special tokens, max_length is {max_length}; raise max_length"
             )
-        if detail is Detail.NOTHING and not isinstance(item, tuple) and whole.token_type_ids is None:
+        if how.detail is Detail.NOTHING and not isinstance(item, tuple) and whole.token_type_ids is None:
             ids = self._truncation.cut(whole.input_ids, max_length, direction, add_special_tokens=add_special_tokens)
             if ids is not None:
                 return Tokenized(text=Text(ids), truncated=True)
         with self._truncation.cutter(max_length, direction) as cutter:
-            (encoding,) = self._encode(cutter, [head], add_special_tokens, detail)
-        (text,) = self._texts([item], [encoding], add_special_tokens)
-        return _tokenized(text, item, encoding, detail, truncated=True)
+            (encoding,) = self._encode(cutter, [head], how)
+        (text,) = self._texts([item], [encoding], how)
+        return _tokenized(text, item, encoding, how, truncated=True)
 
 
 def _views(lists: Sequence[list[int]]) -> list[Ids]:
@@ -230,9 +231,9 @@ def _windowed(
 
 
 def _tokenized(
-    text: Text, item: String, encoding: tokenizers.Encoding, detail: Detail, *, truncated: bool = False
+    text: Text, item: String, encoding: tokenizers.Encoding, how: Tokenizing, *, truncated: bool = False
 ) -> Tokenized:
-    if detail is Detail.NOTHING:
+    if how.detail is Detail.NOTHING:
         return Tokenized(text=text, truncated=truncated)
     given_word_count = len(item) if isinstance(item, list) else None
     return Tokenized(text=text, truncated=truncated, encoding=encoding, given_word_count=given_word_count)
