@@ -73,12 +73,8 @@ def make_parts(
     tracing = _tracing() if share.traces == "otlp" else None
     if share.shared_memory_bytes and not hasattr(os, "memfd_create"):
         raise ConfigError("--shared-memory-bytes needs Linux; leave it out")
-    batcher = Batcher(
-        cpu_threads.make(encoders, found.threads),
-        limits,
-        apply_modules=encoders[0].apply_modules,
-        hooks=hooks,
-    )
+    encodes = cpu_threads.make(encoders, found.threads)
+    batcher = Batcher(encodes, limits, apply_modules=encoders[0].apply_modules, hooks=hooks)
     sharing = Sharing(
         byte_count=share.shared_memory_bytes,
         max_count=share.max_shared_memory_call_count,
@@ -148,20 +144,12 @@ def _metrics(share: Config, model: ModelFacts, batch_tokens: int) -> Metrics:
 
         methods += openai.METHODS
     return Metrics(
-        model_id=model.model_id,
-        fingerprint=model.fingerprint,
-        methods=methods,
-        max_batch_tokens=batch_tokens,
+        model_id=model.model_id, fingerprint=model.fingerprint, methods=methods, max_batch_tokens=batch_tokens
     )
 
 
 def _http(
-    share: Config,
-    preprocessor: Preprocessor,
-    batcher: Batcher,
-    admission: Admission,
-    listener: Listener,
-    hooks: Hooks,
+    share: Config, preprocessor: Preprocessor, batcher: Batcher, admission: Admission, listener: Listener, hooks: Hooks
 ) -> HttpServer:
     from layertap_server.compat.http import HttpServer
     from layertap_server.compat.openai import OpenAI

@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import email.utils
+import functools
 import math
 import socket
 import ssl
@@ -155,13 +156,8 @@ class HttpServer:
         self._context = context
         self._stall_timeout_s = stall_timeout_s
         self._state = ServerState()
-        self._app_state: dict[str, Any] = {
-            "idle": {},
-            "idle_timeout_s": stall_timeout_s,
-            "max_connection_count": max_connection_count,
-        }
         self._servers: list[asyncio.Server] = []
-        self._config = Config(
+        config = Config(
             self._app,
             http=Connection,
             ws="none",
@@ -174,6 +170,9 @@ class HttpServer:
             log_level="error",
             timeout_keep_alive=math.ceil(stall_timeout_s),
             h11_max_incomplete_event_size=_MAX_HEADER_BYTES,
+        )
+        self._connect = functools.partial(
+            Connection, config, self._state, idle={}, max_count=max_connection_count, idle_timeout_s=stall_timeout_s
         )
 
     async def start(self) -> str:
@@ -217,9 +216,6 @@ class HttpServer:
             async with asyncio.timeout(timeout_s):
                 for connection in self._connections:
                     await connection.lost.wait()
-
-    def _connect(self) -> Connection:
-        return Connection(self._config, self._state, self._app_state)
 
     async def _app(self, scope: Any, receive: Any, send: Any) -> None:
         connection: Connection = scope["state"]["connection"]

@@ -19,19 +19,27 @@ from uvicorn.server import ServerState
 
 
 class Connection(H11Protocol):
-    """One connection."""
+    """One connection, which requests find in their state.
+
+    Args:
+        config: What uvicorn wants to know.
+        server_state: All connections of the server.
+        idle: Those without a request, the oldest first.
+        max_count: How many there may be of all.
+        idle_timeout_s: How long one may be without a request.
+    """
 
     def __init__(
         self,
         config: Config,
         server_state: ServerState,
-        app_state: dict[str, Any],
-        _loop: asyncio.AbstractEventLoop | None = None,
+        *,
+        idle: dict[Connection, None],
+        max_count: int,
+        idle_timeout_s: float,
     ) -> None:
-        super().__init__(config, server_state, {**app_state, "connection": self}, _loop)
-        self._idle: dict[Connection, None] = app_state["idle"]
-        self._max_count: int = app_state["max_connection_count"]
-        self._idle_timeout_s: float = app_state["idle_timeout_s"]
+        super().__init__(config, server_state, {"connection": self})
+        self._idle, self._max_count, self._idle_timeout_s = idle, max_count, idle_timeout_s
         self._timer: asyncio.TimerHandle | None = None
         self._task: asyncio.Task[Any] | None = None
         self.lost = asyncio.Event()

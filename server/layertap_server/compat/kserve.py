@@ -198,16 +198,15 @@ class Service:
         limits = self._preprocessor.limits
         read = functools.partial(requests.read_inputs, request, max_text_count=limits.max_text_count)
         inputs = await offload(read, in_thread=request.ByteSize() > LARGE_BYTES)
-        plan, tokenized = await self._preprocessor.embed(
-            inputs.texts, asked.options, caller.record, hold=hold, label=inputs.label
-        )
+        label = requests.TEXT if inputs[0].HasField("text") else "texts"
+        plan, tokenized = await self._preprocessor.embed(inputs, asked.options, caller.record, hold=hold, label=label)
         size = tensors.response_bytes(plan, tokenized)
         if size > limits.max_response_bytes:
             raise InvalidArgumentError(
                 f"the answer would have {size} bytes, the most is {limits.max_response_bytes} (--max-response-bytes of "
                 "the server); send fewer texts, or ask for fewer layers, at once"
             )
-        parts = await rows.collect(self._batcher, self._waker, plan, tokenized, caller, label=inputs.label)
+        parts = await rows.collect(self._batcher, self._waker, plan, tokenized, caller, label=label)
         pack = functools.partial(tensors.pack, request, asked, plan, tokenized, parts)
         return await offload(pack, in_thread=size > LARGE_BYTES)
 

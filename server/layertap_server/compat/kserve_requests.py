@@ -44,18 +44,6 @@ _LAYER: Final = "hidden_state_{}"
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Inputs:
-    """The texts of a request.
-
-    Attributes:
-        label: What an error calls the list of them.
-    """
-
-    texts: Sequence[pb.Input]
-    label: str
-
-
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Asked:
     """What a request asks of each text.
 
@@ -87,8 +75,8 @@ def outputs_of(model: ModelFacts, config: SentenceConfig) -> Mapping[str, Sequen
     return outputs
 
 
-def read_inputs(request: kserve.ModelInferRequest, *, max_text_count: int) -> Inputs:
-    """Returns the texts of a request.
+def read_inputs(request: kserve.ModelInferRequest, *, max_text_count: int) -> list[pb.Input]:
+    """Returns the texts of a request: all strings, or all token ids.
 
     Raises:
         InvalidArgumentError: if a tensor is at fault.
@@ -115,9 +103,7 @@ def read_inputs(request: kserve.ModelInferRequest, *, max_text_count: int) -> In
             f"inputs must be either {TEXT} alone, or {INPUT_IDS} with or without {' and '.join(BESIDE_IDS)}"
         )
     _check_text_count(tensors[TEXT if TEXT in tensors else INPUT_IDS][0], max_text_count)
-    if TEXT in tensors:
-        return Inputs(texts=list(_texts(*tensors[TEXT])), label=TEXT)
-    return Inputs(texts=list(_token_ids(tensors)), label="texts")
+    return list(_texts(*tensors[TEXT]) if TEXT in tensors else _token_ids(tensors))
 
 
 def _check_text_count(tensor: Tensor, most: int) -> None:
@@ -208,15 +194,7 @@ def read_options(
         InvalidArgumentError: if an output or a parameter is at fault.
     """
     names = _output_names(request, known)
-    values = {}
-    for name, parameter in request.parameters.items():
-        if name not in _PARAMETERS:
-            raise InvalidArgumentError(
-                f"parameters has an unknown name; this server knows {', '.join(_PARAMETERS)}, and deadlines of "
-                "calls in place of a timeout"
-            )
-        kind = parameter.WhichOneof("parameter_choice")
-        values[name] = getattr(parameter, kind) if kind else None
+    values = _parameters(request)
     normalize = values.get("normalize", False)
     if not isinstance(normalize, bool):
         raise InvalidArgumentError("parameters.normalize must be true or false (bool_param)")
@@ -242,6 +220,19 @@ def read_options(
             if output.HasField("pooled_vectors") and name != SENTENCE:
                 options.outputs[-1].pooled_vectors.normalize = normalize
     return Asked(outputs=outputs, options=options, sentence_vectors=vectors)
+
+
+def _parameters(request: kserve.ModelInferRequest) -> dict[str, Any]:
+    values = {}
+    for name, parameter in request.parameters.items():
+        if name not in _PARAMETERS:
+            raise InvalidArgumentError(
+                f"parameters has an unknown name; this server knows {', '.join(_PARAMETERS)}, and deadlines of "
+                "calls in place of a timeout"
+            )
+        kind = parameter.WhichOneof("parameter_choice")
+        values[name] = getattr(parameter, kind) if kind else None
+    return values
 
 
 def _output_names(request: kserve.ModelInferRequest, known: Collection[str]) -> list[str]:

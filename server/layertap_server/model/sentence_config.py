@@ -25,14 +25,9 @@ from layertap_server.model.sentence_modules import (
 )
 from layertap_server.types import Strategy
 
-_TRANSFORMER_NAMES: Final = (
-    "sentence_bert_config.json",
-    "sentence_roberta_config.json",
-    "sentence_distilbert_config.json",
-    "sentence_camembert_config.json",
-    "sentence_albert_config.json",
-    "sentence_xlm-roberta_config.json",
-    "sentence_xlnet_config.json",
+_TRANSFORMER_NAMES: Final = tuple(
+    f"sentence_{kind}_config.json"
+    for kind in ("bert", "roberta", "distilbert", "camembert", "albert", "xlm-roberta", "xlnet")
 )
 """The configuration of the Transformer module has one of these names; the first that is not empty holds."""
 
