@@ -145,7 +145,7 @@ def test_a_row_that_is_no_number_fails_its_own_text_and_names_the_layer(value: f
     texts = [Text(np.zeros(count, np.int32)) for count in (1, 2, 1)]
     rows = torch.zeros(4, 2)
     rows[2, 1] = value
-    host_copy = HostCopy(None, None)
+    host_copy = HostCopy(None)
     (output_group,) = output_groups([Run(plan=plan, texts=texts)])
     host_copy.take(rows, output_group, 7)
     (found,) = host_copy.rest()

@@ -13,7 +13,7 @@ import logging
 import os
 import time
 from collections.abc import Callable, Iterator
-from typing import Final, TypeVar
+from typing import Final
 
 from layertap_server.app.child_process import in_child
 from layertap_server.config import Config
@@ -28,8 +28,6 @@ from layertap_server.model.tokenizer import Tokenizer
 from layertap_server.scheduler.queue_limits import QueueLimits
 
 log = logging.getLogger(__name__)
-
-T = TypeVar("T")
 
 _CPU_BATCH_TOKENS: Final = 1024
 _CUDA_BATCH_TOKENS: Final = 32_768
@@ -80,22 +78,20 @@ class FoundModel:
             CheckpointError: if the weights do not fit the configuration.
         """
         probing = {"run_probe": in_child} if before_fork else {}
-        with contextlib.nullcontext() if before_fork or self.lock is None else _locked(self.lock):
-            return timed(
-                f"loaded the weights on {', '.join(self.devices)}",
-                lambda: [
-                    make_encoder(
-                        self.checkpoint,
-                        device=device,
-                        dtype=self.dtype,
-                        sentences=self.sentences,
-                        thread_count=self.threads.thread_count,
-                        max_thread_count=self.threads.lone_thread_count,
-                        **probing,
-                    )
-                    for device in self.devices
-                ],
-            )
+        alone = contextlib.nullcontext() if before_fork or self.lock is None else _locked(self.lock)
+        with alone, timed(f"loaded the weights on {', '.join(self.devices)}"):
+            return [
+                make_encoder(
+                    self.checkpoint,
+                    device=device,
+                    dtype=self.dtype,
+                    sentences=self.sentences,
+                    thread_count=self.threads.thread_count,
+                    max_thread_count=self.threads.lone_thread_count,
+                    **probing,
+                )
+                for device in self.devices
+            ]
 
     def facts(self, *, has_pooler: bool) -> ModelFacts:
         """Returns what requests need to know of it."""
@@ -108,17 +104,16 @@ def find_model(config: Config) -> FoundModel:
     Raises:
         CheckpointError: if it cannot be served, or a device is not there.
     """
-    found = timed(
-        "found the model",
-        lambda: checkpoint.find(
+    with timed("found the model"):
+        found = checkpoint.find(
             model_id=config.model_id,
             revision=config.revision,
             name=config.model_name,
             load_format=config.load_format,
             seed=config.seed,
-        ),
-    )
-    tokenizer = timed("loaded the tokenizer", lambda: Tokenizer(found.tokenizer_folder))
+        )
+    with timed("loaded the tokenizer"):
+        tokenizer = Tokenizer(found.tokenizer_folder)
     tokenizer.check_fits(found)
 
     def choose() -> tuple[list[str], str]:
@@ -130,10 +125,8 @@ def find_model(config: Config) -> FoundModel:
     sentences = tokenizer.sentence_config(found)
     if sentences.unsupported:
         log.warning("no sentence vectors with this model: %s", sentences.unsupported)
-    fingerprint = timed(
-        "took the fingerprint",
-        lambda: found.fingerprint(tokenizer=tokenizer.description, sentences=sentences.description, dtype=dtype),
-    )
+    with timed("took the fingerprint"):
+        fingerprint = found.fingerprint(tokenizer=tokenizer.description, sentences=sentences.description, dtype=dtype)
     return FoundModel(
         checkpoint=found,
         tokenizer=tokenizer,
@@ -160,9 +153,9 @@ def _locked(file: int) -> Iterator[None]:
         fcntl.lockf(file, fcntl.LOCK_UN)
 
 
-def timed(what: str, work: Callable[[], T]) -> T:
-    """Returns what some work returns, and logs how long it took."""
+@contextlib.contextmanager
+def timed(what: str) -> Iterator[None]:
+    """Logs how long the block took, if it raises nothing."""
     started = time.monotonic()
-    result = work()
+    yield
     log.info("%s in %.2f s", what, time.monotonic() - started)
-    return result

@@ -92,7 +92,8 @@ class App:
         self._listener = self._listener or Listener(listen_settings(self._config))
         self._encoders = self._encoders or self._found.encoders(self._make_encoder, before_fork=False)
         self._parts = make_parts(self._config, self._found, self._encoders, self._listener, process=process)
-        timed("warmed the engine", self._warm)
+        with timed("warmed the engine"):
+            self._warm()
 
     @property
     def parts(self) -> Parts:

@@ -38,9 +38,6 @@ from layertap_server.types import Encode, Output, OutputKind, Rows, Run, Vectors
 
 log = logging.getLogger(__name__)
 
-Allocate = Callable[[int], memoryview]
-"""Returns a writable host buffer of so many bytes."""
-
 
 class Encoder:
     """One model on one device.
@@ -63,7 +60,6 @@ class Encoder:
         dtype: str,
         sentences: SentenceConfig | None = None,
         runtime: Runtime | None = None,
-        allocate: Allocate | None = None,
         packing: bool | None = None,
         thread_count: int = 1,
         max_thread_count: int = 1,
@@ -77,7 +73,6 @@ class Encoder:
             dtype: What matrices are multiplied in: "float32", "bfloat16", or on cuda "float16".
             sentences: What the model's folder says about sentences; None: nothing.
             runtime: What stands for the accelerator. None: the device's own; a CPU has none.
-            allocate: Where the host buffers of answers come from; None: this module's own.
             packing: Whether weights are laid out for oneDNN on the CPU; None: if it pays.
             thread_count: CPU threads of each instance; see `use_threads`.
             max_thread_count: CPU threads that a lone caller should get.
@@ -93,7 +88,6 @@ class Encoder:
         if self.device.type == "cpu":
             self.use_threads(1)  # The loading thread may have no team; see `instances`.
         self._selected = contextlib.nullcontext if runtime is None else runtime.selected
-        self._allocate = allocate
         settings = checkpoint.settings
         weights = {} if checkpoint.weight_files else dummy_weights(settings, checkpoint.seed)
         for path in checkpoint.weight_files:
@@ -141,7 +135,7 @@ class Encoder:
     def _encode(self, batch: Sequence[Run]) -> Iterator[Rows | None]:
         packed_batch = PackedBatch(batch)
         upload = Upload(self._runtime)
-        host_copy = HostCopy(self._runtime, self._allocate)
+        host_copy = HostCopy(self._runtime)
         mixes = Mixes(batch, packed_batch)
         prepared = self._bert.prepare(packed_batch, upload)
         try:

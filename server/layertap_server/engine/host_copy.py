@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Final
 
 import numpy as np
@@ -78,16 +78,11 @@ class ChosenRows:
 
 
 class HostCopy:
-    """The copies of one batch.
+    """The copies of one batch; without a runtime the numbers are on the host already."""
 
-    Args:
-        runtime: The accelerator. None: the CPU, whose numbers are on the host already.
-        allocate: Where buffers come from. None: the runtime's host memory, or new memory.
-    """
-
-    def __init__(self, runtime: Runtime | None, allocate: Callable[[int], memoryview] | None) -> None:
+    def __init__(self, runtime: Runtime | None) -> None:
         self._runtime = runtime
-        self._allocate = allocate or (_plain if runtime is None else runtime.host_memory)
+        self._allocate = _new_memory if runtime is None else runtime.host_memory
         self._pending: deque[_Pending] = deque()
         self._peaks: tuple[torch.Tensor, torch.Tensor] | None = None
 
@@ -191,5 +186,5 @@ def _failures(pending: _Pending, rows: slice, counts: Sequence[int]) -> dict[int
     }
 
 
-def _plain(byte_count: int) -> memoryview:
+def _new_memory(byte_count: int) -> memoryview:
     return np.empty(byte_count, np.uint8).data

@@ -10,7 +10,7 @@ import argparse
 import dataclasses
 import os
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -150,9 +150,8 @@ def _run(args: argparse.Namespace) -> int:
             model_id=args.model_id, revision=args.revision, name="", load_format="safetensors", seed=0
         )
         _check_same(info, found)
-        from layertap_server.parity import (
-            reference,  # Imported here, so that a missing server is reported at once, without torch.
-        )
+        # Imported here, so that a missing server is reported at once, without torch.
+        from layertap_server.parity import reference
 
         judge = reference.Oracle.load(found.weights_folder, found.tokenizer_folder)
         where = f"{info.model_id} in {info.compute_dtype} on {', '.join(info.devices)} at {args.target}"
@@ -232,7 +231,6 @@ def _check_same(info: ModelInfo, found: Checkpoint) -> None:
 
 def _same_tokens(embedding: Embedding, n: int, wanted: Wanted) -> bool:
     tokens, count = embedding.tokens, int(embedding.token_counts[n])
-    arrays: Iterable[bool] = (
+    return tokens.tokens[n] == wanted.tokens and all(
         np.array_equal(getattr(tokens, name)[n, :count], values) for name, values in wanted.facts.items()
     )
-    return tokens.tokens[n] == wanted.tokens and all(arrays)
