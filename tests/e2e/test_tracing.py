@@ -22,6 +22,8 @@ from layertap._protocol.inputs import to_messages
 from layertap.errors import CancelledError, InvalidArgumentError, LayertapError
 from layertap.v1 import embedding_pb2 as pb
 from layertap.v1 import embedding_pb2_grpc
+from layertap_server.app.server import App
+from layertap_server.config import Config, ConfigError
 from layertap_server.observability.call_log import CallLog
 from layertap_server.observability.tracing import Tracing
 
@@ -168,3 +170,12 @@ def test_the_caller_and_the_sampler_decide_what_is_recorded() -> None:
 def test_a_header_that_is_none_begins_a_trace_of_its_own(sent: str) -> None:
     part, call = recorded(None, metadata={"traceparent": sent})
     assert call.parent is None and part.parent.span_id == call.context.span_id
+
+
+def test_a_variable_that_cannot_be_used_is_refused_in_one_line(
+    tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_COMPRESSION", "brotli")
+    app = App(Config(model_id=str(tiny_folder), device="cpu", port=0, traces="otlp"))
+    with pytest.raises(ConfigError, match=r"--traces otlp: .*OTEL_EXPORTER_OTLP_COMPRESSION.*; correct or unset it"):
+        app.prepare()

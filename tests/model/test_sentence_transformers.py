@@ -504,6 +504,7 @@ UNSUPPORTED = {
     },
     "no module Transformer at place 0": {"modules": modules(TRANSFORMER | {"path": "0_BERT"}, POOLING)},
     "not the model's own": {"modules": modules(TRANSFORMER, POOLING | {"path": "../1_Pooling"})},
+    "names a folder that": {"modules": modules(TRANSFORMER, POOLING | {"path": "1_\0Pooling"})},
     "modules.json cannot be read": {"modules": {"no": "list"}},
     "weightedmean": {"_1_Pooling__config": {"pooling_mode_weightedmean_tokens": True}},
     "on token rows after they are pooled": {"_2_Normalize__config": {"module_input_name": "token_embeddings"}},

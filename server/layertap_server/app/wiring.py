@@ -18,6 +18,7 @@ from layertap_server.config import Config, ConfigError
 from layertap_server.engine import cpu_threads, runtime
 from layertap_server.engine.encoder import Encoder
 from layertap_server.model.facts import ModelFacts
+from layertap_server.model.files import reason_of
 from layertap_server.observability.call_log import CallLog
 from layertap_server.observability.metrics import Metrics
 from layertap_server.protocol.model_info import info_of
@@ -178,4 +179,9 @@ def _tracing() -> Tracing:
         from layertap_server.observability.tracing import Tracing, otlp_provider
     except ModuleNotFoundError as exc:
         raise ConfigError(f"--traces otlp needs packages ({exc.name}): pip install 'layertap[server,otel]'") from exc
-    return Tracing(otlp_provider())
+    try:
+        return Tracing(otlp_provider())
+    except Exception as exc:  # Whatever a variable has that it cannot have, the next step is the same.
+        raise ConfigError(
+            f"--traces otlp: OpenTelemetry refuses one of the OTEL_… variables ({reason_of(exc)}); correct or unset it"
+        ) from exc

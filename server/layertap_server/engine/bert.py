@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import math
 import time
 from collections.abc import Iterator, Sequence
 from typing import Any, Final, TypeAlias
@@ -23,14 +22,13 @@ from layertap_server.engine.device_attention import DeviceAttention
 from layertap_server.engine.embeddings import Embeddings
 from layertap_server.engine.graphs import GraphInput, Graphs, Pass
 from layertap_server.engine.invariance import NO_PADDING, Invariance, Probe, Rowwise
-from layertap_server.engine.linear import dense, filled_up
+from layertap_server.engine.linear import dense, filled_up, row_step
 from layertap_server.engine.packing import PackedBatch
 from layertap_server.engine.runtime import Runtime
 from layertap_server.engine.sentence_modules import SentenceModules
 from layertap_server.engine.upload import Sent, Upload
 from layertap_server.engine.weight_reader import WeightReader
 from layertap_server.model.sentence_config import SentenceConfig
-from layertap_server.model.settings import ModelSettings
 
 log = logging.getLogger(__name__)
 
@@ -59,9 +57,6 @@ class StepInput:
         """Does nothing: its layers are its own."""
 
 
-_TAIL: Final = 64
-"""Values at the end of a tensor, or of a thread's part of it, that an activation may compute in another way than the
-rest. Differences are too rare for a probe to find."""
 _LEAST_TEAM_SIZE: Final = 128
 """Narrower models have nothing to gain from a team, and too few values for a probe to find differences."""
 
@@ -74,30 +69,17 @@ class Bert:
         invariance: What `probe` found, whose padding is used; none before it, since the probe pads rows itself.
     """
 
-    def __init__(
-        self,
-        settings: ModelSettings,
-        reader: WeightReader,
-        *,
-        sentences: SentenceConfig | None,
-        runtime: Runtime | None,
-    ) -> None:
-        """Moves the weights to the device.
-
-        Args:
-            settings: The model's settings.
-            reader: Its weights.
-            sentences: What the model's folder says about sentences; None: nothing.
-            runtime: The accelerator; None: the CPU.
+    def __init__(self, reader: WeightReader, *, sentences: SentenceConfig | None, runtime: Runtime | None) -> None:
+        """Moves the weights to the device, those of sentence modules too; without a runtime that is the CPU.
 
         Raises:
             CheckpointError: if a weight is missing or has another shape, or the activation is unknown.
         """
-        self._settings = settings
+        self._settings = settings = reader.settings
         self._padding_id = settings.padding_position_id
         self._linears = linears = reader.linears
-        self._embed = Embeddings(reader, settings)
-        self._stack = BlockStack(reader, settings, runtime)
+        self._embed = Embeddings(reader)
+        self._stack = BlockStack(reader, runtime)
         hidden_size, head_count = settings.hidden_size, settings.num_attention_heads
         self._pooler = None
         if settings.architecture.has_pooler and "pooler.dense.weight" in reader:
@@ -112,12 +94,7 @@ class Bert:
             if attention.varlen is not None:
                 longest = settings.max_position_embeddings
                 self._graphs = Graphs(self._whole_pass(attention, longest), max_length=longest, runtime=runtime)
-        self.sentence_modules = SentenceModules(
-            token_modules=sentences.token_modules if sentences else (),
-            vector_modules=sentences.vector_modules if sentences else (),
-            linears=linears,
-            padded=self._padded,
-        )
+        self.sentence_modules = SentenceModules(sentences, linears, self._padded)
         self.invariance = Invariance(padding=NO_PADDING, holds=False, thread_count=1, max_thread_count=1)
 
     @property
@@ -219,7 +196,7 @@ class Bert:
             ],
             hidden_size=hidden_size,
             extra=self._linears.padded,
-            least_step=1 if fused else _TAIL // math.gcd(_TAIL, self._settings.intermediate_size),
+            least_step=1 if fused else row_step(self._settings.intermediate_size),
         )
         if not fused or hidden_size < _LEAST_TEAM_SIZE:
             thread_count = max_thread_count = 1  # Teams give other bits there, and would not be faster.

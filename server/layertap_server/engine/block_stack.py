@@ -21,7 +21,6 @@ from layertap_server.engine.linear import dense
 from layertap_server.engine.runtime import Runtime
 from layertap_server.engine.weight_reader import WeightReader
 from layertap_server.model.files import CheckpointError
-from layertap_server.model.settings import ModelSettings
 
 Activation: TypeAlias = Callable[[torch.Tensor], torch.Tensor]
 Attention: TypeAlias = Callable[[torch.Tensor], torch.Tensor]
@@ -39,12 +38,13 @@ class BlockStack:
         has_gelu: Whether their activation is GELU, which some products apply on the way.
     """
 
-    def __init__(self, reader: WeightReader, settings: ModelSettings, runtime: Runtime | None) -> None:
+    def __init__(self, reader: WeightReader, runtime: Runtime | None) -> None:
         """Reads the weights.
 
         Raises:
             CheckpointError: if a weight is missing or has another shape, or the activation is unknown.
         """
+        settings = reader.settings
         activation = _activation(settings.hidden_act)
         packed = reader.linears.packed
         self.has_gelu = activation is F.gelu
@@ -52,7 +52,7 @@ class BlockStack:
         self._runtime = runtime
         self._row_work = 4.0 * settings.hidden_size * (2 * settings.hidden_size + settings.intermediate_size)
         self._count = settings.num_hidden_layers
-        self._blocks = [_weights(reader, settings, index) for index in range(self._count)]
+        self._blocks = [_weights(reader, index) for index in range(self._count)]
         self._steps = self._find_steps(activation, packed, settings.layer_norm_eps)
         self._program: torch.jit.ScriptModule | None = None
         if runtime is None and self.has_gelu:  # On an accelerator the host only queues the steps.
@@ -111,8 +111,9 @@ class BlockStack:
         )
 
 
-def _weights(reader: WeightReader, settings: ModelSettings, index: int) -> Weights:
-    prefix, hidden, intermediate = f"encoder.layer.{index}", settings.hidden_size, settings.intermediate_size
+def _weights(reader: WeightReader, index: int) -> Weights:
+    prefix = f"encoder.layer.{index}"
+    hidden, intermediate = reader.settings.hidden_size, reader.settings.intermediate_size
     names = [f"{prefix}.attention.self.{part}" for part in ("query", "key", "value")]
     return Weights(
         qkv=reader.linear(*names, out_size=hidden, in_size=hidden),

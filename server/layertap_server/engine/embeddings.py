@@ -7,7 +7,6 @@ from torch.nn import functional as F
 
 from layertap_server.engine.linear import Dense
 from layertap_server.engine.weight_reader import WeightReader
-from layertap_server.model.settings import ModelSettings
 
 
 class Embeddings:
@@ -18,8 +17,9 @@ class Embeddings:
         projection: To the hidden size; None: embeddings have it already.
     """
 
-    def __init__(self, reader: WeightReader, settings: ModelSettings) -> None:
+    def __init__(self, reader: WeightReader) -> None:
         self._linears = reader.linears
+        settings = reader.settings
         self._epsilon = settings.layer_norm_eps
         self.size = size = settings.embedding_size
         self._words = reader.table("embeddings.word_embeddings.weight", settings.vocab_size, size)

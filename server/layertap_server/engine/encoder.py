@@ -100,8 +100,7 @@ class Encoder:
                 intermediate_size=settings.intermediate_size,
                 packing=packing if runtime is None else False,
             )
-            reader = WeightReader(weights, settings.architecture, linears)
-            self._bert = bert = Bert(settings, reader, sentences=sentences, runtime=runtime)
+            self._bert = bert = Bert(WeightReader(weights, settings, linears), sentences=sentences, runtime=runtime)
             if runtime is None:
                 bert.invariance = run_probe(
                     lambda: bert.probe(thread_count=thread_count, max_thread_count=max_thread_count)

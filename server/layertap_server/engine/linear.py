@@ -6,6 +6,7 @@ reaches it by private operators, which only this file uses. `Linears` tries them
 """
 
 import logging
+import math
 import time
 from typing import Final, NamedTuple
 
@@ -23,6 +24,9 @@ two ways give different bits."""
 _ROW_STEPS: Final = ((16, 1), (64, 2))
 """Up to how many rows their number goes by which step."""
 _LARGEST_ROW_STEP: Final = 8
+_TAIL: Final = 64
+"""Values at the end of a tensor, or of a thread's part of it, that an activation may compute in another way than the
+rest. Differences are too rare for a probe to find."""
 
 
 class Dense(NamedTuple):
@@ -95,6 +99,11 @@ class Linears:
     def __call__(self, rows: torch.Tensor, layer: Dense) -> torch.Tensor:
         """Applies a dense layer. Shape: [row_count, in_size], float32, to [row_count, out_size], float32."""
         return dense(rows.to(self.dtype), layer, self.packed, False).float()
+
+
+def row_step(size: int) -> int:
+    """Returns by which step numbers of rows of a size must go, so that a tensor of them has no tail; see `_TAIL`."""
+    return _TAIL // math.gcd(_TAIL, size)
 
 
 def filled_up(rows: torch.Tensor, row_count: int) -> torch.Tensor:

@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
-from typing import Final
+from collections.abc import Callable
 
 import torch
 from torch.nn import functional as F
 
 from layertap_server.engine.invariance import Rowwise
-from layertap_server.engine.linear import Linears, filled_up
+from layertap_server.engine.linear import Linears, filled_up, row_step
 from layertap_server.engine.weight_reader import load_weights
+from layertap_server.model.sentence_config import SentenceConfig
 from layertap_server.model.sentence_modules import Dense, Module
 
 Apply = Callable[[torch.Tensor], torch.Tensor]
 """Computes each row by itself. Shape: [row_count, in_size] to [row_count, out_size], float32."""
-
-_TAIL: Final = 64
-"""Values at the end of a tensor that an activation may compute in another way than the rest."""
 
 
 class SentenceModules:
@@ -28,23 +24,16 @@ class SentenceModules:
         rowwise: Each Dense, for the probe of batch invariance.
     """
 
-    def __init__(
-        self,
-        *,
-        token_modules: Sequence[Module],
-        vector_modules: Sequence[Module],
-        linears: Linears,
-        padded: Callable[[int], int],
-    ) -> None:
-        """Loads the weights.
+    def __init__(self, sentences: SentenceConfig | None, linears: Linears, padded: Callable[[int], int]) -> None:
+        """Loads the weights of the modules that a model's folder names; None: it names none.
 
         Raises:
             CheckpointError: if weights cannot be read.
         """
         self.rowwise: list[Rowwise] = []
         self._linears, self._padded = linears, padded
-        self._tokens = [self._load(module) for module in token_modules]
-        self._vectors = [self._load(module) for module in vector_modules]
+        self._tokens = [self._load(module) for module in sentences.token_modules] if sentences else []
+        self._vectors = [self._load(module) for module in sentences.vector_modules] if sentences else []
 
     def of_tokens(self, rows: torch.Tensor) -> torch.Tensor:
         """Applies the modules of token rows. Shape: [row_count, hidden_size] to [row_count, token_size], float32."""
@@ -68,7 +57,7 @@ class SentenceModules:
         projected = weights.get("residual.weight")
         residual = None if projected is None else linears.make(projected, no_bias)
         activation: Apply = getattr(torch.nn, module.activation)()
-        step = _TAIL // math.gcd(_TAIL, module.out_size)
+        step = row_step(module.out_size)
 
         def apply(rows: torch.Tensor) -> torch.Tensor:
             row_count = len(rows)

@@ -9,7 +9,6 @@ import torch
 
 from layertap_server.engine.block import Norm
 from layertap_server.engine.linear import Dense, Linears
-from layertap_server.model.architectures import Architecture
 from layertap_server.model.files import CheckpointError
 from layertap_server.model.settings import ModelSettings
 from layertap_server.model.weights import expected_shapes
@@ -23,14 +22,16 @@ class WeightReader:
     What is missing or has another shape is a `CheckpointError`.
 
     Attributes:
+        settings: The model's settings.
         linears: Makes the dense layers, and names the device.
     """
 
-    def __init__(self, weights: Weights, architecture: Architecture, linears: Linears) -> None:
+    def __init__(self, weights: Weights, settings: ModelSettings, linears: Linears) -> None:
         """Empties a mapping with weights by any of their names."""
-        self._architecture = architecture
-        self._weights = {architecture.common_name(name): weights.pop(name) for name in list(weights)}
+        self.settings = settings
         self.linears = linears
+        self._architecture = settings.architecture
+        self._weights = {self._architecture.common_name(name): weights.pop(name) for name in list(weights)}
 
     def __contains__(self, name: str) -> bool:
         return name in self._weights

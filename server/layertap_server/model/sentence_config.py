@@ -168,9 +168,10 @@ def _kind_of(module: Mapping[str, Any]) -> str:
 
 
 def _path_of(module: Mapping[str, Any]) -> PurePosixPath | None:
-    """Returns the folder of a module; None: it is not inside the model's."""
-    path = PurePosixPath(str(module.get("path") or ""))
-    return None if path.is_absolute() or ".." in path.parts else path
+    """Returns the folder of a module; None: it is not inside the model's, or cannot be the name of a folder."""
+    name = str(module.get("path") or "")
+    path = PurePosixPath(name)
+    return None if path.is_absolute() or ".." in path.parts or not name.isprintable() else path
 
 
 class _Reading:

@@ -9,13 +9,14 @@ from typing import Any, Final
 import safetensors
 
 from layertap_server.model.architectures import Architecture
-from layertap_server.model.files import CheckpointError, check_file, read_json, reason_of
+from layertap_server.model.files import CheckpointError, check_file, read_json, reason_of, shortened
 from layertap_server.model.settings import ModelSettings
 
 INDEX: Final = "model.safetensors.index.json"
 
 FLOATS: Final = ("F64", "F32", "F16", "BF16")
 """The formats of weights that are read."""
+_LISTED_LENGTH: Final = 300
 _BUFFERS: Final = ("embeddings.position_ids", "embeddings.token_type_ids")
 """What old versions of transformers saved though it is no weight."""
 
@@ -49,7 +50,7 @@ def _shards(folder: Path) -> tuple[Path, ...]:
             raise CheckpointError(f"{INDEX} names {name!r:.80}, which is not a safetensors file of the model folder")
     missing = [name for name in files if not (folder / name).is_file()]
     if missing or not files:
-        listed = ", ".join(missing[:3]) + (" …" if len(missing) > 3 else "")
+        listed = shortened(", ".join(missing[:3]), _LISTED_LENGTH) + (" …" if len(missing) > 3 else "")
         raise CheckpointError(f"the model lacks {listed or 'all its shards'}; fetch it again")
     return tuple(folder / name for name in files)
 
@@ -82,7 +83,8 @@ def check_weights(files: Sequence[Path], settings: ModelSettings, *, given: Mapp
             )
     left = sorted(architecture.own_name(name) for name in found if architecture.is_own(name) and name not in _BUFFERS)
     if left:
-        listed = ", ".join(left[:3]) + (f" and {len(left) - 3} more" if len(left) > 3 else "")
+        more = f" and {len(left) - 3} more" if len(left) > 3 else ""
+        listed = shortened(", ".join(left[:3]), _LISTED_LENGTH) + more
         raise CheckpointError(
             f"the weights have {listed}, which the model of config.json does not have; its numbers would be others, "
             f"so correct config.json, or choose a checkpoint of a plain {settings.model_type}"
