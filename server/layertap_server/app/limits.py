@@ -42,7 +42,7 @@ def check_output_bytes(share: Config, longest_text_bytes: int) -> None:
 
 
 def limits_of(config: Config) -> Limits:
-    """Returns the limits of requests, as clients are told them."""
+    """Returns the limits of requests, as GetModelInfo states them."""
     alike = {field.name for field in dataclasses.fields(Limits)} & {field.name for field in dataclasses.fields(Config)}
     return Limits(
         **{name: getattr(config, name) for name in alike},

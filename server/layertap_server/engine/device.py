@@ -1,7 +1,7 @@
 """Devices: which there are, their memory, and what torch's errors say of them.
 
-Out of memory is told by type, but for the allocator of the CPU, which has none of its own. Whether a device is lost is
-asked of the device itself: after an error that is there to stay, every further call to it fails.
+Out of memory is known by its type, but for the allocator of the CPU, which has none of its own. Whether a device is
+lost is asked of the device itself: after an error that is there to stay, every further call to it fails.
 """
 
 from __future__ import annotations

@@ -228,17 +228,12 @@ class _MadeOutput:
             self._make = lambda values: bert.pooler(values.index_select(0, first_rows.tensor))
         elif output.word_pooling is not None:
             self._make = WordsPooling(packed_batch.words(runs), output.word_pooling, upload)
-        elif output.kind is OutputKind.SPAN_VECTORS:
-            assert output.pool is not None
-            bags = packed_batch.spans(runs, output.pool)
-            self._make = TextPooling(bags, output.pool, output.row_size, upload)
+        elif output.applies_modules:
+            self._make = _sentence_vectors(output, packed_batch, runs, bert.sentence_modules, upload)
         else:
             assert output.pool is not None
-            if output.applies_modules:
-                self._make = _sentence_vectors(output, packed_batch, runs, bert.sentence_modules, upload)
-            else:
-                bags = packed_batch.bags(runs, output.pool)
-                self._make = TextPooling(bags, output.pool, output.row_size, upload)
+            bags_of = packed_batch.spans if output.kind is OutputKind.SPAN_VECTORS else packed_batch.bags
+            self._make = TextPooling(bags_of(runs, output.pool), output.pool, output.row_size, upload)
 
     def of(self, values: torch.Tensor, layer: int) -> torch.Tensor:
         """Makes of a layer's rows what the output has a row for. Shape: [row_count of the output, row_size]."""

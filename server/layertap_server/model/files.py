@@ -54,7 +54,7 @@ def check_file(path: Path) -> None:
         with path.open("rb") as file:
             begin = file.read(len(_POINTER))
     except OSError:
-        return  # Not there, or not readable, which who opens it says better.
+        return  # Not there, or not readable, which is reported where it is opened.
     if begin == _POINTER:
         raise CheckpointError(
             f"{path.name} is a git-lfs pointer, not the file itself; run `git lfs pull` in the model folder"

@@ -76,7 +76,7 @@ class SentenceConfig:
         dimensions: How many values are then kept; 0 keeps all.
         lower_case: Whether strings are turned to lower case before tokenizing.
         prompts: What may stand before a text, by name.
-        default_prompt_name: The prompt of callers who name none; "" for none.
+        default_prompt_name: The prompt where a request names none; "" for none.
         include_prompt: Whether the tokens of a prompt are pooled.
         token_modules: What is done to the token rows of the last layer before they are pooled, in this order.
         vector_modules: What is done to the vector after the pooling, in this order, Normalize among it.

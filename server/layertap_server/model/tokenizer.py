@@ -227,7 +227,7 @@ class Tokenizer:
 
     @functools.cached_property
     def _lowering(self) -> TokenizerEngine:
-        """The same tokenizer behind a turn to lower case."""
+        """The same tokenizer, which makes strings lower case first."""
         lowering = copy(self._tokenizer)
         normalizer = lowering.normalizer
         first = normalizers.Lowercase()
@@ -235,7 +235,7 @@ class Tokenizer:
         return TokenizerEngine(lowering, has_token_types=self._has_token_types)
 
     def decode(self, texts: Sequence[Sequence[int]], *, skip_special_tokens: bool) -> list[str]:
-        """Turns token ids back into strings, as transformers' batch_decode does."""
+        """Returns the strings of token ids, as transformers' batch_decode does."""
         # Of one list of ids `decode` makes one str; transformers types it for lists of lists too.
         return [cast("str", self._decoder.decode(list(ids), skip_special_tokens=skip_special_tokens)) for ids in texts]
 

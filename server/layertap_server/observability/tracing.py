@@ -90,7 +90,7 @@ class Tracing:
                         attributes={"layertap.time_ms": phase.time_ns / 1e6},
                     )
                     part.end(phase.ended_at_ns + offset_ns)
-            # Who leaves makes no error.
+            # A caller that leaves is no error.
             if record.code not in (None, StatusCode.CANCELLED):
                 span.set_status(trace.StatusCode.ERROR, f"{record.code_name}: {record.error}")
         span.end(record.ended_at_ns + offset_ns)
