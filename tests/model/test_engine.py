@@ -88,12 +88,7 @@ def test_torch_compiles_the_blocks(tiny_folder: Path, caplog: pytest.LogCaptureF
 
 def test_few_numbers_of_rows_reach_onednn(real_folder: Path) -> None:
     shape = checkpoint.find(model_id=str(real_folder), revision="", name="", load_format="safetensors", seed=0).settings
-    linears = Linears(
-        device=torch.device("cpu"),
-        dtype=torch.float32,
-        hidden_size=shape.hidden_size,
-        intermediate_size=shape.intermediate_size,
-    )
+    linears = Linears(shape, device=torch.device("cpu"), dtype=torch.float32)
     numbers = range(1, 1025)
     more = [linears.padded(number) - number for number in numbers]
     assert min(more) == 0 and more[:16] == [0] * 16

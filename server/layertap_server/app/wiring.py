@@ -93,6 +93,16 @@ def make_parts(
     preprocessor = Preprocessor(
         model=model, limits=limits_of(share), sentences=found.sentences, tokenizer=found.tokenizer
     )
+    info = info_of(
+        model,
+        limits=limits_of(dataclasses.replace(config, max_call_output_bytes=share.max_call_output_bytes)),
+        devices=found.devices,
+        dtype=found.dtype,
+        sentence_config=found.sentences,
+        batch_invariant=all(one.batch_invariant for one in encoders),
+        process_count=config.processes,
+        process=process,
+    )
     service = EmbeddingService(
         preprocessor=preprocessor,
         tokenizer=found.tokenizer,
@@ -100,16 +110,7 @@ def make_parts(
         model=model,
         on_cpu=found.on_cpu,
         sharing=sharing,
-        info=info_of(
-            model,
-            limits=limits_of(dataclasses.replace(config, max_call_output_bytes=share.max_call_output_bytes)),
-            devices=found.devices,
-            dtype=found.dtype,
-            sentence_config=found.sentences,
-            batch_invariant=all(one.batch_invariant for one in encoders),
-            process_count=config.processes,
-            process=process,
-        ),
+        info=info,
         lookahead_tokens=limits.max_batch_tokens * (batcher.instance_count + 1),
         admission=admission,
     )
@@ -119,9 +120,6 @@ def make_parts(
 
         other = kserve.Service(preprocessor=preprocessor, batcher=batcher, stopping=admission.closed)
         handlers[kserve.SERVICE_NAME] = handler(kserve.SERVICE_NAME, other, admission)
-    http = None
-    if share.http_port >= 0:
-        http = _http(share, preprocessor, batcher, admission, listener, hooks)
     return Parts(
         model=model,
         batcher=batcher,
@@ -130,7 +128,7 @@ def make_parts(
         sharing=sharing,
         admission=admission,
         handlers=handlers,
-        http=http,
+        http=_http(share, preprocessor, batcher, admission, listener, hooks) if share.http_port >= 0 else None,
     )
 
 

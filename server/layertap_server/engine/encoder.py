@@ -93,13 +93,8 @@ class Encoder:
         for path in checkpoint.weight_files:
             weights |= load_weights(path, path.name)
         with torch.inference_mode(), self._selected():
-            linears = Linears(
-                device=self.device,
-                dtype=DTYPES[dtype],
-                hidden_size=settings.hidden_size,
-                intermediate_size=settings.intermediate_size,
-                packing=packing if runtime is None else False,
-            )
+            packing = packing if runtime is None else False
+            linears = Linears(settings, device=self.device, dtype=DTYPES[dtype], packing=packing)
             self._bert = bert = Bert(WeightReader(weights, settings, linears), sentences=sentences, runtime=runtime)
             if runtime is None:
                 bert.invariance = run_probe(

@@ -13,6 +13,8 @@ from typing import Final, NamedTuple
 import torch
 from torch.nn import functional as F
 
+from layertap_server.model.settings import ModelSettings
+
 log = logging.getLogger(__name__)
 
 _TOLERANCE: Final = 2e-5
@@ -61,13 +63,7 @@ class Linears:
     """
 
     def __init__(
-        self,
-        *,
-        device: torch.device,
-        dtype: torch.dtype,
-        hidden_size: int,
-        intermediate_size: int,
-        packing: bool | None = None,
+        self, settings: ModelSettings, *, device: torch.device, dtype: torch.dtype, packing: bool | None = None
     ) -> None:
         """Probes with the shape of the model's largest matrix.
 
@@ -76,7 +72,7 @@ class Linears:
         self.device = device
         self.dtype = dtype
         self.packed = device.type == "cpu" and (
-            _packing_pays(dtype, hidden_size, intermediate_size) if packing is None else packing
+            _packing_pays(dtype, settings.hidden_size, settings.intermediate_size) if packing is None else packing
         )
 
     def padded(self, row_count: int) -> int:
