@@ -11,7 +11,7 @@ import asyncio
 import functools
 import logging
 from collections.abc import Sequence
-from typing import Final, Protocol
+from typing import TYPE_CHECKING, Final
 
 from google.protobuf.message import DecodeError
 
@@ -30,6 +30,9 @@ from layertap_server.scheduler.batcher import Batcher
 from layertap_server.scheduler.call import LoopWaker
 from layertap_server.types import RETRY_ELSEWHERE_S
 
+if TYPE_CHECKING:
+    from layertap_server.rpc.caller import Caller
+
 log = logging.getLogger(__name__)
 
 SERVICE_NAME: Final = kserve.DESCRIPTOR.services_by_name["GRPCInferenceService"].full_name
@@ -39,28 +42,6 @@ STREAMS: Final = ("ModelStreamInfer",)
 _VERSION: Final = "1"
 _IN_FLIGHT: Final = 2
 """Requests of one stream that are held at once: one is tokenized while another computes."""
-
-
-class Caller(rows.Caller, Protocol):
-    """A call with several messages, and its other end."""
-
-    def add_bytes(self, byte_count: int) -> None:
-        """Counts memory that its requests take, until it ends."""
-
-    async def stream_room(self) -> None:
-        """Waits until there is room for more of them."""
-
-    def add_stream_bytes(self, byte_count: int) -> None:
-        """Counts bytes, or with a negative number gives them back."""
-
-    async def read(self) -> bytes | None:
-        """Returns the next message; None: there is none."""
-
-    async def write(self, message: bytes) -> None:
-        """Sends a message."""
-
-    def set_waiting(self, waiting: bool) -> None:
-        """Notes whether the server waits for a message and owes no answer."""
 
 
 class Service:

@@ -13,7 +13,7 @@ import functools
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import Any, Final, Protocol
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
@@ -39,38 +39,15 @@ from layertap_server.scheduler.call import Hooks, LoopWaker
 from layertap_server.scheduler.events import RowsReady
 from layertap_server.types import Plan
 
+if TYPE_CHECKING:
+    from layertap_server.rpc.caller import AdmittedCall
+
 _EMBEDDINGS: Final = "/v1/embeddings"
 _MODELS: Final = "/v1/models"
 _NUMBER_COST: Final = 4
 """How many times as long numbers take to write as base64 does, about."""
 METHODS: Final = (f"POST {_EMBEDDINGS}", f"GET {_MODELS}")
 """What the log and the metrics call the calls."""
-
-
-class AdmittedCall(Protocol):
-    """A call under way; see `rpc.caller`."""
-
-    @property
-    def record(self) -> Record:
-        """What is known of it."""
-
-    def add_bytes(self, byte_count: int) -> None:
-        """Counts bytes of its request."""
-
-    def set_idle(self, timeout_s: float, error: Callable[[], LayertapError]) -> None:
-        """Notes that it waits for its caller, which after so many seconds ends it with an error that `error` makes."""
-
-    def set_busy(self) -> None:
-        """Notes that it waits no longer."""
-
-
-class Admit(Protocol):
-    """Counts and records a call; see `rpc.admission`."""
-
-    def __call__(
-        self, name: str, *, client: str, metadata: Mapping[str, str | bytes]
-    ) -> AbstractContextManager[AdmittedCall]:
-        """Returns what belongs around all that is done for the call."""
 
 
 @dataclasses.dataclass(slots=True, kw_only=True)
@@ -86,8 +63,8 @@ class _Caller:
 class OpenAI:
     """Answers the API's requests with one model.
 
-    `identify` returns the client by its authorization, certificate and address, and raises UnauthenticatedError if it
-    may not call. `stall_timeout_s` is how long the body of a request may take to come.
+    `admit` is `Admission.call`. `identify` returns the client by its authorization, certificate and address, and raises
+    UnauthenticatedError if it may not call. `stall_timeout_s` is how long the body of a request may take to come.
     """
 
     def __init__(
@@ -95,7 +72,7 @@ class OpenAI:
         *,
         preprocessor: Preprocessor,
         batcher: Batcher,
-        admit: Admit,
+        admit: Callable[..., AbstractContextManager[AdmittedCall]],
         identify: Callable[[str | None, Mapping[str, Any], str], str],
         stall_timeout_s: float,
         hooks: Hooks,
