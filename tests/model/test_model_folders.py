@@ -509,7 +509,10 @@ REFUSED: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
         ("model.safetensors", "again"),
     ),
     "a missing shard": (_index('{"weight_map": {"a": "model-00001-of-00002.safetensors"}}'), ("00001-of-00002",)),
-    "a shard without end": (_index(json.dumps({"weight_map": {"a": "x" * 5000 + ".safetensors"}})), ("xx …", "again")),
+    "a shard without end": (
+        _index(json.dumps({"weight_map": {"a": "x" * 5000 + ".safetensors"}})),
+        ("cannot be read", "File name too long"),
+    ),
     "a broken index": (_index('{"weight_map":'), ("index.json",)),
     "an index without a map": (_index("{}"), ("index.json",)),
     "an index that is a list": (_index("[]"), ("index.json",)),

@@ -50,7 +50,7 @@ def _shards(folder: Path) -> tuple[Path, ...]:
             raise CheckpointError(f"{INDEX} names {name!r:.80}, which is not a safetensors file of the model folder")
     missing = [name for name in files if not (folder / name).is_file()]
     if missing or not files:
-        listed = shortened(", ".join(missing[:3]), _LISTED_LENGTH) + (" …" if len(missing) > 3 else "")
+        listed = ", ".join(missing[:3]) + (" …" if len(missing) > 3 else "")
         raise CheckpointError(f"the model lacks {listed or 'all its shards'}; fetch it again")
     return tuple(folder / name for name in files)
 
