@@ -141,14 +141,13 @@ class Encoder:
                     continue
                 layer, rows = step
                 mixes.add(layer, rows)
-                for one in made:
-                    output = one.group.output
-                    if layer in output.layers:
-                        values = rows if output.mix is None else mixes.whole(output.mix)
-                        host_copy.take(one.of(values, layer), one.group, layer, chosen=one.chosen)
-                        if self._runtime is None:  # Attentions of one layer take longer than its block.
-                            yield from host_copy.done()
-                            yield None
+                for one in [one for one in made if layer in one.group.output.layers]:
+                    mix = one.group.output.mix
+                    made_of = rows if mix is None else mixes.whole(mix)
+                    host_copy.take(one.of(made_of, layer), one.group, layer, chosen=one.chosen)
+                    if self._runtime is None:  # Attentions of one layer take longer than its block.
+                        yield from host_copy.done()
+                        yield None
                 yield from host_copy.done()
             yield from host_copy.rest()
         finally:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 from collections.abc import Iterator
 from typing import Final
 
@@ -86,12 +87,11 @@ class Truncation:
             own = [n for n, special in enumerate(one.special_tokens_mask) if not special]
             frame = _Frame(before=own[0], after=len(one.ids) - 1 - own[-1], has_types=any(one.type_ids))
             ids = np.array(one.ids, np.int32)
-            for direction in ("right", "left"):
-                for length in range(frame.before + frame.after, len(ids)):
-                    with self.cutter(length, direction) as cutter:
-                        cut = cutter.encode(_PROBE, add_special_tokens=add_special_tokens)
-                    if cut.ids != frame.cut(ids, length, direction).tolist():
-                        return _Frame(can_cut=False)
+            for direction, length in itertools.product(("right", "left"), range(frame.before + frame.after, len(ids))):
+                with self.cutter(length, direction) as cutter:
+                    cut = cutter.encode(_PROBE, add_special_tokens=add_special_tokens)
+                if cut.ids != frame.cut(ids, length, direction).tolist():
+                    return _Frame(can_cut=False)
         except Exception:  # The library raises `Exception` itself, such as for an unknown token that it lacks.
             return _Frame(can_cut=False)
         return frame

@@ -122,10 +122,9 @@ class Builder:
                 for part in parts:
                     data[part.rows.output_index, part.rows.layer].append(part.rows.data)
                 continue
-            for position, rows in enumerate(split_run(parts, self.plan)):
-                if position not in failures:
-                    for output_index, layer, values in rows:
-                        data[output_index, layer].append(values)
+            good = (rows for position, rows in enumerate(split_run(parts, self.plan)) if position not in failures)
+            for output_index, layer, values in itertools.chain.from_iterable(good):
+                data[output_index, layer].append(values)
         return Piece(embedding=self._embedding(texts, data) if texts else None, errors=errors)
 
     def blank(self, text: Good) -> Embedding:
