@@ -115,7 +115,7 @@ class Tokenizer:
             windowing=windowing,
         )
         if set(map(type, items)) == {str}:
-            return encode(cast("Sequence[String]", items), labels)
+            return engine.encode(cast("Sequence[String]", items), labels, how)
         results: list[Tokenized | LayertapError] = []
         strings: list[int] = []
         words: list[int] = []
