@@ -1017,11 +1017,10 @@ def test_leaving_an_iteration_ends_the_call(client: Any, server: Server) -> None
 
 def test_a_server_that_dies_ends_every_call(tiny_folder: Path) -> None:
     """A blocking and an asyncio caller each in the middle of layers, of a stream, and of a call not yet answered."""
-    # One client may fill three quarters of the queue, and here all are one.
-    server = Server("--device", "cpu", "--model-id", str(tiny_folder), "--max-queue-token-count", str(4 << 20))
-    inputs = ["paris " * 500] * 900  # 230 MB of layers: more than any buffer on the way holds.
+    server = Server("--device", "cpu", "--model-id", str(tiny_folder))
+    inputs = [[101, *[2_000] * 498, 102]] * 300  # 77 MB of layers: more than any buffer on the way holds.
     try:
-        began = [threading.Event() for _ in range(4)]
+        began = [threading.Event() for _ in range(6)]
 
         def layers() -> None:
             with Client(server.address) as client:
@@ -1047,14 +1046,21 @@ def test_a_server_that_dies_ends_every_call(tiny_folder: Path) -> None:
 
         def whole() -> None:
             with Client(server.address) as client:
+                client.model_info()  # It is connected: what meets a stopped server before that says so in other words.
+                began[4].set()
+                stopped.wait()
                 client.embed([f"{SECRET} {GOOD}"], pooling="mean")
 
         async def awhole() -> None:
             async with AsyncClient(server.address) as client:
+                await client.model_info()
+                began[5].set()
+                await asyncio.to_thread(stopped.wait)
                 await client.embed([f"{SECRET} {GOOD}"], layers="all")
 
-        killed = threading.Event()
+        stopped, killed = threading.Event(), threading.Event()
         with ThreadPoolExecutor(6) as pool:
+            late = [pool.submit(whole), pool.submit(lambda: asyncio.run(awhole()))]
             futures = [
                 pool.submit(layers),
                 pool.submit(lambda: asyncio.run(alayers())),
@@ -1064,11 +1070,11 @@ def test_a_server_that_dies_ends_every_call(tiny_folder: Path) -> None:
             try:
                 assert all([event.wait(PATIENCE_S) for event in began])
                 server.signal(signal.SIGSTOP)
-                late = [pool.submit(whole), pool.submit(lambda: asyncio.run(awhole()))]
+                stopped.set()
                 assert not wait(late, timeout=0.5).done  # A stopped server answers no call.
             finally:
                 server.signal(signal.SIGKILL)
-                killed.set()
+                stopped.set(), killed.set()
             dead_at = time.monotonic()
             for future in [*futures, *late]:
                 error = future.exception(timeout=PATIENCE_S)
