@@ -7,7 +7,6 @@ becomes a child of the test process (Linux alone can do that; elsewhere `start` 
 
 from __future__ import annotations
 
-import ctypes
 import functools
 import json
 import os
@@ -21,10 +20,10 @@ import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from layertap_server.app.processes.fork_server import fork_twice, reap_descendants
+
 HARMLESS = ("LAYERTAP_", "OTEL_", "PYTEST_")
 """How variables begin that may differ from those that the forking process was started with: it has not read them."""
-
-_PR_SET_CHILD_SUBREAPER = 36
 
 
 class ForkedProcess:
@@ -70,7 +69,7 @@ class _Forker:
     def __init__(self) -> None:
         self._environment = dict(os.environ)
         self._lock = threading.Lock()
-        ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+        reap_descendants()
         self._socket, other = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with other:
             command = [sys.executable, __file__, str(other.fileno())]
@@ -124,20 +123,9 @@ def start(program: Sequence[str], environment: Mapping[str, str]) -> ForkedProce
 
 
 def _fork(request: bytes, descriptors: Sequence[int]) -> int:
-    """Forks twice; returns the id of the grandchild, or in the grandchild 0."""
-    reading, writing = os.pipe()
-    child = os.fork()
-    if child:
-        os.close(writing)
-        os.waitpid(child, 0)
-        with os.fdopen(reading) as pipe:
-            return int(pipe.read())
-    grandchild = os.fork()
-    if grandchild:
-        os.write(writing, str(grandchild).encode())
-        os._exit(0)
-    os.close(reading)
-    os.close(writing)
+    """Forks as requested; returns the id of the new process, or in it 0."""
+    if pid := fork_twice():
+        return pid
     for number, descriptor in enumerate(descriptors, start=1):
         os.dup2(descriptor, number)
         os.close(descriptor)

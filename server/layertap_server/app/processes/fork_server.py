@@ -86,7 +86,7 @@ class ForkServer:
 
     def __init__(self, load: Load, run: Run) -> None:
         """Starts it: there `load` is called at once, and `run` in each process that is forked of it."""
-        ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+        reap_descendants()
         self._socket, requests = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         for stream in (sys.stdout, sys.stderr):
             if stream is not None:
@@ -149,7 +149,7 @@ def _run_fork_server(requests: socket.socket, load: Load, run: Run) -> NoReturn:
             data, descriptors, *_ = socket.recv_fds(requests, 64, 1)
             if not data:
                 break
-            pid = _fork_twice()
+            pid = fork_twice()
             if not pid:
                 requests.close()
                 signals.install()
@@ -185,8 +185,13 @@ def _forget(*, keep: int) -> None:
     sys.stdout, sys.stderr = sys.__stdout__, sys.__stderr__
 
 
-def _fork_twice() -> int:
-    """Forks a child of the reaper; returns its id, or in it 0."""
+def reap_descendants() -> None:
+    """Makes this process the parent of all its descendants whose own parents have ended. Linux alone can do that."""
+    ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+
+
+def fork_twice() -> int:
+    """Forks a child of the process that reaps descendants; returns its id, or in it 0."""
     reading, writing = os.pipe()
     child = os.fork()
     if child:
