@@ -63,12 +63,12 @@ class ParquetRows(Source):
         """Yields all rows in order.
 
         Raises:
-            JobError: if the file is damaged.
+            JobError: if the file is damaged, or a column has a value that Python does not.
         """
         with self._readable(), pq.ParquetFile(self.path, buffer_size=_BUFFER_BYTES, pre_buffer=False) as file:
             number = 0
             for batch in file.iter_batches(_ROWS, columns=self.fields.names, use_threads=False):
-                columns = {name: _values(batch.column(name)) for name in self.fields.names}
+                columns = {name: self._values(batch, name) for name in self.fields.names}
                 for row in range(batch.num_rows):
                     number += 1
                     yield from_fields(number, {name: column[row] for name, column in columns.items()}, self.fields)
@@ -82,6 +82,14 @@ class ParquetRows(Source):
     def stat(self) -> os.stat_result:
         """Returns which file is read."""
         return self.path.stat()
+
+    def _values(self, batch: Any, name: str) -> list[Any]:
+        try:
+            return _values(batch.column(name))
+        except (OverflowError, ValueError) as exc:
+            raise JobError(
+                f"{self.path}: the column {name} has a value that cannot be read ({exc}); leave it out of --keep"
+            ) from exc
 
     def _refuse(self, name: str, kind: Any, rule: str, flag: str) -> None:
         raise JobError(f"{self.path}: the column {name} is of type {kind}; {rule}; choose another with {flag}")
@@ -134,6 +142,8 @@ def _table(table: Table, block: Block) -> Any:
 
 
 def _values(column: Any) -> list[Any]:
+    if pa.types.is_date(column.type) or pa.types.is_time(column.type) or pa.types.is_timestamp(column.type):
+        column = column.cast(pa.string())  # Python's own have no nanoseconds and no year above 9999.
     try:
         values: list[Any] = column.to_pylist()
     except UnicodeDecodeError:  # Not every writer checks its strings. One that is no UTF-8 makes its own item bad only.

@@ -259,6 +259,28 @@ def test_a_parquet_column_of_a_wrong_type_is_refused_once(fields: Fields, reason
         ParquetRows(path=path, fields=fields)
 
 
+@pytest.mark.parametrize(
+    ("values", "kept"),
+    [
+        (pa.array([1_700_000_000_123_456_789], pa.timestamp("ns")), "2023-11-14 22:13:20.123456789"),
+        (pa.array([1], pa.time64("ns")), "00:00:00.000000001"),
+        (pa.array([1], pa.date32()), "1970-01-02"),
+        (pa.array([2**30], pa.date32()), "<value out of range: 1073741824>"),
+    ],
+)
+def test_kept_times_have_all_their_digits(values: pa.Array, kept: str, tmp_path: Path) -> None:
+    pq.write_table(pa.table({"text": ["x"], "time": values}), tmp_path / "a.parquet")
+    (item,) = ParquetRows(path=tmp_path / "a.parquet", fields=Fields(keep=("time",))).items()
+    assert isinstance(item, Item) and item.kept == (kept,)
+
+
+def test_a_value_that_cannot_be_read_is_named_by_its_column(tmp_path: Path) -> None:
+    far = pa.array([[2**62]], pa.list_(pa.timestamp("us")))
+    pq.write_table(pa.table({"text": ["x"], "times": far}), tmp_path / "a.parquet")
+    with pytest.raises(JobError, match=r"a\.parquet: the column times has a value that cannot be read"):
+        list(ParquetRows(path=tmp_path / "a.parquet", fields=Fields(keep=("times",))).items())
+
+
 def test_kept_values_keep_their_types(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text('{"text": "x", "a": 1, "b": {"c": [true]}, "d": null}\n{"text": "x", "a": "\\ud800"}\n')
