@@ -41,7 +41,7 @@ def connect(args: argparse.Namespace) -> Client:
 
 @contextlib.contextmanager
 def usage() -> Iterator[None]:
-    """Takes what is wrong with an argument, or a LAYERTAP_… variable, for wrong usage."""
+    """Makes wrong usage of what is wrong with an argument or a LAYERTAP_… variable."""
     try:
         yield
     except InvalidArgumentError as exc:
