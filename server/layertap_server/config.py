@@ -142,8 +142,9 @@ class Config:
     )
     max_batch_bytes: int = _batching(
         0,
-        "Output bytes of one batch; a call may hold one batch more than there are instances. 0: 32 MiB on a CPU, "
-        "256 MiB on cuda, where all layers of a batch that fills it take more.",
+        "Output bytes of one batch; a call may hold one batch more than there are instances. 0: 32 MiB on a CPU, up to "
+        "48 MiB if --max-call-output-bytes has room for them; 256 MiB on cuda, where all layers of a batch that fills "
+        "it take more.",
         unit="bytes",
         least=0,
     )

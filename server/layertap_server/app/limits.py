@@ -41,6 +41,15 @@ def check_output_bytes(share: Config, longest_text_bytes: int) -> None:
             )
 
 
+def cpu_batch_bytes(instance_count: int, max_call_output_bytes: int) -> int:
+    """Returns how many output bytes a batch has at most on a CPU, where no setting says it.
+
+    48 MiB hold all layers of 1024 tokens in the shape of bert-base. With larger batches a call could not hold one more
+    than there are instances, so that some would wait for its caller to read.
+    """
+    return min(max(max_call_output_bytes // (instance_count + 1), 32 << 20), 48 << 20)
+
+
 def limits_of(config: Config) -> Limits:
     """Returns the limits of requests, as GetModelInfo states them."""
     alike = {field.name for field in dataclasses.fields(Limits)} & {field.name for field in dataclasses.fields(Config)}

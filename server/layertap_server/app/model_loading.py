@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from typing import Final
 
 from layertap_server.app.child_process import in_child
+from layertap_server.app.limits import cpu_batch_bytes
 from layertap_server.config import Config
 from layertap_server.engine import cpu_threads, device
 from layertap_server.engine.cpu_threads import CpuThreads
@@ -31,7 +32,6 @@ log = logging.getLogger(__name__)
 
 _CPU_BATCH_TOKENS: Final = 1024
 _CUDA_BATCH_TOKENS: Final = 32_768
-_CPU_BATCH_BYTES: Final = 32 << 20
 _CUDA_BATCH_BYTES: Final = 256 << 20
 
 
@@ -59,9 +59,13 @@ class FoundModel:
 
     def queue_limits(self, share: Config) -> QueueLimits:
         """Returns the limits of the queue of a process that has this share of the settings."""
+        batch_tokens, batch_bytes = _CUDA_BATCH_TOKENS, _CUDA_BATCH_BYTES
+        if self.on_cpu:
+            batch_tokens = _CPU_BATCH_TOKENS
+            batch_bytes = cpu_batch_bytes(self.threads.instance_count, share.max_call_output_bytes)
         return QueueLimits(
-            max_batch_tokens=share.max_batch_tokens or (_CPU_BATCH_TOKENS if self.on_cpu else _CUDA_BATCH_TOKENS),
-            max_batch_bytes=share.max_batch_bytes or (_CPU_BATCH_BYTES if self.on_cpu else _CUDA_BATCH_BYTES),
+            max_batch_tokens=share.max_batch_tokens or batch_tokens,
+            max_batch_bytes=share.max_batch_bytes or batch_bytes,
             min_share_tokens=share.min_share_tokens,
             max_queue_texts=share.max_queue_text_count,
             max_queue_tokens=share.max_queue_token_count,

@@ -174,9 +174,10 @@ class Call:
             self.next_window = 0
 
     @property
-    def next_window_bytes(self) -> int:
-        """The bytes to reserve for `next_part` if it is a window: the first one of a text reserves for all of them."""
-        return self._window_bytes
+    def next_part_bytes(self) -> int:
+        """The bytes to reserve for `next_part`: the first window of a text reserves for all of them."""
+        part = self.next_part
+        return self._byte_counts.of(part) if part.window is None else self._window_bytes
 
 
 @dataclasses.dataclass(slots=True)
@@ -264,7 +265,7 @@ class EventQueue(Generic[EventT]):
         self._needs_rows = needs_rows
         self._events: deque[EventT] = deque()
         self._reader: asyncio.Future[None] | None = None
-        self._waking = False
+        self._waits = self._waking = False
 
     def put(self, event: EventT) -> None:
         """Adds an event and wakes the reader; may be called from any thread."""
@@ -274,7 +275,8 @@ class EventQueue(Generic[EventT]):
     def add(self, event: EventT) -> None:
         """Adds an event; may be called from any thread. The reader goes on with it after `wake`."""
         self._events.append(event)
-        if not self._waking and (self._needs_rows or not isinstance(event, RowsReady)):
+        # A reader that does not wait finds it by itself: it looks once more after it has said that it waits.
+        if self._waits and not self._waking and (self._needs_rows or not isinstance(event, RowsReady)):
             self._waking = True
             self._waker.add(self._go_on)
 
@@ -287,7 +289,10 @@ class EventQueue(Generic[EventT]):
         """Returns all events that have come; waits for the first one."""
         while not self._events:
             self._reader = asyncio.get_running_loop().create_future()
-            await self._reader
+            self._waits = True
+            if not self._events:
+                await self._reader
+            self._waits = False
         events = []
         while self._events:
             events.append(self._events.popleft())

@@ -103,7 +103,7 @@ class CallQueue:
                 return
             call.held_run_count -= run_done
             self._hold(call, -byte_count)
-            if call in self._full_calls:
+            if call in self._full_calls and self._may_hold(call, call.next_part_bytes):
                 del self._full_calls[call]
                 self._order.add(call)
             self._wake()
@@ -187,7 +187,7 @@ class CallQueue:
             text, waiting = call.next_part, call.waiting[0]
             token_count = len(text.input_ids)
             byte_count, mix_bytes = call.bytes_of(text), call.plan.mix_token_bytes * token_count
-            reserved_bytes = byte_count if text.window is None else call.next_window_bytes
+            reserved_bytes = call.next_part_bytes
             if call.expires_at is not None and call.expires_at <= now:
                 self._drop_waiting(call)
                 expired.append(call)
