@@ -234,6 +234,16 @@ def test_a_file_that_is_no_corpus_is_refused(name: str, data: bytes, said: str, 
     assert status == 400 and said in header["error"]["details"]
 
 
+def test_a_parquet_file_with_strings_that_are_none_is_refused(page: Page) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    buffer = io.BytesIO()
+    pq.write_table(pa.table({"text": pa.array([b"caf\xe9"]).view(pa.string())}), buffer)
+    status, header = send(page, "a.parquet", buffer.getvalue())
+    assert status == 400 and "is damaged" in header["error"]["details"]
+
+
 def test_vectors_of_another_model_are_refused(page: Page) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq

@@ -101,6 +101,7 @@ def _of_line(number: int, line: str) -> str:
 
 
 def _parquet(data: bytes) -> Corpus:
+    pa = optional_deps.load("pyarrow", extra="arrow", purpose="Parquet")
     parquet = optional_deps.load("pyarrow.parquet", extra="arrow", purpose="Parquet")
     try:
         file = parquet.ParquetFile(io.BytesIO(data))
@@ -109,13 +110,14 @@ def _parquet(data: bytes) -> Corpus:
                 f"the file has {file.metadata.num_rows} rows, the page takes {MAX_SENTENCES}; choose a part of it"
             )
         table = file.read()
-    except (OSError, ValueError) as exc:
+        named = next((name for name in _LABELS if name in table.column_names), None)
+        values = [] if named is None else table.column(named).to_pylist()
+        matrices = {name: _matrix(table.column(name).combine_chunks()) for name in table.column_names}
+    except (pa.ArrowException, OSError, ValueError, KeyError) as exc:  # KeyError: a column that is there twice.
         raise InvalidArgumentError("the file is no Parquet, or is damaged") from exc
-    named = next((name for name in _LABELS if name in table.column_names), None)
     if named is None:
         raise InvalidArgumentError(f"the file has no column {_TEXT} or ids; write it with layertap embed --keep text")
-    sentences = ["" if value is None else str(value) for value in table.column(named).to_pylist()]
-    matrices = {name: _matrix(table.column(name).combine_chunks()) for name in table.column_names}
+    sentences = ["" if value is None else str(value) for value in values]
     fingerprint = (table.schema.metadata or {}).get(b"fingerprint")
     return Corpus(
         sentences=sentences,
