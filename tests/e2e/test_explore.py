@@ -226,6 +226,7 @@ def test_vectors_of_a_file_that_the_command_line_made_are_used_as_they_are(
         ("a.txt", b"x\n" * 2001, "2001 sentences, the page takes 2000"),
         ("a.jsonl", b'{"text": "x"}\n{"title": "y"}', "line 2 has no string as 'text'"),
         ("a.jsonl", b"\n\n{", "line 3 is not JSON"),
+        ("a.jsonl", b'{"text": "\\ud800"}', "line 1 has no string as 'text', or one with a lone surrogate"),
         ("a.parquet", b"PAR1", "no Parquet, or is damaged"),
     ],
 )
@@ -284,6 +285,10 @@ def test_errors_are_the_words_of_the_sdk(page: Page, client: Client) -> None:
 def test_wrong_fields_are_named(fields: dict[str, Any], said: str, page: Page) -> None:
     error = page.refusal("tokens", **fields)
     assert error["code"] == "INVALID_ARGUMENT" and said in error["details"]
+
+
+def test_a_file_is_not_sent_in_json(page: Page) -> None:
+    assert "there is no file" in page.refusal("sentences", file="text", file_name=1)["details"]
 
 
 @pytest.mark.parametrize("body", [b"", b"[]", b"{", b"\xff"])

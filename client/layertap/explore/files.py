@@ -16,6 +16,7 @@ import numpy.typing as npt
 from layertap import optional_deps
 from layertap.errors import InvalidArgumentError
 from layertap.explore.requests import MAX_SENTENCES
+from layertap.jobs.items import is_utf8
 from layertap.types import Pooling
 
 _TEXT: Final = "text"
@@ -95,8 +96,8 @@ def _of_line(number: int, line: str) -> str:
     except (ValueError, RecursionError) as exc:
         raise InvalidArgumentError(f"line {number} is not JSON; write one object a line") from exc
     text = found.get(_TEXT) if isinstance(found, dict) else found
-    if not isinstance(text, str):
-        raise InvalidArgumentError(f"line {number} has no string as {_TEXT!r}")
+    if not isinstance(text, str) or not is_utf8(text):
+        raise InvalidArgumentError(f"line {number} has no string as {_TEXT!r}, or one with a lone surrogate")
     return text
 
 

@@ -40,9 +40,10 @@ class Request:
     @property
     def file(self) -> tuple[str, bytes]:
         """A file's name and its bytes."""
-        if "file" not in self._fields:
+        name, data = self._fields.get("file_name"), self._fields.get("file")
+        if not isinstance(name, str) or not isinstance(data, bytes):
             raise InvalidArgumentError("there is no file; choose one")
-        return self._fields["file_name"], self._fields["file"]
+        return name, data
 
     @property
     def masks(self) -> list[list[int]] | None:

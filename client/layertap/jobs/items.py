@@ -88,7 +88,7 @@ def from_fields(number: int, fields: Mapping[str, Any], wanted: Fields) -> Item 
         return checked(number, identity, None, reason)
     kept = tuple(_value(fields.get(name)) for name in wanted.keep)
     for name, value in zip(wanted.keep, kept, strict=True):
-        if isinstance(value, str) and ("\0" in value or not _is_utf8(value)):
+        if isinstance(value, str) and ("\0" in value or not is_utf8(value)):
             return bad(number, identity, f"the field {name} has a NUL or is not valid UTF-8, so it cannot be kept")
     reason = f"the field {wanted.text} is neither a string nor a list of strings"
     return checked(number, identity, fields[wanted.text], reason, kept)
@@ -110,7 +110,7 @@ def checked(
         pieces = content
     else:
         return bad(number, identity, otherwise)
-    if not all(map(_is_utf8, pieces)):
+    if not all(map(is_utf8, pieces)):
         return bad(number, identity, "the text is not valid UTF-8, or has a lone surrogate; convert or replace it")
     return Item(number=number, id=identity, content=content, kept=kept)
 
@@ -125,6 +125,24 @@ def fields_there(names: Mapping[str, Any] | Sequence[str]) -> str:
     shown = [name if len(name) <= _FIELD_NAME_CHARACTERS else name[:_FIELD_NAME_CHARACTERS] + "…" for name in names]
     more = [f"and {len(shown) - _FIELDS_NAMED} more"] if len(shown) > _FIELDS_NAMED else []
     return "there is no field" if not shown else "there are " + ", ".join([*shown[:_FIELDS_NAMED], *more])
+
+
+def is_utf8(text: str) -> bool:
+    """Returns whether a text can be encoded: it has no lone surrogate."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def is_line_of_bad_item(line: bytes) -> bool:
+    """Returns whether a line is one of a side file."""
+    try:
+        found = json.loads(line)
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(found, dict) and found.keys() == {field.name for field in dataclasses.fields(BadItem)}
 
 
 def json_line(value: object) -> str:
@@ -155,20 +173,3 @@ def _value(value: object) -> Value:
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
     return json.dumps(value, ensure_ascii=False, default=str) if isinstance(value, (list, dict)) else str(value)
-
-
-def _is_utf8(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
-def is_line_of_bad_item(line: bytes) -> bool:
-    """Returns whether a line is one of a side file."""
-    try:
-        found = json.loads(line)
-    except (ValueError, RecursionError):
-        return False
-    return isinstance(found, dict) and found.keys() == {field.name for field in dataclasses.fields(BadItem)}
