@@ -209,8 +209,7 @@ class Caller(AdmittedCall):
     @property
     def expires_at(self) -> float | None:
         """The deadline of the call, by time.monotonic; None: it has none."""
-        remaining = self._context.time_remaining()
-        # grpc-stubs does not know that a call without a deadline has None.
+        remaining = self._context.time_remaining()  # grpc-stubs does not know that it may be None.
         return None if remaining is None else time.monotonic() + remaining  # type: ignore[redundant-expr]
 
     def why_left(self) -> LayertapError:
@@ -236,13 +235,13 @@ class Caller(AdmittedCall):
 
     async def read(self) -> bytes | None:
         """Returns the next message; None: there is none."""
-        client, reads = self.client, self._shared.reads
-        if not reads.try_begin(client, self):
-            await reads.begin(client, self)
+        reads = self._shared.reads
+        if not reads.try_begin(self.client, self):
+            await reads.begin(self.client, self)
         try:
             message = await self._context.read()
         finally:
-            reads.end(client, self)
+            reads.end(self.client, self)
         # grpc-stubs does not know that it may be EOF.
         return message if isinstance(message, bytes) else None  # type: ignore[redundant-expr]
 

@@ -173,8 +173,7 @@ class CallQueue:
 
     def _take(self, expired: list[Call]) -> list[BatchPart]:
         """Removes the next batch from the queue; adds calls whose deadline has passed to `expired`."""
-        self._order.begin_batch()
-        if not self._order:
+        if not self._order.begin_batch():
             return []
         share = max(-(-self.waiting.tokens.used // self.idle.count), self._limits.min_share_tokens)
         now = time.monotonic()
@@ -283,10 +282,7 @@ class CallQueue:
         """Removes the waiting texts of a call."""
         if not call.waiting:
             return
-        if call in self._full_calls:
-            del self._full_calls[call]
-        else:
-            self._order.remove(call)
+        (self._full_calls.pop if call in self._full_calls else self._order.remove)(call)
         self._count_waiting(call, -len(call.waiting), -call.waiting_token_count)
         call.waiting.clear()
 

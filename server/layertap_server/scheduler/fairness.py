@@ -114,9 +114,10 @@ class FairQueue:
             if connection in self._clients[client]:
                 self._clients[client].move_to_end(connection)
 
-    def begin_batch(self) -> None:
-        """Notes that what is served from here on is served in another batch."""
+    def begin_batch(self) -> bool:
+        """Notes that what is served from here on is served in another batch; returns whether there is anything."""
         self._served.clear()
+        return bool(self._clients)
 
 
 class Budget:
@@ -296,5 +297,4 @@ class Reads:
             self._started.pop(client, None)
         for future in self._waiting.get(client, ()):
             if not future.done():
-                future.set_result(None)
-                return
+                return future.set_result(None)
