@@ -3,47 +3,16 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Iterator
 
 import numpy as np
 
 from layertap import wire
 from layertap._protocol.answer_plan import AnswerPlan, row_counts
-from layertap._protocol.result_builder import read_timings
+from layertap._protocol.result_builder import Answer, read_timings
 from layertap.errors import DataLossError
-from layertap.types import BoolArray, FloatArray, IntArray, Timings
+from layertap.types import FloatArray
 from layertap.v1 import embedding_pb2 as pb
-
-
-class TextAnswer(NamedTuple):
-    """All that came for one item: its rows by output index and layer, and what describes them.
-
-    A tuple, since there is one for each text of a stream.
-
-    Attributes:
-        arrays: Its rows, by output index and layer.
-        token_count: Its tokens.
-        token_counts: The same as an array. Shape: [1].
-        truncated: Whether tokens were cut. Shape: [1].
-        window_counts: How many windows it ran as. Shape: [1].
-        span_count: Its spans, if an output has a row for each.
-        ones: A mask of 1 for each token. Shape: [1, token_count].
-        timings: Where its time went.
-        tokens: Its tokens if they were requested.
-        words: Its words if they were requested.
-    """
-
-    arrays: dict[tuple[int, int], FloatArray]
-    token_count: int
-    token_counts: IntArray
-    truncated: BoolArray
-    window_counts: IntArray
-    span_count: int
-    ones: IntArray
-    timings: Timings
-    tokens: Sequence[pb.TokenizedText]
-    words: Sequence[pb.SplitText]
 
 
 def text_answers(
@@ -53,7 +22,7 @@ def text_answers(
     data: memoryview,
     offsets: list[int],
     view: wire.View | None,
-) -> Iterator[tuple[int, TextAnswer]]:
+) -> Iterator[tuple[int, Answer]]:
     """Yields the id and the answer of each item in one message.
 
     Args:
@@ -110,25 +79,22 @@ def text_answers(
     raw, timings = pb.Timings(), read_timings(pb.Timings())
     start = 0
     for position, (index, token_count, of) in enumerate(zip(results.ids, token_counts, results.timings, strict=True)):
-        after = position + 1
+        after, end = position + 1, start + token_count
         if raw != of:
             raw, timings = of, read_timings(of)
-        yield (
-            index,
-            TextAnswer(
-                arrays={key: array[rows[position] : rows[after]] for key, array, rows in tensors},
-                token_count=token_count,
-                token_counts=counts[position:after],
-                truncated=truncated[position:after],
-                window_counts=window_counts[position:after],
-                span_count=span_counts[position] if span_counts else 0,
-                ones=ones[:, start : start + token_count],
-                timings=timings,
-                tokens=tokens[position:after],
-                words=words[position:after],
-            ),
+        answer = Answer(
+            arrays={key: array[rows[position] : rows[after]] for key, array, rows in tensors},
+            token_counts=counts[position:after],
+            truncated=truncated[position:after],
+            window_counts=window_counts[position:after],
+            span_counts=span_counts[position:after],
+            attention_mask=ones[:, start:end],
+            timings=timings,
+            tokens=tokens[position:after],
+            words=words[position:after],
         )
-        start += token_count
+        yield index, answer
+        start = end
 
 
 class Frames:
@@ -171,7 +137,7 @@ class Frames:
         wire.read_into(rows, data, self._dtype)
         self._row_count += frame.row_count
 
-    def answer(self, last: pb.StreamFrame) -> TextAnswer:
+    def answer(self, last: pb.StreamFrame) -> Answer:
         """Returns the answer of the item, after its last frame.
 
         Raises:
@@ -181,14 +147,13 @@ class Frames:
             raise DataLossError(f"the frames of item {last.id} are incomplete; ask again")
         if len(last.words.piece_counts) != last.word_count:
             raise DataLossError(f"the words of item {last.id} are not those of its frames; ask again")
-        return TextAnswer(
+        return Answer(
             arrays=self._rows,
-            token_count=last.token_count,
             token_counts=np.array([last.token_count], np.int64),
             truncated=np.array([last.truncated], np.bool_),
             window_counts=np.array([last.window_count or 1], np.int64),
-            span_count=last.span_count,
-            ones=np.ones((1, last.token_count), np.int64),
+            span_counts=[last.span_count],
+            attention_mask=np.ones((1, last.token_count), np.int64),
             timings=read_timings(last.timings),
             tokens=[last.tokens] if last.HasField("tokens") else [],
             words=[last.words] if last.HasField("words") else [],
