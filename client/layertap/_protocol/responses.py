@@ -64,10 +64,11 @@ def read_embedding(
     header = answer.header
     plan = check_header(header, options, messages)
     pin.check(header.model_id, header.fingerprint)
-    shapes, arrays = tensor_shapes(header), dict[Key, FloatArray]()
+    shapes = tensor_shapes(plan, header)
+    arrays: dict[Key, FloatArray] = {}
     for one in answer.tensors:
         key = one.output_index, one.layer
-        if shapes.pop(key, None) != tuple(one.tensor.shape):
+        if shapes.pop(key, None) != tuple(one.tensor.shape[:]):
             raise DataLossError(_OTHER_TENSORS)
         arrays[key] = wire.tensor_to_array(one.tensor)
     if shapes:

@@ -113,8 +113,10 @@ def read_timings(timings: pb.Timings) -> Timings:
 
 def attention_mask(messages: Sequence[pb.Input], token_counts: IntArray) -> IntArray:
     """Returns the mask that was computed with. Shape: [text_count, length]."""
-    length = max(token_counts.tolist(), default=0)
-    mask = (np.arange(length) < token_counts[:, None]).astype(np.int64)
+    counts = token_counts.tolist()
+    mask = np.ones((len(counts), max(counts, default=0)), np.int64)
+    if len(set(counts)) > 1:
+        mask[:] = np.arange(mask.shape[1]) < token_counts[:, None]
     for n, message in enumerate(messages):
         if message.HasField("token_ids") and (given := message.token_ids.attention_mask):
             mask[n, : len(given)] = given

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from layertap import wire
-from layertap._protocol.answer_plan import AnswerPlan, row_counts
+from layertap._protocol.answer_plan import AnswerPlan, Key, row_counts
 from layertap._protocol.result_builder import Answer, read_timings
 from layertap.errors import DataLossError
 from layertap.types import FloatArray
@@ -35,7 +35,7 @@ def text_answers(
     Raises:
         DataLossError: if the message does not fit the header, or contradicts itself.
     """
-    header = plan.header
+    dtype = plan.header.dtype
     counts = np.array(results.token_counts[:], np.int64)
     lengths = {len(counts), len(results.truncated), len(results.timings)}
     if plan.returns_tokens:
@@ -51,16 +51,12 @@ def text_answers(
     word_counts = [len(words.piece_counts) for words in results.words]
     token_counts = counts.tolist()
     span_counts = list(results.span_counts)
-    starts = [
-        [0, *itertools.accumulate(row_counts(output.unit, token_counts, word_counts, span_counts))]
-        for output in header.outputs
-    ]
-    arrays: dict[tuple[int, int], FloatArray] = {}
-    for output_index, output in enumerate(header.outputs):
-        row_count = starts[output_index][-1]
-        size = row_count * output.row_size * wire.item_bytes(header.dtype)
-        for layer in output.layers:
-            if len(offsets) > len(arrays) and (offset := offsets[len(arrays)]) >= 0:
+    tensors: list[tuple[Key, FloatArray, list[int]]] = []
+    for output in plan.outputs:
+        rows = [0, *itertools.accumulate(row_counts(output.unit, token_counts, word_counts, span_counts))]
+        size = rows[-1] * output.row_size * wire.item_bytes(dtype)
+        for key in output.keys:
+            if len(offsets) > len(tensors) and (offset := offsets[len(tensors)]) >= 0:
                 if view is None:
                     raise DataLossError("results lie in shared memory that was not requested; ask again")
                 payload: memoryview | wire.ByteArray = view(offset, size)
@@ -68,13 +64,12 @@ def text_answers(
                 payload, data = data[:size], data[size:]
             if len(payload) != size:
                 raise DataLossError("the answer has less data than results; ask again")
-            arrays[output_index, layer] = wire.to_array(payload, (row_count, output.row_size), header.dtype)
-    if data or len(offsets) not in (0, len(arrays)):
+            tensors.append((key, wire.to_array(payload, (rows[-1], output.row_size), dtype), rows))
+    if data or len(offsets) not in (0, len(tensors)):
         raise DataLossError("the answer has more data than results; ask again")
     truncated = np.array(results.truncated[:], np.bool_)
     window_counts = np.array(results.window_counts[:] or [1] * len(counts), np.int64)
     ones = np.ones((1, sum(token_counts)), np.int64)
-    tensors = [(key, array, starts[key[0]]) for key, array in arrays.items()]
     tokens, words = list(results.tokens), list(results.words)
     raw, timings = pb.Timings(), read_timings(pb.Timings())
     start = 0
