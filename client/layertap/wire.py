@@ -206,11 +206,12 @@ def tensor_to_array(tensor: pb.Tensor) -> FloatArray:
     return array
 
 
-def join(message: Message, data: Buffer) -> bytes:
-    """Serializes a message whose field 15 is the payload, copying the payload once."""
-    if not len(data):
+def join(message: Message, *data: Buffer) -> bytes:
+    """Serializes a message whose field 15 is the payload, copying the parts of the payload once."""
+    size = sum(map(len, data))
+    if not size:
         return message.SerializeToString()
-    return b"".join((message.SerializeToString(), head(_DATA_FIELD, len(data)), data))
+    return b"".join((message.SerializeToString(), head(_DATA_FIELD, size), *data))
 
 
 def head(number: int, size: int, *, padding: int = 0) -> bytes:
