@@ -61,14 +61,7 @@ class State:
 class Metrics(Hooks):
     """The metrics of one server: a listener of the call log, and the hooks of the scheduler and of admission."""
 
-    def __init__(
-        self,
-        *,
-        model_id: str,
-        fingerprint: str,
-        methods: Sequence[str],
-        max_batch_tokens: int,
-    ) -> None:
+    def __init__(self, *, model_id: str, fingerprint: str, methods: Sequence[str], max_batch_tokens: int) -> None:
         """Makes the metrics of a server, none counted yet."""
         self.registry = prometheus_client.CollectorRegistry()
         self._following = False

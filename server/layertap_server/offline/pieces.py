@@ -165,12 +165,7 @@ class Builder:
 class Stream:
     """The inputs of one call of `OfflineModel.embed`, from their reading to their piece."""
 
-    def __init__(
-        self,
-        inputs: Iterable[InputItem],
-        tokenize: Tokenize,
-        builder: Builder,
-    ) -> None:
+    def __init__(self, inputs: Iterable[InputItem], tokenize: Tokenize, builder: Builder) -> None:
         self._inputs = iter(inputs)
         self._tokenize = tokenize
         self._builder = builder
