@@ -112,14 +112,20 @@ def read_timings(timings: pb.Timings) -> Timings:
 
 
 def attention_mask(messages: Sequence[pb.Input], token_counts: IntArray) -> IntArray:
-    """Returns the mask that was computed with. Shape: [text_count, length]."""
+    """Returns the mask that was computed with. Shape: [text_count, length].
+
+    Raises:
+        DataLossError: if a text has not as many tokens as its mask.
+    """
     counts = token_counts.tolist()
     mask = np.ones((len(counts), max(counts, default=0)), np.int64)
     if len(set(counts)) > 1:
         mask[:] = np.arange(mask.shape[1]) < token_counts[:, None]
-    for n, message in enumerate(messages):
+    for n, (message, count) in enumerate(zip(messages, counts, strict=True)):
         if message.HasField("token_ids") and (given := message.token_ids.attention_mask):
-            mask[n, : len(given)] = given
+            if len(given) != count:
+                raise DataLossError(f"text {n} came with {count} of its {len(given)} tokens; ask again")
+            mask[n, :count] = given
     return mask
 
 
