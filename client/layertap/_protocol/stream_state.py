@@ -205,7 +205,7 @@ class StreamState:
         """Returns the next items to send, in one message, and no more than there is room for."""
         taken: dict[int, Item] = {}
         size = 0
-        for index, item in itertools.islice(self._unsent.items(), min(room, self._message_count)):
+        for index, item in itertools.islice(self._unsent.items(), max(min(room, self._message_count), 0)):
             taken[index] = item
             size += item.size
             if size >= MAX_MESSAGE_BYTES:
