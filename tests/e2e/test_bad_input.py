@@ -472,7 +472,7 @@ BAD_MIXES: dict[str, tuple[Any, tuple[str, ...]]] = {
     "a layer twice": (LayerMix("mean", layers=[1, 1]), ("mix.layers", "twice")),
     "a layer by both its names": (LayerMix("concat", layers=[3, 0, -1]), ("mix.layers", "twice")),
     "no weights": (LayerMix("weighted", layers=[1, 2]), ("weights", "0 entries", "2 layers")),
-    "too few weights": (LayerMix("weighted", layers="all", weights=[1.0]), ("weights", "1 entries", "4 layers")),
+    "too few weights": (LayerMix("weighted", layers="all", weights=[1.0]), ("weights", "1 entry", "4 layers")),
     "weights of a mean": (LayerMix("mean", layers=[1], weights=[1.0]), ("weights", "weighted")),
     "nan": (LayerMix("weighted", layers=[1], weights=[float("nan")]), ("weights", "1000000")),
     "infinity": (LayerMix("weighted", layers=[1], weights=[float("inf")]), ("weights", "1000000")),
