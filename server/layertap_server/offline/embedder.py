@@ -19,6 +19,7 @@ from layertap_server.offline.pieces import Piece
 ERROR: Final = "error"
 """The column with the reason of a text that has no vectors; null: it has."""
 
+
 _lock: Final = threading.Lock()
 _shared: Final[dict[str, Embedder]] = {}
 

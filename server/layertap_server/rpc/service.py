@@ -11,7 +11,8 @@ import asyncio
 import functools
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Coroutine, Sequence
+from typing import Any
 
 import grpc
 import grpc.aio
@@ -101,10 +102,10 @@ class EmbeddingService:
         """Wakes the loop that this service answers in, which runs only once the service is made."""
         return LoopWaker()
 
-    async def _parse(
+    def _parse(
         self, kind: type[MessageT], entry_kind: type[EntryT], raw: bytes
-    ) -> tuple[MessageT, Sequence[EntryT]]:
-        return await parse_parts(kind, entry_kind, raw, self._preprocessor.limits, self._preprocessor.max_input_bytes)
+    ) -> Coroutine[Any, Any, tuple[MessageT, Sequence[EntryT]]]:
+        return parse_parts(kind, entry_kind, raw, self._preprocessor.limits, self._preprocessor.max_input_bytes)
 
     async def _get_model_info(self, raw: bytes, caller: Caller) -> bytes:
         await parse(pb.GetModelInfoRequest, raw)

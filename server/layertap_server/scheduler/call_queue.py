@@ -7,8 +7,7 @@ Rules:
 - Output bytes are reserved before a batch starts and given back when the call has sent them (`Call.release`). A call
   that has too much unsent leaves the order until it releases some, so an instance never waits for a reader.
 - A full queue refuses at once, or lets a stream wait; see `fairness` for what is kept for light clients. A call whose
-  deadline has passed is dropped when it comes first, before it costs anything; one whose caller has left is removed at
-  once (`Call.close`).
+  deadline has passed is dropped when it comes first; one whose caller has left is removed at once (`Call.close`).
 - Under the lock, taking a batch costs as much as it takes, whatever waits; only calls that the memory of all outputs
   together has no room for are looked at again for each batch.
 """
@@ -67,6 +66,7 @@ class CallQueue:
             self._end = message, reason
             self.idle.wake(self._instance_count)
             calls = list(dict.fromkeys([*self._order, *self._full_calls, *self._calls_without_room]))
+        self.idle.post()
         for call in calls:
             call.report(CallFailed(UnavailableError(message, retry_after_s=RETRY_STOPPING_S)))
             call.close()
@@ -94,7 +94,8 @@ class CallQueue:
             call.waiting.extend([WaitingText(text, now, arrival) for text in texts])
             self._count_waiting(call, len(texts), token_count)
             self._wake()
-            return True
+        self.idle.post()
+        return True
 
     def release(self, call: Call, byte_count: int, run_done: bool) -> None:
         """See `Call.release`."""
@@ -107,6 +108,7 @@ class CallQueue:
                 del self._full_calls[call]
                 self._order.add(call)
             self._wake()
+        self.idle.post()
 
     def close(self, call: Call) -> None:
         """See `Call.close`."""
@@ -119,7 +121,7 @@ class CallQueue:
             self._drop_waiting(call)
             self._wake()
             calls, self._calls_without_room = self._calls_without_room, {}
-        _announce_room(calls)
+        self._announce(calls)
 
     def next_batch(self, instance: int) -> list[BatchPart] | None:
         """Waits for a batch, in the thread of an instance. None: the queue has ended."""
@@ -136,7 +138,7 @@ class CallQueue:
                     self._running_tokens[instance] = sum([part.token_count for part in batch])
                 self._wake()
                 calls, self._calls_without_room = self._calls_without_room, {}
-            _announce_room(calls)
+            self._announce(calls)
             for call in expired:
                 call.report(CallFailed(DeadlineExceededError(_LATE)))
             if batch or self._end:
@@ -291,8 +293,8 @@ class CallQueue:
         if self.waiting.tokens.used and self._order:
             self.idle.wake(-(-self.waiting.tokens.used // self._limits.min_share_tokens))
 
-
-def _announce_room(calls: Iterable[Call]) -> None:
-    """Lets calls that wait for room in the queue try again."""
-    for call in calls:
-        call.report(QueueRoom())
+    def _announce(self, calls: Iterable[Call]) -> None:
+        """Wakes the chosen instances, and lets calls that wait for room in the queue try again; without the lock."""
+        self.idle.post()
+        for call in calls:
+            call.report(QueueRoom())
