@@ -3,7 +3,7 @@
 Embed, EmbedLayers and EmbedStream all enter here, and each check is made once, in this order: options, count, each
 text, its tokens. Rules:
 - Inputs are read and tokenized in slices, long ones in threads; see `offload`.
-- Plans are cached by their options, up to a size: a request cannot make the cache hold more than it states here.
+- Plans are cached by their known fields, up to a size: a request cannot make the cache hold more than it states here.
 """
 
 from __future__ import annotations
@@ -84,12 +84,14 @@ class Preprocessor:
             InvalidArgumentError: if an option is at fault.
             FailedPreconditionError: if the model has no pooler.
         """
+        if options.ByteSize() > _MAX_KEY_BYTES:
+            return self._resolve(options)
         if options.HasField("shared_memory"):  # It is another in each call, and changes nothing here.
             shared, options = options, pb.EmbedOptions()
             options.CopyFrom(shared)
             options.ClearField("shared_memory")
-        key = options.SerializeToString()
-        return self._cached(key) if len(key) <= _MAX_KEY_BYTES else self._resolve(options)
+        options.DiscardUnknownFields()
+        return self._cached(options.SerializeToString())
 
     def named_prompt(self, options: pb.EmbedOptions) -> str:
         """Returns the prompt that options name; empty if they name none."""
