@@ -117,7 +117,7 @@ test-e2e: $(INSTALL_STAMP) $(MODEL_STAMP)  ## Run the tests that start real serv
 test-heavy: $(INSTALL_STAMP) $(MODEL_STAMP)  ## Run the tests that take long: kills at any step of a file job
 	$(BIN)/python -m pytest -m heavy $(ARGS)
 
-SHARED := $(addprefix tests/e2e/test_,shared_memory.py auth_and_tls.py lifecycle.py faults.py health.py openai.py)
+SHARED := $(addprefix tests/e2e/test_,shared_memory.py auth_and_tls.py lifecycle.py faults.py health.py openai.py kserve.py)
 
 test-processes: $(INSTALL_STAMP) $(MODEL_STAMP)  ## Run the tests of servers with two processes each (3 min)
 	LAYERTAP_PROCESSES=2 $(BIN)/python -m pytest -m "not heavy" -n $(WORKERS) --dist loadfile $(SHARED) $(ARGS)

@@ -19,6 +19,8 @@ from pathlib import Path
 import psutil
 import servers
 
+from layertap.errors import counted
+
 HERE = Path(__file__).resolve().parent
 
 
@@ -132,7 +134,8 @@ def memory(counts: list[int], flags: list[str]) -> None:
         with servers.real("--processes", str(count), "--device", "cpu", *flags) as server:
             process = psutil.Process(server.process.pid)
             sizes = [_pss_mib(one.pid) for one in (process, *process.children(recursive=True))]
-            print(f"memory, {count} processes: {sum(sizes):.0f} MiB ({', '.join(f'{one:.0f}' for one in sizes)})")
+            each = ", ".join(f"{one:.0f}" for one in sizes)
+            print(f"memory, {counted(count, 'process', 'processes')}: {sum(sizes):.0f} MiB ({each})")
 
 
 def _pss_mib(pid: int) -> float:

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import gzip
 import json
+import socket
+import struct
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -107,3 +110,29 @@ def test_it_runs_as_a_module() -> None:
         [sys.executable, "-m", "layertap", "--version"], capture_output=True, text=True, timeout=WAIT_S
     )
     assert done.returncode == 0 and done.stdout.startswith("layertap ")
+
+
+def test_grpc_says_nothing_of_its_own_where_a_server_stops() -> None:
+    settings = bytes(3) + b"\4\0" + bytes(4)
+    goaway = b"\0\0\x08\7\0" + bytes(4) + struct.pack(">II", 0, 2)  # No call was taken; an internal error.
+
+    def stop_at_once(listening: socket.socket) -> None:
+        while True:
+            try:
+                connection, _ = listening.accept()
+            except OSError:
+                return
+            with connection:
+                connection.recv(1 << 16)
+                connection.sendall(settings + goaway)
+
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        thread = threading.Thread(target=stop_at_once, args=(listening,))
+        thread.start()
+        target = f"127.0.0.1:{listening.getsockname()[1]}"
+        command = [sys.executable, "-m", "layertap", "health", "--timeout-s", "2", "--target", target]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=WAIT_S, check=False)
+        listening.shutdown(socket.SHUT_RDWR)
+    thread.join(WAIT_S)
+    assert done.returncode == 1 and done.stdout == ""
+    assert all(line.startswith("layertap: ") for line in done.stderr.splitlines()), done.stderr

@@ -120,35 +120,36 @@ class Answer:
                 same(pieces, text.words.piece_counts)
                 same(offsets, text.words.offsets)
         pools = iter(found.pools)
-        layers: tuple[int, ...] = ()
-        for output_index, output in enumerate(self.plan.outputs):
+        for (output_index, layer), whole in self.wanted.items():
+            output = self.plan.outputs[output_index]
             starts = self.row_starts(output)
-            for layer in output.layers:
-                wanted = self.wanted[output_index, layer][starts[first] : starts[last]]
-                if output.mix is not None and output.unit is not Unit.TEXT:
-                    rows = found.mixed if output.unit is Unit.TOKEN else found.words.mixed
-                    assert rows.layers == output.mix.layers
-                    same(np.concatenate(rows.ragged()), wanted)
-                elif output.unit is Unit.WORD:
-                    same(np.concatenate(found.words.ragged(layer)), wanted)
-                elif output.unit is Unit.TOKEN:
-                    layers = output.layers
-                    same(np.concatenate(found.ragged(layer)), wanted)
-                    padded = found.hidden_states[layer]
-                    assert padded.shape == (last - first, max(counts), output.row_size)
-                    for text, rows in zip(padded, found.ragged(layer), strict=True):
-                        same(text[: len(rows)], rows)
-                        assert not text[len(rows) :].any()
-                elif output.kind is OutputKind.POOLER_OUTPUT:
-                    same(found.pooler_output, wanted)
-                else:
-                    same(next(pools), wanted)
-        assert found.layers == layers
+            same(_rows_of(found, output, layer, pools), whole[starts[first] : starts[last]])
+        tokens = [one for one in self.plan.outputs if one.kind is OutputKind.HIDDEN_STATES and one.mix is None]
+        assert found.layers == (tokens[-1].layers if tokens else ())
+        for layer in found.layers:
+            padded = found.hidden_states[layer]
+            assert padded.shape == (last - first, max(counts), tokens[-1].row_size)
+            for text, rows in zip(padded, found.ragged(layer), strict=True):
+                same(text[: len(rows)], rows)
+                assert not text[len(rows) :].any()
         assert next(pools, None) is None
 
     def check_one(self, found: Embedding, index: int) -> None:
         """Fails unless an embedding is exactly that of one text."""
         self.check(found, index, index + 1)
+
+
+def _rows_of(found: Embedding, output: Output, layer: int, pools: Iterator[FloatArray]) -> np.ndarray:
+    """Returns what an embedding has of one layer of an output; the next of the pools if it is one."""
+    if output.mix is not None and output.unit is not Unit.TEXT:
+        rows = found.mixed if output.unit is Unit.TOKEN else found.words.mixed
+        assert rows.layers == output.mix.layers
+        return np.concatenate(rows.ragged())
+    if output.unit is Unit.WORD:
+        return np.concatenate(found.words.ragged(layer))
+    if output.unit is Unit.TOKEN:
+        return np.concatenate(found.ragged(layer))
+    return found.pooler_output if output.kind is OutputKind.POOLER_OUTPUT else next(pools)
 
 
 def same(found: np.ndarray, wanted: np.ndarray) -> None:

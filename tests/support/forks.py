@@ -22,7 +22,7 @@ from pathlib import Path
 
 from layertap_server.app.processes.fork_server import fork_twice, reap_descendants
 
-HARMLESS = ("LAYERTAP_", "OTEL_", "PYTEST_")
+HARMLESS = ("GRPC_VERBOSITY", "LAYERTAP_", "OTEL_", "PYTEST_")
 """How variables begin that may differ from those that the forking process was started with: it has not read them."""
 
 

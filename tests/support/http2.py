@@ -34,10 +34,7 @@ def call(
                 + _frame(_DATA, _END_STREAM, 1, b"\0" * 5)
             )
             received = b""
-            while b"grpc-status" not in received:
-                chunk = connection.recv(1 << 16)
-                if not chunk:
-                    break
+            while b"grpc-status" not in received and (chunk := connection.recv(1 << 16)):
                 received += chunk
             return received
 

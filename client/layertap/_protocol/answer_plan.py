@@ -39,6 +39,21 @@ _UNITS: Final = {
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class OutputPlan:
+    """The tensors of one requested output.
+
+    Attributes:
+        unit: What has one row.
+        row_size: The numbers of a row.
+        keys: One for each layer.
+    """
+
+    unit: pb.RowUnit.ValueType
+    row_size: int
+    keys: tuple[Key, ...]
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class RowsPlan:
     """Which tensors hold the rows of tokens, or those of words.
 
@@ -63,6 +78,7 @@ class AnswerPlan:
         prompt: What stands before each text.
         returns_tokens: Whether tokens come too.
         has_windows: Whether texts may run as windows.
+        outputs: The requested outputs, in their order.
         tokens: The tensors of token rows.
         words: The tensors of word rows; None: not requested.
         attentions: The tensors of attentions, by layer.
@@ -77,6 +93,7 @@ class AnswerPlan:
     prompt: str
     returns_tokens: bool
     has_windows: bool
+    outputs: tuple[OutputPlan, ...]
     tokens: RowsPlan
     words: RowsPlan | None
     attentions: dict[int, Key]
@@ -107,13 +124,13 @@ def check_header(header: pb.EmbedHeader, options: pb.EmbedOptions, messages: Seq
     return plan
 
 
-def tensor_shapes(header: pb.EmbedHeader) -> dict[Key, tuple[int, int]]:
+def tensor_shapes(plan: AnswerPlan, header: pb.EmbedHeader) -> dict[Key, tuple[int, int]]:
     """Returns the shape of each tensor that a header promises: [row_count, row_size]."""
     shapes: dict[Key, tuple[int, int]] = {}
-    for output_index, output in enumerate(header.outputs):
+    for output in plan.outputs:
         row_count = sum(row_counts(output.unit, header.token_counts, header.word_counts, header.span_counts))
-        for layer in output.layers:
-            shapes[output_index, layer] = row_count, output.row_size
+        for key in output.keys:
+            shapes[key] = row_count, output.row_size
     return shapes
 
 
@@ -174,6 +191,10 @@ def _plan(common: bytes, asked: bytes) -> AnswerPlan:
         prompt=options.prompt or header.named_prompt,
         returns_tokens=options.return_tokens,
         has_windows=options.HasField("windows"),
+        outputs=tuple(
+            OutputPlan(unit=output.unit, row_size=output.row_size, keys=tuple(own.values()))
+            for output, own in zip(header.outputs, tensors, strict=True)
+        ),
         tokens=rows("hidden_states"),
         words=rows("word_vectors") if "word_vectors" in kinds else None,
         attentions=rows("attentions").layers,
@@ -202,21 +223,19 @@ def _is_output(asked: pb.Output, output: pb.OutputHeader) -> bool:
 def _fits(header: pb.EmbedHeader, plan: AnswerPlan, options: pb.EmbedOptions, messages: Sequence[pb.Input]) -> bool:
     """Returns whether what a header says of its texts can be true of those of a request."""
     token_counts, word_counts, window_counts = header.token_counts[:], header.word_counts[:], header.window_counts[:]
-    text_count = len(messages)
     bounds = [token_bound(message.ByteSize(), options) for message in messages]
     return (
-        len(token_counts) == len(header.truncated) == text_count
-        and len(word_counts) == (text_count if plan.words else 0)
+        _are_within(token_counts, 1, bounds)
+        and len(header.truncated) == len(messages)
         and header.span_counts[:] == (list(map(span_count, messages)) if plan.spans else [])
-        and len(window_counts) == (text_count if plan.has_windows else 0)
-        and _are_within(token_counts, 1, bounds)
-        and (not word_counts or _are_within(word_counts, 0, bounds))
-        and (not window_counts or _are_within(window_counts, 1, token_counts))
+        and (_are_within(word_counts, 0, bounds) if plan.words else not word_counts)
+        and (_are_within(window_counts, 1, token_counts) if plan.has_windows else not window_counts)
     )
 
 
 def _are_within(counts: list[int], least: int, bounds: list[int]) -> bool:
-    return all([least <= count <= bound for count, bound in zip(counts, bounds, strict=True)])
+    fits = [least <= count <= bound for count, bound in zip(counts, bounds, strict=False)]
+    return len(counts) == len(bounds) and all(fits)
 
 
 def _mismatch() -> DataLossError:

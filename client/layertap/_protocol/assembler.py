@@ -105,7 +105,7 @@ class EmbedAssembler:
         for unit in {output.unit for output in header.outputs}:
             counts = row_counts(unit, header.token_counts, header.word_counts, header.span_counts)
             self._starts[unit] = [0, *itertools.accumulate(counts)]
-        for key, (row_count, row_size) in tensor_shapes(header).items():
+        for key, (row_count, row_size) in tensor_shapes(self._plan, header).items():
             self._tensors[key] = TensorRows(row_count, row_size, header.dtype)
 
     def _locate(self, frame: pb.Frame) -> tuple[TensorRows, int]:

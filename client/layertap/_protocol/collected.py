@@ -7,8 +7,7 @@ from typing import Final
 import numpy as np
 
 from layertap._protocol.responses import ModelPin
-from layertap._protocol.result_builder import attention_mask, build_embedding
-from layertap._protocol.stream_results import TextAnswer
+from layertap._protocol.result_builder import Answer, attention_mask, build_embedding
 from layertap._protocol.stream_state import StreamState
 from layertap.errors import DataLossError, ResourceExhaustedError
 from layertap.results.embedding import Embedding
@@ -26,10 +25,10 @@ class CollectedStream(StreamState):
     def __init__(self, messages: list[pb.Input], options: pb.EmbedOptions, pin: ModelPin) -> None:
         super().__init__(options, ordered=False, pin=pin)
         self._messages = messages
-        self._answers: dict[int, TextAnswer] = {}
+        self._answers: dict[int, Answer] = {}
         self._byte_count = 0
 
-    def _result(self, index: int, message: pb.Input, answer: TextAnswer) -> StreamResult:
+    def _result(self, index: int, message: pb.Input, answer: Answer) -> StreamResult:
         self._answers[index] = answer
         self._byte_count += sum(array.nbytes for array in answer.arrays.values())
         if self._byte_count > MAX_BYTES:
@@ -50,18 +49,20 @@ class CollectedStream(StreamState):
         token_counts = np.concatenate([answer.token_counts for answer in answers])
         return build_embedding(
             self._plan,
-            arrays={key: np.concatenate([answer.arrays[key] for answer in answers]) for key in answers[0].arrays},
-            messages=self._messages,
-            token_counts=token_counts,
-            truncated=np.concatenate([answer.truncated for answer in answers]),
-            span_counts=[answer.span_count for answer in answers],
-            window_counts=np.concatenate([answer.window_counts for answer in answers]),
-            attention_mask=attention_mask(self._messages, token_counts),
-            timings=Timings(
-                queue_time_ns=max(answer.timings.queue_time_ns for answer in answers),
-                tokenize_time_ns=max(answer.timings.tokenize_time_ns for answer in answers),
-                compute_time_ns=max(answer.timings.compute_time_ns for answer in answers),
+            Answer(
+                arrays={key: np.concatenate([one.arrays[key] for one in answers]) for key in answers[0].arrays},
+                token_counts=token_counts,
+                truncated=np.concatenate([one.truncated for one in answers]),
+                window_counts=np.concatenate([one.window_counts for one in answers]),
+                span_counts=[count for one in answers for count in one.span_counts],
+                attention_mask=attention_mask(self._messages, token_counts),
+                timings=Timings(
+                    queue_time_ns=max(one.timings.queue_time_ns for one in answers),
+                    tokenize_time_ns=max(one.timings.tokenize_time_ns for one in answers),
+                    compute_time_ns=max(one.timings.compute_time_ns for one in answers),
+                ),
+                tokens=[text for one in answers for text in one.tokens],
+                words=[text for one in answers for text in one.words],
             ),
-            tokens=[text for answer in answers for text in answer.tokens],
-            words=[text for answer in answers for text in answer.words],
+            self._messages,
         )

@@ -37,6 +37,9 @@ TokenRows: TypeAlias = Tokens | TokenIds | npt.ArrayLike | Iterable[npt.ArrayLik
 
 ResponseT = TypeVar("ResponseT", bound=Message)
 
+_ONE_A_TEXT: Final = frozenset({"pooler_output", "pooled_vectors"})
+"""The kinds of outputs that have one row for each text."""
+
 _SURELY_TAKEN: Final = 32
 """No more texts than this go in one request without asking the server for its limit."""
 
@@ -138,10 +141,8 @@ class Embed:
     @property
     def is_small(self) -> bool:
         """Whether it asks only for one row a text, so that unary Embed answers it."""
-        one_a_text = ("pooler_output", "pooled_vectors")
-        return not self.options.return_tokens and all(
-            one.WhichOneof("kind") in one_a_text for one in self.options.outputs
-        )
+        kinds = [output.WhichOneof("kind") for output in self.options.outputs]
+        return not self.options.return_tokens and _ONE_A_TEXT.issuperset(kinds)
 
     def unary(self) -> Unary[pb.EmbedResponse]:
         """Returns the request as Embed."""

@@ -15,7 +15,7 @@ from google.protobuf.message import Message
 from layertap import wire
 from layertap._protocol.answer_plan import AnswerPlan, Key, check_header, tensor_shapes, token_bound
 from layertap._protocol.requests import ResponseT
-from layertap._protocol.result_builder import attention_mask, build_embedding, build_tokens, read_timings
+from layertap._protocol.result_builder import Answer, attention_mask, build_embedding, build_tokens, read_timings
 from layertap.errors import DataLossError, FailedPreconditionError, counted
 from layertap.results.embedding import Embedding
 from layertap.results.tokens import Tokens
@@ -64,10 +64,11 @@ def read_embedding(
     header = answer.header
     plan = check_header(header, options, messages)
     pin.check(header.model_id, header.fingerprint)
-    shapes, arrays = tensor_shapes(header), dict[Key, FloatArray]()
+    shapes = tensor_shapes(plan, header)
+    arrays: dict[Key, FloatArray] = {}
     for one in answer.tensors:
         key = one.output_index, one.layer
-        if shapes.pop(key, None) != tuple(one.tensor.shape):
+        if shapes.pop(key, None) != tuple(one.tensor.shape[:]):
             raise DataLossError(_OTHER_TENSORS)
         arrays[key] = wire.tensor_to_array(one.tensor)
     if shapes:
@@ -105,17 +106,19 @@ def build_whole(
     token_counts = np.array(header.token_counts[:], np.int64)
     return build_embedding(
         plan,
-        arrays=arrays,
-        messages=messages,
-        token_counts=token_counts,
-        truncated=np.array(header.truncated[:], np.bool_),
-        span_counts=header.span_counts,
-        window_counts=np.array(header.window_counts[:] or [1] * len(messages), np.int64),
-        attention_mask=attention_mask(messages, token_counts),
-        timings=read_timings(timings),
-        tokens=tokens,
-        words=words,
-        request_id=request_id,
+        Answer(
+            arrays=arrays,
+            token_counts=token_counts,
+            truncated=np.array(header.truncated[:], np.bool_),
+            window_counts=np.array(header.window_counts[:] or [1] * len(messages), np.int64),
+            span_counts=header.span_counts,
+            attention_mask=attention_mask(messages, token_counts),
+            timings=read_timings(timings),
+            tokens=tokens,
+            words=words,
+        ),
+        messages,
+        request_id,
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -20,69 +21,84 @@ from layertap.v1 import embedding_pb2 as pb
 _PER_TOKEN_FIELDS = ("tokens", "attention_mask", "token_type_ids", "special_tokens_mask", "word_ids")
 
 
+class Answer(NamedTuple):
+    """All that came for some texts: their rows, and what describes them.
+
+    A tuple, since there is one for each text of a stream.
+
+    Attributes:
+        arrays: The rows of each tensor.
+        token_counts: Shape: [text_count].
+        truncated: Whether tokens were cut. Shape: [text_count].
+        window_counts: How many windows each text ran as. Shape: [text_count].
+        span_counts: The spans of each text, if an output has a row for each.
+        attention_mask: Shape: [text_count, length].
+        timings: Where the time went.
+        tokens: The tokens of each text if they were requested.
+        words: The words of each text if they were requested.
+    """
+
+    arrays: Mapping[Key, FloatArray]
+    token_counts: IntArray
+    truncated: BoolArray
+    window_counts: IntArray
+    span_counts: Sequence[int]
+    attention_mask: IntArray
+    timings: Timings
+    tokens: Sequence[pb.TokenizedText]
+    words: Sequence[pb.SplitText]
+
+
 def build_embedding(
-    plan: AnswerPlan,
-    *,
-    arrays: Mapping[Key, FloatArray],
-    messages: Sequence[pb.Input],
-    token_counts: IntArray,
-    truncated: BoolArray,
-    window_counts: IntArray,
-    span_counts: Sequence[int],
-    attention_mask: IntArray,
-    timings: Timings,
-    tokens: Sequence[pb.TokenizedText],
-    words: Sequence[pb.SplitText],
-    request_id: str | None = None,
+    plan: AnswerPlan, answer: Answer, messages: Sequence[pb.Input], request_id: str | None = None
 ) -> Embedding:
-    """Returns an embedding of whole arrays.
+    """Returns the embedding of some texts.
 
     Raises:
         DataLossError: if the requested tokens or words are not those of the texts.
     """
+    token_counts, tokens = answer.token_counts, answer.tokens
     if plan.returns_tokens and [len(text.input_ids) for text in tokens] != token_counts.tolist():
         raise DataLossError("the tokens of the answer are not those of its texts; ask again")
-    layer_count = plan.header.layer_count
-
-    def states(tensors: dict[int, Key], counts: IntArray) -> HiddenStates:
-        ragged = {layer: arrays[key] for layer, key in tensors.items()}
-        return HiddenStates(ragged=ragged, token_counts=counts, layer_count=layer_count)
-
-    def mixed(rows: RowsPlan, counts: IntArray) -> MixedRows | None:
-        return MixedRows(layers=rows.mixed_layers, _states=states(rows.mix, counts)) if rows.mix else None
-
-    own_words: Words | None = None
-    if plan.words is not None:
-        if len(words) != len(token_counts):
-            raise DataLossError("the words of the answer are not those of its texts; ask again")
-        word_counts = np.array([len(text.piece_counts) for text in words], np.int64)
-        strings = _strings(words, messages, plan.prompt)
-        vectors = states(plan.words.layers, word_counts)
-        own_words = _build_words(words, strings, vectors, mixed(plan.words, word_counts))
-    attentions: Attentions | None = None
-    if plan.attentions:
-        ragged = {layer: arrays[key] for layer, key in plan.attentions.items()}
-        attentions = Attentions(ragged=ragged, heads=plan.heads, token_counts=token_counts, layer_count=layer_count)
-    spans: SpanVectors | None = None
-    if plan.spans:
-        counts = np.array(span_counts, np.int64)
-        spans = SpanVectors(span_counts=counts, _pools=tuple(states(pooling, counts) for pooling in plan.spans))
     return Embedding(
-        hidden_states=states(plan.tokens.layers, token_counts),
-        pools=tuple([arrays[key] for key in plan.pools]),
+        hidden_states=_states(plan, plan.tokens.layers, answer, token_counts),
+        pools=tuple([answer.arrays[key] for key in plan.pools]),
         token_counts=token_counts,
-        truncated=truncated,
-        window_counts=window_counts,
-        attention_mask=attention_mask,
+        truncated=answer.truncated,
+        window_counts=answer.window_counts,
+        attention_mask=answer.attention_mask,
         model=plan.model,
-        timings=timings,
+        timings=answer.timings,
         request_id=request_id,
-        _pooler_output=None if plan.pooler_output is None else arrays[plan.pooler_output],
-        _mixed=mixed(plan.tokens, token_counts),
-        _words=own_words,
-        _attentions=attentions,
-        _spans=spans,
+        _pooler_output=None if plan.pooler_output is None else answer.arrays[plan.pooler_output],
+        _mixed=_mixed(plan, plan.tokens, answer, token_counts) if plan.tokens.mix else None,
+        _words=None if plan.words is None else _words(plan, plan.words, answer, messages),
+        _attentions=_attentions(plan, answer) if plan.attentions else None,
+        _spans=_spans(plan, answer) if plan.spans else None,
         _tokens=build_tokens(tokens, plan.header.pad_token_id) if plan.returns_tokens else None,
+    )
+
+
+def _states(plan: AnswerPlan, tensors: dict[int, Key], answer: Answer, row_counts: IntArray) -> HiddenStates:
+    ragged = {layer: answer.arrays[key] for layer, key in tensors.items()}
+    return HiddenStates(ragged=ragged, token_counts=row_counts, layer_count=plan.header.layer_count)
+
+
+def _mixed(plan: AnswerPlan, rows: RowsPlan, answer: Answer, row_counts: IntArray) -> MixedRows:
+    return MixedRows(layers=rows.mixed_layers, _states=_states(plan, rows.mix, answer, row_counts))
+
+
+def _attentions(plan: AnswerPlan, answer: Answer) -> Attentions:
+    ragged = {layer: answer.arrays[key] for layer, key in plan.attentions.items()}
+    return Attentions(
+        ragged=ragged, heads=plan.heads, token_counts=answer.token_counts, layer_count=plan.header.layer_count
+    )
+
+
+def _spans(plan: AnswerPlan, answer: Answer) -> SpanVectors:
+    counts = np.array(answer.span_counts, np.int64)
+    return SpanVectors(
+        span_counts=counts, _pools=tuple(_states(plan, tensors, answer, counts) for tensors in plan.spans)
     )
 
 
@@ -96,12 +112,20 @@ def read_timings(timings: pb.Timings) -> Timings:
 
 
 def attention_mask(messages: Sequence[pb.Input], token_counts: IntArray) -> IntArray:
-    """Returns the mask that was computed with. Shape: [text_count, length]."""
-    length = max(token_counts.tolist(), default=0)
-    mask = (np.arange(length) < token_counts[:, None]).astype(np.int64)
-    for n, message in enumerate(messages):
+    """Returns the mask that was computed with. Shape: [text_count, length].
+
+    Raises:
+        DataLossError: if a text has not as many tokens as its mask.
+    """
+    counts = token_counts.tolist()
+    mask = np.ones((len(counts), max(counts, default=0)), np.int64)
+    if len(set(counts)) > 1:
+        mask[:] = np.arange(mask.shape[1]) < token_counts[:, None]
+    for n, (message, count) in enumerate(zip(messages, counts, strict=True)):
         if message.HasField("token_ids") and (given := message.token_ids.attention_mask):
-            mask[n, : len(given)] = given
+            if len(given) != count:
+                raise DataLossError(f"text {n} came with {count} of its {len(given)} tokens; ask again")
+            mask[n, :count] = given
     return mask
 
 
@@ -123,28 +147,26 @@ def _strings(texts: Sequence[pb.SplitText], messages: Sequence[pb.Input], prompt
     return tuple(found)
 
 
-def _build_words(
-    texts: Sequence[pb.SplitText],
-    strings: tuple[tuple[str, ...], ...],
-    vectors: HiddenStates,
-    mixed: MixedRows | None,
-) -> Words:
-    counts = vectors.token_counts.tolist()
-    fits = all(len(text.offsets) == 2 * count for text, count in zip(texts, counts, strict=True))
+def _words(plan: AnswerPlan, rows: RowsPlan, answer: Answer, messages: Sequence[pb.Input]) -> Words:
+    texts = answer.words
+    counts = [len(text.piece_counts) for text in texts]
+    fits = len(texts) == len(answer.token_counts)
+    fits &= all(len(text.offsets) == 2 * count for text, count in zip(texts, counts, strict=True))
     fits &= all(0 <= text.first_word_count <= count for text, count in zip(texts, counts, strict=True))
     if not fits:
         raise DataLossError("the words of the answer are not those of its texts; ask again")
+    word_counts = np.array(counts, np.int64)
     return Words(
-        word_counts=vectors.token_counts,
+        word_counts=word_counts,
         piece_counts=tuple(np.array(text.piece_counts, np.int64) for text in texts),
         offsets=tuple(np.array(text.offsets, np.int64).reshape(-1, 2) for text in texts),
         sequence_ids=tuple(
             (np.arange(count) >= text.first_word_count).astype(np.int64)
             for text, count in zip(texts, counts, strict=True)
         ),
-        _states=vectors,
-        _mixed=mixed,
-        strings=strings,
+        _states=_states(plan, rows.layers, answer, word_counts),
+        _mixed=_mixed(plan, rows, answer, word_counts) if rows.mix else None,
+        strings=_strings(texts, messages, plan.prompt),
     )
 
 

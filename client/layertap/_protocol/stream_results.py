@@ -3,47 +3,16 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Iterator
 
 import numpy as np
 
 from layertap import wire
-from layertap._protocol.answer_plan import AnswerPlan, row_counts
-from layertap._protocol.result_builder import read_timings
+from layertap._protocol.answer_plan import AnswerPlan, Key, row_counts
+from layertap._protocol.result_builder import Answer, read_timings
 from layertap.errors import DataLossError
-from layertap.types import BoolArray, FloatArray, IntArray, Timings
+from layertap.types import FloatArray
 from layertap.v1 import embedding_pb2 as pb
-
-
-class TextAnswer(NamedTuple):
-    """All that came for one item: its rows by output index and layer, and what describes them.
-
-    A tuple, since there is one for each text of a stream.
-
-    Attributes:
-        arrays: Its rows, by output index and layer.
-        token_count: Its tokens.
-        token_counts: The same as an array. Shape: [1].
-        truncated: Whether tokens were cut. Shape: [1].
-        window_counts: How many windows it ran as. Shape: [1].
-        span_count: Its spans, if an output has a row for each.
-        ones: A mask of 1 for each token. Shape: [1, token_count].
-        timings: Where its time went.
-        tokens: Its tokens if they were requested.
-        words: Its words if they were requested.
-    """
-
-    arrays: dict[tuple[int, int], FloatArray]
-    token_count: int
-    token_counts: IntArray
-    truncated: BoolArray
-    window_counts: IntArray
-    span_count: int
-    ones: IntArray
-    timings: Timings
-    tokens: Sequence[pb.TokenizedText]
-    words: Sequence[pb.SplitText]
 
 
 def text_answers(
@@ -53,7 +22,7 @@ def text_answers(
     data: memoryview,
     offsets: list[int],
     view: wire.View | None,
-) -> Iterator[tuple[int, TextAnswer]]:
+) -> Iterator[tuple[int, Answer]]:
     """Yields the id and the answer of each item in one message.
 
     Args:
@@ -66,7 +35,7 @@ def text_answers(
     Raises:
         DataLossError: if the message does not fit the header, or contradicts itself.
     """
-    header = plan.header
+    dtype = plan.header.dtype
     counts = np.array(results.token_counts[:], np.int64)
     lengths = {len(counts), len(results.truncated), len(results.timings)}
     if plan.returns_tokens:
@@ -82,16 +51,12 @@ def text_answers(
     word_counts = [len(words.piece_counts) for words in results.words]
     token_counts = counts.tolist()
     span_counts = list(results.span_counts)
-    starts = [
-        [0, *itertools.accumulate(row_counts(output.unit, token_counts, word_counts, span_counts))]
-        for output in header.outputs
-    ]
-    arrays: dict[tuple[int, int], FloatArray] = {}
-    for output_index, output in enumerate(header.outputs):
-        row_count = starts[output_index][-1]
-        size = row_count * output.row_size * wire.item_bytes(header.dtype)
-        for layer in output.layers:
-            if len(offsets) > len(arrays) and (offset := offsets[len(arrays)]) >= 0:
+    tensors: list[tuple[Key, FloatArray, list[int]]] = []
+    for output in plan.outputs:
+        rows = [0, *itertools.accumulate(row_counts(output.unit, token_counts, word_counts, span_counts))]
+        size = rows[-1] * output.row_size * wire.item_bytes(dtype)
+        for key in output.keys:
+            if len(offsets) > len(tensors) and (offset := offsets[len(tensors)]) >= 0:
                 if view is None:
                     raise DataLossError("results lie in shared memory that was not requested; ask again")
                 payload: memoryview | wire.ByteArray = view(offset, size)
@@ -99,36 +64,32 @@ def text_answers(
                 payload, data = data[:size], data[size:]
             if len(payload) != size:
                 raise DataLossError("the answer has less data than results; ask again")
-            arrays[output_index, layer] = wire.to_array(payload, (row_count, output.row_size), header.dtype)
-    if data or len(offsets) not in (0, len(arrays)):
+            tensors.append((key, wire.to_array(payload, (rows[-1], output.row_size), dtype), rows))
+    if data or len(offsets) not in (0, len(tensors)):
         raise DataLossError("the answer has more data than results; ask again")
     truncated = np.array(results.truncated[:], np.bool_)
     window_counts = np.array(results.window_counts[:] or [1] * len(counts), np.int64)
     ones = np.ones((1, sum(token_counts)), np.int64)
-    tensors = [(key, array, starts[key[0]]) for key, array in arrays.items()]
     tokens, words = list(results.tokens), list(results.words)
     raw, timings = pb.Timings(), read_timings(pb.Timings())
     start = 0
     for position, (index, token_count, of) in enumerate(zip(results.ids, token_counts, results.timings, strict=True)):
-        after = position + 1
+        after, end = position + 1, start + token_count
         if raw != of:
             raw, timings = of, read_timings(of)
-        yield (
-            index,
-            TextAnswer(
-                arrays={key: array[rows[position] : rows[after]] for key, array, rows in tensors},
-                token_count=token_count,
-                token_counts=counts[position:after],
-                truncated=truncated[position:after],
-                window_counts=window_counts[position:after],
-                span_count=span_counts[position] if span_counts else 0,
-                ones=ones[:, start : start + token_count],
-                timings=timings,
-                tokens=tokens[position:after],
-                words=words[position:after],
-            ),
+        answer = Answer(
+            arrays={key: array[rows[position] : rows[after]] for key, array, rows in tensors},
+            token_counts=counts[position:after],
+            truncated=truncated[position:after],
+            window_counts=window_counts[position:after],
+            span_counts=span_counts[position:after],
+            attention_mask=ones[:, start:end],
+            timings=timings,
+            tokens=tokens[position:after],
+            words=words[position:after],
         )
-        start += token_count
+        yield index, answer
+        start = end
 
 
 class Frames:
@@ -171,7 +132,7 @@ class Frames:
         wire.read_into(rows, data, self._dtype)
         self._row_count += frame.row_count
 
-    def answer(self, last: pb.StreamFrame) -> TextAnswer:
+    def answer(self, last: pb.StreamFrame) -> Answer:
         """Returns the answer of the item, after its last frame.
 
         Raises:
@@ -181,14 +142,13 @@ class Frames:
             raise DataLossError(f"the frames of item {last.id} are incomplete; ask again")
         if len(last.words.piece_counts) != last.word_count:
             raise DataLossError(f"the words of item {last.id} are not those of its frames; ask again")
-        return TextAnswer(
+        return Answer(
             arrays=self._rows,
-            token_count=last.token_count,
             token_counts=np.array([last.token_count], np.int64),
             truncated=np.array([last.truncated], np.bool_),
             window_counts=np.array([last.window_count or 1], np.int64),
-            span_count=last.span_count,
-            ones=np.ones((1, last.token_count), np.int64),
+            span_counts=[last.span_count],
+            attention_mask=np.ones((1, last.token_count), np.int64),
             timings=read_timings(last.timings),
             tokens=[last.tokens] if last.HasField("tokens") else [],
             words=[last.words] if last.HasField("words") else [],

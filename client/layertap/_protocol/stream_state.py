@@ -7,6 +7,7 @@ items; see `stream_connection`.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from typing import Final
 
 import numpy as np
@@ -14,8 +15,8 @@ import numpy as np
 from layertap._protocol.answer_plan import AnswerPlan, check_header, span_count, token_bound
 from layertap._protocol.inputs import InputItem, to_message
 from layertap._protocol.responses import ModelPin
-from layertap._protocol.result_builder import build_embedding
-from layertap._protocol.stream_results import Frames, TextAnswer
+from layertap._protocol.result_builder import Answer, build_embedding
+from layertap._protocol.stream_results import Frames
 from layertap.errors import DataLossError, InvalidArgumentError
 from layertap.results.streamed import StreamResult
 from layertap.v1 import embedding_pb2 as pb
@@ -204,10 +205,13 @@ class StreamState:
         """Returns the next items to send, in one message, and no more than there is room for."""
         taken: dict[int, Item] = {}
         size = 0
-        while self._unsent and size < MAX_MESSAGE_BYTES and len(taken) < min(room, self._message_count):
-            index = next(iter(self._unsent))
-            taken[index] = item = self._unsent.pop(index)
+        for index, item in itertools.islice(self._unsent.items(), max(min(room, self._message_count), 0)):
+            taken[index] = item
             size += item.size
+            if size >= MAX_MESSAGE_BYTES:
+                break
+        for index in taken:
+            del self._unsent[index]
         return taken
 
     def send_again(self, items: dict[int, Item]) -> None:
@@ -225,7 +229,7 @@ class StreamState:
         self._plan = check_header(header, self.options, [])
         return self._plan
 
-    def embed(self, index: int, item: Item, answer: TextAnswer) -> None:
+    def embed(self, index: int, item: Item, answer: Answer) -> None:
         """Answers an item.
 
         Raises:
@@ -233,8 +237,9 @@ class StreamState:
         """
         assert self._plan is not None
         spans = span_count(item.message) if self._plan.spans else 0
-        if answer.token_count > token_bound(item.size, self.options) or answer.span_count != spans:
-            raise DataLossError(f"item {index} has {answer.token_count} tokens; ask again")
+        token_count = answer.attention_mask.shape[1]
+        if token_count > token_bound(item.size, self.options) or sum(answer.span_counts) != spans:
+            raise DataLossError(f"item {index} has {token_count} tokens; ask again")
         self.answer(index, self._result(index, item.message, answer))
 
     def answer(self, index: int, result: StreamResult) -> None:
@@ -246,24 +251,12 @@ class StreamState:
         """Learns from a message how large results are."""
         self._result_bytes += (byte_count / max(result_count, 1) - self._result_bytes) / 4
 
-    def _result(self, index: int, message: pb.Input, answer: TextAnswer) -> StreamResult:
+    def _result(self, index: int, message: pb.Input, answer: Answer) -> StreamResult:
         assert self._plan is not None
-        mask = answer.ones
         if message.HasField("token_ids") and (given := message.token_ids.attention_mask):
-            mask = np.array([given], np.int64)
-            if mask.shape != answer.ones.shape:
-                raise DataLossError(f"item {index} has {answer.token_count} tokens; ask again")
-        embedding = build_embedding(
-            self._plan,
-            arrays=answer.arrays,
-            messages=(message,),
-            token_counts=answer.token_counts,
-            truncated=answer.truncated,
-            window_counts=answer.window_counts,
-            span_counts=[answer.span_count],
-            attention_mask=mask,
-            timings=answer.timings,
-            tokens=answer.tokens,
-            words=answer.words,
-        )
+            token_count = answer.attention_mask.shape[1]
+            if len(given) != token_count:
+                raise DataLossError(f"item {index} has {token_count} tokens; ask again")
+            answer = answer._replace(attention_mask=np.array([given], np.int64))
+        embedding = build_embedding(self._plan, answer, (message,))
         return StreamResult(index=index, error=None, _embedding=embedding)

@@ -97,7 +97,9 @@ def _unreachable(details: str, connection: Connection) -> str:
     elif "timed out" in details:
         hint = f"{target} takes connections and does not answer; it is stopped or overloaded, or no layertap server"
     elif tls is None:
-        hint = f"{target} ends the connection at once; if it speaks TLS, pass tls=True or tls=TLS(ca=…)"
+        hint = (
+            f"{target} ends the connection at once; repeat the call, or if it speaks TLS pass tls=True or tls=TLS(ca=…)"
+        )
     elif tls.cert is None:
         hint = (
             f"{target} ends the connection at once; if it asks clients for a certificate, pass tls=TLS(cert=…, key=…)"

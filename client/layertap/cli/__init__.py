@@ -12,7 +12,6 @@ import sys
 from collections.abc import Sequence
 
 from layertap import wire
-from layertap.cli import arguments
 from layertap.cli.parsing import UsageError, drop_stdout, reason, warn
 from layertap.errors import LayertapError
 from layertap.jobs import JobError
@@ -21,6 +20,11 @@ from layertap.jobs import JobError
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code."""
     _open_standard_streams()
+    # gRPC's C core would add lines of its own to ours, such as one for each server that stops. It is asked as it is
+    # imported, which `arguments` does.
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")
+    from layertap.cli import arguments
+
     args = arguments.build().parse_args(argv)
     wire.keep_pages()
     try:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Final, TypeAlias, get_args
+from typing import Any, Final, TypeAlias, TypeVar, get_args
 
 from layertap._protocol.options import LengthOptions
 from layertap.analysis import each_layer
@@ -18,6 +18,8 @@ MAX_COPIES: Final = 256
 
 Place: TypeAlias = tuple[int, int]
 """A token: the position of its text, and its own in that text."""
+
+Value = TypeVar("Value")
 
 
 class Request:
@@ -49,12 +51,8 @@ class Request:
     def masks(self) -> list[list[int]] | None:
         """An attention mask for each text; None: the tokenizer's."""
         count = len(self.texts)
-
-        def fits(found: Any) -> bool:
-            return _are_positions(found) and len(found) == count
-
-        found: list[list[int]] | None = self._read("masks", None, fits, "a list of lists of 0 and 1, one for each text")
-        return found
+        what = "a list of lists of 0 and 1, one for each text"
+        return self._read("masks", list, what, lambda found: _are_positions(found) and len(found) == count)
 
     def strings(self, name: str, most: int) -> tuple[str, ...]:
         """Returns a list of at least one string, and at most so many."""
@@ -67,22 +65,16 @@ class Request:
 
     def number(self, name: str, least: int = 1, most: int = 1 << 30) -> int | None:
         """Returns a whole number, or None if there is none."""
-
-        def fits(found: object) -> bool:
-            return type(found) is int and least <= found <= most
-
-        number: int | None = self._read(name, None, fits, f"a whole number from {least} to {most}")
-        return number
+        return self._read(name, int, f"a whole number from {least} to {most}", lambda found: least <= found <= most)
 
     def text(self, name: str) -> str | None:
         """Returns a string, or None if there is none."""
-        found: str | None = self._read(name, None, lambda found: isinstance(found, str), "a string")
-        return found
+        return self._read(name, str, "a string")
 
     def flag(self, name: str, default: bool) -> bool:
         """Returns whether something is chosen."""
-        found: bool = self._read(name, default, lambda found: isinstance(found, bool), "true or false")
-        return found
+        found = self._read(name, bool, "true or false")
+        return default if found is None else found
 
     def poolings(self, layer_count: int) -> list[Pooling]:
         """Returns the chosen pooling for each layer."""
@@ -91,22 +83,21 @@ class Request:
 
     def tokens(self, name: str) -> tuple[Place, Place] | None:
         """Returns two tokens, or None if there are none."""
-
-        def fits(found: Any) -> bool:
-            return _are_positions(found) and [len(one) for one in found] == [2, 2]
-
-        found = self._read(name, None, fits, "a list of two tokens, each a text and a position")
+        what = "a list of two tokens, each a text and a position"
+        found = self._read(name, list, what, lambda pair: _are_positions(pair) and list(map(len, pair)) == [2, 2])
         return None if found is None else (tuple(found[0]), tuple(found[1]))
 
     def _choice(self, name: str, choices: Sequence[str], default: str) -> Any:
-        return self._read(name, default, choices.__contains__, f"one of {', '.join(choices)}")
+        return self._read(name, str, f"one of {', '.join(choices)}", choices.__contains__) or default
 
-    def _read(self, name: str, default: Any, fits: Callable[[Any], bool], what: str) -> Any:
-        """Returns a field, or a default if there is none."""
-        found = self._fields.get(name, default)
-        if found is not default and not fits(found):
-            raise InvalidArgumentError(f"{name} is not {what}")
-        return found
+    def _read(
+        self, name: str, kind: type[Value], what: str, fits: Callable[[Value], bool] = lambda found: True
+    ) -> Value | None:
+        """Returns a field, or None if there is none."""
+        found = self._fields.get(name)
+        if found is None or (type(found) is kind and fits(found)):
+            return found
+        raise InvalidArgumentError(f"{name} is not {what}")
 
 
 def _are_positions(found: Any) -> bool:

@@ -6,6 +6,7 @@ A sealed file begins with its checksum.
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import os
 import re
@@ -47,12 +48,15 @@ def rename(old: Path, new: Path) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Writes the names in a folder to the disk."""
+    """Writes the names in a folder to the disk, where the file system can: some of networks cannot."""
     if sys.platform == "win32":  # Folders cannot be opened there, and the file system keeps names safe itself.
         return
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as exc:
+        if exc.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
     finally:
         os.close(descriptor)
 
@@ -63,6 +67,7 @@ def locked(path: Path) -> Iterator[None]:
 
     Raises:
         JobError: if another process holds it.
+        OSError: if the file system has no locks.
     """
     with path.open("ab") as file:
         try:
@@ -74,8 +79,11 @@ def locked(path: Path) -> Iterator[None]:
                 import fcntl
 
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as exc:
+        except (BlockingIOError, PermissionError) as exc:
             raise JobError(f"another process works in {path.parent}; wait until it ends") from exc
+        except OSError as exc:
+            exc.filename = str(path)
+            raise
         yield
 
 

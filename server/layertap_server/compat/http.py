@@ -65,11 +65,7 @@ class Exchange:
         self._closes = "close" in self.headers.get("connection", "").lower() or scope["http_version"] == "1.0"
 
     async def read(self, count: Callable[[int], None]) -> bytes:
-        """Returns the body of the request.
-
-        Args:
-            count: Called with the size of each part of it before the part is kept; may raise.
-        """
+        """Returns the body of the request; `count` is called with each part's size before it is kept, and may raise."""
         parts: list[bytes] = []
         while not self._is_read:
             message = await self._receive()

@@ -21,12 +21,7 @@ from uvicorn.server import ServerState
 class Connection(H11Protocol):
     """One connection, which requests find in their state.
 
-    Args:
-        config: What uvicorn wants to know.
-        server_state: All connections of the server.
-        idle: Those without a request, the oldest first.
-        max_count: How many there may be of all.
-        idle_timeout_s: How long one may be without a request.
+    `idle` are those of all connections that have no request, the oldest first; `max_count` is the most connections.
     """
 
     def __init__(

@@ -121,8 +121,8 @@ class OpenAI:
             method, answer = METHODS[1], self._models
         else:
             raise NotFoundError(f"there is nothing at this path; this server answers {' and '.join(METHODS)}")
-        if exchange.method != method.partition(" ")[0]:
-            raise messages.MethodError(f"this path has no such method; send {method}")
+        if exchange.method != (verb := method.partition(" ")[0]):
+            raise messages.MethodError(verb, f"this path has no such method; send {method}")
         with self._admit(method, client=client, metadata=exchange.headers) as call:
             caller = _Caller(record=call.record, client=client, connection=exchange.connection)
             await answer(exchange, call, caller)

@@ -52,7 +52,11 @@ class RequestTooLargeError(InvalidArgumentError):
 
 
 class MethodError(InvalidArgumentError):
-    """The path knows other methods than the request's."""
+    """The path knows another method than the request's."""
+
+    def __init__(self, method: str, details: str) -> None:
+        super().__init__(details)
+        self.method = method
 
 
 class FieldError(InvalidArgumentError):
@@ -257,7 +261,11 @@ def error_body(error: LayertapError) -> bytes:
 
 
 def error_headers(error: LayertapError) -> dict[str, str]:
-    """Returns the headers that say when to try again."""
+    """Returns the headers that HTTP asks for with an error's status, and those that say when to try again."""
+    if isinstance(error, MethodError):
+        return {"allow": error.method}
+    if error.code is StatusCode.UNAUTHENTICATED:
+        return {"www-authenticate": "Bearer"}
     if not error.retry_after_s:
         return {}
     return {

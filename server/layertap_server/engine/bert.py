@@ -160,14 +160,9 @@ class Bert:
             yield layer, rows[:row_count]
 
     def queries_and_keys(self, rows: torch.Tensor, block: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Returns what the attention of a block compares, with queries scaled.
+        """Returns the queries, scaled, and the keys of rows that a block reads; blocks count from 0.
 
-        Args:
-            rows: Rows of the layer that the block reads. Shape: [row_count, hidden_size], float32.
-            block: Which block, from 0.
-
-        Returns:
-            Queries and keys. Shape of each: [head_count, row_count, head_size], float32.
+        Shape: [row_count, hidden_size] to [head_count, row_count, head_size] twice, float32.
         """
         row_count = len(rows)
         qkv = self._stack.project(filled_up(rows, self._padded(row_count)), block)[:row_count].float()

@@ -50,12 +50,9 @@ def devices(wanted: str) -> list[str]:
 
 
 def compute_dtype(wanted: str, devices: Sequence[str]) -> str:
-    """Returns the dtype to compute in.
+    """Returns the dtype to compute in. "auto" is bfloat16 where every device is a GPU that has it, else float32.
 
-    Args:
-        wanted: A dtype's name, or "auto": bfloat16 where every device is a GPU that has it, else float32. CPUs with
-            instructions for bfloat16 compute in it when it is named.
-        devices: The devices to use.
+    CPUs with instructions for bfloat16 compute in it when it is named.
 
     Raises:
         CheckpointError: if float16 is wanted on the CPU.

@@ -79,15 +79,9 @@ class DeviceAttention:
         return attend
 
     def run_varlen(self, qkv: torch.Tensor, bounds: torch.Tensor, longest: int) -> torch.Tensor:
-        """Attends within texts of many lengths.
+        """Attends within texts of many lengths; bounds and longest are those of `VarlenAttention`.
 
-        Args:
-            qkv: Shape: [row_count, 3 · hidden_size].
-            bounds: The first row of each text, and the row past the last. Shape: [text_count + 1], int32.
-            longest: No text has more rows.
-
-        Returns:
-            Shape: [row_count, hidden_size].
+        Shape: [row_count, 3 · hidden_size] to [row_count, hidden_size].
         """
         assert self.varlen is not None
         return self._flash(self.varlen, qkv, bounds, longest)

@@ -34,18 +34,7 @@ def _add_norm(  # type: ignore[no-untyped-def]  # the types are triton's
 def add_norm(
     added: torch.Tensor, rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, epsilon: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Adds two tensors of rows and applies LayerNorm.
-
-    Args:
-        added: Shape: [row_count, hidden_size], of any precision.
-        rows: Shape: [row_count, hidden_size], float32.
-        weight: LayerNorm's. Shape: [hidden_size], float32.
-        bias: LayerNorm's. Shape: [hidden_size], float32.
-        epsilon: What is added to the variance.
-
-    Returns:
-        The result in float32, and in the precision of `added`. Shape of each: [row_count, hidden_size].
-    """
+    """Adds rows in any precision to rows in float32, then LayerNorm; see `device_steps.AddNorm`."""
     out, cast = torch.empty_like(rows), torch.empty_like(added)
     size = rows.shape[1]
     if len(rows):

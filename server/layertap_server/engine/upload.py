@@ -31,11 +31,7 @@ class Sent:
 
 
 class Upload:
-    """The arrays of one batch.
-
-    Args:
-        runtime: The accelerator; None: the arrays are used where they are, by the CPU.
-    """
+    """The arrays of one batch; without a runtime the CPU uses them where they are."""
 
     def __init__(self, runtime: Runtime | None) -> None:
         self._runtime = runtime

@@ -8,6 +8,7 @@ knows prometheus_client.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Final
@@ -61,14 +62,7 @@ class State:
 class Metrics(Hooks):
     """The metrics of one server: a listener of the call log, and the hooks of the scheduler and of admission."""
 
-    def __init__(
-        self,
-        *,
-        model_id: str,
-        fingerprint: str,
-        methods: Sequence[str],
-        max_batch_tokens: int,
-    ) -> None:
+    def __init__(self, *, model_id: str, fingerprint: str, methods: Sequence[str], max_batch_tokens: int) -> None:
         """Makes the metrics of a server, none counted yet."""
         self.registry = prometheus_client.CollectorRegistry()
         self._following = False
@@ -81,8 +75,9 @@ class Metrics(Hooks):
         self._durations = {method: duration.labels(method) for method in methods}
         self._refusals = {reason: refusals.labels(reason) for reason in REASONS}
         # Children are kept: looking one up by its labels costs more than counting.
-        self._handled = {(method, "OK"): handled.labels(method, "OK") for method in methods}
-        self._handled_by = handled
+        self._handled = functools.cache(handled.labels)
+        for method in methods:
+            self._handled(method, "OK")
         self._stalls = self._counter("stall", "Calls dropped because their answer was not read.")
         self._tokenization = self._histogram(
             "request_tokenization_duration_seconds", "Texts of one call becoming tokens.", _DURATIONS_S
@@ -133,11 +128,7 @@ class Metrics(Hooks):
 
     def ended(self, record: Record) -> None:
         """See `call_log.Listener`."""
-        key = record.method, record.code_name
-        handled = self._handled.get(key)
-        if handled is None:
-            handled = self._handled[key] = self._handled_by.labels(*key)
-        handled.inc()
+        self._handled(record.method, record.code_name).inc()
         self._durations[record.method].observe(record.duration_ns / 1e9)
         if record.tokenize.started_at_ns:
             self._tokenization.observe(record.tokenize.time_ns / 1e9)

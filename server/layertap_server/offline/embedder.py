@@ -19,7 +19,6 @@ from layertap_server.offline.pieces import Piece
 ERROR: Final = "error"
 """The column with the reason of a text that has no vectors; null: it has."""
 
-
 _lock: Final = threading.Lock()
 _shared: Final[dict[str, Embedder]] = {}
 

@@ -21,7 +21,7 @@ import numpy as np
 from layertap import wire
 from layertap._protocol.answer_plan import check_header
 from layertap._protocol.inputs import InputItem, to_message
-from layertap._protocol.result_builder import attention_mask, build_embedding
+from layertap._protocol.result_builder import Answer, attention_mask, build_embedding
 from layertap.errors import InvalidArgumentError, LayertapError
 from layertap.results.embedding import Embedding
 from layertap.types import FloatArray, Timings
@@ -139,10 +139,8 @@ class Builder:
     def _embedding(self, texts: Sequence[Good], data: Mapping[tuple[int, int], Sequence[memoryview]]) -> Embedding:
         messages, tokenized = [one.message for one in texts], [one.tokenized for one in texts]
         token_counts = np.array([one.text.token_count for one in tokenized], np.int64)
-        return build_embedding(
-            check_header(self.header, self.options, []),
+        answer = Answer(
             arrays={place: self._array(self.plan.outputs[place[0]], values) for place, values in data.items()},
-            messages=messages,
             token_counts=token_counts,
             truncated=np.array([one.truncated for one in tokenized], np.bool_),
             window_counts=np.array([one.text.window_count for one in tokenized], np.int64),
@@ -152,6 +150,7 @@ class Builder:
             tokens=[responses.tokens(one, self.tokenizer) for one in tokenized] if self.options.return_tokens else (),
             words=[responses.words(one) for one in tokenized] if self.plan.has_words else (),
         )
+        return build_embedding(check_header(self.header, self.options, []), answer, messages)
 
     def _array(self, output: Output, data: Sequence[memoryview]) -> FloatArray:
         """Returns rows that lie in several buffers as one array. Shape: [row_count, row_size]."""
@@ -166,12 +165,7 @@ class Builder:
 class Stream:
     """The inputs of one call of `OfflineModel.embed`, from their reading to their piece."""
 
-    def __init__(
-        self,
-        inputs: Iterable[InputItem],
-        tokenize: Tokenize,
-        builder: Builder,
-    ) -> None:
+    def __init__(self, inputs: Iterable[InputItem], tokenize: Tokenize, builder: Builder) -> None:
         self._inputs = iter(inputs)
         self._tokenize = tokenize
         self._builder = builder

@@ -142,12 +142,7 @@ class _LocalClient:
         return self._model.ref
 
     def embed_stream(
-        self,
-        inputs: Iterable[InputItem],
-        *,
-        item_timeout_s: float,
-        reconnect_timeout_s: float,
-        **options: Any,
+        self, inputs: Iterable[InputItem], *, item_timeout_s: float, reconnect_timeout_s: float, **options: Any
     ) -> Iterator[StreamResult]:
         """Yields one result for each input, in their order."""
         index = 0

@@ -201,8 +201,8 @@ def _pack(batch: Sequence[Result], plan: Plan, tokenizer: Tokenizer, shared: pb.
     tensors = list(zip(*(result.parts for result in good), strict=True))
     if shared is not None:
         tensors = [parts for parts, offset in zip(tensors, shared.offsets, strict=True) if offset == -1]
-    data = b"".join(rows for parts in tensors for _, _, rows in parts)
-    return wire.join(pb.EmbedStreamResponse(results=message, shared_rows=shared), data)
+    data = [rows for parts in tensors for _, _, rows in parts]
+    return wire.join(pb.EmbedStreamResponse(results=message, shared_rows=shared), *data)
 
 
 def _spread(result: Result, plan: Plan, tokenizer: Tokenizer, max_frame_bytes: int) -> Iterator[Callable[[], bytes]]:

@@ -16,6 +16,7 @@ from layertap import (
     InvalidArgumentError,
     LayertapError,
     ResourceExhaustedError,
+    TokenIds,
     wire,
 )
 from layertap._protocol import requests, responses
@@ -31,6 +32,7 @@ from layertap.v1 import embedding_pb2 as pb
 HUGE = 2**31 - 1
 LAYER = embed_options(layers=[-1])
 POOLED = embed_options(pooling="mean")
+ZEROS = pb.LayerTensor(layer=3, tensor=pb.Tensor(dtype=pb.DTYPE_FLOAT32, shape=[1, 4], data=bytes(16)))
 
 
 def header(unit: Any, *, row_size: int = 4, token_count: int = 3, texts: int = 1) -> pb.EmbedHeader:
@@ -71,6 +73,14 @@ def test_the_same_header_is_refused_for_another_request() -> None:
     good.token_counts[0] = HUGE
     with pytest.raises(DataLossError, match="not that of this request"):
         check_header(good, POOLED, to_messages("x"))
+
+
+@pytest.mark.parametrize("token_count", [1, 2])
+def test_a_text_has_as_many_tokens_as_its_mask(token_count: int) -> None:
+    texts = to_messages(TokenIds([[101, 7592, 102]], attention_mask=[[1, 1, 0]]))
+    answer = pb.EmbedResponse(header=header(pb.ROW_UNIT_TEXT, token_count=token_count), tensors=[ZEROS])
+    with pytest.raises(DataLossError, match=f"text 0 came with {token_count} of its 3 tokens"):
+        read_embedding(answer, texts, POOLED, ModelPin())
 
 
 def opened(options: pb.EmbedOptions, unit: Any) -> OneConnection:

@@ -158,9 +158,9 @@ def test_an_answer_has_the_bits_of_its_vectors() -> None:
     [
         (InvalidArgumentError("no"), 400, "invalid_request_error", {}),
         (messages.RequestTooLargeError("no"), 413, "invalid_request_error", {}),
-        (messages.MethodError("no"), 405, "invalid_request_error", {}),
+        (messages.MethodError("POST", "no"), 405, "invalid_request_error", {"allow": "POST"}),
         (NotFoundError("no"), 404, "invalid_request_error", {}),
-        (UnauthenticatedError("no"), 401, "authentication_error", {}),
+        (UnauthenticatedError("no"), 401, "authentication_error", {"www-authenticate": "Bearer"}),
         (
             ResourceExhaustedError("no", retry_after_s=0.5),
             429,
