@@ -188,7 +188,7 @@ class CallQueue:
             text, waiting = call.next_part, call.waiting[0]
             token_count = len(text.input_ids)
             byte_count, mix_bytes = call.bytes_of(text), call.plan.mix_token_bytes * token_count
-            reserved_bytes = call.next_part_bytes
+            reserved_bytes = byte_count if text.window is None else call.next_part_bytes
             if call.expires_at is not None and call.expires_at <= now:
                 self._drop_waiting(call)
                 expired.append(call)
