@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
 import re
 import time
 from collections.abc import Callable, Sequence
@@ -21,7 +20,7 @@ from support.texts import EVERYTHING, PROPERTY, TEXTS
 from tokenizers import models, pre_tokenizers, processors
 
 from layertap.errors import InvalidArgumentError, LayertapError
-from layertap_server.model import text_head, tokenizer_engine
+from layertap_server.model import text_head
 from layertap_server.model.tokenized import Tokenized
 from layertap_server.model.tokenizer import Tokenizer
 from layertap_server.model.tokenizer_engine import Detail, TokenizerEngine, Tokenizing
@@ -160,31 +159,6 @@ STRANGE = {
 @pytest.mark.parametrize("tokenizer_json", STRANGE.values(), ids=STRANGE.keys())
 def test_a_tokenizer_that_may_look_farther_reads_whole_texts(tokenizer_json: dict[str, Any]) -> None:
     assert not text_head.is_local(tokenizer_json)
-
-
-@pytest.mark.parametrize("kind", ["real", "bert", "camembert", "roberta", "xlm-roberta"])
-def test_only_texts_of_wordpieces_are_taken_apart_at_spaces(folder: Callable[[str], Path], kind: str) -> None:
-    tokenizer_json = json.loads((folder(kind) / "tokenizer.json").read_text())
-    assert text_head.is_joined_at_spaces(tokenizer_json) is (kind in ("real", "bert"))
-
-
-def test_pieces_of_texts_are_kept_up_to_a_number(
-    folder: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    whole = tokenizers.Tokenizer.from_file(str(folder("real") / "tokenizer.json"))
-    whole.no_truncation()
-    whole.no_padding()
-    engine = tokenizer_engine.TokenizerEngine(whole, has_token_types=True)
-    words = [f"piece{n}, [SEP]" for n in range(3 * tokenizer_engine._MAX_NEW)]
-    text = "  ".join(words)
-    wanted = whole.encode(text, add_special_tokens=False).ids
-    assert [engine._pieces.ids(text) for _ in range(4)] == [None, None, None, wanted]
-    assert engine._pieces.ids(f"{text} {'x' * (tokenizer_engine._LONG_PIECE + 1)}") is None
-    assert engine._pieces.ids(" " * (tokenizer_engine._LONG + 1)) is None
-    monkeypatch.setattr(tokenizer_engine, "_MAX_PIECES", 20)
-    assert engine._pieces.ids("other words") == whole.encode("other words", add_special_tokens=False).ids
-    assert len(engine._pieces._known) == 3
-    check(engine, [*words, text], max_length=512, truncation="error", add_special_tokens=True)
 
 
 def test_pairs_and_short_texts_have_no_head() -> None:

@@ -28,10 +28,6 @@ _SPLITTERS: Final = frozenset(["BertPreTokenizer", "Whitespace", "WhitespaceSpli
 """Pre-tokenizers that split at every space."""
 _LOCAL_PRE_TOKENIZERS: Final = _SPLITTERS | {"ByteLevel", "Digits", "Metaspace", "Punctuation"}
 
-_PIECE_NORMALIZERS: Final = frozenset(["BertNormalizer", "Lowercase", "StripAccents", *_UNICODE_FORMS])
-_PIECE_PRE_TOKENIZERS: Final = _SPLITTERS | {"Digits", "Punctuation"}
-"""Normalizers and pre-tokenizers that neither see nor change the spaces beside a piece of a text."""
-
 
 def is_local(tokenizer: Mapping[str, Any]) -> bool:
     """Returns whether the tokens of a text before a space do not depend on what comes after, by its tokenizer.json."""
@@ -51,20 +47,6 @@ def is_local(tokenizer: Mapping[str, Any]) -> bool:
     return splits and not any(" " in one["content"] for one in tokenizer.get("added_tokens") or ())
 
 
-def is_joined_at_spaces(tokenizer: Mapping[str, Any]) -> bool:
-    """Returns whether the ids of a text are those of its pieces between spaces, one after the other.
-
-    By its tokenizer.json; special tokens around the text are left out of account.
-    """
-    parts = _parts(tokenizer.get("pre_tokenizer"), "pretokenizers")
-    return (
-        is_local(tokenizer)
-        and tokenizer["model"]["type"] == "WordPiece"
-        and {one["type"] for one in parts} <= _PIECE_PRE_TOKENIZERS
-        and {one["type"] for one in _parts(tokenizer.get("normalizer"), "normalizers")} <= _PIECE_NORMALIZERS
-    )
-
-
 def head(item: String, max_length: int) -> String:
     """Returns the beginning of a string, or of words, that has far more than so many tokens; pairs stay whole."""
     enough = max_length + _MARGIN_TOKENS
@@ -79,7 +61,7 @@ def head(item: String, max_length: int) -> String:
     return item
 
 
-def is_enough(encoding: tokenizers.Encoding | list[int], max_length: int) -> bool:
+def is_enough(encoding: tokenizers.Encoding, max_length: int) -> bool:
     """Returns whether the tokens of a head are all that is needed to cut the text."""
     return len(encoding) >= max_length + _MARGIN_TOKENS
 

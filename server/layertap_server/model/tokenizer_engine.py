@@ -3,7 +3,6 @@
 Rules:
 - Offsets and words are made only where an answer needs them: the library is then slower by a fifth. Ids are the same.
 - The ids of a group are one array; each text has a view of it.
-- The ids of pieces of texts, such as words, are kept where a text's ids are those of its pieces: see `_Pieces`.
 - Of a long text that is cut on the right only the beginning is tokenized; see `text_head`.
 - Thread-safe, without a lock. A text that the library fails on harms no other.
 """
@@ -17,7 +16,7 @@ import itertools
 import json
 import logging
 from collections.abc import Sequence
-from typing import Final, TypeAlias, cast
+from typing import Final
 
 import numpy as np
 import tokenizers
@@ -27,26 +26,13 @@ from layertap_server.model import text_head
 from layertap_server.model.files import reason_of
 from layertap_server.model.text_head import String
 from layertap_server.model.tokenized import Tokenized
-from layertap_server.model.truncation import Truncation, windowed
-from layertap_server.types import Ids, Text, Windowing
+from layertap_server.model.truncation import Truncation
+from layertap_server.types import Ids, Text, Windowing, Windows
 
 log = logging.getLogger(__name__)
 
-_Encoded: TypeAlias = tokenizers.Encoding | list[int] | LayertapError
-"""What is known of a text: the library's own result, or its ids alone, or why it is refused."""
-
 _SHORT: Final = 128
 """Characters up to which a lone text is tokenized on this thread, without letting go of the interpreter."""
-
-
-_LONG: Final = 8192
-"""Characters above which a text is not taken apart."""
-_LONG_PIECE: Final = 32
-"""Characters above which a piece is not kept."""
-_MAX_PIECES: Final = 1 << 15
-"""Pieces that are kept, before all are forgotten: 20 MB at most."""
-_MAX_NEW: Final = 16
-"""New pieces of one text that are tokenized by themselves; of a text with more, so many are kept all the same."""
 
 
 class Detail(enum.Enum):
@@ -78,47 +64,6 @@ class Tokenizing:
     windowing: Windowing | None = None
 
 
-class _Pieces:
-    """The ids of the pieces between the spaces of texts: most have been in a text before.
-
-    For a tokenizer whose texts have the ids of their pieces. To find them again takes a tenth of the time.
-    """
-
-    def __init__(self, whole: tokenizers.Tokenizer) -> None:
-        self._whole = whole
-        self._known: dict[str, list[int]] = {"": []}
-
-    def ids(self, text: str) -> list[int] | None:
-        """Returns the ids of a text without special tokens; None: it is to be tokenized as a whole."""
-        if len(text) > _LONG:
-            return None
-        pieces = text.split(" ")
-        try:
-            return [*itertools.chain.from_iterable(map(self._known.__getitem__, pieces))]
-        except KeyError:
-            found = {piece: self._known.get(piece) for piece in pieces}
-        new = [piece for piece, ids in found.items() if ids is None]
-        if max(map(len, new)) > _LONG_PIECE:
-            return None
-        learned = self._learn(new[:_MAX_NEW])
-        if len(new) > _MAX_NEW or learned is None:
-            return None
-        return [*itertools.chain.from_iterable(map({**found, **learned}.__getitem__, pieces))]  # type: ignore[arg-type]
-
-    def _learn(self, pieces: list[str]) -> dict[str, list[int]] | None:
-        """Returns the ids of pieces, and keeps them; None: the library does not say which are whose."""
-        encoding = self._whole.encode(pieces, None, True, False)
-        learned: dict[str, list[int]] = {piece: [] for piece in pieces}
-        for token_id, place in zip(encoding.ids, encoding.word_ids, strict=True):
-            if place is None:
-                return None
-            learned[pieces[place]].append(token_id)
-        if len(self._known) > _MAX_PIECES:
-            self._known = {"": []}
-        self._known.update(learned)
-        return learned
-
-
 class TokenizerEngine:
     """One way of tokenizing, with and without truncation."""
 
@@ -130,16 +75,7 @@ class TokenizerEngine:
         self._may_have_types = {
             special: self._truncation.may_have_types(add_special_tokens=special) for special in (False, True)
         }
-        description = json.loads(whole.to_str())
-        self._is_local = text_head.is_local(description)
-        self._pieces = _Pieces(whole)
-        is_joined = text_head.is_joined_at_spaces(description)
-        self._around = {
-            special: self._truncation.around(add_special_tokens=special)
-            if is_joined and not (has_token_types and self._may_have_types[special])
-            else None
-            for special in (False, True)
-        }
+        self._is_local = text_head.is_local(json.loads(whole.to_str()))
 
     def encode(
         self, items: Sequence[String], labels: Sequence[str], how: Tokenizing
@@ -150,7 +86,7 @@ class TokenizerEngine:
         if self._is_local and how.truncation == "right":
             heads, encodings = self._heads(items, labels, how)
         else:
-            heads, encodings = items, self._encode_all(items, labels, how)
+            heads, encodings = items, self._encode_each(items, labels, how)
         texts = self._texts(items, encodings, how)
         for n, (encoding, text, item, label) in enumerate(zip(encodings, texts, items, labels, strict=True)):
             if isinstance(encoding, LayertapError):
@@ -158,8 +94,7 @@ class TokenizerEngine:
             elif len(text.input_ids) <= max_length:
                 results.append(_tokenized(text, item, encoding, how))
             elif how.windowing is not None:
-                assert not isinstance(encoding, list)
-                found = windowed(text, item, encoding, label, max_length, how.windowing)
+                found = _windowed(text, item, encoding, label, max_length, how.windowing)
                 results.append(found if isinstance(found, LayertapError) else _tokenized(found, item, encoding, how))
             elif how.truncation == "error":
                 results.append(
@@ -178,39 +113,16 @@ class TokenizerEngine:
 
     def _heads(
         self, items: Sequence[String], labels: Sequence[str], how: Tokenizing
-    ) -> tuple[Sequence[String], list[_Encoded]]:
+    ) -> tuple[Sequence[String], list[tokenizers.Encoding | LayertapError]]:
         """Returns as much of each text as its cut on the right needs, and its tokens."""
         heads = [text_head.head(item, how.max_length) for item in items]
-        encodings = self._encode_all(heads, labels, how)
+        encodings = self._encode_each(heads, labels, how)
         for n, one in enumerate(encodings):
             is_enough = not isinstance(one, LayertapError) and text_head.is_enough(one, how.max_length)
             if heads[n] is not items[n] and not is_enough:
                 heads[n] = items[n]
                 (encodings[n],) = self._encode_each([items[n]], [labels[n]], how)
         return heads, encodings
-
-    def _encode_all(self, items: Sequence[String], labels: Sequence[str], how: Tokenizing) -> list[_Encoded]:
-        """Returns the tokens of each text; its ids alone where nothing else is needed and its pieces have them."""
-        around = self._around[how.add_special_tokens]
-        is_plain = how.detail is Detail.NOTHING and how.windowing is None
-        if not is_plain or around is None or set(map(type, items)) != {str}:
-            return [*self._encode_each(items, labels, how)]
-        before, after = around
-        found: list[_Encoded] = []
-        rest: list[int] = []
-        for n, text in enumerate(items):
-            try:
-                ids = self._pieces.ids(cast("str", text))
-            except Exception:  # The library raises `Exception` itself; see `_encode_each`.
-                ids = None
-            if ids is None:
-                rest.append(n)
-            found.append([] if ids is None else [*before, *ids, *after])
-        if rest:
-            own = self._encode_each([items[n] for n in rest], [labels[n] for n in rest], how)
-            for n, one in zip(rest, own, strict=True):
-                found[n] = one
-        return found
 
     def _encode_each(
         self, items: Sequence[String], labels: Sequence[str], how: Tokenizing
@@ -241,13 +153,15 @@ class TokenizerEngine:
         encode = tokenizer.encode_batch if whole else tokenizer.encode_batch_fast
         return encode(items, is_pretokenized=isinstance(items[0], list), add_special_tokens=how.add_special_tokens)
 
-    def _texts(self, items: Sequence[String], encodings: Sequence[_Encoded], how: Tokenizing) -> list[Text]:
+    def _texts(
+        self, items: Sequence[String], encodings: Sequence[tokenizers.Encoding | LayertapError], how: Tokenizing
+    ) -> list[Text]:
         """Returns texts with their ids, and their types unless all are 0; without ids for what failed."""
-        ids = _views([one if isinstance(one, list) else getattr(one, "ids", []) for one in encodings])
+        ids = _views([[] if isinstance(one, LayertapError) else one.ids for one in encodings])
         has_types = self._may_have_types[how.add_special_tokens] or tuple in map(type, items)
         if not (self._has_token_types and has_types):
             return list(map(Text, ids))
-        types = _views([getattr(one, "type_ids", []) for one in encodings])
+        types = _views([[] if isinstance(one, LayertapError) else one.type_ids for one in encodings])
         return [Text(own, token_type_ids=of if of.any() else None) for own, of in zip(ids, types, strict=True)]
 
     def _cut(self, item: String, head: String, whole: Text, label: str, how: Tokenizing) -> Tokenized | LayertapError:
@@ -279,11 +193,48 @@ def _views(lists: Sequence[list[int]]) -> list[Ids]:
     return [whole[end - len(one) : end] for one, end in zip(lists, ends, strict=True)]
 
 
+def _windowed(
+    text: Text, item: String, encoding: tokenizers.Encoding, label: str, max_length: int, windowing: Windowing
+) -> Text | LayertapError:
+    """Returns a text that runs as windows; they are counted before anything is made of it."""
+    count = text.token_count
+    if isinstance(item, tuple):
+        return InvalidArgumentError(
+            f"{label} is a pair of {count} tokens, max_length is {max_length}, and only strings and words run as "
+            "windows; shorten it, or cut it with truncation right or left"
+        )
+    own = np.flatnonzero(np.array(encoding.special_tokens_mask) == 0)
+    prefix_count, suffix_count = (int(own[0]), count - 1 - int(own[-1])) if len(own) else (count, 0)
+    special_count = prefix_count + suffix_count
+    most = max_length - special_count - 1
+    if most < 0:
+        return InvalidArgumentError(
+            f"{label} has {special_count} special tokens in each window, max_length is {max_length}; raise max_length"
+        )
+    if not windowing.stride <= most:
+        return InvalidArgumentError(
+            f"{label} has {special_count} special tokens, so with max_length {max_length} the stride of "
+            f"windows is at most {most}; lower it, or raise max_length"
+        )
+    windows = Windows(
+        token_count=count,
+        max_length=max_length,
+        stride=windowing.stride,
+        prefix_count=prefix_count,
+        suffix_count=suffix_count,
+    )
+    if windows.count > windowing.max_count:
+        return InvalidArgumentError(
+            f"{label} has {count} tokens, which are {windows.count} windows, the most is {windowing.max_count}; split "
+            "it into several texts, or lower the stride"
+        )
+    return dataclasses.replace(text, windows=windows)
+
+
 def _tokenized(
-    text: Text, item: String, encoding: tokenizers.Encoding | list[int], how: Tokenizing, *, truncated: bool = False
+    text: Text, item: String, encoding: tokenizers.Encoding, how: Tokenizing, *, truncated: bool = False
 ) -> Tokenized:
     if how.detail is Detail.NOTHING:
         return Tokenized(text=text, truncated=truncated)
-    assert not isinstance(encoding, list)
     given_word_count = len(item) if isinstance(item, list) else None
     return Tokenized(text=text, truncated=truncated, encoding=encoding, given_word_count=given_word_count)

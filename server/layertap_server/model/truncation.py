@@ -1,7 +1,5 @@
 """Cutting texts to a length as their tokenizer cuts them: by a tokenizer that truncates, or by leaving out ids.
 
-Or into windows of that length, which leave out nothing.
-
 Ids are left out only where a probe has shown that the tokenizer does the same: where special tokens stand around a
 text, and not within it. Thread-safe, without a lock.
 """
@@ -17,9 +15,7 @@ from typing import Final
 import numpy as np
 import tokenizers
 
-from layertap.errors import InvalidArgumentError, LayertapError
-from layertap_server.model.text_head import String
-from layertap_server.types import Ids, Text, Windowing, Windows
+from layertap_server.types import Ids
 
 _PROBE: Final = "a b a b"
 
@@ -62,14 +58,6 @@ class Truncation:
         """Returns whether a text that is no pair may have types other than 0."""
         return self._frames[add_special_tokens].has_types
 
-    def around(self, *, add_special_tokens: bool) -> tuple[list[int], list[int]] | None:
-        """Returns the ids before and after each text that is no pair; None: that these are all is not proved."""
-        frame = self._frames[add_special_tokens]
-        if not frame.can_cut:
-            return None
-        ids = self._whole.encode(_PROBE, add_special_tokens=add_special_tokens).ids
-        return ids[: frame.before], ids[len(ids) - frame.after :]
-
     def cut(self, ids: Ids, length: int, direction: str, *, add_special_tokens: bool) -> Ids | None:
         """Returns so many of the ids of a longer text; None: only a tokenizer that truncates can say which.
 
@@ -107,44 +95,6 @@ class Truncation:
         except Exception:  # The library raises `Exception` itself, such as for an unknown token that it lacks.
             return _Frame(can_cut=False)
         return frame
-
-
-def windowed(
-    text: Text, item: String, encoding: tokenizers.Encoding, label: str, max_length: int, windowing: Windowing
-) -> Text | LayertapError:
-    """Returns a text that runs as windows; they are counted before anything is made of it."""
-    count = text.token_count
-    if isinstance(item, tuple):
-        return InvalidArgumentError(
-            f"{label} is a pair of {count} tokens, max_length is {max_length}, and only strings and words run as "
-            "windows; shorten it, or cut it with truncation right or left"
-        )
-    own = np.flatnonzero(np.array(encoding.special_tokens_mask) == 0)
-    prefix_count, suffix_count = (int(own[0]), count - 1 - int(own[-1])) if len(own) else (count, 0)
-    special_count = prefix_count + suffix_count
-    most = max_length - special_count - 1
-    if most < 0:
-        return InvalidArgumentError(
-            f"{label} has {special_count} special tokens in each window, max_length is {max_length}; raise max_length"
-        )
-    if not windowing.stride <= most:
-        return InvalidArgumentError(
-            f"{label} has {special_count} special tokens, so with max_length {max_length} the stride of "
-            f"windows is at most {most}; lower it, or raise max_length"
-        )
-    windows = Windows(
-        token_count=count,
-        max_length=max_length,
-        stride=windowing.stride,
-        prefix_count=prefix_count,
-        suffix_count=suffix_count,
-    )
-    if windows.count > windowing.max_count:
-        return InvalidArgumentError(
-            f"{label} has {count} tokens, which are {windows.count} windows, the most is {windowing.max_count}; split "
-            "it into several texts, or lower the stride"
-        )
-    return dataclasses.replace(text, windows=windows)
 
 
 def copy(tokenizer: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
