@@ -23,6 +23,7 @@ import torch
 from compute import BASE_SETTINGS
 
 from layertap_server import cli
+from layertap_server.app.server import App
 from layertap_server.engine.encoder import Encoder
 from layertap_server.model.checkpoint import Checkpoint
 from layertap_server.types import Rows, Run
@@ -78,9 +79,6 @@ def main() -> None:
     own = ["--port", "0", "--model-id", str(folder), "--model-name", "stand-in", "--load-format", "dummy"]
     config = cli.parse([*own, *flags], os.environ)
     logging.basicConfig(level=config.log_level.upper())
-    cli.set_environment()
-    from layertap_server.app.server import App  # Only now, as in `cli`: it imports gRPC.
-
     make_encoder = functools.partial(StandIn, batch_s=arguments.batch_s)
     make_app = functools.partial(App, make_encoder=make_encoder)
     if arguments.fresh_pages:

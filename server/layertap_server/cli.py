@@ -66,7 +66,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _serve(config: Config) -> int:
     log_format.set_up(level=config.log_level, form=config.log_format, process=None if config.processes == 1 else 0)
-    set_environment()
+    # gRPC's C core would add lines of its own to ours; what it has to say comes back as errors.
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")
+    # The tokenizers' own threads take what came first: short texts on the event loop would wait for long ones.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     with _server_extra():
         from layertap_server.app.child_process import in_child
         from layertap_server.app.listening import open_listener
@@ -84,16 +87,6 @@ def _serve(config: Config) -> int:
             return App(config, listener=listener)
 
     return run(config, make_app)
-
-
-def set_environment() -> None:
-    """Sets the variables that libraries read when they are imported, unless they are set already."""
-    # gRPC's C core would add lines of its own to ours; what it has to say comes back as errors.
-    os.environ.setdefault("GRPC_VERBOSITY", "NONE")
-    # So the thread that takes completed operations polls the sockets too: a message wakes one thread less.
-    os.environ.setdefault("GRPC_EXPERIMENTS", "-event_engine_listener")
-    # The tokenizers' own threads take what came first: short texts on the event loop would wait for long ones.
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
 def run(config: Config, make_app: Callable[[Config], App]) -> int:
