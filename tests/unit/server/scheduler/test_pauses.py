@@ -5,7 +5,6 @@ from __future__ import annotations
 import queue
 import threading
 import time
-from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
@@ -48,7 +47,7 @@ class Engine:
         self.errors: dict[int, BaseException] = {}
         """By the first id of a batch: what its second step raises."""
         self.closed: queue.Queue[int] = queue.Queue()
-        self._allowed: defaultdict[int, threading.Semaphore] = defaultdict(lambda: threading.Semaphore(0))
+        self._allowed = {first: threading.Semaphore(0) for first in (LONG, SHORT, OTHER)}
 
     def __call__(self, batch: Sequence[Run]) -> Iterator[Rows | None]:
         first = int(batch[0].texts[0].input_ids[0])
