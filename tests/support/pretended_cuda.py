@@ -28,9 +28,14 @@ _ANSWERS = {
 }
 
 
+def _say(line: str) -> None:
+    """Writes a line at once: the server's own stderr is written by a thread, so lines of two change places."""
+    os.write(2, f"{line}\n".encode())
+
+
 def _asked(name: str, answer: Any) -> Callable[..., Any]:
     def ask(*_arguments: object, **_options: object) -> Any:
-        print(f"cuda: {os.getpid()} {name}", file=sys.stderr, flush=True)
+        _say(f"cuda: {os.getpid()} {name}")
         return answer
 
     return ask
@@ -42,7 +47,7 @@ def _encoder(*arguments: Any, device: str, dtype: str, **options: Any) -> Encode
     try:
         return Encoder(*arguments, device="cpu", dtype="float32", **options)
     finally:
-        print(f"made: {os.getpid()}", file=sys.stderr, flush=True)
+        _say(f"made: {os.getpid()}")
 
 
 def main() -> int:
