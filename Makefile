@@ -185,8 +185,7 @@ serve: $(INSTALL_STAMP) $(MODEL_STAMP)  ## Serve the embedded model until interr
 	$(BIN)/layertap-server $(ARGS)
 
 bench:  ## List the benchmarks
-	@awk -F ':.*## ' '/^bench-[a-z-]*:.*## / { printf "  make %-14s %s\n", $$1, $$2; n++ } \
-		END { if (!n) print "  There is no bench-… target yet." }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^bench-[a-z-]*:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 bench-compute: $(INSTALL_STAMP) $(MODEL_STAMP) $(PEERS_STAMP)  ## Text to vectors beside the fastest CPU runtimes (an hour)
 	$(BIN)/python bench/compute.py $(ARGS)

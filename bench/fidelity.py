@@ -128,19 +128,22 @@ def sentences(plain: Path, folder: Path) -> Iterator[tuple[str, float]]:
 def main() -> None:
     argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     transformers.utils.logging.disable_progress_bar()
-    print("| `model_type` | output | largest difference |\n|---|---|---|")
-    for kind in sorted(family.TOKENIZERS):
+    worst: dict[tuple[str, str], float] = {}
+    kinds = sorted(family.TOKENIZERS)
+    for kind in kinds:
         with tempfile.TemporaryDirectory() as temporary:
             folder = Path(temporary)
             hidden = {"hidden_dim": 1536} if kind == "distilbert" else {"intermediate_size": 1536}
             embedded = {"embedding_size": 128} if kind == "electra" else {}
             plain = family.save(kind, folder / "plain", spread=0.05, **SIZES, **hidden, **embedded)
-            worst: dict[str, float] = {}
             for differences in (measured(kind, plain), sentences(plain, folder)):
                 for name, difference in differences:
-                    worst[name] = max(worst.get(name, 0.0), difference)
-            for name in OUTPUTS:
-                print(f"| `{kind}` | {name} | {f'{worst[name]:.1e}' if name in worst else 'has none'} |", flush=True)
+                    worst[name, kind] = max(worst.get((name, kind), 0.0), difference)
+    print("| output |", *(f"`{kind}` |" for kind in kinds))
+    print("|---" * (1 + len(kinds)) + "|")
+    for name in OUTPUTS:
+        cells = (f"{worst[name, kind]:.1e} |" if (name, kind) in worst else "has none |" for kind in kinds)
+        print(f"| {name} |", *cells)
 
 
 if __name__ == "__main__":
