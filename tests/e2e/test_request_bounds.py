@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import gc
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import grpc
@@ -18,12 +20,21 @@ from support.in_process import serving
 from layertap.types import Limits
 from layertap.v1 import embedding_pb2 as pb
 from layertap.v1 import embedding_pb2_grpc
+from layertap_server.compat import kserve
+from layertap_server.compat import open_inference_pb2 as inference
 from layertap_server.model.checkpoint import EMBEDDED_MODEL
 from layertap_server.model.facts import ModelFacts
 from layertap_server.model.sentence_config import SentenceConfig
 from layertap_server.model.tokenizer import Tokenizer
 from layertap_server.observability.call_log import Record
 from layertap_server.protocol.preprocess import Preprocessor
+from layertap_server.rpc.caller import Caller, Deadlines, Shared
+from layertap_server.rpc.stream_memory import StreamMemory
+from layertap_server.scheduler.batcher import Batcher
+from layertap_server.scheduler.call import Hooks
+from layertap_server.scheduler.fairness import Reads, RequestMemory
+from layertap_server.scheduler.queue_limits import QueueLimits
+from layertap_server.types import Rows, Run
 
 WITHIN_S = 5.0
 """A server that first makes what it refuses takes several times as long."""
@@ -160,3 +171,73 @@ def test_no_step_of_the_loop_takes_in_much_of_a_message_of_many_small_texts(
         monkeypatch.undo()
         gc.unfreeze()
     assert max(steps_s) < sum(steps_s) / 3
+
+
+class Context:
+    """The context of a call whose client sends some messages, and then nothing more."""
+
+    def __init__(self, *messages: bytes) -> None:
+        self._messages = iter(messages)
+        self.all_read = asyncio.Event()
+
+    async def read(self) -> bytes:
+        for message in self._messages:
+            return message
+        self.all_read.set()
+        await asyncio.Event().wait()
+        raise AssertionError
+
+    def time_remaining(self) -> None:
+        """The call has no deadline."""
+
+
+def test_a_stream_of_kserve_gives_back_once_what_its_requests_hold(preprocessor: Preprocessor) -> None:
+    go_on = threading.Event()
+
+    def encode(runs: Sequence[Run]) -> Iterator[Rows]:
+        go_on.wait(60)
+        yield from ()
+
+    limits = QueueLimits(**{field.name: 1 << 20 for field in dataclasses.fields(QueueLimits)})
+    batcher = Batcher([encode], limits)
+    request = inference.ModelInferRequest(model_name="m")
+    request.inputs.add(name="text", datatype="BYTES", shape=[1]).contents.bytes_contents.append(b"a")
+    request.outputs.add(name="mean")
+
+    async def run() -> None:
+        memory = StreamMemory(MOST_MEMORY)
+        shared = Shared(
+            memory=RequestMemory(MOST_MEMORY, Hooks()),
+            streams=memory,
+            deadlines=Deadlines(),
+            reads=Reads(),
+            stall_timeout_s=60,
+            idle_timeout_s=60,
+            by_certificate=False,
+        )
+        service = kserve.Service(preprocessor=preprocessor, batcher=batcher, stopping=asyncio.Event())
+        message = request.SerializeToString()
+        context = Context(message)  # So two requests are under way, of which the second is not waited for.
+
+        async def call() -> None:
+            task, record = asyncio.current_task(), Record(method="ModelStreamInfer", request_id="", client="one")
+            assert task is not None
+            caller = Caller(context, "ipv4:127.0.0.1:1", record, task, shared)  # type: ignore[arg-type]
+            try:
+                await service.streams["ModelStreamInfer"](message, caller)
+            finally:
+                caller.close()
+
+        left = asyncio.create_task(call())
+        await asyncio.wait_for(context.all_read.wait(), 60)
+        left.cancel()
+        await asyncio.gather(*asyncio.all_tasks() - {asyncio.current_task()}, return_exceptions=True)
+        memory.add("another", MOST_MEMORY - 1)
+        memory.add("one", 1)
+        assert not memory.has_room("one")
+
+    try:
+        asyncio.run(run())
+    finally:
+        go_on.set()
+    assert batcher.stop(timeout_s=60)

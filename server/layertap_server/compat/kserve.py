@@ -139,8 +139,11 @@ class Service:
                 caller.set_waiting(not byte_counts)
                 places.release()
         finally:
-            for one in (stop, reader, *byte_counts):
+            left = (stop, reader, *byte_counts)
+            for one in left:
                 one.cancel()
+            # What they hold they give back themselves, which must not come after the call's own end.
+            await asyncio.gather(*left, return_exceptions=True)
         if reader.cancelled():
             raise UnavailableError("the server is stopping; send the rest to another", retry_after_s=RETRY_ELSEWHERE_S)
         reader.result()
