@@ -17,6 +17,7 @@ from google.protobuf.message import Message
 from support import Server
 from support.in_process import serving
 
+from layertap.errors import InvalidArgumentError
 from layertap.types import Limits
 from layertap.v1 import embedding_pb2 as pb
 from layertap.v1 import embedding_pb2_grpc
@@ -171,6 +172,16 @@ def test_no_step_of_the_loop_takes_in_much_of_a_message_of_many_small_texts(
         monkeypatch.undo()
         gc.unfreeze()
     assert max(steps_s) < sum(steps_s) / 3
+
+
+def test_an_error_names_no_more_prompts_than_its_metadata_can_carry(preprocessor: Preprocessor) -> None:
+    sentences = SentenceConfig(max_length=512, prompts={f"prompt {n}": "" for n in range(5000)})
+    many = Preprocessor(
+        model=preprocessor.model, limits=preprocessor.limits, sentences=sentences, tokenizer=preprocessor.tokenizer
+    )
+    with pytest.raises(InvalidArgumentError, match=r"it has prompt 0, .* …; or send the prompt itself") as caught:
+        many.options(pb.EmbedOptions(outputs=LAST.outputs, prompt_name="another"))
+    assert len(caught.value.details) < 2000
 
 
 class Context:

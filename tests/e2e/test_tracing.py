@@ -31,6 +31,11 @@ WAIT_S = 30.0
 TRACE, PARENT = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
 JOINED = {"traceparent": f"00-{TRACE}-{PARENT}-01"}
 MARKER = "xyzzymarker"
+SERVICES = {
+    "Embed": "layertap.v1.EmbeddingService",
+    "ModelInfer": "inference.GRPCInferenceService",
+    "POST /v1/embeddings": "",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,7 +134,7 @@ def recorded(
     exporter = InMemorySpanExporter()
     provider = TracerProvider(sampler=ParentBased(TraceIdRatioBased(share)), shutdown_on_exit=False)
     provider.add_span_processor(SimpleSpanProcessor(exporter))
-    tracing = Tracing(provider)
+    tracing = Tracing(provider, SERVICES)
     call_log = CallLog([tracing])
     record = call_log.open(method, client="me", metadata=dict(metadata))
     now = time.monotonic_ns()
@@ -158,6 +163,12 @@ def test_calls_over_http_are_named_by_their_route() -> None:
     _, call = recorded(None, metadata=JOINED, method="POST /v1/embeddings")
     assert call.name == "POST /v1/embeddings" and "rpc.system" not in call.attributes
     assert call.attributes["http.request.method"] == "POST" and call.attributes["http.route"] == "/v1/embeddings"
+
+
+def test_calls_of_another_service_are_named_by_it() -> None:
+    _, call = recorded(None, metadata=JOINED, method="ModelInfer")
+    assert call.name == "inference.GRPCInferenceService/ModelInfer"
+    assert call.attributes["rpc.service"] == "inference.GRPCInferenceService"
 
 
 def test_the_caller_and_the_sampler_decide_what_is_recorded() -> None:

@@ -69,9 +69,10 @@ def make_parts(
     model = found.facts(has_pooler=encoders[0].has_pooler)
     check_output_bytes(share, (model.layer_count + 1) * model.max_length * model.hidden_size * 4)
     limits = found.queue_limits(share)
-    metrics = _metrics(share, model, limits.max_batch_tokens) if share.metrics_port >= 0 else None
+    services = _services(share)
+    metrics = _metrics(model, services, limits.max_batch_tokens) if share.metrics_port >= 0 else None
     hooks = metrics or Hooks()
-    tracing = _tracing() if share.traces == "otlp" else None
+    tracing = _tracing(services) if share.traces == "otlp" else None
     if share.shared_memory_bytes and not hasattr(os, "memfd_create"):
         raise ConfigError("--shared-memory-bytes needs Linux; leave it out")
     encodes = cpu_threads.make(encoders, found.threads)
@@ -132,18 +133,23 @@ def make_parts(
     )
 
 
-def _metrics(share: Config, model: ModelFacts, batch_tokens: int) -> Metrics:
-    methods = wire.RPC_NAMES
+def _services(share: Config) -> Mapping[str, str]:
+    """Returns the gRPC service of each method that calls may have; empty for those over HTTP."""
+    services = dict.fromkeys(wire.RPC_NAMES, wire.SERVICE_NAME)
     if share.kserve:
         from layertap_server.compat import kserve
 
-        methods += (*kserve.UNARY, *kserve.STREAMS)
+        services |= dict.fromkeys((*kserve.UNARY, *kserve.STREAMS), kserve.SERVICE_NAME)
     if share.http_port >= 0:
         from layertap_server.compat import openai
 
-        methods += openai.METHODS
+        services |= dict.fromkeys(openai.METHODS, "")
+    return services
+
+
+def _metrics(model: ModelFacts, services: Mapping[str, str], batch_tokens: int) -> Metrics:
     return Metrics(
-        model_id=model.model_id, fingerprint=model.fingerprint, methods=methods, max_batch_tokens=batch_tokens
+        model_id=model.model_id, fingerprint=model.fingerprint, methods=tuple(services), max_batch_tokens=batch_tokens
     )
 
 
@@ -172,13 +178,13 @@ def _http(
     )
 
 
-def _tracing() -> Tracing:
+def _tracing(services: Mapping[str, str]) -> Tracing:
     try:
         from layertap_server.observability.tracing import Tracing, otlp_provider
     except ModuleNotFoundError as exc:
         raise ConfigError(f"--traces otlp needs packages ({exc.name}): pip install 'layertap[server,otel]'") from exc
     try:
-        return Tracing(otlp_provider())
+        return Tracing(otlp_provider(), services)
     except Exception as exc:  # Whatever a variable has that it cannot have, the next step is the same.
         raise ConfigError(
             f"--traces otlp: OpenTelemetry refuses one of the OTEL_… variables ({reason_of(exc)}); correct or unset it"

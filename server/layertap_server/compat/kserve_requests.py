@@ -20,6 +20,7 @@ from layertap.v1 import embedding_pb2 as pb
 from layertap_server.compat import open_inference_pb2 as kserve
 from layertap_server.compat.sentences import SentenceVectors
 from layertap_server.model.facts import ModelFacts
+from layertap_server.model.files import shortened
 from layertap_server.model.sentence_config import SentenceConfig
 
 Tensor: TypeAlias = kserve.ModelInferRequest.InferInputTensor
@@ -39,6 +40,8 @@ INPUTS: Final = (TEXT, INPUT_IDS, *BESIDE_IDS)
 _PARAMETERS: Final = ("truncation", "max_length", "normalize", "dtype")
 _INTEGERS: Final[Mapping[str, np.dtype[Any]]] = {"INT64": np.dtype("<i8"), "INT32": np.dtype("<i4")}
 _LENGTH_BYTES: Final = 4
+_LISTED_LENGTH: Final = 1000
+"""Characters of the names of outputs in an error: gRPC loses one whose message is longer than its metadata may be."""
 _LAST_LAYER: Final = "last_hidden_state"
 _LAYER: Final = "hidden_state_{}"
 
@@ -236,7 +239,7 @@ def _parameters(request: kserve.ModelInferRequest) -> dict[str, Any]:
 
 
 def _output_names(request: kserve.ModelInferRequest, known: Collection[str]) -> list[str]:
-    has = f"this model has {', '.join(known)}"
+    has = f"this model has {shortened(', '.join(known), _LISTED_LENGTH)}"
     if not request.outputs:
         raise InvalidArgumentError(f"outputs is empty; name at least one: {has}")
     if len(request.outputs) > len(known):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Mapping
 from typing import Final
 
 from opentelemetry import trace
@@ -19,7 +20,6 @@ from opentelemetry.sdk.trace.export import BatchSpanProcessor
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
 import layertap
-from layertap import wire
 from layertap.errors import StatusCode
 from layertap_server.observability.call_log import Record
 
@@ -36,24 +36,30 @@ def otlp_provider() -> TracerProvider:
     return provider
 
 
-def _protocol(record: Record) -> tuple[str, dict[str, str | int]]:
+def _protocol(record: Record, service: str) -> tuple[str, dict[str, str | int]]:
     """Returns the name of a call's span, and what it says of gRPC or HTTP."""
-    verb, _, route = record.method.partition(" ")
-    if route:
+    if not service:
+        verb, _, route = record.method.partition(" ")
         return record.method, {"http.request.method": verb, "http.route": route}
-    return f"{wire.SERVICE_NAME}/{record.method}", {
+    return f"{service}/{record.method}", {
         "rpc.system": "grpc",
-        "rpc.service": wire.SERVICE_NAME,
+        "rpc.service": service,
         "rpc.method": record.method,
         "rpc.grpc.status_code": 0 if record.code is None else int(record.code),
     }
 
 
 class Tracing:
-    """Makes spans of the records of calls."""
+    """Makes spans of the records of calls.
 
-    def __init__(self, provider: TracerProvider) -> None:
+    Args:
+        provider: What sends them.
+        services: The gRPC service of each method that calls may have; empty for those over HTTP.
+    """
+
+    def __init__(self, provider: TracerProvider, services: Mapping[str, str]) -> None:
         self._provider = provider
+        self._services = services
         self._tracer = provider.get_tracer("layertap_server")
         self._propagator = TraceContextTextMapPropagator()
 
@@ -64,7 +70,7 @@ class Tracing:
         """See `call_log.Listener`."""
         # Spans tell the time of day, records a clock that is never set.
         offset_ns = time.time_ns() - time.monotonic_ns()
-        name, protocol = _protocol(record)
+        name, protocol = _protocol(record, self._services[record.method])
         span = self._tracer.start_span(
             name,
             context=self._propagator.extract(record.trace),

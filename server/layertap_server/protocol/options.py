@@ -13,6 +13,7 @@ from layertap.errors import InvalidArgumentError
 from layertap.types import Limits
 from layertap.v1 import embedding_pb2 as pb
 from layertap_server.model.facts import ModelFacts
+from layertap_server.model.files import shortened
 from layertap_server.model.sentence_config import SentenceConfig
 from layertap_server.model.tokenizer import Tokenizer
 from layertap_server.model.tokenizer_engine import Detail
@@ -24,6 +25,8 @@ from layertap_server.types import Plan, Windowing
 MAX_PROMPT_CHARACTERS: Final = 10_000
 """Characters of a prompt, which may have to be tokenized alone before any text is read."""
 
+_LISTED_LENGTH: Final = 1000
+"""Characters of the names of prompts in an error: gRPC loses one whose message is longer than its metadata may be."""
 _TRUNCATIONS: Final = {number: name for name, number in wire.TRUNCATIONS.items()}
 
 
@@ -119,7 +122,7 @@ def _prompt(options: pb.EmbedOptions, sentences: SentenceConfig) -> str:
     if options.prompt_name not in sentences.prompts:
         raise InvalidArgumentError(
             "options.prompt_name is none of this model's prompts; it has "
-            f"{', '.join(sorted(sentences.prompts))}; or send the prompt itself"
+            f"{shortened(', '.join(sorted(sentences.prompts)), _LISTED_LENGTH)}; or send the prompt itself"
         )
     return sentences.prompts[options.prompt_name]
 

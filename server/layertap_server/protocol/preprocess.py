@@ -60,6 +60,7 @@ class Preprocessor:
         model: The model's facts.
         limits: The limits in force.
         sentences: How the model's folder makes one vector of a text.
+        tokenizer: The model's tokenizer.
         max_input_bytes: The most bytes of one text, as a message.
         slices: The threads in which long work on texts is done.
     """
@@ -68,7 +69,7 @@ class Preprocessor:
         self.model = model
         self.limits = limits
         self.sentences = sentences
-        self._tokenizer = tokenizer
+        self.tokenizer = tokenizer
         self._resolve = functools.partial(resolve, model=model, sentences=sentences, tokenizer=tokenizer, limits=limits)
         # Words of one character take most, or ids with masks.
         self.max_input_bytes = max(8 * limits.max_character_count, 32 * model.max_length) + (4 << 10)
@@ -198,7 +199,7 @@ class Preprocessor:
         return results
 
     def _results(self, inputs: Sequence[pb.Input], labels: Sequence[str], options: Options) -> list[Result]:
-        results = self._tokenizer.encode(
+        results = self.tokenizer.encode(
             validation.items(inputs, labels, self.model, self.limits, prompt=options.prompt),
             labels=labels,
             max_length=options.max_length,
@@ -229,7 +230,7 @@ class Preprocessor:
                 found = spans.spans_of(message, result, label, prompt_length=len(options.prompt))
                 result = dataclasses.replace(result, text=dataclasses.replace(result.text, spans=found))
             if plan.excludes_special_tokens:
-                result = self._tokenizer.mark_special_tokens(result)
+                result = self.tokenizer.mark_special_tokens(result)
             checked = validation.check_tokenized(plan, result, label, self.limits)
         except LayertapError as exc:
             return exc

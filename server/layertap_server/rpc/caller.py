@@ -272,7 +272,7 @@ class Caller(AdmittedCall):
         except TimeoutError as exc:
             self.record.stalled = True
             raise DeadlineExceededError(
-                f"the answer was not read for {self._shared.stall_timeout_s} s; read faster, or ask for less"
+                f"the answer was not read for {self._shared.stall_timeout_s:g} s; read faster, or ask for less"
             ) from exc
         except Exception as exc:  # gRPC's own; it has no public name.
             raise CallerLeftError from exc
