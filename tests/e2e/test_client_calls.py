@@ -11,10 +11,13 @@ import pytest
 from support import Server
 
 import layertap
-from layertap import Client, InvalidArgumentError, UnavailableError
+from layertap import Client, InvalidArgumentError, ResourceExhaustedError, UnavailableError
 
 TEXTS = [f"text {n} " + "word " * (n % 5) for n in range(1100)]
 """More than one request may hold."""
+
+HUGE = "x" * (9 << 20)
+"""More than any message may hold."""
 
 
 def test_results_have_the_request_id_that_was_sent(tiny: Any) -> None:
@@ -42,6 +45,30 @@ def test_more_texts_than_one_request_holds_go_over_a_stream(tiny: Any) -> None:
 def test_a_deadline_forbids_that_and_the_error_names_the_way_out(tiny: Any) -> None:
     with pytest.raises(InvalidArgumentError, match=r"1100 texts.*1000.*embed_stream with item_timeout_s"):
         tiny.embed(TEXTS, pooling="mean", timeout_s=20.0)
+
+
+def test_texts_that_are_too_long_for_one_request_together_go_over_a_stream(tiny: Any) -> None:
+    long = ["x" * 10_000] * 900
+    whole = tiny.embed([*long, "I love Paris"], pooling="mean")
+    assert (
+        len(whole) == 901
+        and np.abs(whole.pooled[-1] - tiny.embed("I love Paris", pooling="mean").pooled[0]).max() <= 2e-5
+    )
+
+
+def test_a_text_that_no_message_holds_is_an_error_of_its_own_and_ends_no_stream(tiny: Any) -> None:
+    results = list(tiny.embed_stream(["a", HUGE, ["b", HUGE], "y" * 90_000, "c"], pooling="mean"))
+    assert [type(result.error) for result in results[1:3]] == [InvalidArgumentError] * 2
+    assert [result.index for result in results if result.error is None] == [0, 3, 4]
+    assert "item 1 has 9437189 bytes, the most of a request is 8388608; split it" in str(results[1].error)
+
+
+def test_one_request_that_is_too_large_names_the_way_out(tiny: Any) -> None:
+    for ask in (tiny.tokenize, tiny.embed):
+        with pytest.raises(
+            ResourceExhaustedError, match=r"too large for one message; send .* shorter texts: .*8388608"
+        ):
+            ask(HUGE)
 
 
 def test_loopback_never_goes_by_a_proxy(tiny_server: Server, monkeypatch: pytest.MonkeyPatch) -> None:

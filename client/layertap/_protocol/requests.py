@@ -48,6 +48,9 @@ _MOST_OPTIONS: Final = 32
 _PLAIN: Final = frozenset({str, int, bool, type(None)})
 """Values of these types are the same if they are equal; those of others may change, or equal what is refused."""
 
+_ENVELOPE_BYTES: Final = 16
+"""The most that a message takes in another, beside its own bytes."""
+
 _TOKENIZE_CHARACTERS: Final = 100_000
 _TOKENIZE_TEXTS: Final = 256
 """What one Tokenize call holds at most, so that its answer stays a small message."""
@@ -120,21 +123,24 @@ class Embed:
 
     @property
     def may_exceed_limits(self) -> bool:
-        """Whether there are so many texts that the server's limit must be known."""
+        """Whether there are so many texts that the server's limits must be known."""
         return len(self.messages) > _SURELY_TAKEN
 
     def exceeds(self, limits: Limits, named_timeout: bool) -> bool:
-        """Returns whether it must go over a stream, because one request may not hold so many texts.
+        """Returns whether it must go over a stream, because one request may not hold so many texts, or such long ones.
 
         Raises:
             InvalidArgumentError: if it must, and a deadline was given, which a stream has not.
         """
-        if not 0 < limits.max_text_count < len(self.messages):
+        size = sum(message.ByteSize() + _ENVELOPE_BYTES for message in self.messages) + self.options.ByteSize()
+        within = len(self.messages) <= limits.max_text_count and size + _ENVELOPE_BYTES <= limits.max_request_bytes
+        if within or not limits.max_text_count:
             return False
         if named_timeout:
             raise InvalidArgumentError(
-                f"inputs has {len(self.messages)} texts, one request holds {limits.max_text_count}, and more go over a "
-                "stream, which has no deadline; leave timeout_s out, or use embed_stream with item_timeout_s"
+                f"inputs has {len(self.messages)} texts of {size} bytes, one request holds {limits.max_text_count} of "
+                f"{limits.max_request_bytes}, and more go over a stream, which has no deadline; leave timeout_s out, "
+                "or use embed_stream with item_timeout_s"
             )
         return True
 

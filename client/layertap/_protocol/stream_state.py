@@ -27,7 +27,11 @@ MAX_UNANSWERED_BYTES: Final = 8 << 20
 
 MAX_MESSAGE_COUNT: Final = 256
 MAX_MESSAGE_BYTES: Final = 60 << 10
-"""How much one message carries. The server reads up to 64 KiB at once, and takes apart what is larger."""
+"""How much one message carries, unless one item alone is larger. The server reads up to 64 KiB at once, and takes apart
+what is larger. No server refuses so much; an item of more is sent only once the server's limit is known."""
+
+_ENVELOPE_BYTES: Final = 64
+"""The most that a message takes beside its only item."""
 
 LONG_COUNT: Final = 2 * MAX_MESSAGE_COUNT
 LONG_BYTES: Final = 2 * MAX_MESSAGE_BYTES
@@ -98,6 +102,8 @@ class StreamState:
         self._unanswered_bytes = 0
         self._is_full = False
         self._unsent: dict[int, Item] = {}
+        self._large: list[int] = []
+        self._max_request_bytes: int | None = None
         self._ready: dict[int, StreamResult] = {}
         self._next_index = 0
 
@@ -119,6 +125,11 @@ class StreamState:
     def has_unsent(self) -> bool:
         """Whether items wait to be sent."""
         return bool(self._unsent)
+
+    @property
+    def needs_limit(self) -> bool:
+        """Whether `limit` must be told before `take`: an item may be larger than the server takes."""
+        return self._max_request_bytes is None and bool(self._large)
 
     @property
     def has_ready(self) -> bool:
@@ -154,7 +165,24 @@ class StreamState:
             self._unanswered[index] = self._unsent[index] = entry
             self._unanswered_bytes += entry.size
             self._offered_bytes += entry.size
+            if entry.size > MAX_MESSAGE_BYTES:
+                self._large.append(index)
+                if self._max_request_bytes is not None:
+                    self.limit(self._max_request_bytes)
         self._note_room()
+
+    def limit(self, max_request_bytes: int) -> None:
+        """Answers what is too large for one message with an error: gRPC itself would end the whole call for it."""
+        self._max_request_bytes = max_request_bytes
+        for index in self._large:
+            if (item := self._unsent.get(index)) and item.size > max_request_bytes - _ENVELOPE_BYTES:
+                del self._unsent[index]
+                error = InvalidArgumentError(
+                    f"item {index} has {item.size} bytes, the most of a request is {max_request_bytes}; "
+                    "split it into several texts"
+                )
+                self.answer(index, StreamResult(index=index, error=error, _embedding=None))
+        self._large.clear()
 
     def ready(self) -> list[StreamResult]:
         """Returns the answers that may be handed out, each once."""
@@ -206,10 +234,10 @@ class StreamState:
         taken: dict[int, Item] = {}
         size = 0
         for index, item in itertools.islice(self._unsent.items(), max(min(room, self._message_count), 0)):
-            taken[index] = item
             size += item.size
-            if size >= MAX_MESSAGE_BYTES:
+            if taken and size > MAX_MESSAGE_BYTES:
                 break
+            taken[index] = item
         for index in taken:
             del self._unsent[index]
         return taken

@@ -19,6 +19,9 @@ REQUEST_ID: Final = "x-request-id"
 _BROKEN: Final = ("Socket closed", "Connection reset", "Broken pipe", "ping timeout", "keepalive")
 """gRPC's words for a connection that breaks under a call; of one that could not be made they name the "last error"."""
 
+_TOO_LARGE: Final = "larger than max"
+"""gRPC's words for a message that it does not read."""
+
 _DETAILS_LENGTH: Final = 4096
 """A longer text than any of the server's own is cut."""
 
@@ -65,6 +68,8 @@ def translate(
     elif code is StatusCode.UNAUTHENTICATED:
         hint = "renew" if connection.token else "pass"
         details = f"{details} ({hint} it with token=… or LAYERTAP_TOKEN)"
+    elif code is StatusCode.RESOURCE_EXHAUSTED and pushback is None and _TOO_LARGE in details:
+        details = f"a request or an answer is too large for one message; send fewer or shorter texts: {details}"
     return from_status(code, details, retry_after_s=retry_after_s, request_id=trailing.get(REQUEST_ID))
 
 

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import dataclasses
 import random
+import sys
 import time
 from collections.abc import Awaitable, Callable
 from typing import Any, Final
@@ -207,12 +208,25 @@ class StreamCalls:
         gRPC loses the status of a call that ends while it is still sending, and tells of a fault of its own. Of a call
         that sends next to nothing it does not, so such a one is requested the reason.
         """
-        method = self._endpoint.channel.unary_unary(SERVICE + "GetModelInfo", None, None)
         try:
-            await method(b"", metadata=self._settings.metadata, timeout=self._settings.item_timeout_s)
+            await self._model_info()
         except grpc.RpcError as exc:
             return translate(exc, self._server, self._settings.item_timeout_s)
         return error
+
+    async def _learn_limit(self) -> None:
+        try:
+            info = pb.GetModelInfoResponse.FromString(await self._model_info())
+        except grpc.RpcError:  # What is wrong with the connection the stream meets too.
+            self._state.limit(sys.maxsize)
+        else:
+            self._state.limit(info.limits.max_request_bytes)
+        self._progress.note_change()
+
+    async def _model_info(self) -> bytes:
+        method = self._endpoint.channel.unary_unary(SERVICE + "GetModelInfo", None, None)
+        raw: bytes = await method(b"", metadata=self._settings.metadata, timeout=self._settings.item_timeout_s)
+        return raw
 
     @property
     def _waiting_count(self) -> int:
@@ -253,6 +267,9 @@ class StreamCalls:
             await self._progress.until(lambda: self._sent.accepted or self._progress.finished)
             while not self._progress.finished:
                 while self._sent.has_unsent:
+                    if self._state.needs_limit:
+                        await self._learn_limit()
+                        continue
                     await call.write(self._sent.take().SerializeToString())
                 await self._progress.until(lambda: self._sent.has_unsent or self._progress.finished)
             await call.done_writing()

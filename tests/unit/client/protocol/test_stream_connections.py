@@ -97,6 +97,23 @@ def test_several_connections_share_what_may_be_unanswered_and_large_results_boun
     assert state.room_after(0) == 64 and state.room_after(50) == 0, "it goes on when a quarter is answered"
 
 
+def test_no_message_is_larger_than_every_server_takes_but_one_with_a_single_item() -> None:
+    state = StreamState(ANSWER.options, ordered=False)
+    connection = StreamConnection(state)
+    open_again(connection)
+    for size in (100, 59_000, 59_000, 70_000, 300_000, 400_000, 100):
+        state.offer("x" * size)
+    assert state.needs_limit
+    state.limit(320_000)
+    state.offer("x" * 400_000)
+    assert [result.index for result in state.ready()] == [5, 7] and not state.needs_limit
+    messages = []
+    while connection.has_unsent:
+        messages.append(connection.take())
+    assert [[one.id for one in message.inputs.inputs] for message in messages] == [[0, 1], [2], [3], [4], [6]]
+    assert all(message.ByteSize() <= 1 << 16 for message in messages if len(message.inputs.inputs) > 1)
+
+
 @pytest.mark.parametrize(("text", "count"), [("text", LONG_COUNT), ("text" * 1000, LONG_BYTES // 4000)])
 def test_the_first_connection_leaves_a_share_to_those_that_have_not_opened_yet(text: str, count: int) -> None:
     state = StreamState(ANSWER.options, ordered=True)
