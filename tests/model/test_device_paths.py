@@ -394,6 +394,40 @@ def test_host_memory_is_lent_again_only_when_nothing_reads_it(tiny: Checkpoint, 
         np.testing.assert_allclose(found, wanted[rows.layer], atol=BOUNDS["float32"])
 
 
+def test_a_graph_is_free_only_when_its_run_is_over(gpu: SimulatedGpu, encoder: Encoder) -> None:
+    nothing = np.zeros(0, np.int64)
+    no_words = Words(starts=nothing, piece_counts=nothing, offsets=np.zeros((0, 2), np.int64), first_word_count=0)
+    replays = gpu.replays
+    output = _output(OutputKind.WORD_VECTORS, LAYER_COUNT, word_pooling=WordPooling.FIRST)
+    (rows,) = encoder.encode([_run([dataclasses.replace(_text(2), words=no_words)], output)])
+    assert not rows.data.nbytes  # So no copy has been waited for.
+    assert gpu.replays_over == gpu.replays == replays + 1
+
+
+def test_graphs_are_recorded_also_of_a_small_vocabulary(tmp_path: Path) -> None:
+    folder = family.save("bert", tmp_path, vocab_size=30)
+    found = checkpoint.find(model_id=str(folder), revision="", name="", load_format="safetensors", seed=0)
+    gpu = SimulatedGpu()
+    encoder = Encoder(found, device="cpu", dtype="bfloat16", runtime=gpu)
+    replays = gpu.replays
+    _layers(encoder, [Text(np.arange(50, dtype=np.int32) % 30)] * 2)
+    assert gpu.replays == replays + 1
+
+
+class _CannotRecord(SimulatedGpu):
+    def capture(self, work: Callable[[], None]) -> Callable[[], None]:
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+
+def test_graphs_end_with_the_first_that_cannot_be_recorded(tiny: Checkpoint, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("INFO"):
+        encoder = Encoder(tiny, device="cpu", dtype="bfloat16", runtime=_CannotRecord())
+    assert [line for line in caplog.messages if line.startswith("graph")] == [
+        "graph of 64 rows: not available here (RuntimeError: operation not permitted when stream is capturing)"
+    ]
+    assert len(_layers(encoder, [_text(4)])) == LAYER_COUNT + 1
+
+
 @pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no cuda")
 @pytest.mark.parametrize("size", [32, 100, 768])

@@ -43,6 +43,19 @@ class _Copy:
         self._copies.clear()
 
 
+class _Point:
+    """A point in the work of a device; waiting for it notes which replays are over."""
+
+    def __init__(self, gpu: SimulatedGpu) -> None:
+        self._gpu, self._replays = gpu, gpu.replays
+
+    def query(self) -> bool:
+        return True
+
+    def synchronize(self) -> None:
+        self._gpu.replays_over = max(self._gpu.replays_over, self._replays)
+
+
 class SimulatedGpu:
     """Stands in for `layertap_server.engine.runtime.Runtime`.
 
@@ -51,6 +64,8 @@ class SimulatedGpu:
         uploads: How many copies to the device there were.
         downloads: How many copies to the host.
         replays: How many times a recorded graph ran.
+        replays_over: How many of those were waited for.
+        alive: Whether it still answers.
     """
 
     trial_rows = 1024
@@ -67,7 +82,8 @@ class SimulatedGpu:
         self.varlen_attention: VarlenAttention | None = None
         if varlen:  # Torch's own operator has shapes, but no numbers on a CPU.
             self.varlen_attention = varlen_attention() if device == "meta" else _varlen
-        self.uploads = self.downloads = self.replays = 0
+        self.uploads = self.downloads = self.replays = self.replays_over = 0
+        self.alive = True
         self._memory = PinnedMemory(lambda memory: lambda: None)
         self._pace = 0.5 if prefers_fast else 2.0
         self._seconds = 1.0
@@ -97,7 +113,10 @@ class SimulatedGpu:
         return contextlib.nullcontext()
 
     def reached(self) -> Arrival:
-        return _Copy(())
+        return _Point(self)
+
+    def works(self) -> bool:
+        return self.alive
 
     def selected(self) -> contextlib.AbstractContextManager[object]:
         return contextlib.nullcontext()

@@ -22,11 +22,12 @@ from layertap_server.engine import cpu_threads, device
 from layertap_server.engine.cpu_threads import CpuThreads
 from layertap_server.engine.encoder import Encoder
 from layertap_server.model import checkpoint
-from layertap_server.model.checkpoint import Checkpoint
+from layertap_server.model.checkpoint import Checkpoint, CheckpointError
 from layertap_server.model.facts import ModelFacts
 from layertap_server.model.sentence_config import SentenceConfig
 from layertap_server.model.tokenizer import Tokenizer
 from layertap_server.scheduler.queue_limits import QueueLimits
+from layertap_server.types import DeviceLostError, OutOfMemoryError
 
 log = logging.getLogger(__name__)
 
@@ -79,11 +80,11 @@ class FoundModel:
         After it one process after the other does so: on a GPU an encoder times which way is faster there.
 
         Raises:
-            CheckpointError: if the weights do not fit the configuration.
+            CheckpointError: if the weights do not fit the configuration, or a device has no room for them or breaks.
         """
         probing = {"run_probe": in_child} if before_fork else {}
         alone = contextlib.nullcontext() if before_fork or self.lock is None else _locked(self.lock)
-        with alone, timed(f"loaded the weights on {', '.join(self.devices)}"):
+        with _start_errors(), alone, timed(f"loaded the weights on {', '.join(self.devices)}"):
             return [
                 make_encoder(
                     self.checkpoint,
@@ -143,6 +144,19 @@ def find_model(config: Config) -> FoundModel:
         ),
         lock=os.memfd_create("device-lock") if config.processes > 1 else None,
     )
+
+
+@contextlib.contextmanager
+def _start_errors() -> Iterator[None]:
+    """Raises errors of a device as what stops a server at its start."""
+    try:
+        yield
+    except OutOfMemoryError as exc:
+        raise CheckpointError(f"{exc} for the weights; make room there, or choose another with --device") from exc
+    except DeviceLostError as exc:
+        raise CheckpointError(
+            f"{exc}; start the server again, and if that happens again with --dtype float32, which tries no fast ways"
+        ) from exc
 
 
 @contextlib.contextmanager

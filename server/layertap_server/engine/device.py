@@ -13,7 +13,7 @@ from typing import Final
 
 import torch
 
-from layertap_server.model.checkpoint import CheckpointError
+from layertap_server.model.files import CheckpointError, reason_of
 from layertap_server.types import DeviceLostError, OutOfMemoryError
 
 log = logging.getLogger(__name__)
@@ -96,14 +96,14 @@ def named_errors(device: torch.device) -> Iterator[None]:
     except RuntimeError as exc:
         if _CPU_ALLOCATOR in str(exc) or getattr(exc, "error_code", None) == _CUDA_NO_MEMORY:
             raise OutOfMemoryError(f"no memory on {device}") from exc
-        if not _works(device):
-            raise DeviceLostError(f"{device} does not work any more") from exc
+        if not works(device):
+            raise DeviceLostError(f"{device} does not work any more ({reason_of(exc)})") from exc
         raise
 
 
-def _works(device: torch.device) -> bool:
-    """Asks a device whether it still answers."""
-    if device.type == "cpu":
+def works(device: torch.device) -> bool:
+    """Returns whether a device still answers. After an error that is there to stay, no call of the process does."""
+    if device.type != "cuda":
         return True
     try:
         torch.cuda.synchronize(device)

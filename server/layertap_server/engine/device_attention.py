@@ -3,8 +3,8 @@
 Two ways, both over rows that lie one text after the other:
 
 - *Padded*: texts whose lengths round up to the same power of two run as one batch, with a mask over the padding. It is
-  exact for any attention mask, and a text's bits do not depend on what else is in the batch. Each launch serves one
-  such length.
+  exact for any attention mask. Each launch serves one such length; where nothing is padded torch takes another kernel,
+  so a text's bits may depend on what else is in the batch.
 - *Variable-length* flash attention, in half precision and without masks: texts of up to a tile of its kernel in one
   launch, longer ones in another; together, one long text would make the kernel start empty blocks for all the others.
 

@@ -80,6 +80,8 @@ class Encoder:
 
         Raises:
             CheckpointError: if the weights do not fit the configuration.
+            OutOfMemoryError: if the device has no memory for them.
+            DeviceLostError: if the device does not work.
         """
         self.device = torch.device(device)
         if runtime is None and self.device.type == "cuda":
@@ -92,7 +94,7 @@ class Encoder:
         weights = {} if checkpoint.weight_files else dummy_weights(settings, checkpoint.seed)
         for path in checkpoint.weight_files:
             weights |= load_weights(path, path.name)
-        with torch.inference_mode(), self._selected():
+        with named_errors(self.device), torch.inference_mode(), self._selected():
             packing = packing if runtime is None else False
             linears = Linears(settings, device=self.device, dtype=DTYPES[dtype], packing=packing)
             self._bert = bert = Bert(WeightReader(weights, settings, linears), sentences=sentences, runtime=runtime)

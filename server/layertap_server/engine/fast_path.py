@@ -2,7 +2,7 @@
 
 A way that was written for other hardware, or that comes from a young part of torch, can be missing, wrong or slow here.
 It is compared with the plain way at start, once; the log says what was found. So a fast path can be left out, but a
-wrong one cannot be used.
+wrong one cannot be used. One that breaks the device ends the process: cuda has no way back from that.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ from typing import Final, Generic, TypeVar
 import torch
 
 from layertap_server.engine.runtime import Runtime
+from layertap_server.model.files import reason_of
+from layertap_server.types import DeviceLostError
 
 log = logging.getLogger(__name__)
 
@@ -57,6 +59,9 @@ def tried(
         run: Runs a way; both get the same input, and what they return is compared.
         runtime: The device, and its clock.
         tolerance: The largest difference between results that agree, as a part of the largest value.
+
+    Raises:
+        DeviceLostError: if the device does not work any more after it.
     """
     try:
         way = fast()
@@ -67,7 +72,10 @@ def tried(
             return Trial(better=plain, is_right=False, is_faster=False)
         ratio = runtime.seconds(lambda: run(plain)) / runtime.seconds(lambda: run(way))
     except Exception as exc:  # It may be missing, or refuse this device, shape or dtype in any way.
+        if not runtime.works():
+            raise DeviceLostError(f"{runtime.device} does not work since a trial ({what}: {reason_of(exc)})") from exc
         log.info("%s: not available here (%s: %s)", what, type(exc).__name__, exc)
+        log.debug("%s", what, exc_info=True)
         return Trial(better=plain, is_right=False, is_faster=False)
     is_faster = ratio >= _CLEARLY_FASTER
     log.info(

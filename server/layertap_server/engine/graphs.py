@@ -19,9 +19,9 @@ from typing import Final
 import numpy as np
 import torch
 
-from layertap_server.engine.fast_path import tried
+from layertap_server.engine.fast_path import Trial, tried
 from layertap_server.engine.packing import PackedBatch
-from layertap_server.engine.runtime import Runtime
+from layertap_server.engine.runtime import Arrival, Runtime
 from layertap_server.engine.upload import Sent, Upload
 from layertap_server.types import Output, OutputKind, Plan, Run, Text
 
@@ -48,6 +48,7 @@ class Graph:
         row_count: The number.
         layers: What the last run gave. Shape of each: [row_count, hidden_size], float32.
         lock: Held from before a run until its layers are copied away.
+        ended: The end of the last run.
     """
 
     def __init__(self, run: Pass, row_count: int, runtime: Runtime) -> None:
@@ -55,8 +56,10 @@ class Graph:
         self.row_count = row_count
         self.lock = threading.Lock()
         self._inputs = [torch.zeros(row_count, dtype=torch.int32, device=device) for _ in range(3)]
+        self._reached = runtime.reached
         self._bounds = torch.zeros(_MOST_TEXTS + 1, dtype=torch.int32, device=device)
         self.layers: list[torch.Tensor] = []
+        self.ended: Arrival | None = None
 
         def record() -> None:
             ids, types, positions = self._inputs
@@ -72,11 +75,15 @@ class Graph:
         return sum(layer.nbytes for layer in self.layers)
 
     def run(self, inputs: Sequence[torch.Tensor], bounds: torch.Tensor) -> list[torch.Tensor]:
-        """Returns all layers of a batch; they stay until the next run. Rows behind it are of earlier batches."""
+        """Starts a run; returns all layers of a batch. Rows behind it are of earlier batches.
+
+        The layers stay until the next run, before which `ended` must have passed.
+        """
         for own, given in zip(self._inputs, inputs, strict=True):
             own[: len(given)].copy_(given)
         self._bounds.copy_(bounds)
         self._replay()
+        self.ended = self._reached()
         return self.layers
 
 
@@ -102,8 +109,15 @@ class GraphInput:
         return self._graph.run([sent.tensor for sent in self._inputs], self._bounds.tensor)
 
     def close(self) -> None:
-        """Frees the graph; its next run writes over the layers, so nothing may read them any more."""
-        self._graph.lock.release()
+        """Frees the graph; its next run writes over the layers, so nothing may read them any more.
+
+        A batch that has failed, or that has no rows to copy, has not waited for its run.
+        """
+        try:
+            if self._graph.ended is not None:
+                self._graph.ended.synchronize()
+        finally:
+            self._graph.lock.release()
 
 
 class Graphs:
@@ -112,6 +126,7 @@ class Graphs:
     def __init__(self, run: Pass, *, max_length: int, runtime: Runtime) -> None:
         """Records graphs, smallest first; those that are clearly faster than what they repeat are kept.
 
+        One that is not right ends that: a recording that fails leaves torch's allocator in a worse state.
         The pass must run the same kernels whatever its input. No text has more rows than `max_length`.
         """
         self._graphs: list[Graph] = []
@@ -120,9 +135,12 @@ class Graphs:
             if time.monotonic() - started > _MOST_SECONDS or byte_count > _MOST_BYTES:
                 log.info("graphs: none for %d rows and more, the bound of time or memory is reached", row_count)
                 break
-            if (graph := _record(run, row_count, max_length, runtime)) is not None:
-                byte_count += graph.byte_count
-                self._graphs.append(graph)
+            found = _record(run, row_count, max_length, runtime)
+            if not found.is_right:
+                break
+            if found.better is not None:
+                byte_count += found.better.byte_count
+                self._graphs.append(found.better)
 
     def take(self, packed_batch: PackedBatch, layer_count: int) -> Graph | None:
         """Returns the smallest graph that can run a batch, for this batch alone; None: it runs layer by layer."""
@@ -135,8 +153,8 @@ class Graphs:
         return fitting if fitting is not None and fitting.lock.acquire(blocking=False) else None
 
 
-def _record(run: Pass, row_count: int, max_length: int, runtime: Runtime) -> Graph | None:
-    """Returns a graph that gives what launching gives, also for a batch other than the recorded one."""
+def _record(run: Pass, row_count: int, max_length: int, runtime: Runtime) -> Trial[Graph | None]:
+    """Compares a graph with launching, for a batch other than the recorded one."""
     batch = PackedBatch([_trial(row_count - row_count // 5, max_length)])
     total = batch.row_count(0)
     upload, late = Upload(runtime), Upload(runtime)
@@ -166,7 +184,8 @@ def _record(run: Pass, row_count: int, max_length: int, runtime: Runtime) -> Gra
     )
     upload.wait()
     late.wait()
-    return made[0] if found.is_faster else None
+    better = made[0] if found.is_faster else None
+    return Trial(better=better, is_right=found.is_right, is_faster=found.is_faster)
 
 
 def _trial(row_count: int, max_length: int) -> Run:
@@ -175,5 +194,6 @@ def _trial(row_count: int, max_length: int) -> Run:
     while (left := row_count - sum(lengths)) and len(lengths) < _MOST_TEXTS:
         lengths.append(min(13, left, max_length))
     output = Output(kind=OutputKind.HIDDEN_STATES, layers=(0,), row_size=1)
-    texts = [Text(np.arange(length, dtype=np.int32)) for length in lengths]
+    # Ids that any vocabulary has: one beyond it would stop the device for good. Positions make the rows differ.
+    texts = [Text(np.arange(length, dtype=np.int32) % 2) for length in lengths]
     return Run(plan=Plan(outputs=(output,), dtype="float32"), texts=texts)

@@ -15,6 +15,7 @@ from typing import Final, Protocol
 import numpy as np
 import torch
 
+from layertap_server.engine import device as devices
 from layertap_server.engine.pinned_memory import PinnedMemory
 
 log = logging.getLogger(__name__)
@@ -97,6 +98,10 @@ class Runtime:
         """Returns what makes it the device of work that names none."""
         return torch.cuda.device(self.device)
 
+    def works(self) -> bool:
+        """Returns whether the device still answers; see `device.works`."""
+        return devices.works(self.device)
+
     def capture(self, work: Callable[[], None]) -> Callable[[], None]:
         """Records the device's part of some work, which must be the same each time; returns what repeats it."""
         graph = torch.cuda.CUDAGraph()
@@ -143,7 +148,8 @@ def _event(stream: torch.cuda.Stream, *, timed: bool = False) -> torch.cuda.Even
 def pin(device: torch.device, memory: memoryview) -> Callable[[], None]:
     """Registers host memory with cuda, so that every device copies straight into it; returns what undoes that.
 
-    Memory that cuda refuses stays what it is: copies into it are right, but slower.
+    Memory that cuda refuses stays what it is: copies into it are right, but slower. Cuda also keeps the error for the
+    next kernel of the thread, which would fail with it; so one runs here, and clears it.
 
     Args:
         device: A device that is in use: registering sets up the selected one, which takes memory of it.
@@ -154,8 +160,15 @@ def pin(device: torch.device, memory: memoryview) -> Callable[[], None]:
     portable = 1
     with torch.cuda.device(device):
         code = int(runtime.cudaHostRegister(address, memory.nbytes, portable))
+        if code:
+            with contextlib.suppress(RuntimeError):
+                torch.empty(1, device=device).fill_(1.0)
     if code:
-        log.warning("cuda does not register %d bytes of host memory; copies into them will be slower", memory.nbytes)
+        log.warning(
+            "cuda does not register %d bytes of host memory (error %d); copies into them will be slower",
+            memory.nbytes,
+            code,
+        )
         return lambda: None
 
     def unpin() -> None:
