@@ -63,7 +63,7 @@ class Mapping:
         self._calls = self._bytes[segment.call_offset : segment.call_offset + 8 * segment.call_count].view("<i8")
         self._data_offset = max(slots_end, segment.call_offset + 8 * segment.call_count)
         self._address = wire.address(self._bytes)
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # Garbage that is collected under it may be a call, which takes it to end.
         self._number = 0
         self._open: set[int] = set()
 

@@ -66,13 +66,13 @@ class AsyncTransport:
             self._opened = [opened]
         return self._opened[0]
 
-    async def _take(self) -> Opened[grpc.aio.Channel, AsyncLease]:
+    async def _take(self, timeout_s: float) -> Opened[grpc.aio.Channel, AsyncLease]:
         """See `Transport._take`."""
         connection = self.open()
         if not self._spread.decided and connection.call_count >= BUSY_CALL_COUNT and not self._spreading.locked():
-            await self._open_more()
-        if len(opened := self._opened) > 1:
-            connection = opened[least_busy(opened)]
+            await self._open_more(timeout_s)
+        if len(self._opened) > 1:
+            connection = least_busy(self._opened)
         connection.call_count += 1
         return connection
 
@@ -85,16 +85,16 @@ class AsyncTransport:
         lease = AsyncLease(channel, self._memory, target=connection.target, metadata=connection.metadata)
         return Opened(channel=channel, lease=lease)
 
-    async def _open_more(self) -> None:
+    async def _open_more(self, timeout_s: float) -> None:
         """See `Transport._open_more`."""
         spread, channel = self._spread, None
         async with self._spreading:
             try:
                 if not spread.decided:
-                    spread.begin(await self._info(self.open().unary))
+                    spread.begin(await self._info(self.open().unary, timeout_s))
                 while not spread.decided:
                     channel = open_async_channel(self.connection, own=True)
-                    if spread.takes(await self._info(UnaryMethods(channel))) and not self._closed:
+                    if spread.takes(await self._info(UnaryMethods(channel), timeout_s)) and not self._closed:
                         self._opened.append(self._lend(channel))
                     else:
                         await channel.close(grace=None)
@@ -105,15 +105,16 @@ class AsyncTransport:
                 if channel is not None:
                     await channel.close(grace=None)
 
-    async def _info(self, methods: UnaryMethods) -> pb.GetModelInfoResponse:
-        raw = await methods["GetModelInfo"](b"", timeout=INFO_TIMEOUT_S, metadata=self.connection.metadata)
+    async def _info(self, methods: UnaryMethods, timeout_s: float) -> pb.GetModelInfoResponse:
+        wait_s = min(timeout_s, INFO_TIMEOUT_S)
+        raw = await methods["GetModelInfo"](b"", timeout=wait_s, metadata=self.connection.metadata)
         return responses.read_whole(raw, pb.GetModelInfoResponse)
 
     async def unary(self, request: requests.Unary[ResponseT], call: CallSettings) -> Reply[ResponseT]:
         """See `Transport.unary`."""
         sent = request.request.SerializeToString()
         try:
-            connection = await self._take()
+            connection = await self._take(call.timeout_s)
             try:
                 answer = connection.unary[request.rpc](sent, timeout=call.timeout_s, metadata=call.metadata)
                 raw = await answer
@@ -174,7 +175,7 @@ class AsyncTransport:
         message = request.layers()
         with contextlib.ExitStack() as stack:
             try:
-                connection = await self._take()
+                connection = await self._take(call.timeout_s)
                 stack.callback(self._leave, connection)
                 method = connection.channel.unary_stream(requests.SERVICE + "EmbedLayers", None, None)
                 shared = await connection.lease.begin(call.timeout_s)
@@ -201,7 +202,7 @@ class AsyncTransport:
         first = self.open()
 
         async def more() -> list[Endpoint]:
-            await self._open_more()
+            await self._open_more(settings.item_timeout_s)
             return [_endpoint(one) for one in self._opened if one is not first]
 
         running = EmbedStream(
@@ -211,13 +212,15 @@ class AsyncTransport:
             state=state,
             items=items,
             settings=settings,
-        ).results()
-        async with contextlib.aclosing(running) as groups:
-            async for group in groups:
+        )
+        try:
+            while group := await running.next_group():
                 for result in group:
                     if settings.raising and result.error is not None:
                         raise result.error
                     yield result
+        finally:
+            await running.close()
 
     async def close(self) -> None:
         """See `Transport.close`."""

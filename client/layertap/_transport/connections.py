@@ -17,7 +17,7 @@ from layertap.v1 import embedding_pb2 as pb
 BUSY_CALL_COUNT: Final = 4
 """With so many calls under way on each connection a client opens more, if it may."""
 INFO_TIMEOUT_S: Final = 10.0
-"""How long a new connection may take to say which process it meets."""
+"""How long a new connection may take at most to say which process it meets, in seconds."""
 
 _MAX_OWN_COUNT: Final = 16
 """The most connections that a client opens unless it was told how many."""
@@ -60,9 +60,9 @@ class Opened(Generic[ChannelT, LeaseT]):
         self.unary = UnaryMethods(self.channel)
 
 
-def least_busy(connections: Sequence[Opened[Any, Any]]) -> int:
-    """Returns the position of the connection with the fewest calls."""
-    return min(range(len(connections)), key=lambda n: connections[n].call_count)
+def least_busy(connections: Sequence[Opened[ChannelT, LeaseT]]) -> Opened[ChannelT, LeaseT]:
+    """Returns the connection with the fewest calls."""
+    return min(connections, key=lambda one: one.call_count)
 
 
 class Spread:
@@ -85,7 +85,9 @@ class Spread:
         self._process_count = 1
 
     def begin(self, info: pb.GetModelInfoResponse) -> None:
-        """Learns from the first connection how many processes there are."""
+        """Learns from the first connection how many processes there are; no more from a second try."""
+        if self._met:
+            return
         self._process_count = max(info.process_count, 1)
         self._wanted = self._wanted or min(self._process_count, _MAX_OWN_COUNT)
         self._met[info.process_number] += 1

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncGenerator, AsyncIterable, Awaitable, Callable, Coroutine, Iterable, Sequence
+from collections.abc import AsyncIterable, Awaitable, Callable, Coroutine, Iterable, Sequence
 from typing import Any
 
 from layertap._protocol.inputs import InputItem
@@ -20,13 +20,14 @@ from layertap.results.streamed import StreamResult
 from layertap.v1 import embedding_pb2 as pb
 
 Items = Iterable[InputItem] | AsyncIterable[InputItem] | list[pb.Input]
-Groups = AsyncGenerator[list[StreamResult], None]
 More = Callable[[], Awaitable[Sequence[Endpoint]]]
 """Returns the connections that a long stream may use beside the first."""
 
 
 class EmbedStream:
-    """One `embed_stream`.
+    """One `embed_stream`, on the running loop: `next_group` until it returns none, and `close` in any case.
+
+    It is no generator: an event loop that ends closes all of them at once, each without regard to what it runs.
 
     Args:
         endpoint: The connection that it begins over. What that meets is the stream's fate.
@@ -56,11 +57,12 @@ class EmbedStream:
         self._items = items
         self._progress = StreamProgress(state)
         self._source_error: BaseException | None = None
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._tasks: list[asyncio.Task[None]] = []
+        self._spreading: asyncio.Task[None] | None = None
         self._failed: asyncio.Task[None] | None = None
 
-    async def results(self) -> Groups:
-        """Yields answers in groups, as they come.
+    async def next_group(self) -> list[StreamResult]:
+        """Returns the next answers, as they come; none at the end.
 
         Raises:
             DeadlineExceededError: if no item was answered or read for item_timeout_s.
@@ -68,29 +70,28 @@ class EmbedStream:
             Exception: if the items raise it; it comes after the answers to all items before it.
         """
         progress = self._progress
-        reader = asyncio.create_task(self._read_items())
-        self._start(self._calls(self._endpoint).run())
-        spreading = self._start(self._spread())
-        try:
-            while True:
-                if group := self._state.ready():
-                    yield group
-                    progress.note_change()
-                elif self._failed:
-                    self._failed.result()
-                elif progress.finished:
-                    break
-                else:
-                    await progress.until(lambda: self._state.has_ready or bool(self._failed) or progress.finished)
-            # Nothing is owed any more: what a call meets at its end takes nothing from the answers.
-            spreading.cancel()
-            await asyncio.gather(*self._tasks, return_exceptions=True)
-            if self._source_error is not None:
-                raise self._source_error
-        finally:
-            for task in (reader, *self._tasks):
-                task.cancel()
-            await asyncio.gather(reader, *self._tasks, return_exceptions=True)
+        if self._spreading is None:
+            self._start(self._read_items())
+            self._start(self._calls(self._endpoint).run())
+            self._spreading = self._start(self._spread())
+        progress.note_change()  # The caller has taken the last group.
+        await progress.until(lambda: self._state.has_ready or bool(self._failed) or progress.finished)
+        if group := self._state.ready():
+            return group
+        if self._failed:
+            self._failed.result()
+        # Nothing is owed any more: what a call meets at its end takes nothing from the answers.
+        self._spreading.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        if self._source_error is not None:
+            raise self._source_error
+        return []
+
+    async def close(self) -> None:
+        """Ends all calls, and stops reading the items."""
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
 
     def _calls(self, endpoint: Endpoint) -> StreamCalls:
         return StreamCalls(endpoint, server=self._server, settings=self._settings, progress=self._progress)
@@ -98,7 +99,7 @@ class EmbedStream:
     def _start(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         task = asyncio.create_task(work)
         task.add_done_callback(self._note_end)
-        self._tasks.add(task)
+        self._tasks.append(task)
         return task
 
     def _note_end(self, task: asyncio.Task[None]) -> None:

@@ -31,7 +31,7 @@ from layertap._transport.answers import Part, Reply
 from layertap._transport.channel import open_channel
 from layertap._transport.connections import BUSY_CALL_COUNT, INFO_TIMEOUT_S, Opened, Spread, UnaryMethods, least_busy
 from layertap._transport.duplex import DuplexChannel
-from layertap._transport.embed_stream import EmbedStream, Groups
+from layertap._transport.embed_stream import EmbedStream
 from layertap._transport.settings import CallSettings, Connection, StreamSettings
 from layertap._transport.status import REQUEST_ID, translate
 from layertap._transport.stream_calls import Endpoint
@@ -53,7 +53,7 @@ class Transport:
         self.connection = connection
         self.pin = ModelPin(connection.fingerprint)
         self._memory = memory
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # Garbage that is collected under it may be a call, which takes it to end.
         self._given = channel
         self._opened: list[Opened[grpc.Channel, Lease]] = []
         self._spread = Spread(1)
@@ -72,14 +72,14 @@ class Transport:
         opened = self._opened
         return self._open() if not opened or self._pid != os.getpid() else opened[0]
 
-    def _take(self) -> Opened[grpc.Channel, Lease]:
+    def _take(self, timeout_s: float) -> Opened[grpc.Channel, Lease]:
         """Returns the connection with the fewest calls for one more, which `_leave` ends."""
         connection = self.open()
         if not self._spread.decided and connection.call_count >= BUSY_CALL_COUNT:
-            self._open_more(wait=False)
+            self._open_more(timeout_s, wait=False)
         with self._lock:
-            if len(opened := self._opened) > 1:
-                connection = opened[least_busy(opened)]
+            if len(self._opened) > 1:
+                connection = least_busy(self._opened)
             connection.call_count += 1
         return connection
 
@@ -107,10 +107,11 @@ class Transport:
         lease = Lease(channel, self._memory, target=connection.target, metadata=connection.metadata)
         return Opened(channel=channel, lease=lease)
 
-    def _open_more(self, *, wait: bool) -> None:
+    def _open_more(self, timeout_s: float, *, wait: bool) -> None:
         """Opens further connections, once; what stands in the way leaves the client with those that it has.
 
         Args:
+            timeout_s: How long each may take to answer, in seconds.
             wait: Whether to wait for another thread that is about it.
         """
         spread, spreading = self._spread, self._spreading
@@ -119,10 +120,10 @@ class Transport:
         channel: grpc.Channel | None = None
         try:
             if not spread.decided:
-                spread.begin(self._info(self.open().unary))
+                spread.begin(self._info(self.open().unary, timeout_s))
             while not spread.decided:
                 channel = open_channel(self.connection, own=True)
-                if spread.takes(self._info(UnaryMethods(channel))):
+                if spread.takes(self._info(UnaryMethods(channel), timeout_s)):
                     with self._lock:
                         if self._closed:
                             break
@@ -137,15 +138,16 @@ class Transport:
                 channel.close()
             spreading.release()
 
-    def _info(self, methods: UnaryMethods) -> pb.GetModelInfoResponse:
-        raw = methods["GetModelInfo"](b"", timeout=INFO_TIMEOUT_S, metadata=self.connection.metadata)
+    def _info(self, methods: UnaryMethods, timeout_s: float) -> pb.GetModelInfoResponse:
+        wait_s = min(timeout_s, INFO_TIMEOUT_S)
+        raw = methods["GetModelInfo"](b"", timeout=wait_s, metadata=self.connection.metadata)
         return responses.read_whole(raw, pb.GetModelInfoResponse)
 
     def unary(self, request: requests.Unary[ResponseT], call: CallSettings) -> Reply[ResponseT]:
         """Sends one request and waits for its answer."""
         sent = request.request.SerializeToString()
         try:
-            connection = self._take()
+            connection = self._take(call.timeout_s)
             try:
                 method = connection.unary[request.rpc]
                 raw, ended = method.with_call(sent, timeout=call.timeout_s, metadata=call.metadata)
@@ -199,7 +201,7 @@ class Transport:
         """Sends one EmbedLayers and yields its messages; the assembler gets the name of the call at its end."""
         message = request.layers()
         with contextlib.ExitStack() as stack:
-            connection = self._take()
+            connection = self._take(call.timeout_s)
             stack.callback(self._leave, connection)
             method = connection.channel.unary_stream(requests.SERVICE + "EmbedLayers", None, None)
             shared = connection.lease.begin(call.timeout_s)
@@ -234,10 +236,10 @@ class Transport:
         first = self.open()
 
         async def more() -> list[Endpoint]:
-            await asyncio.to_thread(self._open_more, wait=True)
+            await asyncio.to_thread(self._open_more, settings.item_timeout_s, wait=True)
             return [self._endpoint(one) for one in self._opened if one is not first]
 
-        def start() -> Groups:
+        def start() -> EmbedStream:
             return EmbedStream(
                 endpoint=self._endpoint(first),
                 more=more,
@@ -245,20 +247,18 @@ class Transport:
                 state=state,
                 items=items,
                 settings=settings,
-            ).results()
+            )
 
         bridge = SyncBridge(start)
-        with self._lock:
-            self._bridges.add(bridge)
+        self._bridges.add(bridge)
         try:
-            for group in bridge:
+            while group := bridge.next_group():
                 for result in group:
                     if settings.raising and result.error is not None:
                         raise result.error
                     yield result
         finally:
-            with self._lock:
-                self._bridges.discard(bridge)
+            self._bridges.discard(bridge)
             bridge.close()
 
     def _endpoint(self, opened: Opened[grpc.Channel, Lease]) -> Endpoint:
@@ -272,10 +272,9 @@ class Transport:
         with self._lock:
             self._closed = True
             opened, self._opened = self._opened, []
-            bridges, self._bridges = self._bridges, set()
         if self._pid != os.getpid():
             return
-        for bridge in bridges:
+        for bridge in list(self._bridges):
             bridge.cancel()
         if self._given is None:
             for one in opened:

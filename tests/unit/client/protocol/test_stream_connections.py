@@ -147,6 +147,14 @@ def test_a_client_opens_connections_until_each_process_has_one() -> None:
     assert spread.takes(info(3, 3)) and spread.decided
 
 
+def test_a_caller_that_leaves_while_connections_are_opened_costs_none_of_them() -> None:
+    spread = Spread(None)
+    spread.begin(info(2, 3))
+    assert spread.takes(info(1, 3))
+    spread.begin(info(2, 3))
+    assert not spread.decided and spread.takes(info(3, 3)) and spread.decided
+
+
 @pytest.mark.parametrize(("wanted", "count", "most"), [(None, 1, 1), (None, 0, 1), (1, 8, 1), (4, 1, 4), (6, 4, 6)])
 def test_it_opens_as_many_as_asked_for_and_as_pay(wanted: int | None, count: int, most: int) -> None:
     chance = random.Random(0)
@@ -176,4 +184,4 @@ def test_it_keeps_what_it_gets_where_the_system_gives_it_one_process_only() -> N
 
 def test_a_call_gets_the_connection_with_the_fewest_calls() -> None:
     opened = [Opened(channel=n, lease=None, call_count=count) for n, count in enumerate((2, 1, 1))]
-    assert least_busy(opened) == 1
+    assert least_busy(opened) is opened[1]
