@@ -47,7 +47,9 @@ class AsyncClient(AsyncSentenceClient):
     @classmethod
     def from_channel(cls, channel: grpc.aio.Channel, *, timeout_s: float = DEFAULT_TIMEOUT_S) -> Self:
         """See `Client.from_channel`."""
-        return cls._from_channel(channel, timeout_s)
+        import grpc.aio
+
+        return cls._from_channel(channel, grpc.aio.Channel, timeout_s)
 
     async def tokenize(
         self,

@@ -51,8 +51,13 @@ class Client(SentenceClient):
 
         The environment, retries, tokens and certificates of layertap have no part in it. Such a client cannot be
         pickled or copied, and does not survive a fork.
+
+        Raises:
+            InvalidArgumentError: if it is no such channel, or timeout_s no number of seconds.
         """
-        return cls._from_channel(channel, timeout_s)
+        import grpc
+
+        return cls._from_channel(channel, grpc.Channel, timeout_s)
 
     def tokenize(
         self,

@@ -312,6 +312,20 @@ def test_a_given_asyncio_channel_is_used_and_left_open(tiny_server: Server) -> N
     asyncio.run(main())
 
 
+def test_a_channel_of_another_kind_is_refused_at_once(tiny_server: Server) -> None:
+    async def main() -> None:
+        async with grpc.aio.insecure_channel(tiny_server.address) as channel:
+            with pytest.raises(InvalidArgumentError, match="; Client needs a grpc"):
+                Client.from_channel(channel)  # type: ignore[arg-type]
+
+    asyncio.run(main())
+    with grpc.insecure_channel(tiny_server.address) as channel:
+        with pytest.raises(InvalidArgumentError, match="; AsyncClient needs a grpc"):
+            AsyncClient.from_channel(channel)  # type: ignore[arg-type]
+        with pytest.raises(InvalidArgumentError, match="timeout_s is -1"):
+            Client.from_channel(channel, timeout_s=-1)
+
+
 # Ends.
 
 

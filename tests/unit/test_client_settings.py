@@ -66,6 +66,26 @@ def test_an_argument_of_a_wrong_type_is_refused_by_name(kind: type[Any]) -> None
         kind("example.org", tls="ca.pem")
 
 
+@KINDS
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"retries": "3"}, "retries is '3'; pass a whole number from 0 to 4"),
+        ({"retries": 2.5}, "retries is 2.5"),
+        ({"connections": 2.5}, "connections is 2.5; pass a whole number from 1 to 256"),
+        ({"connections": "2"}, "connections is '2'"),
+        ({"options": {"grpc.x": 1}}, "options is no list"),
+        ({"options": 5}, "options is no list"),
+        ({"token": b"x"}, "token is of type bytes; pass a str"),
+        ({"fingerprint": 5}, "fingerprint is of type int; pass a str"),
+        ({"fingerprint": ""}, "fingerprint is no fingerprint"),
+    ],
+)
+def test_settings_of_a_wrong_type_are_refused_by_name(kind: type[Any], arguments: dict[str, Any], words: str) -> None:
+    with pytest.raises(InvalidArgumentError, match=words):
+        kind("127.0.0.1:1", **arguments)
+
+
 @pytest.mark.parametrize(
     ("target", "local"),
     [

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Self
 
 from layertap._shared_memory.mapping import SharedMemory
-from layertap._transport.settings import DEFAULT_RETRIES, DEFAULT_TIMEOUT_S, Connection, Option, resolve
+from layertap._transport.settings import DEFAULT_RETRIES, Connection, Option, resolve, seconds
 from layertap._transport.tls import TLS
-
-if TYPE_CHECKING:
-    import grpc
+from layertap.errors import InvalidArgumentError
 
 
 class BaseClient:
@@ -69,9 +67,12 @@ class BaseClient:
         self.__setstate__(connection)
 
     @classmethod
-    def _from_channel(cls, channel: grpc.Channel | grpc.aio.Channel, timeout_s: float = DEFAULT_TIMEOUT_S) -> Self:
+    def _from_channel(cls, channel: object, kind: type, timeout_s: float) -> Self:
+        if not isinstance(channel, kind):
+            given, wanted = (f"{one.__module__}.{one.__name__}" for one in (type(channel), kind))
+            raise InvalidArgumentError(f"channel is of type {given}; {cls.__name__} needs a {wanted}")
         client = cls.__new__(cls)
-        client.__setstate__(Connection(target="the given channel", timeout_s=timeout_s))
+        client.__setstate__(Connection(target="the given channel", timeout_s=seconds("timeout_s", timeout_s)))
         client._given = channel
         return client
 

@@ -225,25 +225,28 @@ def resolve(
         InvalidArgumentError: if an argument or variable has no valid value.
     """
     environment = os.environ
-    if not isinstance(target, str | None):
-        raise InvalidArgumentError(f"target is of type {type(target).__name__}; pass a str such as {DEFAULT_TARGET}")
+    for field, value in (("target", target), ("token", token), ("fingerprint", fingerprint)):
+        if not isinstance(value, str | None):
+            raise InvalidArgumentError(f"{field} is of type {type(value).__name__}; pass a str")
     if timeout_s is None:
         timeout_s = _seconds(environment.get("LAYERTAP_TIMEOUT_S") or DEFAULT_TIMEOUT_S)
-    if not 0 <= retries <= _MAX_RETRIES:
-        raise InvalidArgumentError(f"retries is {retries}; it runs from 0 to {_MAX_RETRIES}")
-    if connections is not None and not 1 <= connections <= MAX_CONNECTIONS:
-        raise InvalidArgumentError(f"connections is {connections}; it runs from 1 to {MAX_CONNECTIONS}")
-    if fingerprint is not None and not fingerprint:
+    _check_count("retries", retries, 0, _MAX_RETRIES)
+    _check_count("connections", 1 if connections is None else connections, 1, MAX_CONNECTIONS)
+    if fingerprint == "":
         raise InvalidArgumentError("fingerprint is no fingerprint; pass the one that model_info() has")
     token = environment.get("LAYERTAP_TOKEN") if token is None else token
     if token and not (token.isascii() and token.isprintable() and " " not in token):
         raise InvalidArgumentError("token has characters that no token has; pass it without spaces and line ends")
+    try:
+        pairs = tuple((name, value) for name, value in options)
+    except (TypeError, ValueError) as exc:
+        raise InvalidArgumentError("options is no list of (name, value); pass gRPC's channel arguments so") from exc
     found = Connection(
         target=target or environment.get("LAYERTAP_TARGET") or DEFAULT_TARGET,
         tls=tls_of(tls, environment),
         token=token or None,
         retries=retries,
-        options=tuple((name, value) for name, value in options),
+        options=pairs,
         timeout_s=seconds("timeout_s", timeout_s),
         shared_memory=shared_memory,
         fingerprint=fingerprint,
@@ -268,6 +271,11 @@ def seconds(field: str, value: object, *, zero: bool = False) -> float:
     return min(float(value), _MAX_TIMEOUT_S)
 
 
+def _check_count(field: str, value: object, least: int, most: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
+        raise InvalidArgumentError(f"{field} is {value!r}; pass a whole number from {least} to {most}")
+
+
 def _metadata(metadata: Metadata) -> tuple[tuple[str, str | bytes], ...]:
     try:
         given = metadata.items() if isinstance(metadata, Mapping) else metadata
@@ -279,14 +287,10 @@ def _metadata(metadata: Metadata) -> tuple[tuple[str, str | bytes], ...]:
             raise InvalidArgumentError(
                 f"metadata has the name {name!r}; pass lower-case letters, digits and -._, not beginning with grpc-"
             )
-        fits = (
-            isinstance(value, bytes)
-            if name.endswith("-bin")
-            else isinstance(value, str) and value.isascii() and value.isprintable()
-        )
-        if not fits:
-            kind = "bytes" if name.endswith("-bin") else "a str of printable ASCII"
-            raise InvalidArgumentError(f"metadata[{name!r}] is of type {type(value).__name__}; it must be {kind}")
+        kind = bytes if name.endswith("-bin") else str
+        if not isinstance(value, kind) or (isinstance(value, str) and not (value.isascii() and value.isprintable())):
+            wanted = "bytes" if kind is bytes else "a str of printable ASCII"
+            raise InvalidArgumentError(f"metadata[{name!r}] is of type {type(value).__name__}; it must be {wanted}")
     return tuple(pairs)
 
 
