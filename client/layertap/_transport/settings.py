@@ -37,7 +37,6 @@ _RETRY: Final = {
 }
 
 MAX_CONNECTIONS: Final = 256
-
 Option = tuple[str, str | int]
 
 Metadata: TypeAlias = Mapping[str, str | bytes] | Sequence[tuple[str, str | bytes]]
