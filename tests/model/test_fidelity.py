@@ -107,7 +107,7 @@ def test_all_thirteen_hidden_states_of_a_bert_base_shape(tmp_path: Path, real_fo
 @pytest.mark.parametrize("special", [True, False], ids=["with specials", "without specials"])
 def test_every_pooling_equals_its_definition(real: Any, real_oracle: Oracle, strategy: str, special: bool) -> None:
     if strategy == "cls" and not special:
-        pytest.skip("refused; see test_bad_input")
+        pytest.skip("refused; see test_wrong_arguments")
     masked = TokenIds(PARIS_IDS, [1, 1, 0, 1, 1, 0, 0])
     inputs = [PROSE, "I love Paris", masked, ("a pair", "of texts")]
     poolings = [
