@@ -100,11 +100,6 @@ def test_an_answer_too_large_for_embed(stub: Stub) -> None:
     assert len(stub.Embed(request).tensors) == 4
 
 
-def test_an_answer_too_large_for_tokenize(stub: Stub) -> None:
-    request = pb.TokenizeRequest(inputs=[pb.Input(text="paris " * 500)] * 400)
-    raw_refused(INVALID, lambda: stub.Tokenize(request), "fewer")
-
-
 def test_rows_of_words_count_against_the_limit_of_an_answer(stub: Stub) -> None:
     # Two tokens, and a row for each of 20000 words: what must be held is told before anything is computed.
     words = pb.Input(words=pb.Words(words=[""] * 20_000))
