@@ -1,12 +1,14 @@
 """One command for a machine with a GPU: is it right, how fast is it, what would be faster; writes results as it goes.
 
 Three stages: *check* (at most 3 minutes), *measure* (5) and *tune* (5). Each is a list of rows with time limits of
-their own. A row that fails or hangs costs its own time alone: its process and all that it started are killed, and the
-next rows run in a new one. Run it as
+their own, and each row ends with a figure or with why there is none. A row that fails or hangs costs its own time
+alone: its process and all that it started are killed, and the next rows run in a new one. Without a device that works
+nothing runs. Run it as
 
     python3 bench/gpu.py --out results --wheels .wheels
 
-It needs Linux, torch, transformers, sentence-transformers, pytest, psutil, numpy, and for the tests pandas and pyarrow.
+It needs Linux, torch, transformers, sentence-transformers, packaging, psutil, numpy, and for the tests pytest, pandas
+and pyarrow.
 What else it imports may lie beside it (`make gpu-wheels`): wheels, which are unpacked where the machine has no such
 package or an older one, and the embedded model with its weights in half precision. That folder (55 MB) and the checkout
 (7 MB) are all that has to travel; seven files of results come back.
@@ -37,6 +39,10 @@ import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
+import packaging.tags
+import packaging.utils
+import packaging.version
+
 HERE = Path(__file__).resolve().parent
 REPOSITORY = HERE.parent
 
@@ -66,13 +72,14 @@ STAGES = {
             "layers": 25,
             "idle": 25,
             "large": 60,
-            "lone": 60,
-            "shared_memory": 60,
-            "peer": 80,
-            "clients": 60,
-            "clients_of_2": 60,
-            "clients_of_4": 80,
-            "peer_of_clients": 60,
+            # Rows with the same flags of the server follow each other, and share it.
+            "lone": 75,
+            "peer": 90,
+            "clients": 75,
+            "clients_of_2": 75,
+            "peer_of_clients": 75,
+            "clients_of_4": 90,
+            "shared_memory": 75,
         },
     ),
     "tune": Stage(
@@ -91,8 +98,13 @@ STAGES = {
 }
 _SHOWS_CHOICES = ("base", "large", "float16")
 """Rows whose lines on what the engine chose are shown; those of the others are in the results."""
-_ABORTED_START_S = 60.0
-"""How long a process may take to start its first row."""
+_START_S = 60.0
+"""How long a process may take to start its first row; so it does where nothing is read into memory yet."""
+_START_TRIES = 2
+_KILLED_S = 15.0
+"""How long a killed process may take to end: the driver may hold on to it."""
+NO_DEVICE_CODE = 4
+"""With this code a process ends that finds no device that works."""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -114,12 +126,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         parser.error(f"unknown: {', '.join(unknown)}; stages are {', '.join(STAGES)}, rows {', '.join(sorted(known))}")
     arguments.out.mkdir(parents=True, exist_ok=True)
     ends_at = time.monotonic() + arguments.limit_s
-    with tempfile.TemporaryDirectory(prefix="layertap-gpu-") as scratch:
+    with tempfile.TemporaryDirectory(prefix="layertap-gpu-", ignore_cleanup_errors=True) as scratch:
         environment = _environment(arguments.wheels, Path(scratch))
         for name in stages:
             rows = {row: limit for row, limit in STAGES[name].rows.items() if not wanted or row in wanted}
             limit_s = min(STAGES[name].limit_s, ends_at - time.monotonic())
-            _Run(name, arguments, environment, Path(scratch)).rows(rows, limit_s)
+            if not _Run(name, arguments, environment, Path(scratch)).rows(rows, limit_s):
+                break
     print(_table(arguments.out), flush=True)
 
 
@@ -137,22 +150,32 @@ class _Run:
             *(["--quick"] if arguments.quick else []),
         ]
 
-    def rows(self, limits: Mapping[str, float], limit_s: float) -> None:
-        """Runs rows one after the other; a new process goes on behind one that failed in a lasting way, or hung."""
-        ends_at, left = time.monotonic() + limit_s, list(limits)
-        while left and (remaining := ends_at - time.monotonic()) > 5:
-            row, why = self._process(left, limits, remaining)
-            if why:
-                _write(self._results, row=row or left[0], what=f"{row or left[0]}: {why}")
-            if row is None:  # It did not even start.
-                break
-            left = left[left.index(row) + 1 :]
-        for row in left:
-            _write(self._results, row=row, what=f"{row}: not run, the stage's time was over")
-        print(f"{self._name}: {limit_s - (ends_at - time.monotonic()):.0f} s", flush=True)
+    def rows(self, limits: Mapping[str, float], limit_s: float) -> bool:
+        """Runs rows one after the other; a new process goes on behind one that failed in a lasting way, or hung.
 
-    def _process(self, rows: Sequence[str], limits: Mapping[str, float], limit_s: float) -> tuple[str | None, str]:
-        """Runs rows in one process; returns the last that it started, and why it did not end well."""
+        Returns:
+            Whether there is a device that works.
+        """
+        ends_at, left = time.monotonic() + limit_s, list(limits)
+        tries, code, reason = _START_TRIES, 0, "the time was over"
+        while left and tries and (remaining := ends_at - time.monotonic()) > 5:
+            row, why, code = self._process(left, limits, remaining)
+            if why and code != NO_DEVICE_CODE:
+                _write(self._results, row=row or left[0], what=f"{row or left[0]}: {why}")
+            if code == NO_DEVICE_CODE:
+                reason = "no device works"
+                break
+            if row is None:  # It did not even start.
+                tries, reason = tries - 1, why
+            else:
+                tries, left = _START_TRIES, left[left.index(row) + 1 :]
+        for row in left:
+            _write(self._results, row=row, what=f"{row}: not run, {reason}")
+        print(f"{self._name}: {limit_s - (ends_at - time.monotonic()):.0f} s", flush=True)
+        return code != NO_DEVICE_CODE
+
+    def _process(self, rows: Sequence[str], limits: Mapping[str, float], limit_s: float) -> tuple[str | None, str, int]:
+        """Runs rows in one process; returns the last that it started, why it did not end well, and its exit code."""
         seen = len(list(_lines(self._results)))
         with self._log.open("a") as log:
             process = subprocess.Popen(
@@ -163,7 +186,7 @@ class _Run:
                 stdin=subprocess.DEVNULL,
                 start_new_session=True,
             )
-            row, row_ends_at, why = None, time.monotonic() + _ABORTED_START_S, ""
+            row, row_ends_at, why = None, time.monotonic() + _START_S, ""
             stage_ends_at = time.monotonic() + limit_s
             while (code := process.poll()) is None and not why:
                 for line in list(_lines(self._results))[seen:]:
@@ -179,10 +202,11 @@ class _Run:
                     time.sleep(0.05)  # Nothing tells when a line is written.
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)  # Also what a process that ended left behind.
-            process.wait()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(_KILLED_S)
             for line in list(_lines(self._results))[seen:]:
                 row = line["row"] if line.get("starts") else row
-        return row, why or (f"its process ended with {code}; see {self._log.name}" if code else "")
+        return row, why or (f"its process ended with {code}; see {self._log.name}" if code else ""), code or 0
 
 
 def _environment(wheels: Path | None, scratch: Path) -> dict[str, str]:
@@ -190,8 +214,9 @@ def _environment(wheels: Path | None, scratch: Path) -> dict[str, str]:
     paths = [REPOSITORY / "client", REPOSITORY / "server", HERE]
     if wheels is not None:
         for wheel in sorted(wheels.resolve().glob("*.whl")):
-            name, version = wheel.name.split("-")[:2]
-            if _version(name) < _numbers(version):
+            name, version, _, tags = packaging.utils.parse_wheel_filename(wheel.name)
+            installed = _version(name)
+            if not tags.isdisjoint(packaging.tags.sys_tags()) and (installed is None or installed < version):
                 with zipfile.ZipFile(wheel) as archive:
                     archive.extractall(scratch / "site")
         paths.insert(0, scratch / "site")
@@ -200,21 +225,18 @@ def _environment(wheels: Path | None, scratch: Path) -> dict[str, str]:
         **os.environ,
         "PYTHONPATH": os.pathsep.join(map(str, paths)),
         "PYTHONUNBUFFERED": "1",
+        "TRITON_CACHE_DIR": str(scratch / "triton"),
         "HF_HUB_OFFLINE": "1",
         "TOKENIZERS_PARALLELISM": "true",
     }
 
 
-def _version(package: str) -> tuple[int, ...]:
-    """Returns the version of an installed package; of one that is missing, an empty one."""
+def _version(package: str) -> packaging.version.Version | None:
+    """Returns the version of an installed package; None: it is missing."""
     try:
-        return _numbers(importlib.metadata.version(package))
+        return packaging.version.Version(importlib.metadata.version(package))
     except importlib.metadata.PackageNotFoundError:
-        return ()
-
-
-def _numbers(version: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in version.split("+")[0].split(".") if part.isdigit())
+        return None
 
 
 def _unpack_model(packed: Path) -> None:

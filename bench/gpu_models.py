@@ -23,6 +23,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from gpu import NO_DEVICE_CODE
 
 from layertap_server.engine.encoder import Encoder
 from layertap_server.model import checkpoint
@@ -32,6 +33,10 @@ from layertap_server.types import Encode, Output, OutputKind, Plan, Pool, Run, S
 SHAPES = {"bert-base": (768, 12, 12), "bert-large": (1024, 24, 16), "tiny": (64, 3, 4), "small": (128, 4, 4)}
 VOCABULARY = 30522
 ENGINE_RATE = "engine, ids to pooled, 128 tokens, tokens/s"
+_SERVER_START_S = 65.0
+"""How long a server may take to start: less than a row, so that the row can say why it did not."""
+_WARM_S = 0.7
+"""How long a ceiling is approached: an idle card's clocks are low."""
 _CHOICES = ("layertap_server.engine.fast_path", "layertap_server.engine.graphs", "layertap_server.engine.runtime")
 """Who logs what the trials at start found."""
 _CHOICE_WORDS = ("used (", "not used", "not available", "graphs:", "does not register")
@@ -61,6 +66,7 @@ class Setting:
     row: str = ""
     row_is_empty: bool = True
     _encoder: tuple[str, str, Encoder] | None = None
+    _server: tuple[tuple[str, ...], ServerProcess, contextlib.ExitStack] | None = None
 
     @property
     def base(self) -> str:
@@ -123,16 +129,35 @@ class Setting:
             self._encoder = shape, dtype, load(self, shape, dtype)
         return self._encoder[2]
 
-    @contextlib.contextmanager
-    def server(self, *flags: str) -> Iterator[ServerProcess]:
-        """Runs a server of the base model in bfloat16, and notes what its trials chose."""
-        own = ["--device", self.device, "--dtype", "bfloat16", "--model-id", str(folder_of(self, self.base))]
+    def server(self, *flags: str) -> ServerProcess:
+        """Returns a server of the base model in bfloat16, and notes what its trials chose; the last one is kept."""
+        if self._server is not None and self._server[0] == flags and self._server[1].process.poll() is None:
+            return self._server[1]
+        self.stop_server()
         self.release()
-        with running_server(*own, *flags, *self.server_flags) as server:
-            yield server
-            chosen = [line for line in server.log.splitlines() if any(word in line for word in _CHOICE_WORDS)]
-            for line in dict.fromkeys(line.partition("layertap_server")[2] or line for line in chosen):
-                self.add(f"{self.row}, chosen", line.strip())
+        own = ["--device", self.device, "--dtype", "bfloat16", "--model-id", str(folder_of(self, self.base))]
+        started, stack = time.monotonic(), contextlib.ExitStack()
+        server = stack.enter_context(
+            running_server(*own, *flags, *self.server_flags, start_timeout_s=_SERVER_START_S, stop_timeout_s=10.0)
+        )
+        self._server = flags, server, stack
+        self.add(f"start of a server ({' '.join(flags) or 'defaults'}), s", time.monotonic() - started)
+        chosen = [line for line in server.log.splitlines() if any(word in line for word in _CHOICE_WORDS)]
+        for line in dict.fromkeys(line.partition("layertap_server")[2] or line for line in chosen):
+            self.add(f"{self.row}, chosen", line.strip())
+        return server
+
+    def stop_server(self) -> None:
+        """Stops the server that is kept, if there is one."""
+        if self._server is None:
+            return
+        flags, server, stack = self._server
+        self._server = None
+        try:
+            stack.close()
+        except Exception as exc:  # The rows that it served have their figures.
+            server.kill()
+            self.add(f"a server ({' '.join(flags)}) did not end well", f"{type(exc).__name__}: {str(exc)[-600:]}")
 
     def release(self) -> None:
         """Frees the engine that is kept, and its memory."""
@@ -179,8 +204,19 @@ def run_rows(module: Mapping[str, Any]) -> None:
     )
     logging.basicConfig(level=logging.INFO, format="%(name)s: %(message)s")
     for name in _CHOICES:
+        logging.getLogger(name).setLevel(logging.DEBUG)  # Why a way is not available, with its traceback, in the log.
         logging.getLogger(name).addHandler(_Choices(at))
-    for name in arguments.rows.split(","):
+    if why := _fault(at):
+        at.add(f"no row can run: {at.device} does not work", why)
+        sys.exit(NO_DEVICE_CODE)
+    try:
+        _run(at, module, arguments.rows.split(","))
+    finally:
+        at.stop_server()
+
+
+def _run(at: Setting, module: Mapping[str, Any], names: Sequence[str]) -> None:
+    for name in names:
         at.starts(name)
         row: Row = module[name]
         try:
@@ -190,7 +226,7 @@ def run_rows(module: Mapping[str, Any]) -> None:
         except Exception as exc:
             traceback.print_exc()
             at.add(f"{name} failed", f"{type(exc).__name__}: {str(exc).strip()[-600:]}")
-            if not _works(at):
+            if _fault(at):
                 sys.exit(3)
 
 
@@ -198,20 +234,20 @@ class _Choices(logging.Handler):
     """Writes what the trials of the engine chose, and why, beside the figures."""
 
     def __init__(self, at: Setting) -> None:
-        super().__init__()
+        super().__init__(logging.INFO)
         self._at = at
 
     def emit(self, record: logging.LogRecord) -> None:
         self._at.add(f"{self._at.row}, chosen", record.getMessage())
 
 
-def _works(at: Setting) -> bool:
+def _fault(at: Setting) -> str:
+    """Returns why the device does not compute; empty: it does."""
     try:
-        if at.on_gpu:
-            torch.cuda.synchronize()
-    except RuntimeError:
-        return False
-    return True
+        torch.ones(8, device=at.device).sum().item()
+    except Exception as exc:
+        return f"{type(exc).__name__}: {str(exc).strip()[:600]}"
+    return ""
 
 
 def folder_of(at: Setting, shape: str, *, weights: bool = True) -> Path:
@@ -335,14 +371,18 @@ def tokens_per_second(encoder: Encoder, batches: Sequence[list[Run]], *, instanc
 
 
 def flops_of(encoder: Encoder, length: int) -> float:
-    """Returns the multiplications and additions of one token in a text of so many, all blocks."""
+    """Returns the multiplications and additions of one token in a text of so many: products and attention, all blocks.
+
+    Of one block, in hidden²: 6 for query, key and value, 2 for what follows attention, 16 for the two feed-forward
+    products; and 2 · length · hidden each for scores and values. Embeddings, norms and pooling count as nothing.
+    """
     hidden = encoder.hidden_size
     return float(encoder.layer_count * (24 * hidden**2 + 4 * length * hidden))
 
 
 @functools.lru_cache(maxsize=1)
 def matmul_rate(at: Setting) -> float:
-    """Returns the FLOP/s of a large matrix product in bfloat16, measured once in each process."""
+    """Returns the most FLOP/s of a large matrix product in bfloat16, measured once in each process."""
     size = 256 if at.quick else 8192
     one, other = (torch.randn(size, size, device=at.device).bfloat16() for _ in range(2))
     return 2 * size**3 / _seconds(at, lambda: one @ other)
@@ -350,24 +390,32 @@ def matmul_rate(at: Setting) -> float:
 
 @functools.lru_cache(maxsize=1)
 def copy_rate(at: Setting) -> float:
-    """Returns the bytes/s of large copies into pinned host memory, measured once in each process."""
+    """Returns the most bytes/s of large copies into pinned host memory, measured once in each process."""
     byte_count = 1 << 20 if at.quick else 1 << 30
     source = torch.zeros(byte_count, dtype=torch.uint8, device=at.device)
     target = torch.empty(byte_count, dtype=torch.uint8, pin_memory=at.on_gpu)
     return byte_count / _seconds(at, lambda: target.copy_(source, non_blocking=True))
 
 
-def _seconds(at: Setting, work: Callable[[], object], rounds: int = 10) -> float:
-    times = []
-    for _ in range(rounds + 3):
-        _synchronize(at)
+def _seconds(at: Setting, work: Callable[[], object]) -> float:
+    """Returns how long the device takes for some work at its best, which is what ratios are to."""
+    warm_until = time.monotonic() + (0.0 if at.quick else _WARM_S)
+    while time.monotonic() < warm_until:
+        _timed(at, work)
+    return min(_timed(at, work) for _ in range(5))
+
+
+def _timed(at: Setting, work: Callable[[], object], repeats: int = 10) -> float:
+    """Returns the seconds of one of several runs, by the device's own clock."""
+    if not at.on_gpu:
         started = time.perf_counter()
+        for _ in range(repeats):
+            work()
+        return (time.perf_counter() - started) / repeats
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begin.record()
+    for _ in range(repeats):
         work()
-        _synchronize(at)
-        times.append(time.perf_counter() - started)
-    return statistics.median(times[3:])
-
-
-def _synchronize(at: Setting) -> None:
-    if at.on_gpu:
-        torch.cuda.synchronize()
+    end.record()
+    end.synchronize()
+    return float(begin.elapsed_time(end)) / 1e3 / repeats
