@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING, Self, Unpack
 from layertap._encode import AsyncSentenceClient
 from layertap._protocol import requests, responses
 from layertap._protocol.inputs import InputItem, Inputs, check_items
+from layertap._protocol.option_names import check_names
 from layertap._protocol.options import (
     EmbedOptions,
     LayerOptions,
     OnError,
     SpanOptions,
     TokenizeOptions,
-    check_names,
     raises,
 )
 from layertap._protocol.stream_state import StreamState

@@ -17,7 +17,8 @@ import numpy.typing as npt
 from layertap import quantization, sentence_vectors
 from layertap._protocol import requests
 from layertap._protocol.inputs import check_items, to_message, to_messages
-from layertap._protocol.options import check_names, count, embed_options
+from layertap._protocol.option_names import check_names
+from layertap._protocol.options import count, embed_options
 from layertap._protocol.responses import ModelPin
 from layertap._protocol.stream_state import MAX_MESSAGE_COUNT, StreamState
 from layertap.errors import FailedPreconditionError, InvalidArgumentError
@@ -40,6 +41,8 @@ _FEW_CHARACTERS: Final = 32 << 10
 
 _TASK_PROMPTS: Final = {"query": ("query",), "document": ("document", "passage", "corpus")}
 """The prompts that a task takes where none is named: the first that the model's folder has."""
+
+_NAMED_ARGUMENTS: Final = ("prompt_name", "prompt", "batch_size", "show_progress_bar", "output_value", "precision")
 
 Sentence: TypeAlias = str | tuple[str, str]
 """What `encode` makes one vector of: a text, or a pair."""
@@ -81,7 +84,7 @@ def check_options(options: Mapping[str, object]) -> None:
     """
     if "inputs" in options:
         raise TypeError("encode takes the texts as its first argument: encode(texts, …), or sentences=texts")
-    check_names(options, EncodeOptions)
+    check_names(options, EncodeOptions, _NAMED_ARGUMENTS)
     if options.get("convert_to_tensor", False) or not options.get("convert_to_numpy", True):
         raise TypeError(
             "encode returns numpy arrays, so convert_to_tensor must be False and convert_to_numpy True; "

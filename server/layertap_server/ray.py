@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Unpack
 
 from layertap import optional_deps
-from layertap._protocol.options import EmbedOptions, check_names
+from layertap._protocol.option_names import check_names
+from layertap._protocol.options import EmbedOptions
 from layertap.jobs.shards import Shard
 from layertap.jobs.tasks import EmbedTask
 from layertap_server.offline.embedder import Embedder

@@ -140,18 +140,6 @@ def count(field: str, value: int | None) -> int:
     return value
 
 
-def check_names(options: Mapping[str, object], kind: type) -> None:
-    """Checks that all options are among the keys of a `TypedDict`.
-
-    Raises:
-        TypeError: if one is not.
-    """
-    for name in options:
-        if name not in kind.__annotations__:
-            known = ", ".join(sorted(kind.__annotations__))
-            raise TypeError(f"got an unexpected keyword argument {name!r}; the options are {known}")
-
-
 def raises(on_error: OnError) -> bool:
     """Returns whether a bad item of a stream is raised."""
     if on_error not in ("raise", "return"):

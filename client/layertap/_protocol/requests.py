@@ -16,11 +16,11 @@ from google.protobuf.message import Message
 
 from layertap import wire
 from layertap._protocol.inputs import Inputs, spanned, to_messages
+from layertap._protocol.option_names import check_names
 from layertap._protocol.options import (
     EmbedOptions,
     LayerOptions,
     SpanOptions,
-    check_names,
     count,
     embed_options,
     named,

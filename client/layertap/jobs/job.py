@@ -195,10 +195,10 @@ class Job:
                     self._add(parts, builder, digest)
                     builder = self._builder()
             if builder.item_count:
-                parts.add(builder, digest.text())
+                self._add(parts, builder, digest)
 
     def _add(self, parts: Parts, builder: PartBuilder, digest: Digest) -> None:
-        """Adds a full part, unless it shows that the input as a whole is wrong."""
+        """Adds a part, unless it shows that the input as a whole is wrong."""
         if not parts.text_count and not builder.text_count and parts.item_count + builder.item_count >= LEAST_BAD_COUNT:
             shown = "; ".join(map(_reason, builder.bad[:_REASONS_SHOWN]))
             raise JobError(f"none of the first {parts.item_count + builder.item_count} items is good: {shown}")

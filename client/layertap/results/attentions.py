@@ -16,7 +16,8 @@ class Attentions(HeldLayers):
     """The attention probabilities of the requested layers, like transformers' `attentions` tuple.
 
     Indexed by layer number, absolute or negative: `attentions[0]` is of the first encoder block, which reads
-    `hidden_states[0]`, and `attentions[-1]` of the model's last, whichever are held. Iterates over the held layers in
+    `hidden_states[0]`, and `attentions[-1]` of the model's last, whichever are held. Slices run over layer numbers too.
+    Iterates over the held layers in
     ascending order; `len` is how many are held. Each item: Shape: [text_count, head_count, length, length], for each
     query (third axis) over all keys (fourth axis); rows and columns past a text's token count are 0.
 
@@ -37,14 +38,6 @@ class Attentions(HeldLayers):
         """Holds one array for each layer, as it travels. Shape: [sum of token_count², head_count]."""
         super().__init__(ragged=ragged, token_counts=token_counts, layer_count=layer_count)
         self.heads = heads
-
-    def __getitem__(self, layer: int) -> FloatArray:
-        """Returns one layer, padded. Shape: [text_count, head_count, length, length].
-
-        Raises:
-            IndexError: if the layer is not held.
-        """
-        return self._whole(layer)
 
     def ragged(self, layer: int) -> list[FloatArray]:
         """Returns views of one layer, one a text. Shape of each: [head_count, token_count, token_count].

@@ -7,7 +7,7 @@ least memory; the padded arrays that transformers would return are made at their
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, ClassVar, cast
+from typing import TYPE_CHECKING, Any, ClassVar, cast, overload
 
 from layertap import _repr
 from layertap.results import export
@@ -37,6 +37,20 @@ class HeldLayers(_repr.Shown):
     def layers(self) -> tuple[int, ...]:
         """The held layers, absolute, ascending."""
         return tuple(self._ragged)
+
+    @overload
+    def __getitem__(self, layer: int) -> FloatArray: ...
+    @overload
+    def __getitem__(self, layer: slice) -> tuple[FloatArray, ...]: ...
+    def __getitem__(self, layer: int | slice) -> FloatArray | tuple[FloatArray, ...]:
+        """Returns one layer, padded, or those of a slice of layer numbers.
+
+        Raises:
+            IndexError: if a layer is not held.
+        """
+        if isinstance(layer, slice):
+            return tuple(map(self._whole, range(self.layer_count + self._first_is_input)[layer]))
+        return self._whole(layer)
 
     def __iter__(self) -> Iterator[FloatArray]:
         """Yields the held layers in ascending order, padded."""

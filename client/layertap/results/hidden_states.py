@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, overload
+from typing import Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
@@ -30,20 +30,6 @@ class HiddenStates(HeldLayers):
 
     _option: ClassVar[str] = "layers"
     _first_is_input: ClassVar[bool] = True
-
-    @overload
-    def __getitem__(self, layer: int) -> FloatArray: ...
-    @overload
-    def __getitem__(self, layer: slice) -> tuple[FloatArray, ...]: ...
-    def __getitem__(self, layer: int | slice) -> FloatArray | tuple[FloatArray, ...]:
-        """Returns one layer, padded. Shape: [text_count, length, hidden_size].
-
-        Raises:
-            IndexError: if the layer is not held.
-        """
-        if isinstance(layer, slice):
-            return tuple(map(self._whole, range(self.layer_count + 1)[layer]))
-        return self._whole(layer)
 
     def __array__(self, dtype: npt.DTypeLike | None = None, copy: bool | None = None) -> npt.NDArray[Any]:
         """Returns the held layers as one array. Shape: [held layers, text_count, length, hidden_size].

@@ -241,13 +241,14 @@ def test_a_job_that_died_while_it_published_is_finished_without_a_server(
 # Bad items, kept fields, precisions.
 
 
-def test_a_wrong_field_ends_the_job_after_the_first_part_and_names_those_there(corpus: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("part_items", "count"), [(200, 200), (1000, 450)])
+def test_a_wrong_field_ends_the_job_after_the_first_part_and_names_those_there(
+    part_items: int, count: int, corpus: Path, tmp_path: Path
+) -> None:
     corpus.write_text(corpus.read_text() * 10)
-    one = job(corpus, tmp_path / "out.npz", fields=Fields(text="body"), part_items=200)
-    with pytest.raises(
-        JobError,
-        match=r"none of the first 200 items is good: item 1: the field body is missing; there are text, title, year",
-    ):
+    one = job(corpus, tmp_path / "out.npz", fields=Fields(text="body"), part_items=part_items)
+    missing = "item 1: the field body is missing; there are text, title, year"
+    with pytest.raises(JobError, match=f"none of the first {count} items is good: {missing}"):
         run(one)
     assert sorted(os.listdir(tmp_path)) == ["in"]
 

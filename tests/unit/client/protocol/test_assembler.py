@@ -20,6 +20,7 @@ from layertap import DataLossError, Embedding, LayerRows, LayertapError, StreamR
 from layertap._protocol.assembler import EmbedAssembler, LayerAssembler
 from layertap._protocol.responses import ModelPin, read_embedding
 from layertap._protocol.result_builder import build_tokens
+from layertap.results.attentions import Attentions
 from layertap.v1 import embedding_pb2 as pb
 from layertap_server.model.tokenized import Tokenized
 from layertap_server.observability.call_log import Record
@@ -737,6 +738,14 @@ def test_a_layer_that_is_not_held_is_an_index_error_with_a_hint(embedding: Embed
 def test_a_slice_with_a_layer_that_is_not_held_is_an_index_error(embedding: Embedding) -> None:
     with pytest.raises(IndexError, match="layer 1 is not held"):
         _ = embedding.hidden_states[:]
+
+
+def test_attentions_are_sliced_by_layer_number_too() -> None:
+    ragged = {layer: np.full((1, 2), layer, np.float32) for layer in (3, 4, 5)}
+    attentions = Attentions(ragged=ragged, heads=(0, 1), token_counts=np.array([1]), layer_count=6)
+    assert [float(layer[0, 0, 0, 0]) for layer in attentions[-3:]] == [3, 4, 5] and attentions[6:] == ()
+    with pytest.raises(IndexError, match=r"layer 2 is not held .*attentions=\[2\]"):
+        _ = attentions[2:4]
 
 
 def test_to_tuple_is_what_transformers_would_give(embedding: Embedding) -> None:

@@ -157,3 +157,20 @@ def test_an_option_of_another_method_is_refused_after_the_method_that_has_it() -
     requests.embed("a", dict(given))
     with pytest.raises(TypeError, match="unexpected keyword argument 'return_tokens'"):
         requests.embed_layers("a", given)
+
+
+@pytest.mark.parametrize(
+    ("name", "instead"),
+    [
+        ("padding", "pad_to=…"),
+        ("return_tensors", r"to_torch\(\)"),
+        ("output_hidden_states", 'layers="all"'),
+        ("return_offsets_mapping", "return_tokens=True"),
+        ("is_split_into_words", "list of its words"),
+        ("layerz", "the options are .*layers"),
+    ],
+)
+def test_an_option_of_transformers_is_refused_with_what_to_pass_instead(name: str, instead: str) -> None:
+    given: Any = {name: True}
+    with pytest.raises(TypeError, match=f"unexpected keyword argument '{name}'; .*{instead}"):
+        requests.embed("a", given)
