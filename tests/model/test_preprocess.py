@@ -122,7 +122,7 @@ TEXTS: list[tuple[Any, dict[str, Any], str]] = [
     ({"pair": {"first": "a", "second": "b"}}, {"max_length": 2, "truncation": pb.TRUNCATION_RIGHT}, "3 special tokens"),
     ("a " * 10, {"max_length": 4, "windows": {}}, "windows"),
     (ids(CLS, 30522), {}, r"input_ids\[1\] .*30521"),
-    (ids(CLS, SEP), {"outputs": [{"word_vectors": {}}]}, "is token ids, which have no words; send text or words"),
+    (ids(CLS), {"outputs": [{"word_vectors": {}}]}, "is token ids, which have no words; send text or words"),
     ("", {"outputs": [MEAN, BARE]}, "has nothing to pool over: every token is masked, special or a prompt's"),
     (ids(CLS, WORD, SEP, mask=[1, 0, 1]), {"outputs": [BARE]}, "has nothing to pool over"),
     *(
@@ -217,6 +217,8 @@ def test_the_default_truncation_is_none_and_the_default_length_the_models(make: 
     assert (options.truncation, options.max_length, options.windowing, options.prompt) == ("error", 500, None, "")
     options = make().options(pb.EmbedOptions(outputs=[MEAN], windows=pb.Windows(stride=497), max_length=0))
     assert options.windowing == Windowing(stride=497, max_count=4)
+    shared = make().options(pb.EmbedOptions(outputs=[BARE], shared_memory=pb.SharedMemoryUse(call_number=1)))
+    assert shared == make().options(pb.EmbedOptions(outputs=[BARE]))
 
 
 @pytest.mark.parametrize("named", [{"prompt_name": "passage"}, {"prompt": "the text: "}], ids=str)
@@ -236,12 +238,12 @@ def test_a_prompt_stands_before_strings_and_is_pooled_unless_the_folder_says_oth
 
 def test_spans_are_the_tokens_that_hold_their_characters(run: Run) -> None:
     text = "I love xylophones"  # [CLS] i love x ##yl ##ophone ##s [SEP]
-    given = (0, 1, 2, 6, 7, 17, 8, 9, 0, 17, 1, 3)
+    given = (0, 1, 2, 6, 7, 17, 8, 9, 0, 17, 1, 3, 16, 17)
     for prompt, before in (("", 1), ("find: ", 3)):
         _, (result,) = run([spans(*given, unit=0, text=text)], [SPAN_VECTORS], prompt=prompt)
         found = result.text.spans
-        assert found is not None and (found.starts - before).tolist() == [0, 1, 2, 3, 0, 1]
-        assert found.counts.tolist() == [1, 1, 4, 1, 6, 1]
+        assert found is not None and (found.starts - before).tolist() == [0, 1, 2, 3, 0, 1, 5]
+        assert found.counts.tolist() == [1, 1, 4, 1, 6, 1, 1]
 
 
 def test_the_special_tokens_of_ids_are_those_of_the_model(run: Run) -> None:

@@ -90,6 +90,10 @@ class StreamConnection:
                 self._counted = True
                 self._state.add_connection()
         elif kind == "results":
+            # Before memory is taken for it.
+            for index, count in zip(part.results.ids, part.results.token_counts, strict=False):
+                if count > token_bound(self._waiting(index).size, self._state.options):
+                    raise DataLossError(f"item {index} has {count} tokens; ask again")
             offsets = list(part.shared_rows.offsets)
             answers = text_answers(part.results, plan, data=data, offsets=offsets, view=view)
             for index, answer in answers:

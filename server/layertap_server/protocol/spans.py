@@ -51,7 +51,7 @@ def spans_of(message: pb.Input, result: Tokenized, label: str, *, prompt_length:
         _check_within(bounds, token_count, "tokens", label)
         firsts, ends = bounds.T
     elif given.unit in (pb.SPAN_UNIT_UNSPECIFIED, pb.SPAN_UNIT_CHARACTER):
-        if message.WhichOneof("kind") != "text" or result.encoding is None:
+        if message.WhichOneof("kind") != "text":
             raise InvalidArgumentError(
                 f"{label} has spans of characters, which only strings have; count in tokens (SPAN_UNIT_TOKEN)"
             )

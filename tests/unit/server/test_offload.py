@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import os
 import threading
 
 import pytest
@@ -66,6 +67,24 @@ def test_a_fault_ends_the_run_and_the_slices_after_it() -> None:
     with pytest.raises(ValueError, match="0"):
         asyncio.run(run())
     assert len(begun) < 1000
+
+
+def test_no_more_slices_of_a_list_are_under_way_than_there_are_threads() -> None:
+    ahead: list[int] = []
+    began = taken = 0
+
+    def work(_: slice) -> list[int]:
+        nonlocal began
+        began += 1
+        ahead.append(began - taken)
+        return [began]
+
+    def note(_: list[int]) -> None:
+        nonlocal taken
+        taken += 1
+
+    asyncio.run(Slices().run(work, [10] * 200, client="a", most=10, large=1, note=note))
+    assert taken == began == 200 and max(ahead) <= max(1, len(os.sched_getaffinity(0)) - 1)
 
 
 def test_the_event_loop_runs_between_slices_that_need_no_thread() -> None:

@@ -409,5 +409,7 @@ def test_large_tables_come_in_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert list(sizes(table)) == [8]
     monkeypatch.setattr("layertap.jobs.table._BLOCK_TEXTS", 6)
     assert list(sizes(table)) == [6, 2]
-    monkeypatch.setattr("layertap.jobs.table._BLOCK_BYTES", 1)
-    assert list(sizes(table)) == [3, 3, 2]
+    first = table._parts[0].byte_count
+    for most, wanted in ((1, [3, 3, 2]), (first, [3, 3, 2]), (2 * first, [6, 2])):
+        monkeypatch.setattr("layertap.jobs.table._BLOCK_BYTES", most)
+        assert list(sizes(table)) == wanted

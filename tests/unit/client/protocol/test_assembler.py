@@ -295,6 +295,13 @@ def test_a_summary_that_counts_otherwise_is_a_data_loss() -> None:
             assemble(SMALL, messages)
 
 
+def test_a_frame_before_its_tensor_is_a_data_loss() -> None:
+    # As a slice of an array, rows from -3 up to -1 would be the first two of the other text.
+    header, *_, summary = opened(SMALL, whole_frames(SMALL))
+    frame = pb.Frame(first_row=-3, row_count=2), bytes(2 * 16)
+    both_ends(SMALL, [header, (pb.EmbedLayersResponse(frame=frame[0]), frame[1]), summary])
+
+
 def test_an_unknown_part_is_a_data_loss() -> None:
     header, *rest = opened(SMALL, whole_frames(SMALL))
     both_ends(SMALL, [header, (pb.EmbedLayersResponse(), b""), *rest])

@@ -97,10 +97,21 @@ def test_a_frame_of_a_stream_is_held_against_its_item() -> None:
         opened(LAYER, pb.ROW_UNIT_TOKEN).feed(pb.EmbedStreamResponse(frame=frame), memoryview(bytes(16)))
 
 
-def test_results_of_a_stream_take_no_memory_before_their_bytes_are_there() -> None:
-    results = pb.StreamResults(ids=[0], token_counts=[HUGE], truncated=[False], timings=[pb.Timings()])
+def test_results_of_a_stream_have_the_bytes_of_their_rows() -> None:
+    results = pb.StreamResults(ids=[0], token_counts=[5], truncated=[False], timings=[pb.Timings()])
     with pytest.raises(DataLossError, match="less data"):
         opened(LAYER, pb.ROW_UNIT_TOKEN).feed(pb.EmbedStreamResponse(results=results), memoryview(bytes(16)))
+
+
+@pytest.mark.parametrize("wrong", [{"token_counts": [HUGE]}, {"token_counts": [-1]}], ids=str)
+def test_a_small_result_of_a_stream_is_held_against_its_item(wrong: dict[str, list[int]]) -> None:
+    fields: dict[str, Any] = {"ids": [0], "token_counts": [3], "truncated": [False], "timings": [pb.Timings()]}
+    state, data = opened(POOLED, pb.ROW_UNIT_TEXT), memoryview(bytes(16))
+    with pytest.raises(DataLossError):
+        state.feed(pb.EmbedStreamResponse(results=pb.StreamResults(**fields | wrong)), data)
+    other = opened(POOLED, pb.ROW_UNIT_TEXT)
+    other.feed(pb.EmbedStreamResponse(results=pb.StreamResults(**fields)), data)
+    assert len(other.ready()) == 1
 
 
 def test_an_array_that_the_process_cannot_hold_is_a_named_error() -> None:
@@ -120,14 +131,17 @@ def test_tokens_and_strings_are_as_many_as_the_texts() -> None:
         responses.read_texts(DECODE, pb.DecodeResponse(texts=["a", "b"]), ModelPin())
 
 
-def test_tokens_and_strings_of_another_model_are_refused() -> None:
+def test_answers_of_another_model_are_refused() -> None:
     (request,) = requests.tokenize("x")
     pin = ModelPin()
     pin.check("one", "1" * 64)
     tokens = pb.TokenizeResponse(model_id="other", fingerprint="2" * 64)
+    vectors = pb.EmbedResponse(header=header(pb.ROW_UNIT_TEXT), tensors=[ZEROS])
+    vectors.header.model_id, vectors.header.fingerprint = "other", "2" * 64
     for check in (
         lambda: responses.check_tokens(request.request, tokens, pin),
         lambda: responses.read_texts(DECODE, pb.DecodeResponse(model_id="other", fingerprint="2" * 64), pin),
+        lambda: read_embedding(vectors, to_messages("x"), POOLED, pin),
     ):
         with pytest.raises(FailedPreconditionError, match="'other' with fingerprint '222222222222', before it was"):
             check()

@@ -59,6 +59,14 @@ def test_rows_may_be_of_different_lengths() -> None:
     assert to_messages(TokenIds(**given)) == wanted
 
 
+@pytest.mark.parametrize("values", [np.array, Tensor, tuple])
+def test_token_ids_of_one_row_are_one_text_and_arrays_in_an_array_are_several(values: Any) -> None:
+    assert to_messages(TokenIds(values([101, 102]))) == ids([101, 102])
+    cells = np.empty(2, object)
+    cells[:] = [np.array([101, 102]), np.array([101, 7592, 102])]
+    assert to_messages(TokenIds(cells)) == ids([101, 102], [101, 7592, 102])
+
+
 def test_a_mapping_of_one_row_is_one_text_and_may_be_an_item() -> None:
     one = {"input_ids": [101, 102], "attention_mask": [1, 0]}
     assert to_messages(one) == ids([101, 102], masks=[[1, 0]])

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
-from layertap import InvalidArgumentError, OutOfRangeError
+from layertap import InternalError, InvalidArgumentError, OutOfRangeError
 from layertap_server.engine.oom_retry import with_oom_retry
 from layertap_server.scheduler.batcher import Batcher
 from layertap_server.scheduler.call import Call
@@ -247,3 +247,15 @@ def test_made_rows_that_do_not_fit_are_refused(dtype: str, value: float) -> None
     assert isinstance(error, OutOfRangeError)
     _, error = narrowed(np.array([[np.nextafter(np.float32(value), np.float32(0))]], np.float32), dtype, 3)
     assert error is None
+
+
+def test_made_rows_are_rounded_to_the_nearest_bfloat16_and_ties_to_even() -> None:
+    bits = np.array([[0x3F808000, 0x3F818000, 0x3F807FFF, 0x3F808001, 0xBF818000]], np.uint32)
+    data, _ = narrowed(bits.view(np.float32), "bfloat16", 3)
+    assert np.frombuffer(data, "<u2").tolist() == [0x3F80, 0x3F82, 0x3F80, 0x3F81, 0xBF82]
+
+
+def test_made_rows_of_no_number_are_the_models_fault() -> None:
+    for value in (np.nan, np.inf):
+        _, error = narrowed(np.array([[0, value]], np.float32), "float32", 3)
+        assert isinstance(error, InternalError) and "NaN or infinity" in error.details
