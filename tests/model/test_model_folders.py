@@ -495,6 +495,7 @@ REFUSED: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
     "no heads": (_settings(num_attention_heads=0), ("num_attention_heads",)),
     "negative blocks": (_settings(num_hidden_layers=-1), ("num_hidden_layers",)),
     "an unknown activation": (_settings(hidden_act="swishy"), ("hidden_act", "swishy")),
+    "an adapter beside the weights": (_text("adapter_config.json", "{}"), ("adapter_config.json", "merge_and_unload")),
     "only pickles": (_pickle, ("pickle", "safetensors")),
     "no weights": (_without("model.safetensors"), ("safetensors",)),
     "a missing tensor": (_tensors(lambda w: w.pop(QUERY)), (QUERY,)),

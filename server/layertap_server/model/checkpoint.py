@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
-from layertap_server.model.files import CheckpointError, check_file, read_json
+from layertap_server.model.files import CheckpointError, check_file, read_json, shortened
 from layertap_server.model.sentence_config import transformer_folder
 from layertap_server.model.settings import ModelSettings, read_settings
 from layertap_server.model.weights import check_weights, find_weights
@@ -48,6 +48,8 @@ _SMALL_FILES: Final = (
 )
 _VOCABULARIES: Final = (("tokenizer.json",), ("vocab.txt",), ("vocab.json", "merges.txt"), ("sentencepiece.bpe.model",))
 """The files that a tokenizer is made of: one of these sets."""
+_ADAPTER: Final = "adapter_config.json"
+"""transformers applies the adapter beside it to the weights, where peft is installed."""
 _MAX_TOKENIZER_BYTES: Final = 512 << 20
 
 
@@ -104,6 +106,11 @@ def find(*, model_id: str, revision: str, name: str, load_format: str, seed: int
     try:
         folder, derived = _locate(model_id, revision)
         weights_folder = transformer_folder(folder)
+        if not dummy and any((one / _ADAPTER).exists() for one in (folder, weights_folder)):
+            raise CheckpointError(
+                f"the model folder {folder.name!r} has an adapter ({_ADAPTER}), which would change the numbers and is "
+                "not applied; merge it with merge_and_unload() of peft, and save the merged model"
+            )
         configuration = read_settings(weights_folder)
         settings = ModelSettings.of(configuration)
         tokenizer_folder = _tokenizer_folder(weights_folder, dummy)
@@ -136,7 +143,9 @@ def _locate(model_id: str, revision: str) -> tuple[Path, str]:
     if folder.is_dir():
         return folder, folder.resolve().name
     if folder.is_absolute() or model_id.startswith((".", "~")) or model_id.count("/") > 1:
-        raise CheckpointError("--model-id names a folder that does not exist; check the path")
+        raise CheckpointError(
+            f"--model-id names a folder that does not exist: {shortened(model_id, 200)}; check the path"
+        )
     return _download(model_id, revision), model_id
 
 

@@ -176,7 +176,8 @@ class Tokenizer:
         if self._highest_id >= vocab_size:
             raise CheckpointError(
                 f"the tokenizer has ids up to {self._highest_id}, the model's vocab_size is {vocab_size}: its ids must "
-                f"end at {vocab_size - 1}; does vocab.txt repeat a line? fetch the model's own tokenizer"
+                f"end at {vocab_size - 1}; were tokens added without resize_token_embeddings, "
+                "or does vocab.txt repeat a line? fetch the model's own tokenizer"
             )
 
     def model_facts(self, checkpoint: Checkpoint, *, fingerprint: str, has_pooler: bool) -> ModelFacts:

@@ -33,8 +33,8 @@ def find_weights(folder: Path) -> tuple[Path, ...]:
         return _shards(folder)
     if any(folder.glob("*.bin")) or any(folder.glob("*.pt")) or any(folder.glob("*.ckpt")):
         raise CheckpointError(
-            "the model has only pickled weights, which can run code and are never opened; convert it to safetensors, "
-            "or name a revision that has them with --revision"
+            "the model has only pickled weights, which can run code and are never opened; name a revision that has "
+            "safetensors with --revision, or convert them (the guide's page Models has the lines)"
         )
     raise CheckpointError(f"the model folder {folder.name!r} has no model.safetensors; fetch the whole model")
 
