@@ -7,6 +7,7 @@ import contextlib
 import json
 import os
 import re
+import shutil
 import signal
 import threading
 import urllib.request
@@ -246,6 +247,45 @@ def test_the_third_death_within_a_minute_drains_the_server_and_ends_it_with_code
         assert b"the third death within 60 s" in server.log and b"Traceback" not in server.log
     finally:
         ended(server)
+
+
+def test_a_process_that_cannot_start_again_ends_no_others_and_is_tried_again(tmp_path: Path, tiny_folder: Path) -> None:
+    tokens = tmp_path / "tokens"
+    tokens.write_text("alice " + 16 * "x" + "\n")
+    tokens.chmod(0o600)
+    flags = ("--device", "cpu", "--model-id", str(tiny_folder), "--processes", "2", "--token-file", str(tokens))
+    with running(*flags) as server:
+        tokens.write_text("")  # As a rotation does that is half done.
+        poll(lambda: server.log.count(b"cannot be used, the old stays in force") == 2)
+        os.kill(members(server)[1], signal.SIGKILL)
+        poll(lambda: b"ended with exit code 1; it is tried again in 5 s, the others serve on" in server.log)
+        with Client(server.address, token=16 * "x") as client:
+            assert client.embed("a", pooling="mean", timeout_s=WAIT_S).pooled.shape == (1, 32)
+        tokens.write_text("alice " + 16 * "x" + "\n")
+        poll(lambda: server.log.count(b"listens process") == 3)
+
+
+def test_a_model_that_has_changed_is_not_served_beside_the_old_one(tmp_path: Path, tiny_folder: Path) -> None:
+    folder = shutil.copytree(tiny_folder, tmp_path / "model")
+    with running("--device", "cpu", "--model-id", str(folder), "--processes", "2") as server:
+        children = Path(f"/proc/{server.process.pid}/task/{server.process.pid}/children").read_text().split()
+        (forked_from,) = set(map(int, children)) - set(members(server).values())
+        weights = bytearray((folder / "model.safetensors").read_bytes())
+        weights[-1] ^= 1
+        (folder / "model.safetensors").write_bytes(weights)
+        os.kill(forked_from, signal.SIGKILL)
+        poll(lambda: b"cannot load the model: its files have changed" in server.log)
+        with Client(server.address) as client:
+            assert client.embed("a", pooling="mean", timeout_s=WAIT_S).pooled.shape == (1, 32)
+
+
+def test_a_process_that_hangs_is_killed_and_replaced(tiny_folder: Path) -> None:
+    flags = ("--device", "cpu", "--model-id", str(tiny_folder), "--processes", "2", "--instance-timeout-s", "4")
+    with running(*flags) as server:
+        os.kill(members(server)[2], signal.SIGSTOP)
+        poll(lambda: server.log.count(b"listens process") == 3)
+        assert b"process 2 does not answer for 4 s and is killed" in server.log
+        assert b"process 1 does not" not in server.log
 
 
 def test_a_process_whose_engine_fails_is_replaced_and_its_callers_get_a_hint(tiny_folder: Path) -> None:

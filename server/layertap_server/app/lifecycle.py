@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Final
 
@@ -49,9 +50,15 @@ def stop_signal(*, once: bool = True) -> asyncio.Future[None]:
 
 async def until_lost(batcher: Batcher, *, timeout_s: float) -> None:
     """Gives up instances that make no progress with a batch for so long; returns when no instance is left."""
+    looked_at = runs_since = time.monotonic()
     while batcher.live_instance_count:
         await asyncio.sleep(min(_WATCH_S, timeout_s / 4))
-        batcher.lose_stuck(timeout_s)
+        now = time.monotonic()
+        if now - looked_at > timeout_s / 2 + _WATCH_S:
+            runs_since = now  # The process was stopped, as a paused container is, and its instances with it.
+        looked_at = now
+        if now - runs_since >= timeout_s:
+            batcher.lose_stuck(timeout_s)
 
 
 async def drain(

@@ -96,6 +96,11 @@ class App:
             self._warm()
 
     @property
+    def fingerprint(self) -> str:
+        """What tells the model from all others."""
+        return self._found.fingerprint
+
+    @property
     def parts(self) -> Parts:
         """What serves calls, once prepared."""
         assert self._parts is not None

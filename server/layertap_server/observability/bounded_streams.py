@@ -1,7 +1,7 @@
 """Standard output and standard error whose writes never wait, so that an unread pipe or a full disk delays no call.
 
 A thread writes what is printed and logged; what it has not yet written is bounded. Lines above the bound and lines that
-cannot be written are dropped and counted.
+cannot be written are dropped and counted. Lines of up to 4 KiB stay whole in a pipe that other processes write to too.
 """
 
 from __future__ import annotations
@@ -91,8 +91,10 @@ class BoundedStream(io.TextIOBase):
 
     def _write_all(self, data: bytes) -> None:
         while data:
+            # The system takes so much as one piece, or waits: what other processes write comes before it or after it.
+            end = data.rfind(b"\n", 0, select.PIPE_BUF) + 1 or data.find(b"\n") + 1 or len(data)
             try:
-                data = data[os.write(self._descriptor, data) :]
+                data = data[os.write(self._descriptor, data[:end]) :]
             except BlockingIOError:  # Another process that has the same terminal or pipe open can set this.
                 select.select([], [self._descriptor], [])
             except OSError:

@@ -1,7 +1,8 @@
 """What a supervisor and a process of it say to each other: one JSON object a line, each with one key.
 
 The process says `loaded`, `serving` with its addresses, `metrics`, and `error` where it cannot serve. The supervisor
-says `serve` once all are loaded, and `metrics` at a scrape. To stop, it sends a signal; a closed socket means the same.
+says `serve` once all are loaded, `metrics` at a scrape, and `probe`, which the process repeats. To stop, it sends a
+signal; a closed socket means the same.
 """
 
 from __future__ import annotations

@@ -21,17 +21,26 @@ import sys
 import traceback
 import warnings
 from collections.abc import Callable
-from typing import Any, Final, NoReturn
+from typing import Any, Final, NoReturn, Protocol
 
 from layertap_server import signals
 from layertap_server.config import ConfigError
 
-Load = Callable[[], Any]
+
+class Loaded(Protocol):
+    """What is loaded once."""
+
+    @property
+    def fingerprint(self) -> str:
+        """Tells it from all others."""
+
+
+Load = Callable[[], Loaded]
 """Returns what is loaded once; raises ConfigError."""
 Run = Callable[[Any, socket.socket, int], NoReturn]
 """Runs a process: what is loaded, its socket to the supervisor, and its number."""
 
-_FORK_TIMEOUT_S: Final = 30.0
+_FORK_TIMEOUT_S: Final = 10.0
 _PR_SET_CHILD_SUBREAPER: Final = 36
 
 
@@ -101,8 +110,8 @@ class ForkServer:
         self._socket.setblocking(False)
         self.child = Child(pid)
 
-    async def loaded(self) -> None:
-        """Waits until processes can be forked.
+    async def loaded(self) -> str:
+        """Waits until processes can be forked; returns the fingerprint of what they have.
 
         Raises:
             ConfigError: if the model cannot be served.
@@ -111,9 +120,11 @@ class ForkServer:
         answer = await asyncio.get_running_loop().sock_recv(self._socket, 1 << 16)
         if not answer:
             raise ForkServerLostError
-        if error := json.loads(answer):
-            raise ConfigError(error)
+        found: dict[str, str] = json.loads(answer)
+        if "error" in found:
+            raise ConfigError(found["error"])
         self._socket.settimeout(_FORK_TIMEOUT_S)
+        return found["fingerprint"]
 
     def fork(self, number: int) -> tuple[Child, socket.socket]:
         """Starts a process; returns it, and the socket to it.
@@ -144,7 +155,7 @@ def _run_fork_server(requests: socket.socket, load: Load, run: Run) -> NoReturn:
         loaded = load()
         gc.collect()
         gc.freeze()  # Looking through it for garbage would copy the pages that it lies in.
-        requests.send(json.dumps("").encode())
+        requests.send(json.dumps({"fingerprint": loaded.fingerprint}).encode())
         while True:
             data, descriptors, *_ = socket.recv_fds(requests, 64, 1)
             if not data:
@@ -158,7 +169,7 @@ def _run_fork_server(requests: socket.socket, load: Load, run: Run) -> NoReturn:
             requests.send(str(pid).encode())
         code = 0
     except ConfigError as exc:
-        requests.send(json.dumps(str(exc)).encode())
+        requests.send(json.dumps({"error": str(exc)}).encode())
         code = 2
     except ConnectionError:
         code = 0  # The supervisor has ended.

@@ -76,6 +76,8 @@ async def _follow(
 ) -> None:
     """Answers the supervisor until it is gone, and then stops this process too."""
     async for name, _ in messages:
+        if name == "probe":
+            control.send(name)
         if name == "metrics" and (metrics := app.parts.metrics) is not None:
             control.send("metrics", await asyncio.to_thread(metrics.snapshot))
     if not stopped.done():

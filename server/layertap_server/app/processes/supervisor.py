@@ -4,6 +4,8 @@ Rules:
 - It serves no calls, and imports no torch.
 - The server is ready once all processes are; from then on each is replaced as it ends.
 - A process that ends by itself with a fault is dead. Three deaths within a minute end the server with code 1.
+- What cannot start while other processes serve is no death: it is tried again from time to time.
+- A process that serves and does not answer for --instance-timeout-s hangs, and is killed.
 - At the first signal all processes drain; the second ends them at once, as does one before the server is ready.
 """
 
@@ -30,6 +32,12 @@ log = logging.getLogger(__name__)
 _MAX_DEATHS: Final = 3
 _DEATHS_S: Final = 60.0
 """So many deaths within so many seconds end the server."""
+_RETRY_S: Final = 5.0
+"""How long what could not start waits, while other processes serve, before it is tried again."""
+_PROBE_COUNT: Final = 4
+"""A process that answers none of so many probes hangs."""
+_MIN_PROBE_S: Final = 1.0
+"""The least time between them."""
 _LAST_S: Final = 15.0
 """How long draining may take beside the grace for calls."""
 _SCRAPE_S: Final = 2.0
@@ -44,7 +52,8 @@ class _Process:
 
     def __init__(self, number: int, child: Child, control: Control) -> None:
         self.number, self.child, self.control = number, child, control
-        self.loaded = self.serving = False
+        self.loaded = self.serving = self.has_served = False
+        self.unanswered_count = 0
         self.scrape: asyncio.Future[Any] | None = None
 
 
@@ -58,6 +67,7 @@ class Supervisor:
         self._start_fork_server = start_fork_server
         self._announce = announce
         self._fork_server = start_fork_server()
+        self._fingerprint = ""
         self._can_fork = asyncio.Event()
         self._processes: dict[int, _Process] = {}
         self._deaths: deque[float] = deque(maxlen=_MAX_DEATHS)
@@ -76,8 +86,8 @@ class Supervisor:
         for number in signals.stopping():
             self._loop.add_signal_handler(number, self._signalled, number)
         log.info("layertap-server starts %d processes", self._config.processes)
-        keeping = [self._keep_fork_server(), *(self._keep(n + 1) for n in range(self._config.processes))]
-        tasks = [asyncio.create_task(one) for one in keeping]
+        keeping = [self._keep(n + 1) for n in range(self._config.processes)]
+        tasks = [asyncio.create_task(one) for one in (self._keep_fork_server(), self._watch(), *keeping)]
         for task in tasks:
             task.add_done_callback(self._note_failure)
         try:
@@ -123,11 +133,6 @@ class Supervisor:
             log.info("stopped")
             self._outcome.set_result(self._code)
 
-    def _end_start(self) -> None:
-        if not self._outcome.done():
-            log.error("a process has ended while the server started")
-            self._outcome.set_result(1)
-
     def _kill(self) -> None:
         """Ends at once what still runs."""
         for child in (self._fork_server.child, *(one.child for one in self._processes.values())):
@@ -143,7 +148,11 @@ class Supervisor:
         while True:
             server = self._fork_server
             try:
-                await server.loaded()
+                found = await server.loaded()
+                if found != (self._fingerprint or found):
+                    server.kill()
+                    raise ConfigError("its files have changed; start the server again to serve what they have now")
+                self._fingerprint = found
                 self._can_fork.set()
             except ConfigError as exc:
                 if not self._ready:
@@ -153,11 +162,7 @@ class Supervisor:
                 pass  # It has ended.
             code = await server.child.ended()
             self._can_fork.clear()
-            if self._stopping:
-                return
-            self._died("the process that others are forked from", code)
-            if not self._ready:
-                self._end_start()
+            if self._stopping or not await self._died("the process that others are forked from", code):
                 return
             self._fork_server = self._start_fork_server()
 
@@ -173,16 +178,14 @@ class Supervisor:
             process.control.close()
             died = code != 0 and not self._stopping
             self.metrics.ended(number, died=died)
-            if not self._stopping:
-                if died:
-                    self._died(f"process {number}", code)
-                else:
-                    log.info("process %d was stopped", number)
-                if not self._ready:
-                    self._end_start()
+            if self._stopping:
+                if not self._processes:
+                    self._end()
+            elif died or not self._ready:
+                if not await self._died(f"process {number}", code, has_served=process.has_served):
                     return
-            elif not self._processes:
-                self._end()
+            else:
+                log.info("process %d was stopped", number)
 
     async def _fork(self, number: int) -> _Process:
         while True:
@@ -191,18 +194,43 @@ class Supervisor:
                 child, end = self._fork_server.fork(number)
             except ForkServerLostError:
                 self._can_fork.clear()
+                self._fork_server.kill()  # It may hang.
                 continue
             return _Process(number, child, await Control.open(end))
 
-    def _died(self, what: str, code: int) -> None:
+    async def _died(self, what: str, code: int, *, has_served: bool = False) -> bool:
+        """Logs an end by a fault; returns whether to start a successor, once it is time to."""
         how = f"by signal {-code}" if code < 0 else f"with exit code {code}"
         now = time.monotonic()
+        if not self._ready:
+            if not self._outcome.done():
+                log.error("%s ended %s while the server started", what, how)
+                self._outcome.set_result(1)
+            return False
+        if not has_served and self._serving_count:
+            log.error("%s ended %s; it is tried again in %.0f s, the others serve on", what, how, _RETRY_S)
+            await asyncio.sleep(_RETRY_S)
+            return not self._stopping
         self._deaths.append(now)
-        if len(self._deaths) == _MAX_DEATHS and now - self._deaths[0] < _DEATHS_S and self._ready:
+        if len(self._deaths) == _MAX_DEATHS and now - self._deaths[0] < _DEATHS_S:
             log.error("%s ended %s, the third death within %.0f s: the server ends", what, how, _DEATHS_S)
             self._stop(1)
-        else:
-            log.error("%s ended %s and is replaced", what, how)
+            return False
+        log.error("%s ended %s and is replaced", what, how)
+        return True
+
+    async def _watch(self) -> None:
+        """Kills processes that serve and hang."""
+        timeout_s = self._config.instance_timeout_s
+        while True:
+            # Probes are counted, not seconds: all processes may have been stopped for a while, this one too.
+            await asyncio.sleep(max(timeout_s / _PROBE_COUNT, _MIN_PROBE_S))
+            for process in self._processes.values():
+                if process.serving and process.unanswered_count >= _PROBE_COUNT:
+                    log.error("process %d does not answer for %.0f s and is killed", process.number, timeout_s)
+                    process.child.signal(signal.SIGKILL)
+                process.unanswered_count += 1
+                process.control.send("probe")
 
     async def _follow(self, process: _Process) -> None:
         """Reads what a process says until it has ended.
@@ -211,11 +239,12 @@ class Supervisor:
             ConfigError: if it cannot serve, and the server is not ready yet.
         """
         async for name, value in process.control.messages():
+            process.unanswered_count = 0
             if name == "loaded":
                 process.loaded = True
                 self._let_serve(process)
             elif name == "serving":
-                process.serving = not self._stopping
+                process.serving = process.has_served = not self._stopping
                 if not self._ready and self._serving_count == self._config.processes:
                     self._announce(value["address"], value["http_url"])
                     self._ready = True

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import subprocess
 import sys
@@ -42,6 +43,16 @@ def test_what_is_written_arrives_in_order(pipe: tuple[int, int]) -> None:
     data = wanted.encode("utf-8", "backslashreplace")
     assert read(pipe[0], len(data)) == data and stream.dropped_line_count == 0
     assert stream.writable() and stream.fileno() == pipe[1] and not stream.isatty() and stream.encoding == "utf-8"
+
+
+def test_lines_of_several_writers_of_one_pipe_stay_whole_when_it_is_full(pipe: tuple[int, int]) -> None:
+    fcntl.fcntl(pipe[1], fcntl.F_SETPIPE_SZ, 4096)
+    streams = {letter: BoundedStream(pipe[1]) for letter in "ab"}
+    lines = [100 * letter + "\n" for letter in streams for _ in range(500)]
+    for line in lines:
+        streams[line[0]].write(line)
+    found = read(pipe[0], 101 * 1000).decode().splitlines(keepends=True)
+    assert sorted(found) == sorted(lines)
 
 
 def test_a_line_that_is_cut_still_ends(pipe: tuple[int, int]) -> None:
