@@ -20,6 +20,7 @@ from support import ROOT, running
 from layertap import Client
 from layertap_server import cli
 from layertap_server.config import Config
+from layertap_server.observability.metrics_sum import MetricsSum
 
 DEPLOY = ROOT / "deploy"
 FILES = sorted(path for path in DEPLOY.rglob("*") if path.suffix in (".yaml", ".yml"))
@@ -59,6 +60,7 @@ def test_a_stopping_server_has_its_grace_everywhere() -> None:
     assert int(compose["services"]["layertap-0"]["stop_grace_period"].removesuffix("s")) > GRACE_S
     unit = (DEPLOY / "systemd/layertap.service").read_text()
     assert int(re.search(r"TimeoutStopSec=(\d+)", unit)[1]) > Config().grace_s
+    assert "RestartPreventExitStatus" not in unit  # What cannot be used at one start may be usable at the next.
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(DEPLOY)))
@@ -103,6 +105,8 @@ def test_every_metric_that_is_asked_for_is_there_with_its_labels(url: str) -> No
         for sample in family.samples:
             labels.setdefault(sample.name, {"job", "instance"}).update(sample.labels)
     labels["layertap_device_memory_bytes"] |= {"device", "kind"}  # A CPU has none of these samples.
+    for family in MetricsSum(lambda: None, lambda: (2, 2)).collect():  # Of a server with --processes.
+        labels |= {sample.name: {"job", "instance"} for sample in family.samples}
     for expression in _expressions():
         asked = re.findall(r"\b((?:layertap|process)_\w+)(?:\{([^}]*)\})?", expression)
         assert asked or "up{" in expression, expression

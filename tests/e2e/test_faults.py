@@ -6,9 +6,7 @@ import contextlib
 import queue
 import signal
 import threading
-import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import grpc
@@ -16,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from grpc_health.v1 import health_pb2, health_pb2_grpc
-from support import Server, faulty, poll, running, worst
+from support import Server, faulty, running, worst
 from support.faulty import Demand
 from support.oracle import Oracle
 
@@ -181,21 +179,6 @@ def test_lost_instances_fail_their_callers_and_the_last_one_ends_the_server(tiny
         server.stop()
         assert b"2 instances" in server.log and b"0 of 2 are left" in server.log
         assert server.log.decode().splitlines()[-1].startswith("layertap-server: the engine has failed")
-
-
-@pytest.mark.one_process
-def test_a_server_that_was_stopped_for_a_while_loses_no_instance(tiny_folder: Path) -> None:
-    flags = ("--device", "cpu", "--model-id", str(tiny_folder), "--instance-timeout-s", "2", "--batch-s", "1")
-    few = ("--instances", "1", "--max-batch-tokens", "65536")
-    with running(*flags, *few, script=SCRIPT) as server, Client(server.address, retries=0) as client:
-        since = encoded(server)
-        with ThreadPoolExecutor(1) as pool:
-            call = pool.submit(client.embed, 100 * ["paris " * 500], pooling="mean", timeout_s=WAIT_S)
-            poll(lambda: encoded(server) > since)
-            server.signal(signal.SIGSTOP)  # As a container is paused, or a virtual machine.
-            time.sleep(3.5)  # Longer than an instance may make no progress.
-            server.signal(signal.SIGCONT)
-            assert call.result().pooled.shape == (100, 32)
 
 
 # Callers who leave, deadlines that pass, servers that end: on one slow instance, whose batches are counted.

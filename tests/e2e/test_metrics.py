@@ -282,13 +282,6 @@ def test_every_rpc_of_the_contract_has_its_metrics() -> None:
     assert set(wire.RPC_NAMES) == set(pb.DESCRIPTOR.services_by_name["EmbeddingService"].methods_by_name)
 
 
-def test_every_metric_that_an_alert_asks_for_is_there(url: str) -> None:
-    asked = set(re.findall(r"\b(?:layertap|process)_\w+", RULES.read_text())) - {"layertap_server"}
-    found = Exposed(url)
-    there = {name for name, _ in found.samples} | {family.name for family in found.families}
-    assert len(asked) > 10 and asked <= there, asked - there
-
-
 def test_names_are_as_prometheus_wants_them(url: str) -> None:
     for family in Exposed(url).families:
         if family.name.startswith("layertap_"):

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
 import queue
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import pytest
+from support import poll
 
 from layertap import InternalError, UnavailableError
+from layertap_server.app.lifecycle import until_lost
 from layertap_server.scheduler.batcher import Batcher
 from layertap_server.scheduler.events import CallFailed, Event, RowsReady, RunDone
 from layertap_server.scheduler.queue_limits import QueueLimits
@@ -150,3 +154,22 @@ def test_a_instance_without_work_is_not_stuck(batcher: Batcher) -> None:
     assert isinstance(Caller(batcher, 0).outcome(), RunDone)
     batcher.lose_stuck(timeout_s=1000)
     assert batcher.live_instance_count == 2
+
+
+def test_an_instance_is_not_given_up_for_the_time_that_the_whole_process_was_stopped(
+    batcher: Batcher, engines: list[Engine]
+) -> None:
+    async def stopped_for(seconds: float) -> None:
+        watch = asyncio.create_task(until_lost(batcher, timeout_s=2.0))
+        await asyncio.sleep(0)
+        time.sleep(seconds)  # As in a paused container, the loop does not run either.
+        await asyncio.sleep(0.6)
+        watch.cancel()
+
+    caller = Caller(batcher, STUCK)
+    poll(lambda: any(engine.running.is_set() for engine in engines))
+    asyncio.run(stopped_for(2.5))
+    assert batcher.live_instance_count == 2
+    for engine in engines:
+        engine.leave.set()
+    assert isinstance(caller.outcome(), RunDone)
