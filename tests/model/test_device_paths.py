@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import threading
 from collections.abc import Callable, Sequence
@@ -13,7 +14,7 @@ import safetensors.torch
 import torch
 from support import family
 from support.oracle import Oracle
-from support.simulated_gpu import SimulatedGpu, TransferCount
+from support.simulated_gpu import SimulatedGpu, TransferCount, fake_cuda
 from torch.nn import functional as F
 
 from layertap_server.engine.device_attention import DeviceAttention
@@ -202,13 +203,29 @@ def _of_windows(outputs: Sequence[Output]) -> Plan:
     return plan
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("prefers_fast", [False, True], ids=["plain ways", "fast ways"])
+@pytest.mark.parametrize(
+    ("device", "dtype", "prefers_fast"),
+    [
+        ("meta", "float32", False),
+        ("meta", "bfloat16", False),
+        ("meta", "bfloat16", True),
+        ("cuda:0", "float32", False),
+        ("cuda:0", "float16", True),
+    ],
+)
 def test_a_batch_is_one_upload_and_nothing_waits_for_the_device(
-    tiny: Checkpoint, dtype: str, prefers_fast: bool, tmp_path: Path
+    tiny: Checkpoint, device: str, dtype: str, prefers_fast: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    gpu = SimulatedGpu("meta", prefers_fast=prefers_fast)
-    encoder = Encoder(tiny, device="meta", dtype=dtype, runtime=gpu, sentences=_sentences(tmp_path))
+    sentences = _sentences(tmp_path)
+    with fake_cuda(monkeypatch) if device != "meta" else contextlib.nullcontext():
+        _runs_without_waiting(tiny, device, dtype, prefers_fast, sentences)
+
+
+def _runs_without_waiting(
+    tiny: Checkpoint, device: str, dtype: str, prefers_fast: bool, sentences: SentenceConfig
+) -> None:
+    gpu = SimulatedGpu(device, prefers_fast=prefers_fast)
+    encoder = Encoder(tiny, device=device, dtype=dtype, runtime=gpu, sentences=sentences)
     long = _long_text()
     windows = Run(
         plan=_of_windows([*EVERY_OUTPUT, *OF_MODULES]), texts=[long.part(n) for n in range(long.window_count)]
@@ -227,7 +244,7 @@ def test_a_batch_is_one_upload_and_nothing_waits_for_the_device(
             _run(texts[:1], ALL_LAYERS, dtype="float16"),
         ]
         uploads = gpu.uploads
-        with TransferCount("meta") as count:
+        with TransferCount(gpu.device.type) as count:
             found = list(encoder.encode(batch))
         assert gpu.uploads == uploads + 1
         assert count.operators > 50
