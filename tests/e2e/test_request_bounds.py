@@ -15,6 +15,7 @@ import psutil
 import pytest
 from google.protobuf.message import Message
 from support import Server
+from support.answers import IDENTITY
 from support.in_process import serving
 
 from layertap.errors import InvalidArgumentError
@@ -24,7 +25,6 @@ from layertap.v1 import embedding_pb2_grpc
 from layertap_server.compat import kserve
 from layertap_server.compat import open_inference_pb2 as inference
 from layertap_server.model.checkpoint import EMBEDDED_MODEL
-from layertap_server.model.facts import ModelFacts
 from layertap_server.model.sentence_config import SentenceConfig
 from layertap_server.model.tokenizer import Tokenizer
 from layertap_server.observability.call_log import Record
@@ -53,24 +53,7 @@ def stub(tiny_server: Server) -> Iterator[embedding_pb2_grpc.EmbeddingServiceStu
 @pytest.fixture(scope="module")
 def preprocessor() -> Preprocessor:
     tokenizer = Tokenizer(EMBEDDED_MODEL)
-    model = ModelFacts(
-        model_id="m",
-        fingerprint="f",
-        layer_count=2,
-        hidden_size=8,
-        head_count=1,
-        vocab_size=30522,
-        type_vocab_size=2,
-        max_length=512,
-        default_max_length=512,
-        has_pooler_output=False,
-        pad_token_id=0,
-        special_token_ids=(),
-        special_tokens={},
-        padding_side="right",
-        has_token_type_ids=True,
-        model_type="bert",
-    )
+    model = dataclasses.replace(IDENTITY, vocab_size=30522)
     limits = Limits(**{field.name: 1 << 20 for field in pb.Limits.DESCRIPTOR.fields})
     return Preprocessor(model=model, limits=limits, sentences=SentenceConfig(max_length=512), tokenizer=tokenizer)
 

@@ -2,32 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
+from support.answers import IDENTITY
 
 from layertap.errors import InvalidArgumentError
-from layertap_server.model.facts import ModelFacts
 from layertap_server.protocol import validation
 from layertap_server.types import Text
 
-MODEL = ModelFacts(
-    model_id="tiny",
-    fingerprint="0" * 64,
-    layer_count=2,
-    hidden_size=8,
-    head_count=2,
-    vocab_size=100,
-    type_vocab_size=2,
-    max_length=4,
-    default_max_length=4,
-    has_pooler_output=True,
-    pad_token_id=0,
-    special_token_ids=(1, 2),
-    special_tokens={},
-    padding_side="right",
-    has_token_type_ids=True,
-    model_type="bert",
-)
+MODEL = dataclasses.replace(IDENTITY, vocab_size=100, max_length=4)
 
 
 def text(ids: list[int], types: list[int] | None = None) -> Text:
