@@ -49,8 +49,8 @@ class Config:
     dtype: str = _device(
         "float32",
         "What matrices are multiplied in; the residual stream stays float32. float32 is within 2e-5 of transformers "
-        "in every value, bfloat16 and float16 within 0.1. auto: bfloat16 on a GPU that has it, else float32. float16 "
-        "needs cuda.",
+        "in every value of a token, bfloat16 and float16 within 0.1. auto: bfloat16 on a GPU that has it, else "
+        "float32. float16 needs cuda.",
         choices=("float32", "auto", "bfloat16", "float16"),
     )
     instances: int = _device(

@@ -28,7 +28,8 @@ class Tokens(ByText):
     computed; padding that is there only to make the arrays rectangular is not.
 
     Attributes:
-        tokens: The pieces of each text, padding included up to its token_counts.
+        tokens: The pieces of each text, padding included up to its token_counts, as transformers' `tokenize` and
+            `tokens()` have them. An unknown piece may be spelt as in the text; `input_ids` says which are unknown.
         input_ids: Shape: [text_count, length].
         attention_mask: Shape: [text_count, length]; 1 for tokens, 0 for padding.
         token_type_ids: Shape: [text_count, length].

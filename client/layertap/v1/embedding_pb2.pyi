@@ -2050,7 +2050,9 @@ class TokenizedText(_message.Message):
     """Whether tokens were cut."""
     @_builtins.property
     def tokens(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """The pieces as the vocabulary spells them, such as "##ing"."""
+        """The pieces, such as "##ing", as tokens() of transformers' BatchEncoding has them. An
+        unknown piece may be spelt as in the text; input_ids says which are unknown.
+        """
 
     @_builtins.property
     def input_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
