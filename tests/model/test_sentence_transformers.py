@@ -21,27 +21,27 @@ import tokenizers
 from huggingface_hub.utils import filter_repo_objects
 from sentence_transformers import SentenceTransformer
 from support import Server, open_client, running
+from support.sentence_folders import (
+    MODULE,
+    POOLING,
+    QUERY,
+    TRANSFORMER,
+    modules,
+    read,
+    save_instructed,
+    write,
+)
 from tokenizers import normalizers
 
-from layertap import Client, FailedPreconditionError, InvalidArgumentError, TokenIds
+from layertap import Client, FailedPreconditionError, InvalidArgumentError
 from layertap._protocol.responses import ModelPin
 from layertap.sentence_transformers import Encoding
-from layertap_server.model import checkpoint, sentence_modules
-from layertap_server.model import sentence_config as sentences
-from layertap_server.types import Strategy
+from layertap_server.model import checkpoint
 
 BOUND = 1e-5
 SHORT = ["A guitar is played.", "", "漢字 and Ünïcode 😀", "Query"]
 TEXTS = [*SHORT, "a long tale " * 300, "word " * 254, "word " * 255]
 MANY = [f"number {n} " * (n % 5) for n in range(300)]
-
-QUERY = "Represent the query, please: "
-QUERY_WORDS = ("Represent", "the", "query", ",", "please", ":")
-POOLINGS = ["cls", "max", "mean", "mean_sqrt_len_tokens", "lasttoken"]
-MODULE = "sentence_transformers.models."
-TRANSFORMER = {"path": "", "type": MODULE + "Transformer"}
-POOLING = {"path": "1_Pooling", "type": MODULE + "Pooling"}
-NORMALIZE = {"path": "2_Normalize", "type": MODULE + "Normalize"}
 
 
 def same(found: Any, wanted: Any) -> None:
@@ -49,19 +49,6 @@ def same(found: Any, wanted: Any) -> None:
     wanted = np.asarray(wanted)
     assert (found.shape, found.dtype) == (wanted.shape, wanted.dtype)
     assert np.abs(found - wanted).max(initial=0.0) <= BOUND
-
-
-def write(folder: Path, **files: Any) -> Path:
-    """Writes JSON files, `1_Pooling__config` as 1_Pooling/config.json."""
-    for name, contents in files.items():
-        path = folder / (name.removeprefix("_").replace("__", "/") + ".json")
-        path.parent.mkdir(exist_ok=True)
-        path.write_text(json.dumps(contents))
-    return folder
-
-
-def modules(*given: dict[str, str]) -> list[dict[str, Any]]:
-    return [{"idx": n, "name": str(n), **one} for n, one in enumerate(given)]
 
 
 class Judge:
@@ -85,20 +72,7 @@ def real_judge(real_folder: Path) -> Judge:
 
 @pytest.fixture(scope="module")
 def instructed(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """All poolings joined, without the prompt; normalized, then cut; a default prompt; a low length."""
-    folder = tmp_path_factory.mktemp("models") / "instructed"
-    shutil.copytree(tiny_folder, folder)
-    return write(
-        folder,
-        modules=modules(TRANSFORMER, POOLING, NORMALIZE),
-        sentence_bert_config={"max_seq_length": 24, "do_lower_case": False},
-        config_sentence_transformers={
-            "prompts": {"query": QUERY, "passage": "passage: ", "long": "long " * 40},
-            "default_prompt_name": "query",
-            "truncate_dim": 150,
-        },
-        _1_Pooling__config={"embedding_dimension": 32, "pooling_mode": POOLINGS, "include_prompt": False},
-    )
+    return save_instructed(tiny_folder, tmp_path_factory.mktemp("models") / "instructed")
 
 
 @pytest.fixture(scope="module")
@@ -302,95 +276,6 @@ def test_a_model_with_other_modules_is_served_but_does_not_encode(tiny_folder: P
         assert b"Dense" in server.log
 
 
-# Prompts of the other methods.
-
-
-def vectors(client: Any, method: str, texts: list[str], **options: Any) -> np.ndarray:
-    """Returns the last layer's first row of each text, by any of the three methods."""
-    if method == "embed":
-        return client.embed(texts, **options).last_hidden_state[:, 0]
-    if method == "embed_layers":
-        parts = list(client.embed_layers(texts, layers=[-1], **options))
-        found = {text: rows[0] for part in parts for text, rows in zip(part.texts, part.rows, strict=True)}
-        return np.stack([found[n] for n in range(len(texts))])
-    return np.stack([one.embedding.last_hidden_state[0, 0] for one in client.embed_stream(texts, **options)])
-
-
-@pytest.mark.parametrize("method", ["embed", "embed_layers", "embed_stream"])
-def test_a_prompt_is_as_if_it_stood_before_each_text(tiny: Any, method: str) -> None:
-    found = vectors(tiny, method, SHORT, prompt="query: ")
-    same(found, vectors(tiny, method, ["query: " + text for text in SHORT]))
-    assert np.abs(found - vectors(tiny, method, SHORT)).max() > 0.01
-    same(vectors(tiny, method, SHORT, prompt_name="query"), vectors(tiny, method, SHORT))
-
-
-@pytest.mark.parametrize("method", ["embed", "embed_stream"])
-def test_words_of_a_named_prompt_are_strings_too(
-    kind: str, method: str, instructed: Path, served: dict[Path, Server]
-) -> None:
-    client = open_client(kind, served[instructed].address)
-    for options in ({"prompt_name": "query"}, {"prompt": QUERY}):
-        for text, own in (("I love Paris", ("I", "love", "Paris")), (("I love", "Rome"), ("I", "love", "Rome"))):
-            found = getattr(client, method)([text], words="mean", **options)
-            words = found.words if method == "embed" else next(iter(found)).embedding.words
-            assert words.strings == ((*QUERY_WORDS, *own),)
-    client.close()
-
-
-def test_tokens_are_those_of_the_prompt_too(tiny: Any) -> None:
-    tokens = tiny.embed("Paris", prompt="to ", return_tokens=True).tokens
-    assert tokens.tokens == [["[CLS]", "to", "paris", "[SEP]"]]
-    assert tokens.offset_mapping[0, 2].tolist() == [3, 8]
-
-
-@pytest.mark.parametrize(
-    ("item", "called"),
-    [
-        (["some", "words"], "words"),
-        ([101, 102], "token ids"),
-        (TokenIds([101]), "token ids"),
-    ],
-)
-def test_words_and_token_ids_take_no_prompt(tiny: Any, item: Any, called: str) -> None:
-    with pytest.raises(InvalidArgumentError, match=rf"inputs\[1\] is {called}"):
-        tiny.embed(["fine", item], prompt="query: ")
-    good, bad = tiny.embed_stream(["fine", item], prompt="query: ")
-    assert good.error is None and f"item 1 is {called}" in str(bad.error)
-    assert len(tiny.embed(["fine", item], prompt="")) == 2
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"prompt_name": "secret"}, "has document, query"),
-        ({"prompt": "a" * 10_001}, "10001 characters, the most is 10000"),
-        ({"prompt": 5}, "prompt is of type int"),
-        ({"prompt_name": "\ud800"}, "lone surrogate"),
-    ],
-    ids=str,
-)
-def test_prompts_that_cannot_be_are_refused(tiny: Any, options: dict[str, Any], message: str) -> None:
-    for ask in (
-        lambda: tiny.embed("a text", **options),
-        lambda: list(tiny.embed_stream(["a text"], **options)),
-        lambda: tiny.encode("a text", **options),
-    ):
-        with pytest.raises(InvalidArgumentError, match=message) as caught:
-            ask()
-        assert "secret" not in str(caught.value)
-
-
-def test_a_text_that_is_all_prompt_has_nothing_to_pool(kind: str, instructed: Path, served: dict[Path, Server]) -> None:
-    client = open_client(kind, served[instructed].address)
-    # A prompt is counted by itself, and this one has more pieces than it has together with the text.
-    alone, together = client.tokenize(["unknow", "unknown"]).token_counts.tolist()
-    assert alone - 1 >= together
-    for strategy in ("mean", "cls", "last"):
-        with pytest.raises(InvalidArgumentError, match=r"inputs\[0\] has nothing to pool over"):
-            client.embed(["n"], prompt="unknow", pooling=strategy)
-    client.close()
-
-
 # What encode refuses.
 
 
@@ -452,40 +337,6 @@ def test_a_batch_size_bounds_what_is_sent_at_once(tiny_server: Server) -> None:
     assert Encoding(MANY[:7], info, batch_size=7, **options).request() is not None
 
 
-# What a folder says.
-
-
-def read(folder: Path) -> sentences.SentenceConfig:
-    return sentences.read(folder, hidden_size=32, max_length=600, position_count=512, truncation="right")
-
-
-def test_without_modules_nothing_else_is_read(tmp_path: Path) -> None:
-    write(
-        tmp_path,
-        sentence_bert_config={"max_seq_length": 9},
-        config_sentence_transformers={"prompts": {"query": "q: "}},
-        _1_Pooling__config={"pooling_mode": "cls"},
-    )
-    assert read(tmp_path) == sentences.SentenceConfig(max_length=512)
-
-
-@pytest.mark.parametrize(
-    ("pooling", "strategies"),
-    [
-        ({}, (Strategy.MEAN,)),
-        ({"pooling_mode": "lasttoken"}, (Strategy.LAST,)),
-        ({"pooling_mode": ["mean", "cls"]}, (Strategy.MEAN, Strategy.CLS)),
-        ({"pooling_mode": "max", "pooling_mode_mean_tokens": True}, (Strategy.MAX,)),
-        ({"pooling_mode_mean_tokens": False}, (Strategy.MEAN,)),
-        ({"pooling_mode_lasttoken": True, "pooling_mode_max_tokens": True}, (Strategy.MAX, Strategy.LAST)),
-    ],
-)
-def test_poolings_by_name_and_by_flag(tmp_path: Path, pooling: Any, strategies: tuple[Strategy, ...]) -> None:
-    write(tmp_path, modules=modules(TRANSFORMER, POOLING), _1_Pooling__config=pooling)
-    found = read(tmp_path)
-    assert (found.strategies, found.unsupported) == (strategies, "")
-
-
 def test_what_the_installed_sentence_transformers_writes_is_read(
     tmp_path: Path, real_judge: Judge, real_folder: Path
 ) -> None:
@@ -493,75 +344,6 @@ def test_what_the_installed_sentence_transformers_writes_is_read(
     saved = read(tmp_path / "saved")
     # Its length has moved to the tokenizer, whose word for it is an argument here.
     assert dataclasses.replace(saved, max_length=256) == read(real_folder)
-
-
-UNSUPPORTED = {
-    "Dense": {"modules": modules(TRANSFORMER, POOLING, {"path": "2", "type": MODULE + "Dense"})},
-    "custom.Thing": {"modules": modules(TRANSFORMER, {"path": "1", "type": "custom.Thing"})},
-    "no Pooling": {"modules": modules(TRANSFORMER)},
-    "module Normalize: 2_Normalize/config.json works on the vector before there is one": {
-        "modules": modules(TRANSFORMER, NORMALIZE, POOLING)
-    },
-    "no module Transformer at place 0": {"modules": modules(TRANSFORMER | {"path": "0_BERT"}, POOLING)},
-    "not the model's own": {"modules": modules(TRANSFORMER, POOLING | {"path": "../1_Pooling"})},
-    "names a folder that": {"modules": modules(TRANSFORMER, POOLING | {"path": "1_\0Pooling"})},
-    "modules.json cannot be read": {"modules": {"no": "list"}},
-    "weightedmean": {"_1_Pooling__config": {"pooling_mode_weightedmean_tokens": True}},
-    "on token rows after they are pooled": {"_2_Normalize__config": {"module_input_name": "token_embeddings"}},
-    "sets processing_kwargs": {"sentence_bert_config": {"processing_kwargs": {"text": {"max_length": 5}}}},
-    "sets transformer_task": {"sentence_bert_config": {"transformer_task": "fill-mask"}},
-    "max_seq_length": {"sentence_bert_config": {"max_seq_length": "256"}},
-    "model_type SparseEncoder": {"config_sentence_transformers": {"model_type": "SparseEncoder"}},
-    "default_prompt_name": {"config_sentence_transformers": {"default_prompt_name": "nobody"}},
-    "no strings": {"config_sentence_transformers": {"prompts": {"query": 5}}},
-    "truncate_dim": {"config_sentence_transformers": {"truncate_dim": 0}},
-}
-
-
-@pytest.mark.parametrize("reason", UNSUPPORTED)
-def test_what_cannot_be_done_is_named(tmp_path: Path, reason: str) -> None:
-    write(tmp_path, **{"modules": modules(TRANSFORMER, POOLING, NORMALIZE)} | UNSUPPORTED[reason])
-    assert reason in read(tmp_path).unsupported
-    (tmp_path / "modules.json").write_bytes(b"\xff")
-    assert "modules.json cannot be read" in read(tmp_path).unsupported
-
-
-def test_what_a_folder_calls_its_modules_makes_no_endless_error(tmp_path: Path) -> None:
-    write(tmp_path, modules=modules(TRANSFORMER, {"path": "1", "type": "a\nb" * 1000}))
-    found = read(tmp_path).unsupported
-    assert len(found) < 1100 and found.isprintable()
-
-
-def test_all_that_a_folder_says_is_in_the_fingerprint_and_no_reason_is() -> None:
-    one = sentences.SentenceConfig(max_length=256)
-    changed = {
-        "max_length": 128,
-        "truncation": "left",
-        "strategies": (Strategy.CLS,),
-        "normalize": True,
-        "dimensions": 5,
-        "lower_case": True,
-        "prompts": {"query": "q: "},
-        "default_prompt_name": "query",
-        "include_prompt": False,
-        "token_modules": (sentence_modules.Normalize(of_tokens=True),),
-        "vector_modules": (
-            sentence_modules.Dense(
-                of_tokens=False,
-                in_size=32,
-                out_size=4,
-                has_bias=True,
-                activation="Tanh",
-                has_residual=False,
-                weights=Path("x"),
-                digest="0",
-            ),
-        ),
-    }
-    assert {field.name for field in dataclasses.fields(one)} == {*changed, "unsupported"}
-    others = [dataclasses.replace(one, **{name: value}).description for name, value in changed.items()]
-    assert len({one.description, *others}) == len(changed) + 1
-    assert dataclasses.replace(one, unsupported="a reason").description == one.description
 
 
 def test_hub_downloads_have_all_that_is_read() -> None:
