@@ -5,7 +5,7 @@ Every method has the same name, arguments and errors; it awaits, and every itera
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterable, AsyncIterator, Iterable
+from collections.abc import AsyncGenerator, AsyncIterable, Iterable
 from types import TracebackType
 from typing import TYPE_CHECKING, Self, Unpack
 
@@ -100,7 +100,7 @@ class AsyncClient(AsyncSentenceClient):
         timeout_s: float | None = None,
         metadata: Metadata = (),
         **options: Unpack[LayerOptions],
-    ) -> AsyncIterator[LayerRows]:
+    ) -> AsyncGenerator[LayerRows, None]:
         """See `Client.embed_layers`."""
         request = requests.embed_layers(inputs, options)
         return self._transport.embed_layers(request, self._connection.call(timeout_s, metadata))
@@ -115,7 +115,7 @@ class AsyncClient(AsyncSentenceClient):
         reconnect_timeout_s: float | None = None,
         metadata: Metadata = (),
         **options: Unpack[EmbedOptions],
-    ) -> AsyncIterator[StreamResult]:
+    ) -> AsyncGenerator[StreamResult, None]:
         """See `Client.embed_stream`; `inputs` may also be an async iterable."""
         state = StreamState(requests.embed_stream(options), ordered=ordered, pin=self._transport.pin)
         if not isinstance(inputs, AsyncIterable):

@@ -7,7 +7,7 @@ at the first call, not in the constructor, and anew in a forked child. Threads m
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable
 from types import TracebackType
 from typing import TYPE_CHECKING, Self, Unpack
 
@@ -170,7 +170,7 @@ class Client(SentenceClient):
         timeout_s: float | None = None,
         metadata: Metadata = (),
         **options: Unpack[LayerOptions],
-    ) -> Iterator[LayerRows]:
+    ) -> Generator[LayerRows, None, None]:
         """Embeds texts and yields the rows of each layer as they arrive, while the server still computes later layers.
 
         Arguments and errors are those of `embed`. Each text comes once in each layer, whole. The layers of
@@ -189,7 +189,7 @@ class Client(SentenceClient):
         reconnect_timeout_s: float | None = None,
         metadata: Metadata = (),
         **options: Unpack[EmbedOptions],
-    ) -> Iterator[StreamResult]:
+    ) -> Generator[StreamResult, None, None]:
         """Embeds any number of texts over one call, in bounded memory, and resumes after a lost connection.
 
         Args:

@@ -6,6 +6,7 @@ Only what a user can import is used, and nothing is cast or ignored.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import sys
 from collections.abc import AsyncIterator, Iterator
 from typing import Any, assert_type
@@ -253,6 +254,8 @@ def use(target: str, extras: bool) -> None:
                 assert_type(rows, Floats)
                 assert part.layer >= 0
         look_at_a_stream(client.embed_stream(corpus(), pooling="mean", ordered=False, on_error="return"))
+        with contextlib.closing(client.embed_stream(corpus(), pooling="mean")) as results:
+            assert next(results).index == 0
         look_at_errors(client)
     client.close()
 
@@ -267,6 +270,8 @@ async def use_async(target: str) -> None:
         assert (await client.encode("I love Paris", precision="ubinary")).shape == (48,)
         async for part in client.embed_layers("I love Paris"):
             assert_type(part, LayerRows)
+        async with contextlib.aclosing(client.embed_layers("I love Paris")) as parts:
+            assert (await anext(parts)).layer == 0
         async for result in client.embed_stream(async_corpus(), pooling="mean"):
             assert_type(result, StreamResult)
     await client.close()

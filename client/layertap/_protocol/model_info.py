@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Final, cast
+from typing import Any, Final, cast
+
+from google.protobuf.message import Message
 
 from layertap import wire
 from layertap.model_info import ModelInfo, SentenceConfig
@@ -17,31 +19,24 @@ _STRATEGY_NAMES: Final[dict[int, PoolingName]] = {
 
 def read_model_info(message: pb.GetModelInfoResponse) -> ModelInfo:
     """Reads what `model_info` requested."""
-    limits = {field.name: getattr(message.limits, field.name) for field in dataclasses.fields(Limits)}
-    special = (
-        "limits",
-        "devices",
-        "special_token_ids",
-        "compute_dtype",
-        "sentence_config",
-        "padding_side",
-        "special_tokens",
-    )
-    same = {f.name: getattr(message, f.name) for f in dataclasses.fields(ModelInfo) if f.name not in special}
-    return ModelInfo(
-        **same,
-        limits=Limits(**limits),
-        padding_side="left" if message.padding_side == pb.PADDING_SIDE_LEFT else "right",
-        special_tokens=dict(message.special_tokens),
-        devices=tuple(message.devices),
-        special_token_ids=tuple(message.special_token_ids),
-        compute_dtype=wire.DTYPE_NAMES.get(message.compute_dtype, "unknown"),
-        sentence_config=_sentence_config(message),
-    )
+    facts = _fields(ModelInfo, message) | {
+        "limits": Limits(**_fields(Limits, message.limits)),
+        "padding_side": "left" if message.padding_side == pb.PADDING_SIDE_LEFT else "right",
+        "special_tokens": dict(message.special_tokens),
+        "devices": tuple(message.devices),
+        "special_token_ids": tuple(message.special_token_ids),
+        "compute_dtype": wire.DTYPE_NAMES.get(message.compute_dtype, "unknown"),
+        "sentence_config": _sentence_config(message.sentence_config),
+    }
+    return ModelInfo(**facts)
 
 
-def _sentence_config(message: pb.GetModelInfoResponse) -> SentenceConfig:
-    config = message.sentence_config
+def _fields(kind: type, message: Message) -> dict[str, Any]:
+    """Returns the fields of a message that a dataclass has under the same names."""
+    return {field.name: getattr(message, field.name) for field in dataclasses.fields(kind)}
+
+
+def _sentence_config(config: pb.SentenceConfig) -> SentenceConfig:
     poolings = [_STRATEGY_NAMES.get(strategy) for strategy in config.strategies]
     unsupported: str | None = config.unsupported
     if not (poolings or config.needs_sentence_modules) or None in poolings:

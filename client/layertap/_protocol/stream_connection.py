@@ -88,7 +88,7 @@ class StreamConnection:
             self._plan = self._state.open(part.header)
             if not self._counted:
                 self._counted = True
-                self._state.add_connection()
+                self._state.connection_count += 1
         elif kind == "results":
             # Before memory is taken for it.
             for index, count in zip(part.results.ids, part.results.token_counts, strict=False):

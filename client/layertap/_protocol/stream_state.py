@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import sys
 from typing import Final
 
 import numpy as np
@@ -107,10 +108,6 @@ class StreamState:
         self._ready: dict[int, StreamResult] = {}
         self._next_index = 0
 
-    def add_connection(self) -> None:
-        """Counts one more connection among those that share what is to be sent."""
-        self.connection_count += 1
-
     @property
     def has_room(self) -> bool:
         """Whether another item may be offered."""
@@ -172,8 +169,11 @@ class StreamState:
         self._note_room()
 
     def limit(self, max_request_bytes: int) -> None:
-        """Answers what is too large for one message with an error: gRPC itself would end the whole call for it."""
-        self._max_request_bytes = max_request_bytes
+        """Answers what is too large for one message with an error: gRPC itself would end the whole call for it.
+
+        0: the limit is not known, and nothing too large.
+        """
+        self._max_request_bytes = max_request_bytes = max_request_bytes or sys.maxsize
         for index in self._large:
             if (item := self._unsent.get(index)) and item.size > max_request_bytes - _ENVELOPE_BYTES:
                 del self._unsent[index]

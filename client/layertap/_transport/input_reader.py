@@ -13,8 +13,6 @@ from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterable, Iterable
 from typing import Any, Final
 
-from layertap._protocol.inputs import check_items
-
 _AHEAD_COUNT: Final = 512
 """How many items the thread may be ahead of the loop."""
 
@@ -23,14 +21,12 @@ async def groups(source: Iterable[Any] | AsyncIterable[Any]) -> AsyncGenerator[l
     """Yields the items of an iterable in groups, each as soon as it is there.
 
     Raises:
-        InvalidArgumentError: if the iterable is one text or a table.
         Exception: if the iterable raises it; it comes after all items before it.
     """
     if isinstance(source, AsyncIterable):
         async for item in source:
             yield [item]
         return
-    check_items(source)
     pump = _Pump(source)
     try:
         while group := await pump.take():

@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import dataclasses
 import random
-import sys
 import time
 from collections.abc import Awaitable, Callable
 from typing import Any, Final
@@ -215,12 +214,10 @@ class StreamCalls:
         return error
 
     async def _learn_limit(self) -> None:
-        try:
-            info = pb.GetModelInfoResponse.FromString(await self._model_info())
-        except grpc.RpcError:  # What is wrong with the connection the stream meets too.
-            self._state.limit(sys.maxsize)
-        else:
-            self._state.limit(info.limits.max_request_bytes)
+        info = pb.GetModelInfoResponse()
+        with contextlib.suppress(grpc.RpcError):  # What is wrong with the connection the stream meets too.
+            info.MergeFromString(await self._model_info())
+        self._state.limit(info.limits.max_request_bytes)
         self._progress.note_change()
 
     async def _model_info(self) -> bytes:

@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 import os
 import threading
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Generator, Iterable
 from typing import Any
 
 import grpc
@@ -188,11 +188,12 @@ class Transport:
                 assembler.feed(part.message, part.data, part.view)
         return assembler.finish()
 
-    def embed_layers(self, request: requests.Embed, call: CallSettings) -> Iterator[LayerRows]:
+    def embed_layers(self, request: requests.Embed, call: CallSettings) -> Generator[LayerRows, None, None]:
         """Sends one request and yields the rows of its layers as they come."""
         assembler = LayerAssembler(request.messages, request.options, self.pin)
-        for part in self._parts(request, call):
-            yield from assembler.feed(part.message, part.data, part.view)
+        with contextlib.closing(self._parts(request, call)) as parts:
+            for part in parts:
+                yield from assembler.feed(part.message, part.data, part.view)
         assembler.finish()
 
     def _parts(

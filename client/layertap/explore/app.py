@@ -10,10 +10,11 @@ Rules:
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hmac
 import importlib.resources
 import json
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from importlib.resources.abc import Traversable
 from typing import Any, Final, TypeAlias
 
@@ -24,7 +25,7 @@ from layertap.explore.requests import Request
 
 Receive: TypeAlias = Callable[[], Awaitable[dict[str, Any]]]
 Send: TypeAlias = Callable[[dict[str, Any]], Awaitable[None]]
-View: TypeAlias = Callable[[Any, Request], AsyncIterator[Message]]
+View: TypeAlias = Callable[[Any, Request], AsyncGenerator[Message, None]]
 
 MAX_BODY_BYTES: Final = 64 << 20
 """The longest request: a file of vectors."""
@@ -110,12 +111,13 @@ class App:
         """Sends the messages of a view; its error is the last of them."""
         started = False
         try:
-            async for message in view(self._session, _request(headers, body)):
-                data = await asyncio.to_thread(message.to_bytes) if message.arrays else message.to_bytes()
-                if not started:
-                    await _start(send, 200, _MESSAGES)
-                    started = True
-                await send({"type": "http.response.body", "body": data, "more_body": True})
+            async with contextlib.aclosing(view(self._session, _request(headers, body))) as answer:
+                async for message in answer:
+                    data = await asyncio.to_thread(message.to_bytes) if message.arrays else message.to_bytes()
+                    if not started:
+                        await _start(send, 200, _MESSAGES)
+                        started = True
+                    await send({"type": "http.response.body", "body": data, "more_body": True})
         except LayertapError as exc:
             if not started:
                 await _start(send, _STATUS.get(exc.code, 500), _MESSAGES)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import secrets
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from typing import Any, Final, cast
 
 import numpy as np
@@ -28,7 +28,7 @@ _PROGRESS_STEP: Final = 50
 _SHOWN: Final = 10
 
 
-async def read_file(session: Session, request: Request) -> AsyncIterator[Message]:
+async def read_file(session: Session, request: Request) -> AsyncGenerator[Message, None]:
     """Yields the sentences of a file, and the names of its vectors, which are held."""
     name, data = request.file
     try:
@@ -40,7 +40,7 @@ async def read_file(session: Session, request: Request) -> AsyncIterator[Message
     yield Message(header=header)
 
 
-async def embed(session: Session, request: Request) -> AsyncIterator[Message]:
+async def embed(session: Session, request: Request) -> AsyncGenerator[Message, None]:
     """Embeds sentences in each layer and yields how many are done; or takes the vectors of the file."""
     info = await session.info()
     poolings = request.poolings(info.layer_count)
@@ -54,7 +54,7 @@ async def embed(session: Session, request: Request) -> AsyncIterator[Message]:
     matrices: list[list[npt.NDArray[Any]]] = []
     kept, bad = [], []
     arriving = session.client.embed_stream(sentences, pooling=poolings, **request.cut)
-    async with contextlib.aclosing(cast("Any", arriving)) as results:
+    async with contextlib.aclosing(arriving) as results:
         async for result in results:
             if result.error is None:
                 matrices.append([pool[0] for pool in result.embedding.pools])
@@ -74,7 +74,7 @@ async def embed(session: Session, request: Request) -> AsyncIterator[Message]:
     yield _described(session.corpus, bad)
 
 
-async def nearest(session: Session, request: Request) -> AsyncIterator[Message]:
+async def nearest(session: Session, request: Request) -> AsyncGenerator[Message, None]:
     """Yields the sentences nearest to a query in each layer, with their cosines."""
     held = session.corpus
     if held is None or request.text("corpus") != held.name:

@@ -10,8 +10,8 @@ import asyncio
 import contextlib
 import dataclasses
 import time
-from collections.abc import AsyncIterator
-from typing import Any, Final, cast
+from collections.abc import AsyncGenerator
+from typing import Any, Final
 
 import numpy as np
 
@@ -33,13 +33,13 @@ _FACTS: Final = (
 )
 
 
-async def info(session: Session, request: Request) -> AsyncIterator[Message]:
+async def info(session: Session, request: Request) -> AsyncGenerator[Message, None]:
     """Yields which model is served."""
     facts = await session.info()
     yield Message(header={"target": session.target, **{name: getattr(facts, name) for name in _FACTS}})
 
 
-async def tokens(session: Session, request: Request) -> AsyncIterator[Message]:
+async def tokens(session: Session, request: Request) -> AsyncGenerator[Message, None]:
     """Yields the tokens of texts, and how far padding and masks move their rows."""
     texts, cut, masks = request.texts, request.cut, request.masks
     pad_to, has_special = request.number("pad_to"), request.flag("special_tokens", True)
@@ -60,7 +60,7 @@ async def tokens(session: Session, request: Request) -> AsyncIterator[Message]:
     yield Message(header={"tokens": rows, "python": python}, arrays=arrays)
 
 
-async def layers(session: Session, request: Request) -> AsyncIterator[Message]:
+async def layers(session: Session, request: Request) -> AsyncGenerator[Message, None]:
     """Yields the rows of layers as they arrive, with the time since the request in milliseconds."""
     texts, cut, copies = request.texts, request.cut, request.number("copies", most=MAX_COPIES) or 1
     found = await session.client.tokenize(texts, **cut)
@@ -77,7 +77,7 @@ async def layers(session: Session, request: Request) -> AsyncIterator[Message]:
     yield Message(header={"tokens": labels, "text_count": len(texts) * copies, "python": "import time\n\n" + python})
     began = time.perf_counter()
     arriving = session.client.embed_layers(texts * copies, layers="all", **cut)
-    async with contextlib.aclosing(cast("Any", arriving)) as parts:
+    async with contextlib.aclosing(arriving) as parts:
         async for part in parts:
             elapsed_ms = (time.perf_counter() - began) * 1000
             shown = {
@@ -90,7 +90,7 @@ async def layers(session: Session, request: Request) -> AsyncIterator[Message]:
     yield Message(header={"done": True, "elapsed_ms": (time.perf_counter() - began) * 1000})
 
 
-async def change(session: Session, request: Request) -> AsyncIterator[Message]:
+async def change(session: Session, request: Request) -> AsyncGenerator[Message, None]:
     """Yields how each token changes from layer to layer."""
     texts, cut = request.texts, request.cut
     embedding = await session.layers(texts, cut)
@@ -107,7 +107,7 @@ async def change(session: Session, request: Request) -> AsyncIterator[Message]:
     yield _of_layers(embedding, python, arrays)
 
 
-async def likeness(session: Session, request: Request) -> AsyncIterator[Message]:
+async def likeness(session: Session, request: Request) -> AsyncGenerator[Message, None]:
     """Yields how alike tokens are in a layer, and how alike two tokens and two texts are in each layer."""
     texts, cut = request.texts, request.cut
     embedding = await session.layers(texts, cut)
@@ -132,7 +132,7 @@ async def likeness(session: Session, request: Request) -> AsyncIterator[Message]
     yield _of_layers(embedding, python, arrays, layer=layer)
 
 
-async def map_(session: Session, request: Request) -> AsyncIterator[Message]:
+async def map_(session: Session, request: Request) -> AsyncGenerator[Message, None]:
     """Yields the tokens of all layers on the same two axes."""
     texts, cut = request.texts, request.cut
     embedding = await session.layers(texts, cut)
@@ -151,7 +151,7 @@ async def map_(session: Session, request: Request) -> AsyncIterator[Message]:
     yield _of_layers(embedding, python, {"points": found.points, "explained": found.explained})
 
 
-async def attention(session: Session, request: Request) -> AsyncIterator[Message]:
+async def attention(session: Session, request: Request) -> AsyncGenerator[Message, None]:
     """Yields where each token of a text looks: one head whole, and all heads small."""
     texts, cut = request.texts, request.cut
     text = min(request.number("text", least=0) or 0, len(texts) - 1)

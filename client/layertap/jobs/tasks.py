@@ -98,9 +98,7 @@ class EmbedTask(Task):
 
     def stream(self, client: Client, contents: Iterable[InputItem], timeout_s: float) -> Results:
         """Embeds contents in their order."""
-        yield from client.embed_stream(
-            contents, **self.options, item_timeout_s=timeout_s, reconnect_timeout_s=timeout_s
-        )
+        return client.embed_stream(contents, **self.options, item_timeout_s=timeout_s, reconnect_timeout_s=timeout_s)
 
     def columns(self, embedding: Embedding) -> list[Column]:
         """Returns all that was requested."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import numpy.typing as npt
 
@@ -14,14 +14,12 @@ from layertap.results.by_text import ByText
 from layertap.results.hidden_states import HiddenStates
 from layertap.results.spans import SpanVectors
 from layertap.results.tokens import Tokens
-from layertap.results.words import NO_MIX, MixedRows, Words
+from layertap.results.words import NO_MIX, MixedRows, Words, requested
 from layertap.types import BoolArray, FloatArray, IntArray, ModelRef, Timings
 
 if TYPE_CHECKING:
     import pandas
     import pyarrow
-
-_T = TypeVar("_T")
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True, eq=False, repr=False)
@@ -101,7 +99,7 @@ class Embedding(ByText):
             LookupError: if it was not requested, or comes one row a word.
         """
         of_words = "no mix was requested one row a token; that of words is .words.mixed"
-        return _requested(self._mixed, NO_MIX if self._words is None else of_words)
+        return requested(self._mixed, NO_MIX if self._words is None else of_words)
 
     @property
     def words(self) -> Words:
@@ -110,7 +108,7 @@ class Embedding(ByText):
         Raises:
             LookupError: if they were not requested.
         """
-        return _requested(self._words, 'words were not requested; pass words="mean" or another way to pool them')
+        return requested(self._words, 'words were not requested; pass words="mean" or another way to pool them')
 
     @property
     def attentions(self) -> Attentions:
@@ -119,7 +117,7 @@ class Embedding(ByText):
         Raises:
             LookupError: if they were not requested.
         """
-        return _requested(self._attentions, 'attentions were not requested; pass attentions="all" or layer numbers')
+        return requested(self._attentions, 'attentions were not requested; pass attentions="all" or layer numbers')
 
     @property
     def spans(self) -> SpanVectors:
@@ -128,7 +126,7 @@ class Embedding(ByText):
         Raises:
             LookupError: if they were not requested.
         """
-        return _requested(self._spans, "span vectors were not requested; pass spans=[(start, end), …]")
+        return requested(self._spans, "span vectors were not requested; pass spans=[(start, end), …]")
 
     @property
     def tokens(self) -> Tokens:
@@ -137,7 +135,7 @@ class Embedding(ByText):
         Raises:
             LookupError: if they were not requested.
         """
-        return _requested(self._tokens, "tokens were not requested; pass return_tokens=True")
+        return requested(self._tokens, "tokens were not requested; pass return_tokens=True")
 
     def ragged(self, layer: int) -> list[FloatArray]:
         """Returns views of one layer, one a text. Shape of each: [token_count, hidden_size].
@@ -290,10 +288,3 @@ class Embedding(ByText):
             ]
             raise TypeError(f"this embedding holds {', '.join(names) or 'no array'}; take the one array that is meant")
         return vectors[0] if vectors else next(iter(self.hidden_states))
-
-
-def _requested(value: _T | None, otherwise: str) -> _T:
-    """Returns an output, or raises a LookupError that says how to ask for it."""
-    if value is None:
-        raise LookupError(otherwise)
-    return value

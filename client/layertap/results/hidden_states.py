@@ -66,13 +66,15 @@ class HiddenStates(HeldLayers):
     def _summary(self) -> list[tuple[str, str]]:
         """Returns the held layers in words, and the dtype and shape of each; nothing if none is held."""
         for rows in self._ragged.values():
-            shape = len(self.token_counts), int(self.token_counts.max(initial=0)), rows.shape[1]
-            return [("layers", _repr.layers(self.layers)), ("each", _repr.array(shape, rows.dtype))]
+            return [("layers", _repr.layers(self.layers)), ("each", _repr.array(self._shape(rows), rows.dtype))]
         return []
+
+    def _shape(self, rows: FloatArray) -> tuple[int, int, int]:
+        return len(self.token_counts), int(self.token_counts.max(initial=0)), rows.shape[1]
 
     def _pad(self, layer: int) -> FloatArray:
         rows = self._ragged[layer]
-        shape = len(self.token_counts), int(self.token_counts.max(initial=0)), rows.shape[1]
+        shape = self._shape(rows)
         if shape[0] * shape[1] == len(rows):
             return rows.reshape(shape)
         padded = np.zeros(shape, rows.dtype)

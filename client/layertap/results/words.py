@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 import numpy as np
 
@@ -12,6 +12,8 @@ from layertap.results import export
 from layertap.results.by_text import ByText
 from layertap.results.hidden_states import HiddenStates
 from layertap.types import FloatArray, IntArray
+
+_T = TypeVar("_T")
 
 NO_MIX: Final = 'no mix was requested; pass mix=LayerMix("mean", layers=[-4, -3, -2, -1]) or another'
 
@@ -93,9 +95,7 @@ class Words(ByText):
         Raises:
             LookupError: if it was not requested.
         """
-        if self._mixed is None:
-            raise LookupError(NO_MIX)
-        return self._mixed
+        return requested(self._mixed, NO_MIX)
 
     def __getitem__(self, layer: int) -> FloatArray:
         """Returns the vectors of one layer, padded. Shape: [text_count, most words of a text, row_size].
@@ -137,3 +137,10 @@ class Words(ByText):
         """Returns in words how many there are, of which layers, and the dtype and shape of each."""
         mixed = [] if self._mixed is None else [("mixed", self._mixed._summary()[-1][1])]
         return [("word_count", str(int(self.word_counts.sum()))), *self._states._summary(), *mixed]
+
+
+def requested(value: _T | None, otherwise: str) -> _T:
+    """Returns an output, or raises a LookupError that says how to ask for it."""
+    if value is None:
+        raise LookupError(otherwise)
+    return value

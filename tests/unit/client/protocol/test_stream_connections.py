@@ -114,6 +114,14 @@ def test_no_message_is_larger_than_every_server_takes_but_one_with_a_single_item
     assert all(message.ByteSize() <= 1 << 16 for message in messages if len(message.inputs.inputs) > 1)
 
 
+def test_a_server_that_states_no_limit_gets_every_item() -> None:
+    state = StreamState(ANSWER.options, ordered=True)
+    state.offer("x" * 400_000)
+    state.limit(0)
+    state.offer("x" * 400_000)
+    assert not state.ready() and not state.needs_limit and state.unanswered_count == 2
+
+
 @pytest.mark.parametrize(("text", "count"), [("text", LONG_COUNT), ("text" * 1000, LONG_BYTES // 4000)])
 def test_the_first_connection_leaves_a_share_to_those_that_have_not_opened_yet(text: str, count: int) -> None:
     state = StreamState(ANSWER.options, ordered=True)

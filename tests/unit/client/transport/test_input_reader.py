@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from layertap import InvalidArgumentError
+from layertap import AsyncClient, Client, InvalidArgumentError
 from layertap._transport import input_reader
 
 WAIT_S = 20.0
@@ -88,10 +88,11 @@ def test_what_the_iterable_raises_comes_as_itself_after_all_before_it(
     assert caught is error or (caught is not None and caught.__cause__ is error)
 
 
+@pytest.mark.parametrize("kind", [Client, AsyncClient])
 @pytest.mark.parametrize("items", [7, "one text", b"bytes", {"a": 1}], ids=repr)
-def test_what_is_no_iterable_of_texts_is_refused_by_its_type(items: Any) -> None:
+def test_what_is_no_iterable_of_texts_is_refused_by_its_type_at_the_call(items: Any, kind: type[Any]) -> None:
     with pytest.raises(InvalidArgumentError, match=rf"^inputs is (of type|one) {type(items).__name__}; pass"):
-        run(gather(items))
+        kind("127.0.0.1:1").embed_stream(items)
 
 
 def test_a_blocking_iterable_blocks_neither_the_loop_nor_closing() -> None:
