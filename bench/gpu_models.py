@@ -367,6 +367,7 @@ def tokens_per_second(encoder: Encoder, batches: Sequence[list[Run]], *, instanc
     """Returns the median rate of several rounds, after one that does not count."""
     tokens = sum(text.token_count for batch in batches for run in batch for text in run.texts)
     times = [run_bulk(encoder, batches, instances=instances) for _ in range(rounds + 1)]
+    print(f"tokens/s of each round: {', '.join(f'{tokens / time:,.0f}' for time in times)}", flush=True)  # Is it noisy?
     return tokens / statistics.median(times[1:])
 
 

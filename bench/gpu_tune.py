@@ -41,6 +41,8 @@ def kernels(at: Setting) -> None:
             one.key: (one.self_device_time_total if at.on_gpu else one.self_cpu_time_total, one.count)
             for one in profile.key_averages()
         }
+        if not times:
+            at.add(f"{length} tokens, kernels: the profiler saw none; it sees other threads on a GPU alone", "")
         total = sum(spent for spent, _ in times.values()) or 1
         for name, (spent, calls) in sorted(times.items(), key=lambda item: -item[1][0])[:10]:
             at.add(
