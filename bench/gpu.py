@@ -200,6 +200,10 @@ class _Run:
                     why = "stopped at the time limit of the stage"
                 else:
                     time.sleep(0.05)  # Nothing tells when a line is written.
+            if why:
+                with contextlib.suppress(ProcessLookupError):
+                    process.send_signal(signal.SIGUSR1)  # It writes into its log where its threads are.
+                    time.sleep(0.5)
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)  # Also what a process that ended left behind.
             with contextlib.suppress(subprocess.TimeoutExpired):

@@ -8,10 +8,12 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import faulthandler
 import functools
 import gc
 import json
 import logging
+import signal
 import statistics
 import sys
 import threading
@@ -206,6 +208,7 @@ def run_rows(module: Mapping[str, Any]) -> None:
     for name in _CHOICES:
         logging.getLogger(name).setLevel(logging.DEBUG)  # Why a way is not available, with its traceback, in the log.
         logging.getLogger(name).addHandler(_Choices(at))
+    faulthandler.register(signal.SIGUSR1)
     if why := _fault(at):
         at.add(f"no row can run: {at.device} does not work", why)
         sys.exit(NO_DEVICE_CODE)
