@@ -45,6 +45,19 @@ def test_a_device_without_room_for_the_weights_stops_the_server_with_the_next_st
         App(Config(model_id=str(tiny_folder), port=0))
 
 
+def test_a_gpu_that_torch_does_not_support_stops_the_server_with_the_next_step(
+    tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def make(*_: object, **__: object) -> Encoder:
+        raise RuntimeError("CUDA error: no kernel image is available for execution on the device\nMore of it")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    config = Config(model_id=str(tiny_folder), device="cuda:0", port=0)
+    with pytest.raises(ConfigError, match=r"not run on cuda:0 \(CUDA error: no kernel image .* --device cpu"):
+        App(config, make_encoder=make)
+
+
 def test_memory_that_cuda_refuses_leaves_no_error_behind(monkeypatch: pytest.MonkeyPatch) -> None:
     class Refuses(TorchFunctionMode):
         """Fails at the next kernel after a refusal, as cuda does."""

@@ -24,6 +24,7 @@ from layertap_server.engine.encoder import Encoder
 from layertap_server.model import checkpoint
 from layertap_server.model.checkpoint import Checkpoint, CheckpointError
 from layertap_server.model.facts import ModelFacts
+from layertap_server.model.files import reason_of
 from layertap_server.model.sentence_config import SentenceConfig
 from layertap_server.model.tokenizer import Tokenizer
 from layertap_server.scheduler.queue_limits import QueueLimits
@@ -84,7 +85,7 @@ class FoundModel:
         """
         probing = {"run_probe": in_child} if before_fork else {}
         alone = contextlib.nullcontext() if before_fork or self.lock is None else _locked(self.lock)
-        with _start_errors(), alone, timed(f"loaded the weights on {', '.join(self.devices)}"):
+        with self._start_errors(), alone, timed(f"loaded the weights on {', '.join(self.devices)}"):
             return [
                 make_encoder(
                     self.checkpoint,
@@ -97,6 +98,27 @@ class FoundModel:
                 )
                 for device in self.devices
             ]
+
+    @contextlib.contextmanager
+    def _start_errors(self) -> Iterator[None]:
+        """Raises errors of a device as what stops a server at its start."""
+        try:
+            yield
+        except OutOfMemoryError as exc:
+            raise CheckpointError(f"{exc} for the weights; make room there, or choose another with --device") from exc
+        except DeviceLostError as exc:
+            raise CheckpointError(
+                f"{exc}; start the server again, if need be with --dtype float32, which tries no fast ways"
+            ) from exc
+        except RuntimeError as exc:
+            if self.on_cpu:
+                raise
+            where = ", ".join(self.devices)
+            log.exception("the model does not run on %s", where)
+            raise CheckpointError(
+                f"the model does not run on {where} ({reason_of(exc)}); install a torch for this GPU and its driver, "
+                "or choose --device cpu"
+            ) from exc
 
     def facts(self, *, has_pooler: bool) -> ModelFacts:
         """Returns what requests need to know of it."""
@@ -144,19 +166,6 @@ def find_model(config: Config) -> FoundModel:
         ),
         lock=os.memfd_create("device-lock") if config.processes > 1 else None,
     )
-
-
-@contextlib.contextmanager
-def _start_errors() -> Iterator[None]:
-    """Raises errors of a device as what stops a server at its start."""
-    try:
-        yield
-    except OutOfMemoryError as exc:
-        raise CheckpointError(f"{exc} for the weights; make room there, or choose another with --device") from exc
-    except DeviceLostError as exc:
-        raise CheckpointError(
-            f"{exc}; start the server again, and if that happens again with --dtype float32, which tries no fast ways"
-        ) from exc
 
 
 @contextlib.contextmanager
