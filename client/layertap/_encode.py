@@ -53,11 +53,7 @@ class SentenceClient(BaseClient):
         # Not before the first call: importing gRPC reads the environment.
         from layertap._transport.transport import Transport
 
-        # Of two threads the first one's stays.
-        made: Transport = self.__dict__.setdefault(
-            "_transport", Transport(self._connection, self.shared_memory, self._given)
-        )
-        return made
+        return self._made(Transport)
 
     @overload
     def encode(
@@ -182,11 +178,7 @@ class AsyncSentenceClient(BaseClient):
         # Not before the first call: importing gRPC reads the environment.
         from layertap._transport.async_transport import AsyncTransport
 
-        # Of two threads the first one's stays.
-        made: AsyncTransport = self.__dict__.setdefault(
-            "_transport", AsyncTransport(self._connection, self.shared_memory, self._given)
-        )
-        return made
+        return self._made(AsyncTransport)
 
     @overload
     async def encode(

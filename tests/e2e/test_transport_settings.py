@@ -370,7 +370,7 @@ def test_closing_ends_the_calls_of_other_threads() -> None:
             assert server.entered.wait(WAIT_S)
             client.close()
             client.close()
-            with pytest.raises(CancelledError):
+            with pytest.raises(CancelledError, match="closed during the call"):
                 waiting.result(WAIT_S)
 
 

@@ -133,8 +133,8 @@ class Embed:
             InvalidArgumentError: if it must, and a deadline was given, which a stream has not.
         """
         size = sum(message.ByteSize() + _ENVELOPE_BYTES for message in self.messages) + self.options.ByteSize()
-        within = len(self.messages) <= limits.max_text_count and size + _ENVELOPE_BYTES <= limits.max_request_bytes
-        if within or not limits.max_text_count:
+        bounds = ((len(self.messages), limits.max_text_count), (size + _ENVELOPE_BYTES, limits.max_request_bytes))
+        if not any(0 < most < found for found, most in bounds):
             return False
         if named_timeout:
             raise InvalidArgumentError(

@@ -94,9 +94,7 @@ class StreamConnection:
             for index, count in zip(part.results.ids, part.results.token_counts, strict=False):
                 if count > token_bound(self._waiting(index).size, self._state.options):
                     raise DataLossError(f"item {index} has {count} tokens; ask again")
-            offsets = list(part.shared_rows.offsets)
-            answers = text_answers(part.results, plan, data=data, offsets=offsets, view=view)
-            for index, answer in answers:
+            for index, answer in text_answers(part, plan, data, view):
                 self._state.embed(index, self._answered(index), answer)
             for failure in part.results.failures:
                 self._answered(failure.id)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
@@ -16,57 +16,32 @@ from layertap.v1 import embedding_pb2 as pb
 
 
 def text_answers(
-    results: pb.StreamResults,
-    plan: AnswerPlan,
-    *,
-    data: memoryview,
-    offsets: list[int],
-    view: wire.View | None,
+    part: pb.EmbedStreamResponse, plan: AnswerPlan, data: memoryview, view: wire.View | None
 ) -> Iterator[tuple[int, Answer]]:
     """Yields the id and the answer of each item in one message.
 
     Args:
-        results: The message.
+        part: The message.
         plan: What the stream promises.
         data: The payload of the message.
-        offsets: Where each tensor lies in shared memory; negative: in `data`. Empty: all lie in `data`.
         view: Access to shared memory.
 
     Raises:
         DataLossError: if the message does not fit the header, or contradicts itself.
     """
-    dtype = plan.header.dtype
+    results = part.results
+    lists: list[tuple[object, Sequence[object]]] = [
+        *((True, one) for one in (results.token_counts, results.truncated, results.timings)),
+        (plan.returns_tokens, results.tokens),
+        (plan.words, results.words),
+        (plan.spans, results.span_counts),
+        (plan.has_windows, results.window_counts),
+    ]
     counts = np.array(results.token_counts[:], np.int64)
-    lengths = {len(counts), len(results.truncated), len(results.timings)}
-    if plan.returns_tokens:
-        lengths.add(len(results.tokens))
-    if plan.words:
-        lengths.add(len(results.words))
-    if plan.spans:
-        lengths.add(len(results.span_counts))
-    if plan.has_windows:
-        lengths.add(len(results.window_counts))
-    if lengths != {len(results.ids)} or (counts < 1).any():
+    if any(len(values) != len(results.ids) for wanted, values in lists if wanted) or (counts < 1).any():
         raise DataLossError("the lists of the answer differ in length; ask again")
-    word_counts = [len(words.piece_counts) for words in results.words]
-    token_counts = counts.tolist()
-    span_counts = list(results.span_counts)
-    tensors: list[tuple[Key, FloatArray, list[int]]] = []
-    for output in plan.outputs:
-        rows = [0, *itertools.accumulate(row_counts(output.unit, token_counts, word_counts, span_counts))]
-        size = rows[-1] * output.row_size * wire.item_bytes(dtype)
-        for key in output.keys:
-            if len(offsets) > len(tensors) and (offset := offsets[len(tensors)]) >= 0:
-                if view is None:
-                    raise DataLossError("results lie in shared memory that was not requested; ask again")
-                payload: memoryview | wire.ByteArray = view(offset, size)
-            else:
-                payload, data = data[:size], data[size:]
-            if len(payload) != size:
-                raise DataLossError("the answer has less data than results; ask again")
-            tensors.append((key, wire.to_array(payload, (rows[-1], output.row_size), dtype), rows))
-    if data or len(offsets) not in (0, len(tensors)):
-        raise DataLossError("the answer has more data than results; ask again")
+    token_counts, span_counts = counts.tolist(), list(results.span_counts)
+    tensors = _tensors(part, plan, data, view)
     truncated = np.array(results.truncated[:], np.bool_)
     window_counts = np.array(results.window_counts[:] or [1] * len(counts), np.int64)
     ones = np.ones((1, sum(token_counts)), np.int64)
@@ -90,6 +65,33 @@ def text_answers(
         )
         yield index, answer
         start = end
+
+
+def _tensors(
+    part: pb.EmbedStreamResponse, plan: AnswerPlan, data: memoryview, view: wire.View | None
+) -> list[tuple[Key, FloatArray, list[int]]]:
+    """Returns each tensor of a message with its key, and where in it the rows of each item begin."""
+    results, offsets, dtype = part.results, list(part.shared_rows.offsets), plan.header.dtype
+    word_counts = [len(words.piece_counts) for words in results.words]
+    tensors: list[tuple[Key, FloatArray, list[int]]] = []
+    for output in plan.outputs:
+        counts = row_counts(output.unit, results.token_counts, word_counts, results.span_counts)
+        rows = [0, *itertools.accumulate(counts)]
+        size = rows[-1] * output.row_size * wire.item_bytes(dtype)
+        for key in output.keys:
+            # Where it lies in shared memory; negative, or none for any: in `data`.
+            if len(offsets) > len(tensors) and (offset := offsets[len(tensors)]) >= 0:
+                if view is None:
+                    raise DataLossError("results lie in shared memory that was not requested; ask again")
+                payload: memoryview | wire.ByteArray = view(offset, size)
+            else:
+                payload, data = data[:size], data[size:]
+            if len(payload) != size:
+                raise DataLossError("the answer has less data than results; ask again")
+            tensors.append((key, wire.to_array(payload, (rows[-1], output.row_size), dtype), rows))
+    if data or len(offsets) not in (0, len(tensors)):
+        raise DataLossError("the answer has more data than results; ask again")
+    return tensors
 
 
 class Frames:

@@ -26,9 +26,9 @@ from layertap._transport.channel import open_async_channel
 from layertap._transport.connections import BUSY_CALL_COUNT, INFO_TIMEOUT_S, Opened, Spread, UnaryMethods, least_busy
 from layertap._transport.embed_stream import EmbedStream, Items
 from layertap._transport.settings import CallSettings, Connection, StreamSettings
-from layertap._transport.status import CLOSED_DURING_CALL, REQUEST_ID, translate
+from layertap._transport.status import CLOSED_DURING_CALL, translate
 from layertap._transport.stream_calls import Endpoint
-from layertap._transport.transport import CLOSED
+from layertap._transport.transport import CLOSED, request_id
 from layertap.errors import CancelledError, FailedPreconditionError, LayertapError
 from layertap.model_info import ModelInfo
 from layertap.results.embedding import Embedding
@@ -126,7 +126,7 @@ class AsyncTransport:
         except asyncio.CancelledError as exc:
             self._raise_if_closed(exc)
             raise
-        return Reply(message=responses.read_whole(raw, request.response), request_id=_request_id(trailing))
+        return Reply(message=responses.read_whole(raw, request.response), request_id=request_id(trailing))
 
     async def model_info(self, call: CallSettings) -> ModelInfo:
         """See `Transport.model_info`."""
@@ -188,7 +188,7 @@ class AsyncTransport:
                     part, data = wire.split(pb.EmbedLayersResponse, raw)
                     yield Part(message=part, data=data, view=take(shared, part))
                 if assembler is not None:
-                    assembler.request_id = _request_id(await answer.trailing_metadata())
+                    assembler.request_id = request_id(await answer.trailing_metadata())
             except (grpc.RpcError, grpc.aio.UsageError) as exc:
                 raise self._error(exc, call) from exc
             except asyncio.CancelledError as exc:
@@ -237,12 +237,6 @@ class AsyncTransport:
         """Raises layertap's own error if `close` ended the call; the cancellation of a task is left alone."""
         if self._closed:
             raise CancelledError(CLOSED_DURING_CALL) from exc
-
-
-def _request_id(metadata: grpc.aio.Metadata | None) -> str | None:
-    """See `transport.request_id`."""
-    name = None if metadata is None else metadata.get(REQUEST_ID)
-    return name if isinstance(name, str) else None
 
 
 def _endpoint(opened: Opened[grpc.aio.Channel, AsyncLease]) -> Endpoint:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, Self
+from collections.abc import Callable, Sequence
+from typing import Any, Self, TypeVar
 
 from layertap._shared_memory.mapping import SharedMemory
 from layertap._transport.settings import DEFAULT_RETRIES, Connection, Option, resolve, seconds
 from layertap._transport.tls import TLS
 from layertap.errors import InvalidArgumentError
+
+TransportT = TypeVar("TransportT")
 
 
 class BaseClient:
@@ -75,6 +77,13 @@ class BaseClient:
         client.__setstate__(Connection(target="the given channel", timeout_s=seconds("timeout_s", timeout_s)))
         client._given = channel
         return client
+
+    def _made(self, kind: Callable[[Connection, SharedMemory, Any], TransportT]) -> TransportT:
+        """Returns the transport that calls go over; of two threads the first one's stays."""
+        made: TransportT = self.__dict__.setdefault(
+            "_transport", kind(self._connection, self.shared_memory, self._given)
+        )
+        return made
 
     @property
     def target(self) -> str:

@@ -50,7 +50,9 @@ def translate(
     pushback = trailing.get("grpc-retry-pushback-ms")
     broken = pushback is None and code in (StatusCode.INTERNAL, StatusCode.UNKNOWN)
     # It has no deadline of its own: this one is a server's that would not wait for its answers to be read.
-    if pushback is None and code is StatusCode.CANCELLED and not closed:
+    if pushback is None and code is StatusCode.CANCELLED:
+        if closed:
+            return CancelledError(CLOSED_DURING_CALL)
         code = StatusCode.UNAVAILABLE
     if resumable and (broken or code is StatusCode.DEADLINE_EXCEEDED):
         code = StatusCode.UNAVAILABLE

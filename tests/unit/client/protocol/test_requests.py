@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pytest
 
+from layertap import InvalidArgumentError, Limits
 from layertap._protocol import requests
 from layertap.v1 import embedding_pb2 as pb
 
 LAST = pb.Output(hidden_states=pb.HiddenStates(layers=[-1]))
 MEAN = pb.PooledVectors(strategy=pb.POOLING_STRATEGY_MEAN, layer=-1)
+UNSTATED = Limits(**dict.fromkeys((field.name for field in dataclasses.fields(Limits)), 0))
 OF_SPANS = pb.SpanVectors(strategy=pb.POOLING_STRATEGY_MEAN, layer=-1)
 
 
@@ -54,3 +57,16 @@ def test_a_list_is_tokenized_in_requests_of_bounded_size(lengths: list[int], cou
     assert [len(one.inputs) for one in found] == counts
     assert [one.first_text for one in found] == [sum(counts[:n]) for n in range(len(counts))]
     assert [len(text.text) for one in found for text in one.inputs] == lengths
+
+
+@pytest.mark.parametrize(
+    ("text_count", "byte_count", "exceeds"),
+    [(0, 0, False), (40, 0, False), (39, 0, True), (0, 100_000, False), (0, 39_000, True), (39, 100_000, True)],
+)
+def test_a_limit_holds_where_the_server_states_it(text_count: int, byte_count: int, exceeds: bool) -> None:
+    limits = dataclasses.replace(UNSTATED, max_text_count=text_count, max_request_bytes=byte_count)
+    request = requests.embed(["x" * 1000] * 40, {})
+    assert request.exceeds(limits, named_timeout=False) is exceeds
+    if exceeds:
+        with pytest.raises(InvalidArgumentError, match="leave timeout_s out, or use embed_stream"):
+            request.exceeds(limits, named_timeout=True)
