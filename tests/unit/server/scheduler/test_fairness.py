@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 from support import poll
 
+from layertap import ResourceExhaustedError
 from layertap_server.scheduler.batcher import Batcher
-from layertap_server.scheduler.call import Call
+from layertap_server.scheduler.call import Call, Hooks
 from layertap_server.scheduler.events import Event, RunDone
-from layertap_server.scheduler.fairness import Budget, FairQueue
+from layertap_server.scheduler.fairness import Budget, FairQueue, RequestMemory
 from layertap_server.scheduler.queue_limits import QueueLimits
 from layertap_server.types import Output, OutputKind, Plan, Pool, Rows, Run, Strategy, Text
 
@@ -164,3 +165,14 @@ def test_taking_a_batch_does_not_look_at_calls_that_have_too_much_unsent(monkeyp
     finally:
         engine.leave.release(1000)
         batcher.stop(WAIT_S)
+
+
+def test_the_memory_of_requests_is_given_back_to_the_client_that_held_it() -> None:
+    memory = RequestMemory(100, Hooks())
+    for _ in range(3):  # Held for ever, the second time would find no room.
+        memory.add("a", 75)
+        with pytest.raises(ResourceExhaustedError, match="take 75 bytes, the most is 100"):
+            memory.add("a", 1)
+        memory.add("b", 25)
+        memory.give_back("b", 25)
+        memory.give_back("a", 75)

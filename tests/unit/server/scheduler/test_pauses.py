@@ -184,10 +184,14 @@ def _more_bytes_than_a_quarter(batcher: Batcher, _: Caller) -> Caller:
     return Caller(batcher, SHORT, length=1, plan=Plan(outputs=(output,), dtype="float32"))
 
 
-def _mixes_without_room(batcher: Batcher, _: Caller) -> Caller:
-    mix = Mix(mixing=Mixing.CONCAT, layers=(0, 1), row_size=251)
+def _mixed(row_size: int) -> Plan:
+    mix = Mix(mixing=Mixing.CONCAT, layers=(0, 1), row_size=row_size)
     output = Output(kind=OutputKind.POOLED_VECTORS, layers=(1,), row_size=1, mix=mix, pool=POOL)
-    return Caller(batcher, SHORT, length=1, plan=Plan(outputs=(output,), dtype="float32"))
+    return Plan(outputs=(output,), dtype="float32")
+
+
+def _mixes_without_room(batcher: Batcher, _: Caller) -> Caller:
+    return Caller(batcher, SHORT, length=1, plan=_mixed(251))
 
 
 @pytest.mark.parametrize(
@@ -197,6 +201,18 @@ def test_what_is_not_short_waits(batcher: Batcher, engine: Engine, long: Caller,
     wait(batcher, long)
     engine.allow(LONG, STEPS)
     assert [engine.next_step() for _ in range(STEPS)] == [(LONG, 1), (LONG, 2), (SHORT, 0)]
+
+
+def test_mixes_of_short_calls_have_what_the_batch_leaves_of_their_bytes(batcher: Batcher, engine: Engine) -> None:
+    long = Caller(batcher, LONG, length=LONG_LENGTH, plan=_mixed(5))
+    assert engine.next_step() == (LONG, 0)
+    short = Caller(batcher, SHORT, length=1, plan=_mixed(50))  # Of 1000 bytes the batch takes 800, this one 200.
+    other = Caller(batcher, OTHER, length=1, plan=_mixed(1))
+    for first in (LONG, SHORT, OTHER):
+        engine.allow(first, STEPS)
+    assert [one.values() for one in (short, other, long)] == [[SHORT], [OTHER], [LONG]]
+    batches = [first for first, step in (engine.next_step() for _ in range(3 * STEPS - 1)) if step == 0]
+    assert batches == [SHORT, OTHER], "the second has room only after the first"
 
 
 def test_a_batch_of_short_texts_does_not_pause(batcher: Batcher, engine: Engine) -> None:
