@@ -93,28 +93,6 @@ def test_a_text_asks_for_them_beside_others_that_do_not(real: Any, real_oracle: 
         np.testing.assert_array_equal(plain.hidden_states[layer], both.hidden_states[layer])
 
 
-@pytest.mark.parametrize(
-    ("options", "why"),
-    [
-        ({"attentions": 6}, "has 6; this model's layers run from 0 to 5, or -6 to -1"),
-        ({"attentions": -7}, "has -7"),
-        ({"attentions": "all", "attention_heads": [12]}, "heads has 12; this model's heads run from 0 to 11"),
-        ({"attentions": "all", "attention_heads": [-1]}, "heads has -1"),
-        ({"attentions": "all", "attention_heads": [1, 1]}, "names a head twice"),
-        ({"attentions": "all", "attention_heads": [0] * 13}, "has 13 entries"),
-        ({"attentions": "all", "attention_heads": []}, "attention_heads is empty"),
-        ({"attentions": []}, "attentions is empty"),
-        ({"attentions": "last"}, 'pass "all"'),
-        ({"attention_heads": 3}, "attention_heads belongs to attentions"),
-    ],
-    ids=str,
-)
-def test_what_does_not_exist_is_refused(real: Any, options: dict[str, Any], why: str) -> None:
-    with pytest.raises(InvalidArgumentError) as caught:
-        real.embed("x", **options)
-    assert why in str(caught.value)
-
-
 def test_what_was_not_asked_for_is_named(real: Any) -> None:
     embedding = real.embed("x", attentions=[1])
     with pytest.raises(IndexError, match=r"layer 0 is not held \(held: 1\); ask for it with attentions=\[0\]"):

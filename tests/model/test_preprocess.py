@@ -148,6 +148,8 @@ TEXTS: list[tuple[Any, dict[str, Any], str]] = [
     (spans(0, 5), SPANS, r"spans\[0\] is empty or out of bounds; .*<= 4 tokens"),
     (spans(-1, 1), SPANS, r"spans\[0\] is empty or out of bounds"),
     (spans(0, 6, unit=pb.SPAN_UNIT_CHARACTER), SPANS, r"spans\[0\] is empty or out of bounds; .*<= 4 characters"),
+    (spans(0, 1, 1, 2, unit=pb.SPAN_UNIT_CHARACTER), SPANS, r"spans\[1\] holds no token, after truncation and masks"),
+    (spans(2, 4, unit=0), SPANS | {"max_length": 3, "truncation": 2}, r"spans\[0\] holds no token, after truncation"),
     (spans(0, 1, unit=pb.SPAN_UNIT_CHARACTER, **words("a")), SPANS, r"has spans of characters, .*SPAN_UNIT_TOKEN"),
     (spans(0, 1, 1, 2, **ids(CLS, WORD, mask=[1, 0])), SPANS, r"spans\[1\] holds no token, after truncation and masks"),
 ]

@@ -15,7 +15,7 @@ from support.sentence_folders import (
     save_instructed,
 )
 
-from layertap import Client, InvalidArgumentError, TokenIds
+from layertap import Client, InvalidArgumentError
 
 QUERY_WORDS = ("Represent", "the", "query", ",", "please", ":")
 SHORT = ["A guitar is played.", "", "漢字 and Ünïcode 😀", "Query"]
@@ -70,43 +70,6 @@ def test_tokens_are_those_of_the_prompt_too(tiny: Any) -> None:
     tokens = tiny.embed("Paris", prompt="to ", return_tokens=True).tokens
     assert tokens.tokens == [["[CLS]", "to", "paris", "[SEP]"]]
     assert tokens.offset_mapping[0, 2].tolist() == [3, 8]
-
-
-@pytest.mark.parametrize(
-    ("item", "called"),
-    [
-        (["some", "words"], "words"),
-        ([101, 102], "token ids"),
-        (TokenIds([101]), "token ids"),
-    ],
-)
-def test_words_and_token_ids_take_no_prompt(tiny: Any, item: Any, called: str) -> None:
-    with pytest.raises(InvalidArgumentError, match=rf"inputs\[1\] is {called}"):
-        tiny.embed(["fine", item], prompt="query: ")
-    good, bad = tiny.embed_stream(["fine", item], prompt="query: ")
-    assert good.error is None and f"item 1 is {called}" in str(bad.error)
-    assert len(tiny.embed(["fine", item], prompt="")) == 2
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"prompt_name": "secret"}, "has document, query"),
-        ({"prompt": "a" * 10_001}, "10001 characters, the most is 10000"),
-        ({"prompt": 5}, "prompt is of type int"),
-        ({"prompt_name": "\ud800"}, "lone surrogate"),
-    ],
-    ids=str,
-)
-def test_prompts_that_cannot_be_are_refused(tiny: Any, options: dict[str, Any], message: str) -> None:
-    for ask in (
-        lambda: tiny.embed("a text", **options),
-        lambda: list(tiny.embed_stream(["a text"], **options)),
-        lambda: tiny.encode("a text", **options),
-    ):
-        with pytest.raises(InvalidArgumentError, match=message) as caught:
-            ask()
-        assert "secret" not in str(caught.value)
 
 
 def test_a_text_that_is_all_prompt_has_nothing_to_pool(prompted: Client) -> None:

@@ -304,33 +304,6 @@ def test_spans_have_the_same_bits_in_every_call(client: Client) -> None:
             assert np.array_equal(whole[index], whole[index % 6])
 
 
-SPAN_FAULTS: dict[str, tuple[Any, dict[str, Any], str]] = {
-    "out of bounds": (
-        Spanned(SHORT, [(0, 3), (5, 13)]),
-        {},
-        r"inputs.0..spans.1. is .*out of bounds.*12 characters",
-    ),
-    "empty": (Spanned(SHORT, [(3, 3)]), {}, r"spans.0. is empty"),
-    "without a token": (Spanned(SHORT, [(0, 2), (6, 7)]), {}, r"spans.1. holds no token"),
-    "cut away": (Spanned(LONG, [(500, 510)]), {"truncation": "right"}, r"spans.0. holds no token, after truncation"),
-    "masked": (Spanned(TokenIds([5, 6], [1, 0]), [(1, 2)], "tokens"), {}, r"spans.0. holds no token"),
-    "characters of words": (Spanned(["a", "b"], [(0, 1)]), {}, "spans of characters, which only strings have"),
-    "too many tokens": (Spanned(SHORT, [(0, 12)] * 200), {}, "hold more than .* 64 times"),
-    "no output of them": (Spanned(SHORT, [(0, 1)]), {"span_pooling": None}, "has spans, of which no output is made"),
-    "cls": (Spanned(SHORT, [(0, 1)]), {"span_pooling": "cls"}, "pools spans by cls"),
-    "no pairs": (Spanned(SHORT, [0, 1]), {}, "inputs.0. has spans of dtype int64 and shape"),
-    "no unit": (Spanned(SHORT, [(0, 1)], "words"), {}, "unit is 'words'"),  # type: ignore[arg-type]
-}
-
-
-@ONE_TYPE
-@pytest.mark.parametrize("case", SPAN_FAULTS)
-def test_spans_at_fault_are_named(client: Client, case: str) -> None:
-    item, options, reason = SPAN_FAULTS[case]
-    with pytest.raises(InvalidArgumentError, match=reason):
-        client.embed([item], **{"span_pooling": "mean", **options})
-
-
 @ONE_TYPE
 def test_over_shared_memory_the_bits_are_the_same(folder: Path) -> None:
     options: dict[str, Any] = {"layers": [0, -1], "pooling": "mean", "words": "mean", "span_pooling": "max", **CUT}

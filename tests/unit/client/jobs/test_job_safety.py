@@ -233,6 +233,9 @@ def test_a_job_that_died_while_it_published_is_finished_without_a_server(
             run(job(corpus, tmp_path / "out.npz"))
     if kept:  # The side file had its name already.
         os.replace(tmp_path / "out.npz.parts" / "errors.jsonl", tmp_path / "out.npz.errors.jsonl")
+    refused(
+        job(corpus, tmp_path / "out.npz", fields=Fields(keep=("title",))), "holds a finished job with other settings"
+    )
     server = Server()
     run(job(corpus, tmp_path / "out.npz"), server)
     assert server.asked == 0 and (tmp_path / "out.npz").read_bytes() == whole(corpus, tmp_path)
@@ -292,6 +295,15 @@ def test_a_kept_number_is_never_rounded(beside: float | None, tmp_path: Path) ->
         assert found["key"].tolist() == (values if beside == 3 else ["" if v is None else str(v) for v in values])
     found = pq.read_table(tmp_path / "out.parquet")["key"].to_pylist()
     assert found == ([str(value) for value in values] if beside == 1.5 else values)
+
+
+def test_kept_numbers_and_bools_keep_their_types(tmp_path: Path) -> None:
+    corpus = tmp_path / "corpus.jsonl"
+    rows = [{"text": "x", "score": 0.25, "good": True}, {"text": "y", "score": 1, "good": False}]
+    corpus.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    run(job(corpus, tmp_path / "out.parquet", fields=Fields(keep=("score", "good"))))
+    found = pq.read_table(tmp_path / "out.parquet").to_pydict()
+    assert (found["score"], found["good"]) == ([0.25, 1.0], [True, False])
 
 
 def test_a_kept_field_that_no_item_has_is_told(corpus: Path, tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from support.refusals import GOOD, SECRET
 
-from layertap import InvalidArgumentError, LayerMix, Pooling, TokenIds, Windows
+from layertap import InvalidArgumentError, LayerMix, Pooling, Spanned, TokenIds, Windows
 from layertap._protocol import requests
 from layertap._protocol.inputs import to_messages
 from layertap._protocol.options import raises
@@ -29,6 +29,10 @@ WRONG_ITEMS: dict[str, tuple[Any, str]] = {
     "a float": (2.5, "of type float; pass"),
     "bytes": (SECRET.encode(), "of type bytes"),
     "a dict": ({SECRET: SECRET}, "of type dict without input_ids"),
+    "spans that are no pairs": (Spanned(GOOD, [0, 1]), r"has spans of dtype int64 and shape \(2,\)"),
+    "spans of no unit": (Spanned(GOOD, [(0, 1)], "words"), "unit is 'words'; pass one of"),  # type: ignore[arg-type]
+    "spans of spans": (Spanned(Spanned(GOOD, []), []), "is a Spanned of a Spanned"),  # type: ignore[arg-type]
+    "a span of 33 bits": (Spanned(GOOD, [(0, 2**31)]), "spans has a value beyond 32 bits"),
     "a set": ({SECRET}, "of type set"),
     "a tuple of three": ((SECRET, SECRET, SECRET), "of type tuple"),
     "a tuple of one": ((SECRET,), "of type tuple"),
@@ -117,6 +121,9 @@ WRONG_OPTIONS: list[tuple[dict[str, Any], str]] = [
     *(({"words": one}, "^words is .*first_last") for one in ("middle", "", "MEAN", True, 1, ["mean"])),
     *(({"max_length": n}, "^max_length ") for n in (0, -1, 2**40, 2.5, "7", [7])),
     *(({"pooling": Pooling("mean", dimensions=n)}, "^pooling.dimensions ") for n in (0, -1, 2**31, 2.5, "8")),
+    ({"attentions": "all", "attention_heads": []}, "^attention_heads is empty"),
+    ({"attentions": []}, "^attentions is empty"),
+    ({"attentions": "last"}, '^attentions is .*pass "all"'),
     ({"attention_heads": [0]}, '^attention_heads belongs to attentions; pass attentions="all"'),
     ({"windows": 5}, r"^windows is of type int; pass Windows\(stride=…\)"),
     ({"windows": Windows(stride=1.5)}, "^windows.stride has an entry of type float"),
