@@ -177,9 +177,10 @@ class _Run:
     def _process(self, rows: Sequence[str], limits: Mapping[str, float], limit_s: float) -> tuple[str | None, str, int]:
         """Runs rows in one process; returns the last that it started, why it did not end well, and its exit code."""
         seen = len(list(_lines(self._results)))
+        stage_ends_at = time.monotonic() + limit_s
         with self._log.open("a") as log:
             process = subprocess.Popen(
-                [*self._command, "--rows", ",".join(rows)],
+                [*self._command, "--rows", ",".join(rows), "--ends-at", str(stage_ends_at)],
                 env=self._environment,
                 stdout=log,
                 stderr=log,
@@ -187,7 +188,6 @@ class _Run:
                 start_new_session=True,
             )
             row, row_ends_at, why = None, time.monotonic() + _START_S, ""
-            stage_ends_at = time.monotonic() + limit_s
             while (code := process.poll()) is None and not why:
                 for line in list(_lines(self._results))[seen:]:
                     seen += 1

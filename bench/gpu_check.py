@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +25,8 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 FILES = ("device_paths", "engine", "fidelity", "attentions", "words", "parity", "sentence_transformers")
 """The files of tests/model that have tests for cuda."""
 TESTS_TIMEOUT_S = 120
+LAST_S = 8.0
+"""How long counting the outcomes may take, before the stage ends."""
 WORKERS = 6
 
 
@@ -64,15 +67,16 @@ def tests(at: Setting) -> None:
     options = ["-v", "-o", "filterwarnings=", "-p", "no:cacheprovider", "--continue-on-collection-errors"]
     options += [] if at.quick else ["-n", str(WORKERS)]
     log = at.results.with_name("tests.log")
+    timeout_s = max(1.0, min(TESTS_TIMEOUT_S, at.ends_at - time.monotonic() - LAST_S))
     with log.open("w") as out:
         process = subprocess.Popen(
             [sys.executable, "-m", "pytest", *options, *chosen, *files], cwd=REPOSITORY, stdout=out, stderr=out
         )
         try:
-            code: int | str = process.wait(timeout=TESTS_TIMEOUT_S)
+            code: int | str = process.wait(timeout=timeout_s)
         except subprocess.TimeoutExpired:
             process.kill()
-            code = f"not done within {TESTS_TIMEOUT_S} s"
+            code = f"not done within {timeout_s:.0f} s"
     outcomes: dict[str, str] = {}
     for line in log.read_text().splitlines():
         # Lines of pytest-xdist and of its summary name the outcome first, those of pytest alone last.

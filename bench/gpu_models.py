@@ -55,6 +55,7 @@ class Setting:
         scratch: A folder for models.
         batch_tokens: Tokens of a batch of the engine.
         server_flags: More flags of the servers.
+        ends_at: When the stage ends, by the monotonic clock, which all processes share.
         row: The row that runs.
         row_is_empty: Whether it has no result yet.
     """
@@ -65,6 +66,7 @@ class Setting:
     scratch: Path
     batch_tokens: int
     server_flags: list[str]
+    ends_at: float
     row: str = ""
     row_is_empty: bool = True
     _encoder: tuple[str, str, Encoder] | None = None
@@ -195,6 +197,7 @@ def run_rows(module: Mapping[str, Any]) -> None:
     parser.add_argument("--batch-tokens", type=int, default=32_768)
     parser.add_argument("--server-flags", default="")
     parser.add_argument("--rows", required=True)
+    parser.add_argument("--ends-at", type=float, required=True)
     arguments = parser.parse_args()
     at = Setting(
         device=arguments.device,
@@ -203,6 +206,7 @@ def run_rows(module: Mapping[str, Any]) -> None:
         scratch=arguments.scratch,
         batch_tokens=arguments.batch_tokens,
         server_flags=arguments.server_flags.split(),
+        ends_at=arguments.ends_at,
     )
     logging.basicConfig(level=logging.INFO, format="%(name)s: %(message)s")
     for name in _CHOICES:
