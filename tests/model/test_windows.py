@@ -343,7 +343,8 @@ def test_the_command_line(client: Client, folder: Path, tmp_path: Path, capsys: 
         assert np.allclose(shown["pool_0"], wanted.pooled[0])
         (tmp_path / "long.txt").write_text(f"{LONG}\n{SHORT}\n")
         assert cli.main(["embed", str(tmp_path / "long.txt"), "-o", str(tmp_path / "out.npz"), *flags]) == 0
-        written = np.load(tmp_path / "out.npz")["pool_0"]
+        with np.load(tmp_path / "out.npz") as found:
+            written = found["pool_0"]
         assert np.array_equal(written[0], wanted.pooled[0]) and len(written) == 2
         assert cli.main(["encode", "--text", LONG, "--json", "--target", address, "--window-stride", "8"]) == 0
         vector = client.encode(LONG, windows=Windows(stride=8))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -91,6 +92,17 @@ def test_the_clients_of_the_table_have_the_versions_that_are_locked_and_tests_th
     recipes = (ROOT / "docs/guide/openai.md").read_text()
     for name in ("openai", "langchain-openai"):
         assert f"| {name} {locked[name]} |" in recipes, name
+
+
+def test_the_classifiers_and_the_documents_have_the_pythons_that_are_tested() -> None:
+    (names,) = re.findall(r"^PYTHONS \?= (.+)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    versions = [name.removeprefix("python") for name in names.split()]
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    named = re.findall(r"Python :: (3\.\d+)", "\n".join(project["classifiers"]))
+    assert versions == named and project["requires-python"] == f">={versions[0]}"
+    for page in ("README.md", "CONTRIBUTING.md", "docs/operate/install.md"):
+        text = (ROOT / page).read_text()
+        assert f"Python {versions[0]} or newer" in text and f"{versions[0]} to {versions[-1]} are tested" in text, page
 
 
 def test_flags_in_the_documents_exist() -> None:
