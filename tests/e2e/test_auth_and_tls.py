@@ -8,6 +8,8 @@ import contextlib
 import dataclasses
 import os
 import re
+import socket
+import ssl
 import subprocess
 import time
 import urllib.request
@@ -424,3 +426,12 @@ def test_the_recipe_of_the_documents_makes_certificates(tiny_folder: Path, tmp_p
     with running("--device", "cpu", "--model-id", str(tiny_folder), *flags) as server:
         port = server.address.rpartition(":")[2]
         assert ask("sync", f"localhost:{port}", tls=alice) == (1, 32)
+        # As Python's own clients check, from 3.13 on.
+        strict = ssl.create_default_context(cafile=ca)
+        strict.verify_flags |= ssl.VERIFY_X509_STRICT
+        strict.load_cert_chain(alice.cert, alice.key)
+        with socket.create_connection(("127.0.0.1", int(port)), WAIT_S) as plain:
+            strict.wrap_socket(plain, server_hostname="localhost").close()
+    for name in ("server.pem", "alice.pem"):
+        constraints = x509.load_pem_x509_certificate((tmp_path / name).read_bytes()).extensions
+        assert not constraints.get_extension_for_class(x509.BasicConstraints).value.ca, f"{name} could sign others"

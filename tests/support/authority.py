@@ -12,6 +12,18 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
+_SIGNS_CERTIFICATES = x509.KeyUsage(
+    key_cert_sign=True,
+    digital_signature=False,
+    content_commitment=False,
+    key_encipherment=False,
+    data_encipherment=False,
+    key_agreement=False,
+    crl_sign=False,
+    encipher_only=False,
+    decipher_only=False,
+)
+
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Paper:
@@ -36,9 +48,12 @@ class Authority:
     def __init__(self, name: str = "a test authority", *, days: tuple[float, float] = (-3, 1)) -> None:
         self._key = ec.generate_private_key(ec.SECP256R1())
         self._name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
-        usage = x509.BasicConstraints(ca=True, path_length=0)
-        self._cert = self._builder(self._name, self._key.public_key(), days).add_extension(usage, True)
-        self.pem = self._cert.sign(self._key, hashes.SHA256()).public_bytes(serialization.Encoding.PEM)
+        public = self._key.public_key()
+        builder = self._builder(self._name, public, days)
+        builder = builder.add_extension(x509.BasicConstraints(ca=True, path_length=0), True)
+        builder = builder.add_extension(_SIGNS_CERTIFICATES, True)
+        builder = builder.add_extension(x509.SubjectKeyIdentifier.from_public_key(public), False)
+        self.pem = builder.sign(self._key, hashes.SHA256()).public_bytes(serialization.Encoding.PEM)
 
     def sign(
         self,
@@ -57,8 +72,10 @@ class Authority:
         key = ec.generate_private_key(ec.SECP256R1())
         subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)] if name else [])
         builder = self._builder(subject, key.public_key(), days)
+        # Without it Python refuses the certificate from 3.13 on.
+        issuer = x509.AuthorityKeyIdentifier.from_issuer_public_key(self._key.public_key())
         names = x509.SubjectAlternativeName([_general_name(host) for host in hosts])
-        cert = builder.add_extension(names, False).sign(self._key, hashes.SHA256())
+        cert = builder.add_extension(names, False).add_extension(issuer, False).sign(self._key, hashes.SHA256())
         return Paper(
             cert.public_bytes(serialization.Encoding.PEM),
             key.private_bytes(
