@@ -34,11 +34,14 @@ def test_a_trial_that_breaks_the_device_stops_the_server_with_the_next_step(tiny
         App(config, make_encoder=make)
 
 
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("std::bad_alloc")], ids=["cuda", "cpu"]
+)
 def test_a_device_without_room_for_the_weights_stops_the_server_with_the_next_step(
-    tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
+    error: RuntimeError, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def no_room(*_: object) -> None:
-        raise torch.OutOfMemoryError("CUDA out of memory")
+        raise error
 
     monkeypatch.setattr(torch, "cat", no_room)
     with pytest.raises(ConfigError, match="no memory on cpu for the weights; make room there"):

@@ -18,7 +18,8 @@ from layertap_server.types import DeviceLostError, OutOfMemoryError
 
 log = logging.getLogger(__name__)
 
-_CPU_ALLOCATOR: Final = "DefaultCPUAllocator"
+_NO_MEMORY: Final = ("DefaultCPUAllocator", "std::bad_alloc")
+"""What the message of a RuntimeError has where a CPU has no memory: for a tensor, or beside one."""
 _BFLOAT16_CAPABILITY: Final = (8, 0)
 """From this compute capability on, cuda devices multiply bfloat16 in tensor cores."""
 _CUDA_NO_MEMORY: Final = 2
@@ -94,7 +95,7 @@ def named_errors(device: torch.device) -> Iterator[None]:
     except (torch.OutOfMemoryError, MemoryError) as exc:
         raise OutOfMemoryError(f"no memory on {device}") from exc
     except RuntimeError as exc:
-        if _CPU_ALLOCATOR in str(exc) or getattr(exc, "error_code", None) == _CUDA_NO_MEMORY:
+        if any(words in str(exc) for words in _NO_MEMORY) or getattr(exc, "error_code", None) == _CUDA_NO_MEMORY:
             raise OutOfMemoryError(f"no memory on {device}") from exc
         if not works(device):
             raise DeviceLostError(f"{device} does not work any more ({reason_of(exc)})") from exc
