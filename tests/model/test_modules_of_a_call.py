@@ -16,7 +16,7 @@ from layertap import Client
 
 CLIENT, SERVER = Path(layertap.__file__).parent, Path(layertap_server.__file__).parent
 MOST_OF_CLIENT, MOST_OF_SERVER = 10, 16
-APART = {"app/lifecycle", "scheduler/instances"}
+APART = {"app/lifecycle", "scheduler/batcher"}
 MOST_FUNCTION_CALLS = 170
 """Calls of the server's own Python functions, those of the engine apart. A call costs a server about 0.3 µs of each."""
 MOST_FUNCTION_CALLS_OF_CLIENT = 60

@@ -1,18 +1,24 @@
 """The queue and its instances: texts of many calls in, batches through the instances, events back to the calls.
 
-Knows neither torch nor gRPC nor protobuf: `encode` is an argument, events leave through each call's `deliver`.
+A lost instance fails the calls of its batch and no others; see `worker`. When the last one is lost, all calls that wait
+fail. Knows neither torch nor gRPC nor protobuf: `encode` is an argument, events leave through each call's `deliver`.
 """
 
 from __future__ import annotations
 
 import functools
+import logging
+import threading
+import time
 from collections.abc import Sequence
 
 from layertap_server.scheduler.call import Call, Hooks
 from layertap_server.scheduler.call_queue import CallQueue
-from layertap_server.scheduler.instances import Instances
 from layertap_server.scheduler.queue_limits import QueueLimits
+from layertap_server.scheduler.worker import Worker
 from layertap_server.types import ApplyModules, Encode
+
+log = logging.getLogger(__name__)
 
 
 class Batcher:
@@ -20,6 +26,8 @@ class Batcher:
 
     Attributes:
         instance_count: How many instances there were at the start.
+        live_instance_count: How many are not lost.
+        workers: The instances, each a thread.
         queue: The calls that wait.
         open: Makes a call; see `Call`. Whether there is room for it is found as its texts are added.
     """
@@ -41,21 +49,21 @@ class Batcher:
             hooks: Called for batches and refusals.
         """
         hooks = hooks or Hooks()
-        self.instance_count = len(encodes)
+        self.instance_count = self.live_instance_count = len(encodes)
         self.queue = CallQueue(len(encodes), limits, hooks, apply_modules)
         self.open = functools.partial(Call, self.queue)
-        self._instances = Instances(
-            encodes,
-            next_batch=self.queue.next_batch,
-            short_batch=self.queue.short_batch,
-            on_all_lost=self._fail_lost,
-            hooks=hooks,
-        )
-
-    @property
-    def live_instance_count(self) -> int:
-        """How many instances are not lost."""
-        return self._instances.live_count
+        self._lock = threading.Lock()  # Of the count of live instances, which threads of lost ones lower.
+        self.workers = [
+            Worker(
+                f"instance-{n}",
+                encode,
+                next_batch=functools.partial(self.queue.next_batch, n),
+                short_batch=functools.partial(self.queue.short_batch, n),
+                on_lost=self._lost,
+                hooks=hooks,
+            )
+            for n, encode in enumerate(encodes)
+        ]
 
     @property
     def idle_instance_count(self) -> int:
@@ -78,21 +86,29 @@ class Batcher:
         return self.queue.output_bytes.used
 
     def lose_stuck(self, timeout_s: float) -> None:
-        """See `Instances.lose_stuck`."""
-        self._instances.lose_stuck(timeout_s)
+        """Gives up every instance that has made no progress with its batch for so long, in seconds."""
+        for worker in self.workers:
+            if worker.lose(stuck_s=timeout_s):
+                log.error("%s has made no progress for %.0f s and is given up", worker.name, timeout_s)
 
     def stop(self, timeout_s: float) -> bool:
         """Fails waiting calls with UNAVAILABLE and ends the instances after their batches.
 
         Args:
-            timeout_s: How long to wait for them.
+            timeout_s: How long to wait for them; lost ones are not waited for.
 
         Returns:
             Whether all of them have ended.
         """
         self.queue.end("the server is stopping; try another, or again later", reason="stopping")
-        return self._instances.ended(timeout_s)
+        deadline = time.monotonic() + timeout_s
+        return all([one.ended(0.0 if one.lost else max(deadline - time.monotonic(), 0.0)) for one in self.workers])
 
-    def _fail_lost(self) -> None:
-        message = "the engine has failed and the server is stopping; try another, or again later"
-        self.queue.end(message, reason="no_instances")
+    def _lost(self) -> None:
+        with self._lock:
+            self.live_instance_count -= 1
+            left = self.live_instance_count
+        log.error("an instance is lost, %d of %d are left", left, self.instance_count)
+        if not left:
+            message = "the engine has failed and the server is stopping; try another, or again later"
+            self.queue.end(message, reason="no_instances")

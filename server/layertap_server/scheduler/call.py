@@ -10,32 +10,16 @@ import asyncio
 import dataclasses
 from collections import deque
 from collections.abc import Callable, Sequence
-from typing import Final, Generic, NamedTuple, Protocol, TypeVar
+from typing import TYPE_CHECKING, Final, Generic, NamedTuple, TypeVar
 
 from layertap_server.scheduler.events import Event, RowsReady
 from layertap_server.scheduler.windows import TextEvents
-from layertap_server.types import Allocator, ApplyModules, Plan, Text
+from layertap_server.types import Allocator, Plan, Text
+
+if TYPE_CHECKING:
+    from layertap_server.scheduler.call_queue import CallQueue
 
 EventT = TypeVar("EventT")
-
-
-class Queue(Protocol):
-    """What a call asks of its queue.
-
-    Attributes:
-        apply_modules: Applies the sentence modules of vectors.
-    """
-
-    apply_modules: ApplyModules
-
-    def add(self, call: Call, texts: Sequence[Text], waits: bool) -> bool:
-        """Queues texts of a call; returns whether it did."""
-
-    def release(self, call: Call, byte_count: int, run_done: bool) -> None:
-        """Gives back output bytes of a call."""
-
-    def close(self, call: Call) -> None:
-        """Removes a call."""
 
 
 class WaitingText(NamedTuple):
@@ -65,7 +49,7 @@ class Call:
 
     def __init__(
         self,
-        queue: Queue,
+        queue: CallQueue,
         plan: Plan,
         *,
         client: str,

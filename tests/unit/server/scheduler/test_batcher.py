@@ -158,7 +158,7 @@ def test_stopping_answers_what_waits_and_lets_what_runs_finish(make: Make, engin
     assert not stopping.is_alive()
     assert plug.next(RowsReady).rows.data and plug.next()
     assert engine.batches.empty()
-    assert all(instance.ended(0.0) for instance in batcher._instances.workers)
+    assert all(instance.ended(0.0) for instance in batcher.workers)
 
 
 def test_adding_nothing_is_nothing(make: Make, engine: Engine) -> None:

@@ -305,7 +305,7 @@ def test_an_instance_that_hangs_in_a_pause_is_given_up(batcher: Batcher, engine:
     assert isinstance(short.error(), UnavailableError) and isinstance(long.error(), UnavailableError)
     engine.allow(SHORT, STEPS)
     engine.allow(LONG, STEPS)
-    assert batcher._instances.workers[0].ended(WAIT_S)
+    assert batcher.workers[0].ended(WAIT_S)
     assert short.events.empty() and long.events.empty() and batcher.held_bytes == 0
 
 

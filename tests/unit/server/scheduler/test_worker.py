@@ -143,7 +143,7 @@ def test_a_stuck_instance_is_given_up_and_ends_when_it_comes_back(batcher: Batch
     assert not batcher.stop(0.01), "a thread that hangs cannot be waited for"
     for engine in engines:
         engine.leave.set()
-    assert all(instance.ended(WAIT_S) for instance in batcher._instances.workers)
+    assert all(instance.ended(WAIT_S) for instance in batcher.workers)
     assert [engine.batch_count for engine in engines] == [1, 1]
     assert all(caller.events.empty() for caller in callers), "who was told of a failure gets no results after it"
     assert batcher.held_bytes == 0
