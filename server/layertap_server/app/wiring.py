@@ -106,16 +106,14 @@ def make_parts(
     )
     service = EmbeddingService(
         preprocessor=preprocessor,
-        tokenizer=found.tokenizer,
         batcher=batcher,
-        model=model,
         on_cpu=found.on_cpu,
         sharing=sharing,
         info=info,
         lookahead_tokens=limits.max_batch_tokens * (batcher.instance_count + 1),
-        admission=admission,
+        stopping=admission.closed,
     )
-    handlers = {wire.SERVICE_NAME: service.handler()}
+    handlers = {wire.SERVICE_NAME: handler(wire.SERVICE_NAME, service, admission)}
     if share.kserve:
         from layertap_server.compat import kserve
 

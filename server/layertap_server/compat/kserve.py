@@ -27,7 +27,6 @@ from layertap_server.protocol.offload import LARGE_BYTES, offload
 from layertap_server.protocol.preprocess import Hold, Preprocessor
 from layertap_server.protocol.requests import parse
 from layertap_server.scheduler.batcher import Batcher
-from layertap_server.scheduler.call import LoopWaker
 from layertap_server.types import RETRY_ELSEWHERE_S
 
 if TYPE_CHECKING:
@@ -63,11 +62,6 @@ class Service:
         self.unlimited = {"ServerLive": self._live, "ServerReady": self._ready, "ModelReady": self._model_ready}
         self.unary = dict(zip(UNARY, (self._server_metadata, self._model_metadata, self._infer), strict=True))
         self.streams = dict(zip(STREAMS, (self._infer_stream,), strict=True))
-
-    @functools.cached_property
-    def _waker(self) -> LoopWaker:
-        """Wakes the loop that this service answers in, which runs only once the service is made."""
-        return LoopWaker()
 
     def _live(self, raw: bytes) -> bytes:
         return kserve.ServerLiveResponse(live=True).SerializeToString()
@@ -190,7 +184,7 @@ class Service:
                 f"the answer would have {size} bytes, the most is {limits.max_response_bytes} (--max-response-bytes of "
                 "the server); send fewer texts, or ask for fewer layers, at once"
             )
-        parts = await rows.collect(self._batcher, self._waker, plan, tokenized, caller, label=label)
+        parts = await rows.collect(self._batcher, plan, tokenized, caller, label=label)
         pack = functools.partial(tensors.pack, request, asked, plan, tokenized, parts)
         return await offload(pack, in_thread=size > LARGE_BYTES)
 

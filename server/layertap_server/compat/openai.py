@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -35,7 +34,7 @@ from layertap_server.protocol import rows
 from layertap_server.protocol.offload import LARGE_BYTES, offload
 from layertap_server.protocol.preprocess import Preprocessor
 from layertap_server.scheduler.batcher import Batcher
-from layertap_server.scheduler.call import Hooks, LoopWaker
+from layertap_server.scheduler.call import Hooks
 from layertap_server.scheduler.events import RowsReady
 from layertap_server.types import Plan
 
@@ -88,11 +87,6 @@ class OpenAI:
         self._stall_timeout_s = stall_timeout_s
         self._hooks = hooks
         self._created = int(time.time())
-
-    @functools.cached_property
-    def _waker(self) -> LoopWaker:
-        """Wakes the loop that this service answers in, which runs only once the service is made."""
-        return LoopWaker()
 
     async def answer(self, exchange: Exchange) -> None:
         """Answers a request, be it by an error."""
@@ -161,7 +155,7 @@ class OpenAI:
                 f"{self._limits.max_call_output_bytes}; send fewer texts at once"
             )
         call.add_bytes(2 * byte_count)  # The rows, and the vectors made of them.
-        parts = await rows.collect(self._batcher, self._waker, plan, tokenized, caller, label="input")
+        parts = await rows.collect(self._batcher, plan, tokenized, caller, label="input")
         is_large = byte_count * (1 if request.is_base64 else _NUMBER_COST) > LARGE_BYTES
 
         def make() -> Vectors:

@@ -124,6 +124,6 @@ class OfflineModel:
             work = self._preprocessor.embed_each(messages, resolved, labels, record)
             return asyncio.run_coroutine_threadsafe(work, self._loop)
 
-        header = responses.header(self._facts, resolved.plan, named_prompt=self._preprocessor.named_prompt(options))
+        header = responses.header(self._facts, resolved.plan)
         builder = Builder(options=options, header=header, plan=resolved.plan, tokenizer=self._tokenizer)
         return builder, tokenize

@@ -50,7 +50,8 @@ def plan(options: pb.EmbedOptions, model: ModelFacts, sentences: SentenceConfig)
         _output(output, model, sentences, f"options.outputs[{n}]") for n, output in enumerate(options.outputs)
     )
     dtype = known("options.dtype", options.dtype or pb.DTYPE_FLOAT32, wire.DTYPE_NAMES)
-    found = Plan(outputs=outputs, dtype=dtype, return_tokens=options.return_tokens)
+    named = sentences.prompts.get(options.prompt_name, "") if options.prompt_name else ""
+    found = Plan(outputs=outputs, dtype=dtype, return_tokens=options.return_tokens, named_prompt=named)
     if not options.HasField("windows"):
         return found
     for n, output in enumerate(outputs):

@@ -11,8 +11,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 import time
-from collections.abc import Callable, Sequence
-from typing import Final, TypeVar, cast
+from collections.abc import Callable, Coroutine, Sequence
+from typing import Any, Final, TypeVar, cast
 
 from layertap.errors import LayertapError
 from layertap.types import Limits
@@ -25,7 +25,7 @@ from layertap_server.observability.call_log import Record
 from layertap_server.protocol import spans, validation
 from layertap_server.protocol.offload import LARGE_BYTES, SLICE_ENTRIES, Slices
 from layertap_server.protocol.options import Options, resolve
-from layertap_server.protocol.requests import sizes_of
+from layertap_server.protocol.requests import EntryT, MessageT, parse_parts, sizes_of
 from layertap_server.types import Plan
 
 T = TypeVar("T")
@@ -94,9 +94,11 @@ class Preprocessor:
         options.DiscardUnknownFields()
         return self._cached(options.SerializeToString())
 
-    def named_prompt(self, options: pb.EmbedOptions) -> str:
-        """Returns the prompt that options name; empty if they name none."""
-        return self.sentences.prompts[options.prompt_name] if options.prompt_name else ""
+    def parse(
+        self, kind: type[MessageT], entry_kind: type[EntryT], raw: bytes
+    ) -> Coroutine[Any, Any, tuple[MessageT, Sequence[EntryT]]]:
+        """Returns a request and its texts; see `parse_parts`."""
+        return parse_parts(kind, entry_kind, raw, self.limits, self.max_input_bytes)
 
     async def embed(
         self,

@@ -59,16 +59,14 @@ def byte_count(plan: Plan, texts: Iterable[Tokenized]) -> int:
     return sum(sizes)
 
 
-def header(
-    model: ModelFacts, plan: Plan, tokenized: Sequence[Tokenized] = (), *, named_prompt: str = ""
-) -> pb.EmbedHeader:
+def header(model: ModelFacts, plan: Plan, tokenized: Sequence[Tokenized] = ()) -> pb.EmbedHeader:
     """Returns the header of an answer; without texts, that of an EmbedStream."""
     return pb.EmbedHeader(
         model_id=model.model_id,
         fingerprint=model.fingerprint,
         layer_count=model.layer_count,
         pad_token_id=model.pad_token_id,
-        named_prompt=named_prompt,
+        named_prompt=plan.named_prompt,
         dtype=wire.DTYPES[plan.dtype],
         outputs=[
             pb.OutputHeader(
@@ -95,9 +93,9 @@ def _of_texts(plan: Plan, tokenized: Sequence[Tokenized]) -> dict[str, Any]:
     }
 
 
-def _header_of_plan(model: ModelFacts, plan: Plan, named_prompt: str) -> bytes:
+def _header_of_plan(model: ModelFacts, plan: Plan) -> bytes:
     """Returns the fields of a header that are the same for all texts, serialized."""
-    return header(model, plan, named_prompt=named_prompt).SerializeToString()
+    return header(model, plan).SerializeToString()
 
 
 _cached_header: Final = functools.lru_cache(64)(_header_of_plan)
@@ -186,12 +184,10 @@ def embedded(
     parts: Sequence[RowsReady],
     tokenizer: Tokenizer,
     record: Record,
-    *,
-    named_prompt: str,
 ) -> bytes:
     """Returns the whole answer of Embed, serialized."""
     is_small = len(plan.outputs) <= _CACHED_OUTPUT_COUNT
-    of_plan = (_cached_header if is_small else _header_of_plan)(model, plan, named_prompt)
+    of_plan = (_cached_header if is_small else _header_of_plan)(model, plan)
     if len(texts) == 1 and not (plan.has_words or plan.has_spans or plan.of_windows):
         of_texts = _header_of_one(len(texts[0].text.input_ids), texts[0].truncated)
     else:

@@ -12,7 +12,7 @@ from layertap.errors import LayertapError
 from layertap_server.model.tokenized import Tokenized
 from layertap_server.observability.call_log import Record
 from layertap_server.scheduler.batcher import Batcher
-from layertap_server.scheduler.call import Call, EventQueue, LoopWaker
+from layertap_server.scheduler.call import Call, EventQueue
 from layertap_server.scheduler.events import CallFailed, Event, QueueRoom, RowsReady, RunDone
 from layertap_server.types import Allocator, Plan
 
@@ -71,7 +71,6 @@ def queued(
 
 async def collect(
     batcher: Batcher,
-    waker: LoopWaker,
     plan: Plan,
     tokenized: Sequence[Tokenized],
     caller: Caller,
@@ -84,7 +83,7 @@ async def collect(
         LayertapError: if the call, or one of its texts, has failed.
     """
     parts: list[RowsReady] = []
-    inbox: EventQueue[Event] = EventQueue(waker, needs_rows=False)
+    inbox: EventQueue[Event] = EventQueue(batcher.waker, needs_rows=False)
     call = queued(batcher, plan, tokenized, inbox, caller)
     try:
         left = len(tokenized)

@@ -6,21 +6,18 @@ Their texts are checked as those of Embed are, and tokenized in the same slices;
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
 from typing import Final
 
 from layertap.errors import InvalidArgumentError
 from layertap.v1 import embedding_pb2 as pb
-from layertap_server.model.facts import ModelFacts
 from layertap_server.model.tokenized import Tokenized
-from layertap_server.model.tokenizer import Tokenizer
 from layertap_server.observability.call_log import Record
 from layertap_server.protocol import token_ids, validation
 from layertap_server.protocol.offload import LARGE_BYTES, offload
 from layertap_server.protocol.options import max_length_of, truncation_of
 from layertap_server.protocol.preprocess import Hold, Preprocessor, all_good, held_bytes
 from layertap_server.protocol.requests import sizes_of
-from layertap_server.protocol.responses import tokens
+from layertap_server.protocol.responses import TOKEN_BYTES, tokens
 from layertap_server.types import Text
 
 _SLICE_IDS: Final = 16 << 10
@@ -30,32 +27,24 @@ _LARGE_SLICE_IDS: Final = 256
 
 
 class TokenizerRequests:
-    """The requests of one tokenizer.
+    """The requests of one tokenizer, that of the pipeline whose limits and slices they share."""
 
-    Args:
-        preprocessor: The pipeline whose limits and slices they share.
-        tokenizer: The tokenizer.
-    """
-
-    def __init__(self, preprocessor: Preprocessor, tokenizer: Tokenizer) -> None:
-        self._preprocessor = preprocessor
+    def __init__(self, preprocessor: Preprocessor) -> None:
+        self._preprocessor, self._tokenizer = preprocessor, preprocessor.tokenizer
         self._model, self._limits = preprocessor.model, preprocessor.limits
-        self._tokenizer = tokenizer
 
-    async def tokenize(
-        self, request: pb.TokenizeRequest, inputs: Sequence[pb.Input], record: Record, *, hold: Hold
-    ) -> list[Tokenized]:
-        """Returns the texts of a Tokenize request.
+    async def tokenize(self, raw: bytes, record: Record, *, hold: Hold) -> bytes:
+        """Returns the answer to a Tokenize request, serialized.
 
         Args:
-            request: The request; its own inputs are not looked at.
-            inputs: Its texts.
+            raw: The request, serialized.
             record: What is known of the call.
             hold: Counts what the texts take, as they are tokenized.
 
         Raises:
             LayertapError: if an option or a text is at fault, or the answer would be too large.
         """
+        request, inputs = await self._preprocessor.parse(pb.TokenizeRequest, pb.Input, raw)
         limits = self._limits
         validation.check_text_count(len(inputs), limits)
         max_length = max_length_of(request.max_length, self._model, at_most=limits.max_character_count)
@@ -88,19 +77,33 @@ class TokenizerRequests:
 
         texts = await self._preprocessor.run(work, inputs, record, note)
         record.take([one.text for one in texts])
-        return texts
 
-    async def decode(self, request: pb.DecodeRequest, texts: Sequence[pb.TokenIds], record: Record) -> list[str]:
-        """Returns the strings of a Decode request.
+        def pack() -> bytes:
+            return pb.TokenizeResponse(
+                texts=(tokens(one, self._tokenizer, pad_to=request.pad_to) for one in texts),
+                pad_token_id=self._tokenizer.pad_token_id,
+                model_id=self._model.model_id,
+                fingerprint=self._model.fingerprint,
+            ).SerializeToString()
+
+        answer = await offload(pack, in_thread=TOKEN_BYTES * token_count > LARGE_BYTES)
+        if len(answer) > limits.max_response_bytes:
+            raise InvalidArgumentError(
+                f"the answer has {len(answer)} bytes, the most is {limits.max_response_bytes}; send fewer texts at once"
+            )
+        return answer
+
+    async def decode(self, raw: bytes, record: Record) -> bytes:
+        """Returns the answer to a Decode request, serialized.
 
         Args:
-            request: The request; its own texts are not looked at.
-            texts: Its texts.
+            raw: The request, serialized.
             record: What is known of the call.
 
         Raises:
             InvalidArgumentError: if the request is at fault, or the answer would be too large.
         """
+        request, texts = await self._preprocessor.parse(pb.DecodeRequest, pb.TokenIds, raw)
         check = functools.partial(validation.check_decode, texts, self._limits)
         counts = await offload(check, in_thread=sum(sizes_of(texts)) > LARGE_BYTES)
         record.text_count += len(counts)
@@ -123,21 +126,8 @@ class TokenizerRequests:
                     f"the answer has more than {most} bytes, the most of one answer; send fewer texts at once"
                 )
 
-        return await self._preprocessor.slices.run(
+        strings = await self._preprocessor.slices.run(
             work, counts, client=record.client, most=_SLICE_IDS, large=_LARGE_SLICE_IDS, note=note
         )
-
-
-def tokenized(model: ModelFacts, texts: Sequence[Tokenized], tokenizer: Tokenizer, *, pad_to: int) -> bytes:
-    """Returns the answer to Tokenize, serialized."""
-    return pb.TokenizeResponse(
-        texts=(tokens(one, tokenizer, pad_to=pad_to) for one in texts),
-        pad_token_id=tokenizer.pad_token_id,
-        model_id=model.model_id,
-        fingerprint=model.fingerprint,
-    ).SerializeToString()
-
-
-def decoded(model: ModelFacts, texts: Sequence[str]) -> bytes:
-    """Returns the answer to Decode, serialized."""
-    return pb.DecodeResponse(texts=texts, model_id=model.model_id, fingerprint=model.fingerprint).SerializeToString()
+        model_id, fingerprint = self._model.model_id, self._model.fingerprint
+        return pb.DecodeResponse(texts=strings, model_id=model_id, fingerprint=fingerprint).SerializeToString()

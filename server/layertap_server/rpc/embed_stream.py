@@ -21,7 +21,6 @@ from typing import Final, TypeAlias
 
 from layertap.errors import InternalError, InvalidArgumentError, LayertapError, UnavailableError
 from layertap.v1 import embedding_pb2 as pb
-from layertap_server.model.tokenizer import Tokenizer
 from layertap_server.protocol.preprocess import HELD_TEXT_BYTES, Preprocessor
 from layertap_server.protocol.requests import Parts, check_size, stream_chunks, stream_id, stream_inputs
 from layertap_server.protocol.stream_responses import messages as messages_of
@@ -74,7 +73,6 @@ class Stream:
         options: pb.StreamOptions,
         *,
         preprocessor: Preprocessor,
-        tokenizer: Tokenizer,
         caller: Caller,
         inbox: EventQueue[StreamEvent],
         stopping: asyncio.Event,
@@ -95,7 +93,7 @@ class Stream:
         self._lending = lending
         self.inbox = inbox
         self._in_order = options.order != pb.RESULT_ORDER_AS_FINISHED
-        self._preprocessor, self._tokenizer = preprocessor, tokenizer
+        self._preprocessor, self._tokenizer = preprocessor, preprocessor.tokenizer
         self._caller, self._record, self._stopping = caller, caller.record, stopping
         self._max_frame_bytes, self._lookahead_tokens = preprocessor.limits.max_frame_bytes, lookahead_tokens
         self._entries = Entries(self.plan)

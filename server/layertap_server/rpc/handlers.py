@@ -1,4 +1,8 @@
-"""Services of other protocols as handlers of a gRPC server: calls are admitted like those of the contract."""
+"""Services as handlers of a gRPC server, whose calls are admitted by their headers.
+
+Methods take and give bytes: so parsing may leave the event loop. To gRPC each has a stream of requests, whatever its
+contract says: so a call is admitted before its request is read.
+"""
 
 from __future__ import annotations
 
@@ -13,13 +17,15 @@ from layertap_server.rpc.short_requests import ShortRequests
 
 Handler: TypeAlias = "grpc.GenericRpcHandler[bytes, bytes]"
 """What a gRPC server is given for one service."""
+Unlimited: TypeAlias = Callable[[bytes], bytes]
+"""A method that is answered at once."""
 
 
 class Service(Protocol):
-    """A service of another protocol: its methods by name."""
+    """A service: its methods by name."""
 
     @property
-    def unlimited(self) -> Mapping[str, Callable[[bytes], bytes]]:
+    def unlimited(self) -> Mapping[str, Unlimited]:
         """Those that a full or stopping server answers too."""
 
     @property
@@ -44,7 +50,7 @@ def handler(name: str, service: Service, admission: Admission) -> Handler:
     return grpc.method_handlers_generic_handler(name, handlers)
 
 
-def _unlimited(answer: Callable[[bytes], bytes]) -> Callable[[bytes, Context], Awaitable[bytes]]:
+def _unlimited(answer: Unlimited) -> Callable[[bytes, Context], Awaitable[bytes]]:
     async def call(request: bytes, _: Context) -> bytes:
         return answer(request)
 

@@ -9,30 +9,25 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import itertools
 import time
 from collections import deque
-from collections.abc import Coroutine, Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
 
-import grpc
-import grpc.aio
-
-from layertap import wire
 from layertap.errors import InvalidArgumentError
 from layertap.v1 import embedding_pb2 as pb
-from layertap_server.model.facts import ModelFacts
 from layertap_server.model.tokenized import Tokenized
-from layertap_server.model.tokenizer import Tokenizer
-from layertap_server.protocol import responses, rows, tokenizer_requests
+from layertap_server.protocol import responses, rows
 from layertap_server.protocol.frames import FrameBuffers, frames_of
-from layertap_server.protocol.offload import LARGE_BYTES, offload
+from layertap_server.protocol.offload import LARGE_BYTES
 from layertap_server.protocol.preprocess import Preprocessor
-from layertap_server.protocol.requests import EntryT, MessageT, parse, parse_parts
-from layertap_server.rpc.admission import Admission
+from layertap_server.protocol.requests import parse
+from layertap_server.protocol.tokenizer_requests import TokenizerRequests
 from layertap_server.rpc.caller import Caller
 from layertap_server.rpc.embed_stream import Stream
+from layertap_server.rpc.handlers import Unlimited
 from layertap_server.scheduler.batcher import Batcher
-from layertap_server.scheduler.call import EventQueue, LoopWaker
+from layertap_server.scheduler.call import EventQueue
 from layertap_server.scheduler.events import Event, RowsReady
 from layertap_server.shared_memory.allocator import allocator
 from layertap_server.shared_memory.lease import Sharing
@@ -41,98 +36,65 @@ from layertap_server.types import Plan
 
 
 class EmbeddingService:
-    """Answers the RPCs of the contract.
+    """Answers the RPCs of the contract; see `handlers.Service`.
 
     Args:
         preprocessor: The pipeline of requests.
-        tokenizer: The model's tokenizer.
         batcher: The queue and its instances.
-        model: The model's facts.
         on_cpu: Whether the CPU computes.
         info: The answer to GetModelInfo, serialized.
         lookahead_tokens: How many tokens of one EmbedStream may wait in the queue.
         sharing: The leases of shared memory.
-        admission: The admission of calls.
+        stopping: Set once the server stops.
     """
 
     def __init__(
         self,
         *,
         preprocessor: Preprocessor,
-        tokenizer: Tokenizer,
         batcher: Batcher,
-        model: ModelFacts,
         on_cpu: bool,
         info: bytes,
         lookahead_tokens: int,
         sharing: Sharing,
-        admission: Admission,
+        stopping: asyncio.Event,
     ) -> None:
         self._preprocessor = preprocessor
-        self._tokenizer = tokenizer
-        self._tokenizer_requests = tokenizer_requests.TokenizerRequests(preprocessor, tokenizer)
+        self._model, self._tokenizer = preprocessor.model, preprocessor.tokenizer
+        self._tokenizer_requests = TokenizerRequests(preprocessor)
         self._batcher = batcher
-        self._model = model
         self._on_cpu = on_cpu
         self._info = info
         self._lookahead_tokens = lookahead_tokens
         self._sharing = sharing
-        self._admission = admission
+        self._stopping = stopping
         self._max_response_bytes = preprocessor.limits.max_response_bytes
         self._max_frame_bytes = preprocessor.limits.max_frame_bytes
-
-    def handler(self) -> grpc.GenericRpcHandler[bytes, bytes]:
-        """Returns what a gRPC server is given."""
-        answered = self._admission.answered
-        # As streams of requests, whatever the contract says: so a call is admitted before its request is read.
-        unary, answer_stream = grpc.stream_unary_rpc_method_handler, grpc.stream_stream_rpc_method_handler
-        handlers = {
-            "GetModelInfo": unary(answered("GetModelInfo", self._get_model_info)),
-            "Tokenize": unary(answered("Tokenize", self._tokenize)),
-            "Decode": unary(answered("Decode", self._decode)),
-            "Embed": unary(answered("Embed", self._embed)),
-            "EmbedLayers": answer_stream(answered("EmbedLayers", self._embed_layers)),
-            "EmbedStream": answer_stream(answered("EmbedStream", self._embed_stream)),
-            "ShareMemory": answer_stream(answered("ShareMemory", self._share_memory)),
+        self.unlimited: Mapping[str, Unlimited] = {}
+        self.unary = {
+            "GetModelInfo": self._get_model_info,
+            "Tokenize": self._tokenize,
+            "Decode": self._decode,
+            "Embed": self._embed,
         }
-        return grpc.method_handlers_generic_handler(wire.SERVICE_NAME, handlers)
-
-    @functools.cached_property
-    def _waker(self) -> LoopWaker:
-        """Wakes the loop that this service answers in, which runs only once the service is made."""
-        return LoopWaker()
-
-    def _parse(
-        self, kind: type[MessageT], entry_kind: type[EntryT], raw: bytes
-    ) -> Coroutine[Any, Any, tuple[MessageT, Sequence[EntryT]]]:
-        return parse_parts(kind, entry_kind, raw, self._preprocessor.limits, self._preprocessor.max_input_bytes)
+        self.streams = {
+            "EmbedLayers": self._embed_layers,
+            "EmbedStream": self._embed_stream,
+            "ShareMemory": self._share_memory,
+        }
 
     async def _get_model_info(self, raw: bytes, caller: Caller) -> bytes:
         await parse(pb.GetModelInfoRequest, raw)
         return self._info
 
     async def _tokenize(self, raw: bytes, caller: Caller) -> bytes:
-        request, inputs = await self._parse(pb.TokenizeRequest, pb.Input, raw)
-        texts = await self._tokenizer_requests.tokenize(request, inputs, caller.record, hold=caller.add_bytes)
-        size = responses.TOKEN_BYTES * sum(max(one.text.token_count, request.pad_to) for one in texts)
-        answer = functools.partial(
-            tokenizer_requests.tokenized, self._model, texts, self._tokenizer, pad_to=request.pad_to
-        )
-        serialized = await offload(answer, in_thread=size > LARGE_BYTES)
-        if len(serialized) > self._max_response_bytes:
-            raise InvalidArgumentError(
-                f"the answer has {len(serialized)} bytes, the most is {self._max_response_bytes}; "
-                "send fewer texts at once"
-            )
-        return serialized
+        return await self._tokenizer_requests.tokenize(raw, caller.record, hold=caller.add_bytes)
 
     async def _decode(self, raw: bytes, caller: Caller) -> bytes:
-        request, asked = await self._parse(pb.DecodeRequest, pb.TokenIds, raw)
-        texts = await self._tokenizer_requests.decode(request, asked, caller.record)
-        return tokenizer_requests.decoded(self._model, texts)
+        return await self._tokenizer_requests.decode(raw, caller.record)
 
     async def _embed(self, raw: bytes, caller: Caller) -> bytes:
-        request, inputs = await self._parse(pb.EmbedRequest, pb.Input, raw)
+        request, inputs = await self._preprocessor.parse(pb.EmbedRequest, pb.Input, raw)
         plan, tokenized = await self._preprocessor.embed(
             inputs, request.options, caller.record, hold=caller.add_bytes, byte_count=len(raw)
         )
@@ -142,16 +104,9 @@ class EmbeddingService:
                 f"the answer would have about {size} bytes, the most of Embed is {self._max_response_bytes}; "
                 "send fewer texts at once, or use embed_stream (the RPC EmbedStream) or the RPC EmbedLayers"
             )
-        parts = await rows.collect(self._batcher, self._waker, plan, tokenized, caller)
+        parts = await rows.collect(self._batcher, plan, tokenized, caller)
         answer = functools.partial(
-            responses.embedded,
-            self._model,
-            plan,
-            tokenized,
-            parts,
-            self._tokenizer,
-            caller.record,
-            named_prompt=self._preprocessor.named_prompt(request.options),
+            responses.embedded, self._model, plan, tokenized, parts, self._tokenizer, caller.record
         )
         started_at_ns = time.monotonic_ns()
         serialized = await asyncio.to_thread(answer) if size > LARGE_BYTES else answer()
@@ -159,11 +114,10 @@ class EmbeddingService:
         return serialized
 
     async def _embed_layers(self, raw: bytes, caller: Caller) -> None:
-        request, inputs = await self._parse(pb.EmbedLayersRequest, pb.Input, raw)
+        request, inputs = await self._preprocessor.parse(pb.EmbedLayersRequest, pb.Input, raw)
         plan, tokenized = await self._preprocessor.embed(inputs, request.options, caller.record, hold=caller.add_bytes)
         with self._sharing.lend(request.options) as lending:
-            named_prompt = self._preprocessor.named_prompt(request.options)
-            header = responses.header(self._model, plan, tokenized, named_prompt=named_prompt)
+            header = responses.header(self._model, plan, tokenized)
             frame_count = await self._send_layers(header, plan, tokenized, caller, lending)
         summary = pb.EmbedSummary(frame_count=frame_count, timings=responses.timings(caller.record))
         await caller.write(pb.EmbedLayersResponse(summary=summary).SerializeToString())
@@ -177,21 +131,20 @@ class EmbeddingService:
         lending: Lending | None,
     ) -> int:
         """Sends all of an EmbedLayers answer but its summary; returns how many frames that were."""
-        inbox: EventQueue[Event] = EventQueue(self._waker)
+        inbox: EventQueue[Event] = EventQueue(self._batcher.waker)
         frame_count = 0
         places = allocator(lending, plan, [one.text for one in tokenized])
         if places is None and self._on_cpu:
             places = FrameBuffers(plan, self._max_frame_bytes)
         with rows.queued(self._batcher, plan, tokenized, inbox, caller, places, keeps_rows=False) as call:
             await caller.write(pb.EmbedLayersResponse(header=header).SerializeToString())
-            if plan.return_tokens:
-                groups = responses.token_groups(tokenized, self._tokenizer, self._max_frame_bytes)
-                for group in await asyncio.to_thread(list, groups):
-                    await caller.write(group.SerializeToString())
-            if plan.has_words:
-                groups = responses.word_groups(tokenized, self._max_frame_bytes)
-                for group in await asyncio.to_thread(list, groups):
-                    await caller.write(group.SerializeToString())
+            lists = itertools.chain(
+                responses.token_groups(tokenized, self._tokenizer, self._max_frame_bytes) if plan.return_tokens else (),
+                responses.word_groups(tokenized, self._max_frame_bytes) if plan.has_words else (),
+            )
+            if plan.return_tokens or plan.has_words:
+                for message in await asyncio.to_thread(lambda: [one.SerializeToString() for one in lists]):
+                    await caller.write(message)
             left = len(tokenized)
             while left:
                 events = deque(await inbox.take())
@@ -223,17 +176,15 @@ class EmbeddingService:
             stream = Stream(
                 first.options,
                 preprocessor=self._preprocessor,
-                tokenizer=self._tokenizer,
                 caller=caller,
-                inbox=EventQueue(self._waker),
-                stopping=self._admission.closed,
+                inbox=EventQueue(self._batcher.waker),
+                stopping=self._stopping,
                 lookahead_tokens=self._lookahead_tokens,
                 lending=lending,
             )
             places = allocator(lending, stream.plan)
             with rows.queued(self._batcher, stream.plan, (), stream.inbox, caller, places) as call:
-                named_prompt = self._preprocessor.named_prompt(first.options.options)
-                header = responses.header(self._model, stream.plan, named_prompt=named_prompt)
+                header = responses.header(self._model, stream.plan)
                 await caller.write(pb.EmbedStreamResponse(header=header).SerializeToString())
                 await stream.run(call)
 

@@ -12,7 +12,7 @@ import threading
 import time
 from collections.abc import Sequence
 
-from layertap_server.scheduler.call import Call, Hooks
+from layertap_server.scheduler.call import Call, Hooks, LoopWaker
 from layertap_server.scheduler.call_queue import CallQueue
 from layertap_server.scheduler.queue_limits import QueueLimits
 from layertap_server.scheduler.worker import Worker
@@ -30,6 +30,7 @@ class Batcher:
         workers: The instances, each a thread.
         queue: The calls that wait.
         open: Makes a call; see `Call`. Whether there is room for it is found as its texts are added.
+        waker: Wakes the event loop that reads what is delivered, where one does.
     """
 
     def __init__(
@@ -52,6 +53,7 @@ class Batcher:
         self.instance_count = self.live_instance_count = len(encodes)
         self.queue = CallQueue(len(encodes), limits, hooks, apply_modules)
         self.open = functools.partial(Call, self.queue)
+        self.waker = LoopWaker()
         self._lock = threading.Lock()  # Of the count of live instances, which threads of lost ones lower.
         self.workers = [
             Worker(

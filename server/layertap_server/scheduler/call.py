@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import functools
 from collections import deque
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Final, Generic, NamedTuple, TypeVar
@@ -209,12 +210,16 @@ class Hooks:
 
 
 class LoopWaker:
-    """Wakes the event loop that it was made in, once for all that has come in since the last time: each wake costs."""
+    """Wakes an event loop once for all that has come in since the last time: each wake costs."""
 
     def __init__(self) -> None:
-        self._loop = asyncio.get_running_loop()
         self._callbacks: deque[Callable[[], None]] = deque()
         self._scheduled = False
+
+    @functools.cached_property
+    def loop(self) -> asyncio.AbstractEventLoop:
+        """The loop: that in which this was first asked for, which `EventQueue.take` does before it waits."""
+        return asyncio.get_running_loop()
 
     def add(self, callback: Callable[[], None]) -> None:
         """Notes what the loop runs once it is woken; may be called from any thread."""
@@ -225,7 +230,7 @@ class LoopWaker:
         if self._callbacks and not self._scheduled:
             self._scheduled = True
             try:
-                self._loop.call_soon_threadsafe(self._run)
+                self.loop.call_soon_threadsafe(self._run)
             except RuntimeError:  # The loop has closed: no call waits any more.
                 self._callbacks.clear()
 
@@ -272,7 +277,7 @@ class EventQueue(Generic[EventT]):
     async def take(self) -> list[EventT]:
         """Returns all events that have come; waits for the first one."""
         while not self._events:
-            self._reader = asyncio.get_running_loop().create_future()
+            self._reader = self._waker.loop.create_future()
             self._waits = True
             if not self._events:
                 await self._reader

@@ -36,6 +36,7 @@ class Plan:
 
     Attributes:
         outputs: In request order.
+        named_prompt: The prompt before each text, where the request has named it; empty: it has not.
         of_windows: What is asked of each window of a text that runs as several. None: no text does.
         byte_counts: The answer's bytes for each token, pair of tokens, word and text.
         mix_token_bytes: What its mixes take for each token until the answer is made of them.
@@ -47,6 +48,7 @@ class Plan:
     outputs: tuple[Output, ...]
     dtype: str
     return_tokens: bool = False
+    named_prompt: str = ""
     of_windows: Plan | None = None
     byte_counts: ByteCounts = dataclasses.field(init=False)
     mix_token_bytes: int = dataclasses.field(init=False)
@@ -74,7 +76,8 @@ class Plan:
         pools = [pool for output in self.outputs for pool in output.pools]
         object.__setattr__(self, "excludes_special_tokens", any(pool.exclude_special_tokens for pool in pools))
         object.__setattr__(self, "depth", max((output.layers[-1] for output in self.outputs), default=0))
-        object.__setattr__(self, "_hash", hash((self.outputs, self.dtype, self.return_tokens, self.of_windows)))
+        asked = self.outputs, self.dtype, self.return_tokens, self.named_prompt, self.of_windows
+        object.__setattr__(self, "_hash", hash(asked))
 
     def pooling_from(self, row: int) -> Plan:
         """Returns the plan with pools that leave out the rows before one."""
