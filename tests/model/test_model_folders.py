@@ -26,6 +26,7 @@ from layertap_server.engine.weight_reader import dummy_weights
 from layertap_server.model.checkpoint import EMBEDDED_MODEL_NAME
 from layertap_server.model.settings import ModelSettings
 from layertap_server.model.tokenizer import Tokenizer
+from layertap_server.model.tokenizer_engine import Tokenizing
 from layertap_server.types import Output, OutputKind, Plan, Pool, Run, Strategy, Text
 
 # --- kinds of checkpoints -------------------------------------------------------------------------
@@ -182,7 +183,7 @@ def test_a_tokenizer_from_vocab_txt_alone(copy: Path, cased: bool) -> None:
     (copy / "tokenizer_config.json").write_text(json.dumps(settings))
     texts = ["I love Paris", "paris És É e", "[MASK] x", "", "PARIS"]
     theirs = transformers.AutoTokenizer.from_pretrained(str(copy))
-    ours = Tokenizer(copy).encode(texts, labels=texts, max_length=64, truncation="error")
+    ours = Tokenizer(copy).encode(texts, texts, Tokenizing(max_length=64, truncation="error"))
     assert [one.text.input_ids.tolist() for one in ours] == theirs(texts)["input_ids"]
     pieces = ours[0].encoding.tokens
     assert pieces == (["[CLS]", "I", "love", "Paris", "[SEP]"] if cased else ["[CLS]", "i", "love", "paris", "[SEP]"])
@@ -191,7 +192,7 @@ def test_a_tokenizer_from_vocab_txt_alone(copy: Path, cased: bool) -> None:
 def test_a_tokenizer_from_vocab_txt_with_no_configuration_at_all(copy: Path) -> None:
     assert not (copy / "tokenizer_config.json").exists()
     theirs = transformers.AutoTokenizer.from_pretrained(str(copy))
-    (ours,) = Tokenizer(copy).encode(["I love Paris"], labels=["x"], max_length=64, truncation="error")
+    (ours,) = Tokenizer(copy).encode(["I love Paris"], ["x"], Tokenizing(max_length=64, truncation="error"))
     assert ours.text.input_ids.tolist() == theirs("I love Paris")["input_ids"]
     assert ours.text.token_count == 5
 
@@ -202,7 +203,7 @@ def test_a_tokenizer_from_tokenizer_json_alone(copy: Path, tmp_path: Path) -> No
     shutil.copy(tmp_path / "saved" / "tokenizer.json", copy)
     theirs = transformers.AutoTokenizer.from_pretrained(str(copy))
     (ours,) = Tokenizer(find_in(copy).tokenizer_folder).encode(
-        ["i love paris é"], labels=["x"], max_length=64, truncation="error"
+        ["i love paris é"], ["x"], Tokenizing(max_length=64, truncation="error")
     )
     assert ours.text.input_ids.tolist() == theirs("i love paris é")["input_ids"]
 
@@ -280,7 +281,7 @@ def test_bfloat16_on_the_cpu_is_close(real_folder: Path, real_oracle: Oracle) ->
         "paris " * 510,
     ]
     tokenizer = Tokenizer(real_folder)
-    tokens = [one.text for one in tokenizer.encode(texts, labels=texts, max_length=512, truncation="error")]
+    tokens = [one.text for one in tokenizer.encode(texts, texts, Tokenizing(max_length=512, truncation="error"))]
     encoder = Encoder(find_in(""), device="cpu", dtype="bfloat16")
     pool = Output(kind=OutputKind.POOLED_VECTORS, layers=(6,), row_size=384, pool=Pool(strategy=Strategy.MEAN))
     (rows,) = encoder.encode([Run(plan=Plan(outputs=(pool,), dtype="float32"), texts=tokens)])

@@ -216,9 +216,10 @@ def test_faults_are_refused_in_one_order_options_count_first_text(run: Run) -> N
 
 def test_the_default_truncation_is_none_and_the_default_length_the_models(make: Any) -> None:
     options = make().options(pb.EmbedOptions(outputs=[MEAN]))
-    assert (options.truncation, options.max_length, options.windowing, options.prompt) == ("error", 500, None, "")
+    how = options.tokenizing
+    assert (how.truncation, how.max_length, how.windowing, options.prompt) == ("error", 500, None, "")
     options = make().options(pb.EmbedOptions(outputs=[MEAN], windows=pb.Windows(stride=497), max_length=0))
-    assert options.windowing == Windowing(stride=497, max_count=4)
+    assert options.tokenizing.windowing == Windowing(stride=497, max_count=4)
     shared = make().options(pb.EmbedOptions(outputs=[BARE], shared_memory=pb.SharedMemoryUse(call_number=1)))
     assert shared == make().options(pb.EmbedOptions(outputs=[BARE]))
 

@@ -70,9 +70,7 @@ def shown(found: Sequence[Tokenized | LayertapError]) -> list[Any]:
 
 def check(tokenizer: Tokenizer | TokenizerEngine, items: Sequence[Any], **options: Any) -> None:
     def encode(items: Sequence[Any], labels: list[str], detail: Detail) -> list[Tokenized | LayertapError]:
-        if isinstance(tokenizer, TokenizerEngine):
-            return tokenizer.encode(items, labels, Tokenizing(detail=detail, **options))
-        return tokenizer.encode(items, labels=labels, detail=detail, **options)
+        return tokenizer.encode(items, labels, Tokenizing(detail=detail, **options))
 
     labels = [f"item {n}" for n in range(len(items))]
     wanted = shown(encode(items, labels, Detail.EVERYTHING))
@@ -122,7 +120,7 @@ def test_the_beginning_of_a_long_text_is_cut_as_the_whole(
                 [item], is_split_into_words=isinstance(item, list), truncation=True, max_length=max_length
             ).encodings[0]
             (found,) = tokenizer(kind).encode(
-                [item], labels=["it"], max_length=max_length, truncation="right", detail=detail
+                [item], ["it"], Tokenizing(max_length=max_length, truncation="right", detail=detail)
             )
             assert isinstance(found, Tokenized)
             assert found.text.input_ids.tolist() == wanted.ids
@@ -135,7 +133,9 @@ def test_what_truncation_drops_is_not_tokenized(tokenizer: Callable[[str], Token
     def cpu_s(text: str, truncation: str) -> float:
         started = time.thread_time()
         tokenizer(kind).encode(
-            [text], labels=["it"], max_length=64, truncation=truncation, detail=Detail.NOTHING, add_special_tokens=True
+            [text],
+            ["it"],
+            Tokenizing(max_length=64, truncation=truncation, detail=Detail.NOTHING, add_special_tokens=True),
         )
         return time.thread_time() - started
 
@@ -211,7 +211,7 @@ def test_windows_without_room_beside_the_special_tokens_are_refused(text: str) -
 
 def test_the_texts_of_a_group_share_one_array(tokenizer: Callable[[str], Tokenizer]) -> None:
     found = tokenizer("real").encode(
-        ["I love Paris", "so does she"], labels=["0", "1"], max_length=9, truncation="error", detail=Detail.NOTHING
+        ["I love Paris", "so does she"], ["0", "1"], Tokenizing(max_length=9, truncation="error", detail=Detail.NOTHING)
     )
     first, second = (one.text for one in found if isinstance(one, Tokenized))
     assert isinstance(first, Text) and first.input_ids.base is second.input_ids.base

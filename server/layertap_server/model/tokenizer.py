@@ -27,9 +27,9 @@ from layertap_server.model.files import CheckpointError, reason_of
 from layertap_server.model.sentence_config import SentenceConfig
 from layertap_server.model.text_head import String
 from layertap_server.model.tokenized import Tokenized
-from layertap_server.model.tokenizer_engine import Detail, TokenizerEngine, Tokenizing
+from layertap_server.model.tokenizer_engine import TokenizerEngine, Tokenizing
 from layertap_server.model.truncation import copy
-from layertap_server.types import Text, Windowing
+from layertap_server.types import Text
 
 log = logging.getLogger(__name__)
 
@@ -80,40 +80,19 @@ class Tokenizer:
         return self._tokenizer.num_special_tokens_to_add(False)
 
     def encode(
-        self,
-        items: Sequence[Item | LayertapError],
-        *,
-        labels: Sequence[str],
-        max_length: int,
-        truncation: str,
-        add_special_tokens: bool = True,
-        lower_case: bool = False,
-        detail: Detail = Detail.EVERYTHING,
-        windowing: Windowing | None = None,
+        self, items: Sequence[Item | LayertapError], labels: Sequence[str], how: Tokenizing
     ) -> list[Tokenized | LayertapError]:
         """Tokenizes texts.
 
         Args:
             items: The texts; an error in the place of one is returned as it is.
             labels: What to call each in an error, such as "inputs[3]".
-            max_length: The most tokens of one text, special tokens counted.
-            truncation: "error", "right" or "left".
-            add_special_tokens: Whether the tokenizer adds its special tokens.
-            lower_case: Whether strings are turned to lower case before anything else.
-            detail: What is asked of each beside ids and types.
-            windowing: How strings and words above max_length run as windows; None: they do not.
+            how: How they are tokenized.
 
         Returns:
             For each text its tokens, or why it is refused.
         """
-        engine = self._lowering if lower_case else self._engine
-        how = Tokenizing(
-            max_length=max_length,
-            truncation=truncation,
-            add_special_tokens=add_special_tokens,
-            detail=detail,
-            windowing=windowing,
-        )
+        engine = self._lowering if how.lower_case else self._engine
         if set(map(type, items)) == {str}:
             return engine.encode(cast("Sequence[String]", items), labels, how)
         results: list[Tokenized | LayertapError] = []

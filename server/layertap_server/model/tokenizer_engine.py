@@ -45,7 +45,7 @@ class Detail(enum.Enum):
     """The tokenizer's own result, with offsets and words."""
 
 
-@dataclasses.dataclass(slots=True, kw_only=True, eq=False)  # Not frozen: one a call is made, in half of the time.
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Tokenizing:
     """How texts are tokenized.
 
@@ -53,6 +53,7 @@ class Tokenizing:
         max_length: The most tokens of one text, special tokens counted.
         truncation: "error", "right" or "left".
         add_special_tokens: Whether the tokenizer adds its special tokens.
+        lower_case: Whether strings are turned to lower case before anything else.
         detail: What is asked of each text beside ids and types.
         windowing: How strings and words above max_length run as windows; None: they do not.
     """
@@ -60,6 +61,7 @@ class Tokenizing:
     max_length: int
     truncation: str
     add_special_tokens: bool = True
+    lower_case: bool = False
     detail: Detail = Detail.EVERYTHING
     windowing: Windowing | None = None
 

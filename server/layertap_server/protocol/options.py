@@ -16,7 +16,7 @@ from layertap_server.model.facts import ModelFacts
 from layertap_server.model.files import shortened
 from layertap_server.model.sentence_config import SentenceConfig
 from layertap_server.model.tokenizer import Tokenizer
-from layertap_server.model.tokenizer_engine import Detail
+from layertap_server.model.tokenizer_engine import Detail, Tokenizing
 from layertap_server.protocol import output_spec
 from layertap_server.protocol.output_spec import known
 from layertap_server.protocol.validation import most_plain_tokens
@@ -36,20 +36,13 @@ class Options:
 
     Attributes:
         prompt: What is put before each text.
-        max_length: The most tokens of a text.
-        truncation: "error", "right" or "left".
-        detail: What the tokenizer is asked for beside ids.
-        windowing: How texts above max_length run as windows; None: they do not.
+        tokenizing: How texts with their prompt are tokenized.
         most_plain_tokens: See `validation.most_plain_tokens`.
     """
 
     plan: Plan
     prompt: str
-    max_length: int
-    truncation: str
-    lower_case: bool
-    detail: Detail
-    windowing: Windowing | None
+    tokenizing: Tokenizing
     most_plain_tokens: int
 
 
@@ -68,18 +61,19 @@ def resolve(
     if prompt and not sentences.include_prompt:
         first_row = tokenizer.prompt_token_count(prompt, max_length=max_length, lower_case=options.lower_case)
         plan = plan.pooling_from(first_row)
+    detail = Detail.SPECIAL_TOKENS if plan.excludes_special_tokens else Detail.NOTHING
+    if plan.return_tokens or plan.has_words or plan.has_spans:
+        detail = Detail.EVERYTHING
     return Options(
         plan=plan,
         prompt=prompt,
-        max_length=max_length,
-        truncation=truncation_of(options.truncation),
-        lower_case=options.lower_case,
-        detail=Detail.EVERYTHING
-        if plan.return_tokens or plan.has_words or plan.has_spans
-        else Detail.SPECIAL_TOKENS
-        if plan.excludes_special_tokens
-        else Detail.NOTHING,
-        windowing=_windowing(options, max_length, tokenizer.special_token_count, limits),
+        tokenizing=Tokenizing(
+            max_length=max_length,
+            truncation=truncation_of(options.truncation),
+            lower_case=options.lower_case,
+            detail=detail,
+            windowing=_windowing(options, max_length, tokenizer.special_token_count, limits),
+        ),
         most_plain_tokens=0 if plan.return_tokens else most_plain_tokens(plan, model, limits),
     )
 

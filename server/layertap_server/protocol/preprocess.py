@@ -201,15 +201,8 @@ class Preprocessor:
         return results
 
     def _results(self, inputs: Sequence[pb.Input], labels: Sequence[str], options: Options) -> list[Result]:
-        results = self.tokenizer.encode(
-            validation.items(inputs, labels, self.model, self.limits, prompt=options.prompt),
-            labels=labels,
-            max_length=options.max_length,
-            truncation=options.truncation,
-            lower_case=options.lower_case,
-            detail=options.detail,
-            windowing=options.windowing,
-        )
+        items = validation.items(inputs, labels, self.model, self.limits, prompt=options.prompt)
+        results = self.tokenizer.encode(items, labels, options.tokenizing)
         if validation.are_plain(results, options.most_plain_tokens):
             for message in inputs:
                 if message.HasField("spans"):

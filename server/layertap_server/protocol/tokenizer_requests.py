@@ -11,6 +11,7 @@ from typing import Final
 from layertap.errors import InvalidArgumentError
 from layertap.v1 import embedding_pb2 as pb
 from layertap_server.model.tokenized import Tokenized
+from layertap_server.model.tokenizer_engine import Tokenizing
 from layertap_server.observability.call_log import Record
 from layertap_server.protocol import token_ids, validation
 from layertap_server.protocol.offload import LARGE_BYTES, offload
@@ -49,7 +50,11 @@ class TokenizerRequests:
         validation.check_text_count(len(inputs), limits)
         max_length = max_length_of(request.max_length, self._model, at_most=limits.max_character_count)
         validation.check_padding(request.pad_to, max_length, len(inputs), limits)
-        truncation = truncation_of(request.truncation)
+        how = Tokenizing(
+            max_length=max_length,
+            truncation=truncation_of(request.truncation),
+            add_special_tokens=not request.omit_special_tokens,
+        )
         labels = [f"inputs[{request.first_text + n}]" for n in range(len(inputs))]
 
         token_count = 0
@@ -59,15 +64,7 @@ class TokenizerRequests:
             for label, item in zip(labels[part], items, strict=True):
                 if isinstance(item, Text):
                     raise InvalidArgumentError(f"{label} is token ids already; send text, or ask Decode for its string")
-            return all_good(
-                self._tokenizer.encode(
-                    items,
-                    labels=labels[part],
-                    max_length=max_length,
-                    truncation=truncation,
-                    add_special_tokens=not request.omit_special_tokens,
-                )
-            )
+            return all_good(self._tokenizer.encode(items, labels[part], how))
 
         def note(texts: list[Tokenized]) -> None:
             nonlocal token_count
