@@ -8,7 +8,6 @@ HTTP as exchanges (see `http`), and of gRPC nothing; what is JSON is read and wr
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -47,16 +46,6 @@ _NUMBER_COST: Final = 4
 """How many times as long numbers take to write as base64 does, about."""
 METHODS: Final = (f"POST {_EMBEDDINGS}", f"GET {_MODELS}")
 """What the log and the metrics call the calls."""
-
-
-@dataclasses.dataclass(slots=True, kw_only=True)
-class _Caller:
-    """The other end of a call; see `rows.Caller`."""
-
-    record: Record
-    client: str
-    connection: str
-    expires_at: float | None = None
 
 
 class OpenAI:
@@ -117,20 +106,19 @@ class OpenAI:
             raise NotFoundError(f"there is nothing at this path; this server answers {' and '.join(METHODS)}")
         if exchange.method != (verb := method.partition(" ")[0]):
             raise messages.MethodError(verb, f"this path has no such method; send {method}")
-        with self._admit(method, client=client, metadata=exchange.headers) as call:
-            caller = _Caller(record=call.record, client=client, connection=exchange.connection)
-            await answer(exchange, call, caller)
+        with self._admit(method, client=client, connection=exchange.connection, metadata=exchange.headers) as call:
+            await answer(exchange, call)
 
-    async def _models(self, exchange: Exchange, call: AdmittedCall, caller: _Caller) -> None:
+    async def _models(self, exchange: Exchange, call: AdmittedCall) -> None:
         name = exchange.path[len(_MODELS) + 1 :]
         if name and name != self._model_id:
             raise messages.ModelNotFoundError(
                 f"this server has no model of that name; it has {self._model_id}, which GET /v1/models lists"
             )
         body = messages.models(self._model_id, created=self._created, is_list=not name)
-        await self._send(exchange, caller.record, body)
+        await self._send(exchange, call.record, body)
 
-    async def _embeddings(self, exchange: Exchange, call: AdmittedCall, caller: _Caller) -> None:
+    async def _embeddings(self, exchange: Exchange, call: AdmittedCall) -> None:
         if reason := self._sentences.vectors_unsupported:
             raise FailedPreconditionError(
                 f"this server makes no sentence vectors with its model: {reason}; "
@@ -144,7 +132,7 @@ class OpenAI:
         options = asked.options()
         options.outputs.extend(asked.outputs())
         plan, tokenized = await self._preprocessor.embed(
-            inputs, options, caller.record, hold=call.add_bytes, label="input"
+            inputs, options, call.record, hold=call.add_bytes, label="input"
         )
         del inputs  # The texts are tokens from here on.
         token_count = sum(one.text.token_count for one in tokenized)
@@ -155,7 +143,7 @@ class OpenAI:
                 f"{self._limits.max_call_output_bytes}; send fewer texts at once"
             )
         call.add_bytes(2 * byte_count)  # The rows, and the vectors made of them.
-        parts = await rows.collect(self._batcher, plan, tokenized, caller, label="input")
+        parts = await rows.collect(self._batcher, plan, tokenized, call, label="input")
         is_large = byte_count * (1 if request.is_base64 else _NUMBER_COST) > LARGE_BYTES
 
         def make() -> Vectors:
@@ -166,7 +154,7 @@ class OpenAI:
 
         vectors = await offload(make, in_thread=is_large)
         answer = messages.answer(vectors, is_base64=request.is_base64, model_id=self._model_id, token_count=token_count)
-        await self._send(exchange, caller.record, _each(answer) if is_large else b"".join(answer))
+        await self._send(exchange, call.record, _each(answer) if is_large else b"".join(answer))
 
     async def _read(self, exchange: Exchange, call: AdmittedCall) -> messages.EmbeddingsRequest:
         most, size = self._limits.max_request_bytes, 0

@@ -117,12 +117,15 @@ class Admission:
             )
 
     @contextlib.contextmanager
-    def call(self, name: str, *, client: str, metadata: Mapping[str, str | bytes]) -> Iterator[AdmittedCall]:
+    def call(
+        self, name: str, *, client: str, connection: str, metadata: Mapping[str, str | bytes]
+    ) -> Iterator[AdmittedCall]:
         """Counts and records the call of the current task, and converts what is raised inside to an error of the call.
 
         Args:
             name: What the log and the metrics call it, such as "Embed".
             client: The client that it belongs to.
+            connection: What tells the client's connections apart.
             metadata: What the caller has sent besides the request.
 
         Raises:
@@ -131,7 +134,7 @@ class Admission:
         """
         task = _current_task()
         record = self._call_log.open(name, client=client, metadata=metadata)
-        call = AdmittedCall(record, task, self._shared)
+        call = AdmittedCall(record, task, self._shared, connection=connection)
         self._calls[call] = None
         task.add_done_callback(functools.partial(self._leave, call))
         try:

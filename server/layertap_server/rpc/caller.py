@@ -104,18 +104,25 @@ class AdmittedCall:
     Attributes:
         record: What is known of it.
         client: The client whose share it uses.
+        connection: What tells the client's connections apart.
         ending: The error that it ends with, once it has been ended from outside.
     """
 
-    def __init__(self, record: Record, task: asyncio.Task[Any], shared: Shared) -> None:
+    def __init__(self, record: Record, task: asyncio.Task[Any], shared: Shared, *, connection: str) -> None:
         self.record = record
         self.client = record.client
+        self.connection = connection
         self.ending: LayertapError | None = None
         self._task = task
         self._shared = shared
         self._idle_error: Callable[[], LayertapError] | None = None
         self._byte_count = self._stream_byte_count = 0
         self._idle_since: float | None = None
+
+    @property
+    def expires_at(self) -> float | None:
+        """The deadline of the call, by time.monotonic; None: it has none."""
+        return None
 
     @property
     def idle_s(self) -> float:
@@ -194,16 +201,11 @@ class CallerLeftError(Exception):
 
 
 class Caller(AdmittedCall):
-    """A call over gRPC, and its other end.
-
-    Attributes:
-        connection: What tells the client's connections apart. Over a unix socket all look the same: there each call is
-            one.
-    """
+    """A call over gRPC, and its other end."""
 
     def __init__(self, context: Context, peer: str, record: Record, task: asyncio.Task[Any], shared: Shared) -> None:
-        super().__init__(record, task, shared)
-        self.connection = f"{peer}#{id(self)}" if peer.startswith("unix") else peer
+        # All connections over a unix socket look the same: there each call counts as one.
+        super().__init__(record, task, shared, connection=f"{peer}#{id(self)}" if peer.startswith("unix") else peer)
         self._context = context
 
     @property

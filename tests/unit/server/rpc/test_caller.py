@@ -34,7 +34,7 @@ def test_each_idle_call_ends_at_its_time_and_a_busy_one_does_not() -> None:
             task = asyncio.current_task()
             assert task is not None
             record = Record(method="Embed", request_id=name, client="c")
-            admitted = AdmittedCall(record, task, shared)
+            admitted = AdmittedCall(record, task, shared, connection="")
             admitted.set_idle(timeout_s, late(name))
             if busy:
                 admitted.set_busy()
