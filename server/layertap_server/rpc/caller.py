@@ -109,9 +109,7 @@ class AdmittedCall:
     """
 
     def __init__(self, record: Record, task: asyncio.Task[Any], shared: Shared, *, connection: str) -> None:
-        self.record = record
-        self.client = record.client
-        self.connection = connection
+        self.record, self.client, self.connection = record, record.client, connection
         self.ending: LayertapError | None = None
         self._task = task
         self._shared = shared
@@ -287,9 +285,8 @@ def client_of(context: grpc.aio.ServicerContext[Any, Any], peer: str, *, by_cert
     if (name := auth.token_name.get()) is not None:
         return name
     if by_certificate:
-        certificate = context.auth_context()
         for key in ("x509_common_name", "x509_subject_alternative_name"):
-            for value in certificate.get(key, ()):
+            for value in context.auth_context().get(key, ()):
                 if name := value.decode(errors="replace").strip():
                     return name
     return _host_of(peer)
