@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import Final
 
 import layertap
@@ -21,6 +21,7 @@ from layertap_server.app.wiring import Parts, make_parts
 from layertap_server.config import Config, ConfigError
 from layertap_server.engine.encoder import Encoder
 from layertap_server.observability.metrics import Endpoint, State
+from layertap_server.rpc.health import HealthService
 from layertap_server.rpc.listener import Listener, add_standard_services
 from layertap_server.scheduler.call import Hooks
 from layertap_server.scheduler.warm_up import warm_up
@@ -122,13 +123,13 @@ class App:
             EngineLostError: if no instance is left.
         """
         self.prepare()
-        parts, config = self.parts, self._config
+        parts, listener = self.parts, self._listener
+        assert listener is not None
         self._show_metrics()
-        assert self._listener is not None
-        server = self._listener.make_server(parts.metrics or Hooks())
+        server = listener.make_server(parts.metrics or Hooks())
         server.add_generic_rpc_handlers(tuple(parts.handlers.values()))
         health = add_standard_services(server, *parts.handlers)
-        address = self._listener.bind(server)
+        address = listener.bind(server)
         await self._start_http()
         stopped = stop_signal()
         await server.start()
@@ -137,30 +138,36 @@ class App:
         fields = {"address": address, "instances": parts.batcher.instance_count}
         log.info("layertap-server listens", extra={"fields": fields})
         ready(address)
-        lost = asyncio.create_task(lifecycle.until_lost(parts.batcher, timeout_s=config.instance_timeout_s))
-        following = asyncio.create_task(self._listener.follow_files())
+        timeout_s = self._config.instance_timeout_s
+        lost = asyncio.create_task(lifecycle.until_lost(parts.batcher, timeout_s=timeout_s))
+        following = asyncio.create_task(listener.follow_files())
         await asyncio.wait({stopped, lost}, return_when=asyncio.FIRST_COMPLETED)
         lost.cancel()
         following.cancel()
-        log.info("stopping: running calls have %.0f s to finish", config.grace_s)
+        await self._stop(server.stop, health)
+        if not parts.batcher.live_instance_count:
+            raise EngineLostError("the engine has failed, the log says how; start the server again")
+        log.info("stopped")
+
+    async def _stop(self, stop_listening: Callable[[float | None], Awaitable[None]], health: HealthService) -> None:
+        """Finishes the running calls, and ends all parts; for `stop_listening` see `lifecycle.drain`."""
+        parts, grace_s = self.parts, self._config.grace_s
+        log.info("stopping: running calls have %.0f s to finish", grace_s)
         self._serving = False
         await health.set_serving(False)
         parts.sharing.stop()
         await lifecycle.drain(
             parts.admission,
             parts.batcher,
-            stops=[server.stop, *([parts.http.stop] if parts.http else [])],
+            stops=[stop_listening, *([parts.http.stop] if parts.http else [])],
             end_watches=health.end_watches,
-            grace_s=config.grace_s,
+            grace_s=grace_s,
         )
         if self._endpoint:
             self._endpoint.close()
         if parts.tracing:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(asyncio.to_thread(parts.tracing.close), _LAST_SPANS_S)
-        if not parts.batcher.live_instance_count:
-            raise EngineLostError("the engine has failed, the log says how; start the server again")
-        log.info("stopped")
 
     async def _start_http(self) -> None:
         if self.parts.http is None:

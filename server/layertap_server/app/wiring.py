@@ -24,7 +24,7 @@ from layertap_server.observability.metrics import Metrics
 from layertap_server.protocol.model_info import info_of
 from layertap_server.protocol.preprocess import Preprocessor
 from layertap_server.rpc.admission import Admission
-from layertap_server.rpc.handlers import Handler, handler
+from layertap_server.rpc.handlers import Handler, Service, handler
 from layertap_server.rpc.listener import Listener
 from layertap_server.rpc.service import EmbeddingService
 from layertap_server.scheduler.batcher import Batcher
@@ -68,57 +68,34 @@ def make_parts(
     share = share_of(config)
     model = found.facts(has_pooler=encoders[0].has_pooler)
     check_output_bytes(share, (model.layer_count + 1) * model.max_length * model.hidden_size * 4)
-    limits = found.queue_limits(share)
-    services = _services(share)
+    limits, services = found.queue_limits(share), _services(share)
     metrics = _metrics(model, services, limits.max_batch_tokens) if share.metrics_port >= 0 else None
-    hooks = metrics or Hooks()
     tracing = _tracing(services) if share.traces == "otlp" else None
-    if share.shared_memory_bytes and not hasattr(os, "memfd_create"):
-        raise ConfigError("--shared-memory-bytes needs Linux; leave it out")
+    sharing = _sharing(share, None if found.on_cpu else encoders[0])
+    hooks = metrics or Hooks()
     encodes = cpu_threads.make(encoders, found.threads)
     batcher = Batcher(encodes, limits, apply_modules=encoders[0].apply_modules, hooks=hooks)
-    sharing = Sharing(
-        byte_count=share.shared_memory_bytes,
-        max_count=share.max_shared_memory_call_count,
-        pin=None if found.on_cpu else functools.partial(runtime.pin, encoders[0].device),
-    )
-    admission = Admission(
-        max_call_count=share.max_concurrent_call_count,
-        max_request_bytes=share.max_queue_bytes,
-        stall_timeout_s=share.stall_timeout_s,
-        idle_timeout_s=share.idle_timeout_s,
-        by_certificate=bool(share.tls_client_ca),
-        call_log=CallLog([one for one in (metrics, tracing) if one is not None]),
-        hooks=hooks,
-    )
+    admission = _admission(share, CallLog([one for one in (metrics, tracing) if one is not None]), hooks)
     preprocessor = Preprocessor(
         model=model, limits=limits_of(share), sentences=found.sentences, tokenizer=found.tokenizer
     )
-    info = info_of(
-        model,
-        limits=limits_of(dataclasses.replace(config, max_call_output_bytes=share.max_call_output_bytes)),
-        devices=found.devices,
-        dtype=found.dtype,
-        sentence_config=found.sentences,
-        batch_invariant=all(one.batch_invariant for one in encoders),
-        process_count=config.processes,
-        process=process,
-    )
-    service = EmbeddingService(
-        preprocessor=preprocessor,
-        batcher=batcher,
-        on_cpu=found.on_cpu,
-        sharing=sharing,
-        info=info,
-        lookahead_tokens=limits.max_batch_tokens * (batcher.instance_count + 1),
-        stopping=admission.closed,
-    )
-    handlers = {wire.SERVICE_NAME: handler(wire.SERVICE_NAME, service, admission)}
+    served: dict[str, Service] = {
+        wire.SERVICE_NAME: EmbeddingService(
+            preprocessor=preprocessor,
+            batcher=batcher,
+            on_cpu=found.on_cpu,
+            sharing=sharing,
+            info=_info(config, found, encoders, model, process),
+            lookahead_tokens=limits.max_batch_tokens * (batcher.instance_count + 1),
+            stopping=admission.closed,
+        )
+    }
     if share.kserve:
         from layertap_server.compat import kserve
 
-        other = kserve.Service(preprocessor=preprocessor, batcher=batcher, stopping=admission.closed)
-        handlers[kserve.SERVICE_NAME] = handler(kserve.SERVICE_NAME, other, admission)
+        served[kserve.SERVICE_NAME] = kserve.Service(
+            preprocessor=preprocessor, batcher=batcher, stopping=admission.closed
+        )
     return Parts(
         model=model,
         batcher=batcher,
@@ -126,8 +103,46 @@ def make_parts(
         tracing=tracing,
         sharing=sharing,
         admission=admission,
-        handlers=handlers,
+        handlers={name: handler(name, one, admission) for name, one in served.items()},
         http=_http(share, preprocessor, batcher, admission, listener, hooks) if share.http_port >= 0 else None,
+    )
+
+
+def _sharing(share: Config, encoder: Encoder | None) -> Sharing:
+    """Returns the leases of shared memory; segments are registered with the device of an encoder, if there is one."""
+    if share.shared_memory_bytes and not hasattr(os, "memfd_create"):
+        raise ConfigError("--shared-memory-bytes needs Linux; leave it out")
+    return Sharing(
+        byte_count=share.shared_memory_bytes,
+        max_count=share.max_shared_memory_call_count,
+        pin=None if encoder is None else functools.partial(runtime.pin, encoder.device),
+    )
+
+
+def _admission(share: Config, call_log: CallLog, hooks: Hooks) -> Admission:
+    return Admission(
+        max_call_count=share.max_concurrent_call_count,
+        max_request_bytes=share.max_queue_bytes,
+        stall_timeout_s=share.stall_timeout_s,
+        idle_timeout_s=share.idle_timeout_s,
+        by_certificate=bool(share.tls_client_ca),
+        call_log=call_log,
+        hooks=hooks,
+    )
+
+
+def _info(config: Config, found: FoundModel, encoders: Sequence[Encoder], model: ModelFacts, process: int) -> bytes:
+    """Returns the answer to GetModelInfo, with the limits of the whole server, but for those of one call."""
+    limits = dataclasses.replace(config, max_call_output_bytes=share_of(config).max_call_output_bytes)
+    return info_of(
+        model,
+        limits=limits_of(limits),
+        devices=found.devices,
+        dtype=found.dtype,
+        sentence_config=found.sentences,
+        batch_invariant=all(one.batch_invariant for one in encoders),
+        process_count=config.processes,
+        process=process,
     )
 
 

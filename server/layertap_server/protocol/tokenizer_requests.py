@@ -6,6 +6,7 @@ Their texts are checked as those of Embed are, and tokenized in the same slices;
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import Final
 
 from layertap.errors import InvalidArgumentError
@@ -74,15 +75,7 @@ class TokenizerRequests:
 
         texts = await self._preprocessor.run(work, inputs, record, note)
         record.take([one.text for one in texts])
-
-        def pack() -> bytes:
-            return pb.TokenizeResponse(
-                texts=(tokens(one, self._tokenizer, pad_to=request.pad_to) for one in texts),
-                pad_token_id=self._tokenizer.pad_token_id,
-                model_id=self._model.model_id,
-                fingerprint=self._model.fingerprint,
-            ).SerializeToString()
-
+        pack = functools.partial(self._tokenized, texts, pad_to=request.pad_to)
         answer = await offload(pack, in_thread=TOKEN_BYTES * token_count > LARGE_BYTES)
         if len(answer) > limits.max_response_bytes:
             raise InvalidArgumentError(
@@ -128,3 +121,11 @@ class TokenizerRequests:
         )
         model_id, fingerprint = self._model.model_id, self._model.fingerprint
         return pb.DecodeResponse(texts=strings, model_id=model_id, fingerprint=fingerprint).SerializeToString()
+
+    def _tokenized(self, texts: Sequence[Tokenized], *, pad_to: int) -> bytes:
+        return pb.TokenizeResponse(
+            texts=(tokens(one, self._tokenizer, pad_to=pad_to) for one in texts),
+            pad_token_id=self._tokenizer.pad_token_id,
+            model_id=self._model.model_id,
+            fingerprint=self._model.fingerprint,
+        ).SerializeToString()

@@ -192,6 +192,10 @@ class Worker:
             return
         compute_time_ns = time.monotonic_ns() - started_at_ns
         self._hooks.ran(batch, started_at_ns=started_at_ns, compute_time_ns=compute_time_ns - paused_ns)
+        self._report_done(batch, started_at_ns, compute_time_ns)
+
+    @staticmethod
+    def _report_done(batch: list[BatchPart], started_at_ns: int, compute_time_ns: int) -> None:
         for part in batch:
             if part.call.closed:
                 continue
