@@ -2,7 +2,7 @@
 
 Rules:
 - A record is written in the call's own event loop; other threads may read it. Of a text it has only the length.
-- Each call is one line of the log; metrics and traces listen.
+- Each call is one line of the log; metrics and traces observe it.
 - Request ids come from the caller's metadata if they are short and plain, so that a caller cannot write anything else
   into the log; otherwise they are made here.
 """
@@ -121,7 +121,7 @@ class Record:
         self.code, self.error = error.code, error.details
 
 
-class Listener(Protocol):
+class CallObserver(Protocol):
     """Called for each call, in the event loop; must be quick."""
 
     def started(self, record: Record) -> None:
@@ -134,8 +134,8 @@ class Listener(Protocol):
 class CallLog:
     """The records of one server's calls."""
 
-    def __init__(self, listeners: Sequence[Listener] = ()) -> None:
-        self._listeners = listeners
+    def __init__(self, observers: Sequence[CallObserver] = ()) -> None:
+        self._observers = observers
 
     def open(self, method: str, *, client: str, metadata: Mapping[str, str | bytes]) -> Record:
         """Begins the record of a call."""
@@ -146,15 +146,15 @@ class CallLog:
         if _TRACE_PARENT in metadata:
             trace = {name: value for name in _TRACE_HEADERS if isinstance(value := metadata.get(name), str)}
         record = Record(method=method, request_id=request_id, client=client, trace=trace)
-        for listener in self._listeners:
-            listener.started(record)
+        for observer in self._observers:
+            observer.started(record)
         return record
 
     def close(self, record: Record) -> None:
-        """Ends the record of a call and shows it to the listeners."""
+        """Ends the record of a call and shows it to the observers."""
         record.ended_at_ns = time.monotonic_ns()
-        for listener in self._listeners:
-            listener.ended(record)
+        for observer in self._observers:
+            observer.ended(record)
         if log.isEnabledFor(logging.INFO):
             log.info("call ended", extra={"fields": _fields(record)})
 

@@ -38,9 +38,14 @@ def set_up(*, level: str, form: str, process: int | None = None) -> None:
     """Sends all that is logged from a level on to stderr, each line with the number of the process if it has one."""
     handler = StandardErrorHandler()
     handler.setFormatter(JsonFormatter() if form == "json" else TextFormatter())
+
+    def add_process(record: logging.LogRecord) -> bool:
+        record.fields = {"process": process, **getattr(record, "fields", {})}
+        return True
+
     if process is not None:
-        handler.addFilter(ProcessFilter(process))
-    handler.addFilter(SecretFilter())
+        handler.addFilter(add_process)
+    handler.addFilter(hide_metadata)
     handler.addFilter(PeerFilter())
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
     logging.captureWarnings(True)
@@ -59,31 +64,15 @@ class StandardErrorHandler(logging.StreamHandler[TextIO]):
         """Does nothing."""
 
 
-class SecretFilter(logging.Filter):
-    """Replaces what may have metadata in it by the place in the code that logs it."""
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        """Rewrites a record of gRPC; leaves all others."""
-        if not _is_of(record, _SECRET_LOGGERS):
-            return True
-        if record.levelno < logging.WARNING:
-            return False
-        record.msg, record.args = f"{record.name} reports a fault{_where(record)}", ()
-        record.exc_info = record.exc_text = record.stack_info = None
+def hide_metadata(record: logging.LogRecord) -> bool:
+    """Replaces what may have metadata in it by the place in the code that logs it; returns whether that is logged."""
+    if not _is_of(record, _SECRET_LOGGERS):
         return True
-
-
-class ProcessFilter(logging.Filter):
-    """Adds the number of the process to the fields of each record."""
-
-    def __init__(self, process: int) -> None:
-        super().__init__()
-        self._process = process
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        """Changes the record; leaves none out."""
-        record.fields = {"process": self._process, **getattr(record, "fields", {})}
-        return True
+    if record.levelno < logging.WARNING:
+        return False
+    record.msg, record.args = f"{record.name} reports a fault{_where(record)}", ()
+    record.exc_info = record.exc_text = record.stack_info = None
+    return True
 
 
 class PeerFilter(logging.Filter):

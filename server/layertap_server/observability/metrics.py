@@ -60,7 +60,7 @@ class State:
 
 
 class Metrics(Hooks):
-    """The metrics of one server: a listener of the call log, and the hooks of the scheduler and of admission."""
+    """The metrics of one server: an observer of the call log, and the hooks of the scheduler and of admission."""
 
     def __init__(self, *, model_id: str, fingerprint: str, methods: Sequence[str], max_batch_tokens: int) -> None:
         """Makes the metrics of a server, none counted yet."""
@@ -122,12 +122,12 @@ class Metrics(Hooks):
         ]
 
     def started(self, record: Record) -> None:
-        """See `call_log.Listener`."""
+        """See `call_log.CallObserver`."""
         self._started[record.method].inc()
         self._totals.began(record)
 
     def ended(self, record: Record) -> None:
-        """See `call_log.Listener`."""
+        """See `call_log.CallObserver`."""
         self._handled(record.method, record.code_name).inc()
         self._durations[record.method].observe(record.duration_ns / 1e9)
         if record.tokenize.started_at_ns:

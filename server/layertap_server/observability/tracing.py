@@ -64,10 +64,10 @@ class Tracing:
         self._propagator = TraceContextTextMapPropagator()
 
     def started(self, record: Record) -> None:
-        """See `call_log.Listener`."""
+        """See `call_log.CallObserver`."""
 
     def ended(self, record: Record) -> None:
-        """See `call_log.Listener`."""
+        """See `call_log.CallObserver`."""
         # Spans tell the time of day, records a clock that is never set.
         offset_ns = time.time_ns() - time.monotonic_ns()
         name, protocol = _protocol(record, self._services[record.method])

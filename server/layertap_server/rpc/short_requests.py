@@ -8,26 +8,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Iterable, Iterator
+from collections.abc import AsyncIterator, Iterator, Mapping
 from typing import Any, Final
 
 import grpc
 import grpc.aio
 
 _MAX_COUNT: Final = 16
-
-
-class _Handler(grpc.GenericRpcHandler):  # type: ignore[type-arg]  # generic in grpc-stubs alone
-    """The handler of a service, whose requests are read by `ShortRequests`."""
-
-    def __init__(self, handler: grpc.GenericRpcHandler[Any, Any], requests: ShortRequests) -> None:
-        self._handler = handler
-        self._requests = requests
-
-    def service(self, handler_call_details: grpc.HandlerCallDetails) -> grpc.RpcMethodHandler[Any, Any] | None:
-        """Returns the handler of a method."""
-        found: Any = self._handler.service(handler_call_details)
-        return None if found is None else self._requests.bounded(found)
 
 
 class ServerOfShortRequests:
@@ -37,12 +24,13 @@ class ServerOfShortRequests:
         self._server = server
         self._requests = ShortRequests()
 
-    def add_generic_rpc_handlers(self, handlers: Iterable[grpc.GenericRpcHandler[Any, Any]]) -> None:
-        """Adds a service."""
-        self._server.add_generic_rpc_handlers([_Handler(one, self._requests) for one in handlers])
+    def add_generic_rpc_handlers(self, handlers: object) -> None:
+        """Does nothing: services add their methods by name too."""
 
-    def add_registered_method_handlers(self, service_name: str, method_handlers: Any) -> None:
-        """Does nothing: all methods are found by their generic handlers."""
+    def add_registered_method_handlers(self, service_name: str, method_handlers: Mapping[str, Any]) -> None:
+        """Adds a service."""
+        bounded = {name: self._requests.bounded(one) for name, one in method_handlers.items()}
+        self._server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(service_name, bounded),))
 
 
 class ShortRequests:

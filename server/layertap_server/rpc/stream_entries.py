@@ -15,7 +15,7 @@ from layertap_server.types import Plan
 
 
 @dataclasses.dataclass(slots=True, eq=False)
-class Run:
+class UnsentRun:
     """Texts of one batch whose results are not all sent.
 
     Attributes:
@@ -39,7 +39,7 @@ class Entry:
 
     tokenized: Tokenized | None = None
     tokenize_time_ns: int = 0
-    run: Run | None = None
+    run: UnsentRun | None = None
     result: Result | None = None
     held_bytes: int = HELD_TEXT_BYTES
 
@@ -89,7 +89,7 @@ class Entries:
         """Makes the results of the texts of a run; returns how many of them failed."""
         parts = self._parts.pop(done.first_text)
         failures = failures_of(parts)
-        run = Run(len(done.texts))
+        run = UnsentRun(len(done.texts))
         timings: pb.Timings | None = None
         for position, rows in enumerate(split_run(parts, self._plan)):
             number = self._queued.pop(done.first_text + position)

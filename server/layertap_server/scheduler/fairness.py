@@ -38,7 +38,7 @@ _LEAST_TOKENS: Final = 64
 """A batch may always have so many: with less, most of the time is not spent on tokens."""
 _MEMORY: Final = 0.9
 """How much of what is known of earlier batches counts beside the last one."""
-MAX_COUNT: Final = 4
+MAX_READS: Final = 4
 """Messages of one client at once. The largest ones take 20 ms of the event loop; short ones come in its next step."""
 _FRESH_S: Final = 0.1
 """For so long a message counts that has not come whole."""
@@ -268,7 +268,7 @@ class Reads:
     def try_begin(self, client: str, caller: object) -> bool:
         """Returns whether a caller of a client may read its next message at once; if so, `end` must follow."""
         own, now = self._started.setdefault(client, {}), time.monotonic()
-        if len(own) >= MAX_COUNT:
+        if len(own) >= MAX_READS:
             oldest, started_at = next(iter(own.items()))
             if started_at + _FRESH_S > now:
                 return False
