@@ -9,6 +9,8 @@ import os
 import re
 import shutil
 import signal
+import subprocess
+import sys
 import threading
 import urllib.request
 from collections import Counter
@@ -432,3 +434,25 @@ def test_http_and_grpc_listen_in_all_processes(tiny_folder: Path) -> None:
 def ended(server: Server) -> None:
     if server.process.poll() is None:
         server.kill()
+
+
+STOPPED = """
+import asyncio, os, signal, sys, types
+from layertap_server.app.processes import fork_server
+
+async def main():
+    fork_server._FORK_TIMEOUT_S = 0.2
+    server = fork_server.ForkServer(lambda: types.SimpleNamespace(fingerprint="f"), lambda *_: os._exit(0))
+    await server.loaded()
+    server.child.signal(signal.SIGSTOP)
+    try:
+        server.fork(1)
+    except fork_server.ForkServerLostError:
+        sys.exit(-await asyncio.wait_for(server.child.ended(), 30))
+
+asyncio.run(main())
+"""
+
+
+def test_a_fork_server_that_does_not_answer_is_ended_so_that_another_is_started() -> None:
+    assert subprocess.run([sys.executable, "-c", STOPPED], timeout=WAIT_S).returncode == signal.SIGKILL

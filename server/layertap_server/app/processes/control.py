@@ -25,7 +25,9 @@ class Control:
     @classmethod
     async def open(cls, end: socket.socket) -> Control:
         """Returns one end of a pair of sockets, for the running loop."""
-        return cls(*await asyncio.open_connection(sock=end, limit=_MAX_LINE_BYTES))
+        reader, writer = await asyncio.open_connection(sock=end, limit=_MAX_LINE_BYTES)
+        writer.transport.set_write_buffer_limits(0)  # Else `flushed` would not wait for the last 64 KiB.
+        return cls(reader, writer)
 
     def send(self, name: str, value: Any = None) -> None:
         """Sends a message; to an end that has closed, nothing."""

@@ -130,7 +130,7 @@ class ForkServer:
         """Starts a process; returns it, and the socket to it.
 
         Raises:
-            ForkServerLostError: if the fork server has ended.
+            ForkServerLostError: if the fork server has ended, or has not answered in time and is ended.
         """
         control, other = socket.socketpair()
         try:
@@ -141,6 +141,7 @@ class ForkServer:
             return Child(int(answer)), control
         except OSError as exc:
             control.close()
+            self.kill()  # An answer that comes late would be taken for that to the next request.
             raise ForkServerLostError from exc
 
     def kill(self) -> None:
