@@ -156,6 +156,19 @@ def test_what_no_client_sends_is_refused_and_harms_nothing(stub: Stub, message: 
     refused(stub, message, grpc.StatusCode.INVALID_ARGUMENT, words)
 
 
+def test_as_many_texts_as_one_request_may_have_fit_into_one(stub: Stub) -> None:
+    text = "I love Paris " * 40
+    length = struct.pack("<I", len(text))
+    message = raw((length + text.encode()) * 1000, [1000])
+    message.parameters["truncation"].string_param = "right"
+    assert message.ByteSize() > 500_000 and vectors(stub.unary("ModelInfer", message)).shape == (1000, 32)
+
+
+def test_values_of_a_large_request_that_stand_in_lists_are_refused_with_the_way_to_send_them(stub: Stub) -> None:
+    message = request(*["x" * 1000] * 300)
+    refused(stub, message, grpc.StatusCode.INVALID_ARGUMENT, "the most is 262144; send them in raw_input_contents")
+
+
 def test_a_message_above_the_limit_is_refused(stub: Stub) -> None:
     refused(stub, request("x" * (80 << 20)), grpc.StatusCode.RESOURCE_EXHAUSTED, "larger than max")
 

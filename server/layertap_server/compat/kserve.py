@@ -100,7 +100,7 @@ class Service:
         return answer.SerializeToString()
 
     async def _infer(self, raw: bytes, caller: Caller) -> bytes:
-        return b"".join(await self._answer(await parse(kserve.ModelInferRequest, raw), caller, caller.add_bytes))
+        return b"".join(await self._answer(await _parse(raw), caller, caller.add_bytes))
 
     async def _infer_stream(self, raw: bytes, caller: Caller) -> None:
         """Answers requests in their order; the server's end ends it once what has been read is answered."""
@@ -152,7 +152,7 @@ class Service:
             caller.add_stream_bytes(byte_count)
 
         try:
-            request = await parse(kserve.ModelInferRequest, raw)
+            request = await _parse(raw)
             pieces = await self._answer(request, caller, hold)
             return b"".join((wire.head(2, sum(map(len, pieces))), *pieces))
         except LayertapError as exc:
@@ -191,3 +191,9 @@ class Service:
     def _check_model(self, name: str, version: str) -> None:
         if name != self._model.model_id or version not in ("", _VERSION):
             raise NotFoundError(f"this server has the model {self._model.model_id}, version {_VERSION}, and no other")
+
+
+async def _parse(raw: bytes) -> kserve.ModelInferRequest:
+    return await parse(
+        kserve.ModelInferRequest, raw, bytes_field=kserve.ModelInferRequest.RAW_INPUT_CONTENTS_FIELD_NUMBER
+    )

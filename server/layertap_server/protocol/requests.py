@@ -79,17 +79,19 @@ class Parts(Sequence[EntryT], Generic[EntryT]):
             raise _no(self._kind) from exc
 
 
-async def parse(kind: type[MessageT], raw: bytes) -> MessageT:
-    """Returns a message; the texts of a large one must not be in it.
+async def parse(kind: type[MessageT], raw: bytes, *, bytes_field: int = 0) -> MessageT:
+    """Returns a message; the texts of a large one are not in it, or in its field of bytes with this number.
 
     Raises:
         InvalidArgumentError: if the bytes are no such message, or too many.
     """
-    if len(raw) > _MAX_PARSED_BYTES:
-        raise InvalidArgumentError(
-            f"the request has {len(raw)} bytes beside its texts, the most is {_MAX_PARSED_BYTES}; ask for less at once"
-        )
     try:
+        if len(raw) > _MAX_PARSED_BYTES and (size := _size_beside(raw, bytes_field)) > _MAX_PARSED_BYTES:
+            known = kind.DESCRIPTOR.fields_by_number
+            hint = f"send them in {known[bytes_field].name}" if bytes_field else "ask for less at once"
+            raise InvalidArgumentError(
+                f"the request has {size} bytes beside its texts, the most is {_MAX_PARSED_BYTES}; {hint}"
+            )
         return kind.FromString(raw) if len(raw) <= LARGE_BYTES else await asyncio.to_thread(kind.FromString, raw)
     except DecodeError as exc:
         raise _no(kind) from exc
@@ -221,6 +223,18 @@ def _stream_spans(raw: bytes) -> Iterator[tuple[int, int]]:
             raise DecodeError
     if not found:
         raise InvalidArgumentError("only the first message carries options; send inputs in each later one")
+
+
+def _size_beside(raw: bytes, bytes_field: int) -> int:
+    """Returns how many bytes of a message are not the values of one of its fields, of which there are few.
+
+    Raises:
+        DecodeError: if the bytes are no message.
+    """
+    if not bytes_field:
+        return len(raw)
+    fields = itertools.islice(_fields(raw, 0, len(raw)), _MAX_FIELDS)
+    return len(raw) - sum(end - value for number, _, value, end in fields if number == bytes_field)
 
 
 def _fields(raw: bytes, at: int, end: int) -> Iterator[tuple[int, int, int, int]]:
