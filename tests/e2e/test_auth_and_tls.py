@@ -33,7 +33,8 @@ from layertap_server.app.listening import listen_settings
 from layertap_server.cli import parse
 from layertap_server.flags import ConfigError
 from layertap_server.observability.call_log import Record
-from layertap_server.rpc.caller import Caller, client_of
+from layertap_server.rpc.admission import client_of
+from layertap_server.rpc.caller import Caller
 from layertap_server.rpc.listener import Listener
 from layertap_server.scheduler.call import Hooks
 

@@ -177,7 +177,6 @@ def _http(
         batcher=batcher,
         admit=admission.call,
         identify=listener.identify,
-        stall_timeout_s=share.stall_timeout_s,
         hooks=hooks,
     )
     return HttpServer(

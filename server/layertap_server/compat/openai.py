@@ -52,7 +52,7 @@ class OpenAI:
     """Answers the API's requests with one model.
 
     `admit` is `Admission.call`. `identify` returns the client by its authorization, certificate and address, and raises
-    UnauthenticatedError if it may not call. `stall_timeout_s` is how long the body of a request may take to come.
+    UnauthenticatedError if it may not call.
     """
 
     def __init__(
@@ -62,7 +62,6 @@ class OpenAI:
         batcher: Batcher,
         admit: Callable[..., AbstractContextManager[AdmittedCall]],
         identify: Callable[[str | None, Mapping[str, Any], str], str],
-        stall_timeout_s: float,
         hooks: Hooks,
     ) -> None:
         model, self._sentences = preprocessor.model, preprocessor.sentences
@@ -73,7 +72,6 @@ class OpenAI:
         self._batcher = batcher
         self._admit = admit
         self._identify = identify
-        self._stall_timeout_s = stall_timeout_s
         self._hooks = hooks
         self._created = int(time.time())
 
@@ -175,8 +173,7 @@ class OpenAI:
             raise InvalidArgumentError("the request is compressed, which this server does not read; send it plain")
         length = exchange.headers.get("content-length", "")
         check(int(length) if length.isdecimal() else 0)
-        late = f"the request did not come whole within {self._stall_timeout_s:g} s; send it faster, or send less"
-        call.set_idle(self._stall_timeout_s, lambda: DeadlineExceededError(late))
+        call.expect_request()
         body = await exchange.read(count)
         call.set_busy()
         request = await offload(

@@ -1,8 +1,8 @@
 """The admission of calls: how many at once, what an error becomes, and how calls end when the server does.
 
-A call is admitted by its headers: nothing of its request is read before. `Admission.call` knows no protocol, and
-`Admission.answered` is its use for gRPC: calls of all protocols share the same limits. Each call writes its record; see
-`call_log`.
+A call is admitted by its headers: nothing of its request is read before. It belongs to a client: by the name of its
+token, else by its certificate's, else by its address. `Admission.call` knows no protocol, and `Admission.answered` is
+its use for gRPC: calls of all protocols share the same limits. Each call writes its record; see `call_log`.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import contextlib
 import functools
 import logging
 import time
+import urllib.parse
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator, Mapping
 from typing import Any, Final, TypeVar
@@ -21,6 +22,7 @@ import grpc.aio
 
 from layertap.errors import InternalError, LayertapError, ResourceExhaustedError, UnavailableError, counted
 from layertap_server.observability.call_log import REQUEST_ID, CallLog
+from layertap_server.rpc import auth
 from layertap_server.rpc.caller import (
     AdmittedCall,
     Caller,
@@ -28,7 +30,6 @@ from layertap_server.rpc.caller import (
     Context,
     Deadlines,
     Shared,
-    client_of,
 )
 from layertap_server.rpc.stream_memory import StreamMemory
 from layertap_server.scheduler.call import Hooks
@@ -259,3 +260,22 @@ def _current_task() -> asyncio.Task[Any]:
     task = asyncio.current_task()
     assert task is not None
     return task
+
+
+def client_of(context: grpc.aio.ServicerContext[Any, Any], peer: str, *, by_certificate: bool) -> str:
+    """Returns the client that a call of this peer belongs to."""
+    if (name := auth.token_name.get()) is not None:
+        return name
+    if by_certificate:
+        for key in ("x509_common_name", "x509_subject_alternative_name"):
+            for value in context.auth_context().get(key, ()):
+                if name := value.decode(errors="replace").strip():
+                    return name
+    return _host_of(peer)
+
+
+@functools.lru_cache(1024)
+def _host_of(peer: str) -> str:
+    """Returns the address of a peer as gRPC writes it, without its port; "unix" for all of unix sockets."""
+    scheme, _, address = urllib.parse.unquote(peer).partition(":")
+    return scheme if scheme.startswith("unix") else address.rpartition(":")[0]

@@ -3,17 +3,14 @@
 `AdmittedCall` knows no protocol; `Caller` is one over gRPC. Rules:
 - A call is idle while it waits for a message of its caller and owes no answer. Such a call ends after a time, and
   sooner if another needs its place: silence cannot keep other callers out.
-- A call belongs to a client: by the name of its token, else by its certificate's, else by its address.
 """
 
 from __future__ import annotations
 
 import asyncio
 import dataclasses
-import functools
 import math
 import time
-import urllib.parse
 from collections.abc import Callable
 from typing import Any, Final
 
@@ -27,7 +24,6 @@ from layertap.errors import (
     UnavailableError,
 )
 from layertap_server.observability.call_log import Record
-from layertap_server.rpc import auth
 from layertap_server.rpc.stream_memory import StreamMemory
 from layertap_server.scheduler.fairness import Reads, RequestMemory
 from layertap_server.types import RETRY_ELSEWHERE_S
@@ -150,6 +146,10 @@ class AdmittedCall:
         """Waits until a stream may read more."""
         await self._shared.streams.room(self.client)
 
+    def expect_request(self) -> None:
+        """Notes that the call is idle until `set_busy`: its request is to come whole within the stall timeout."""
+        self.set_idle(self._shared.stall_timeout_s, self._late_error)
+
     def set_idle(self, timeout_s: float, error: Callable[[], LayertapError]) -> None:
         """Notes that the call is idle; after so many seconds it ends with an error, which `error` then makes."""
         now = time.monotonic()
@@ -193,6 +193,11 @@ class AdmittedCall:
         error.request_id = self.record.request_id
         return error
 
+    def _late_error(self) -> LayertapError:
+        return DeadlineExceededError(
+            f"the request did not come whole within {self._shared.stall_timeout_s:g} s; send it faster, or in parts"
+        )
+
 
 class CallerLeftError(Exception):
     """A message could not be sent, because its call is gone."""
@@ -225,7 +230,7 @@ class Caller(AdmittedCall):
             InvalidArgumentError: if there is none.
             ResourceExhaustedError: if the requests of all calls would have too many bytes.
         """
-        self.set_idle(self._shared.stall_timeout_s, self._late_error)
+        self.expect_request()
         message = await self.read()
         self.set_busy()
         if message is None:
@@ -252,11 +257,6 @@ class Caller(AdmittedCall):
         elif self._idle_since is None:
             self.set_idle(self._shared.idle_timeout_s, self._stream_error)
 
-    def _late_error(self) -> LayertapError:
-        return DeadlineExceededError(
-            f"the request did not come whole within {self._shared.stall_timeout_s:g} s; send it faster, or in parts"
-        )
-
     def _stream_error(self) -> LayertapError:
         return UnavailableError(
             f"the stream was idle for {self._shared.idle_timeout_s:g} s; open it again when there is more to send",
@@ -278,22 +278,3 @@ class Caller(AdmittedCall):
             raise CallerLeftError from exc
         self.record.send.note(started_at_ns, time.monotonic_ns())
         self.record.sent_bytes += len(message)
-
-
-def client_of(context: grpc.aio.ServicerContext[Any, Any], peer: str, *, by_certificate: bool) -> str:
-    """Returns the client that a call of this peer belongs to."""
-    if (name := auth.token_name.get()) is not None:
-        return name
-    if by_certificate:
-        for key in ("x509_common_name", "x509_subject_alternative_name"):
-            for value in context.auth_context().get(key, ()):
-                if name := value.decode(errors="replace").strip():
-                    return name
-    return _host_of(peer)
-
-
-@functools.lru_cache(1024)
-def _host_of(peer: str) -> str:
-    """Returns the address of a peer as gRPC writes it, without its port; "unix" for all of unix sockets."""
-    scheme, _, address = urllib.parse.unquote(peer).partition(":")
-    return scheme if scheme.startswith("unix") else address.rpartition(":")[0]
