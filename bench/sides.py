@@ -69,6 +69,7 @@ class Engine:
         self._app.prepare()
 
     def __call__(self, texts: list[str], max_length: int) -> np.ndarray:
+        from layertap_server.model.tokenizer_engine import Tokenizing
         from layertap_server.scheduler.events import Event, RowsReady, RunDone
         from layertap_server.types import Output, OutputKind, Plan, Pool, Strategy
 
@@ -83,7 +84,7 @@ class Engine:
         call = batcher.open(Plan(outputs=(output,), dtype="float32"), client="bench", deliver=events.put)
         for start in range(0, len(texts), 256):
             group = texts[start : start + 256]
-            encoded = tokenizer.encode(group, labels=group, max_length=max_length, truncation="right")
+            encoded = tokenizer.encode(group, group, Tokenizing(max_length=max_length, truncation="right"))
             call.add([one.text for one in encoded])
         vectors = np.empty((len(texts), model.hidden_size), np.float32)
         left = len(texts)

@@ -207,7 +207,6 @@ def test_a_stream_of_kserve_gives_back_once_what_its_requests_hold(preprocessor:
             reads=Reads(),
             stall_timeout_s=60,
             idle_timeout_s=60,
-            by_certificate=False,
         )
         service = kserve.Service(preprocessor=preprocessor, batcher=batcher, stopping=asyncio.Event())
         message = request.SerializeToString()

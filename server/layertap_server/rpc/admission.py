@@ -82,8 +82,8 @@ class Admission:
             reads=Reads(),
             stall_timeout_s=stall_timeout_s,
             idle_timeout_s=idle_timeout_s,
-            by_certificate=by_certificate,
         )
+        self._by_certificate = by_certificate
         self._max_call_count = max_call_count
         self._free_count = max_call_count - max_call_count // 8
         self._call_log = call_log
@@ -161,7 +161,7 @@ class Admission:
 
         async def answer(_: Any, context: Context) -> T:
             peer = context.peer()
-            client = client_of(context, peer, by_certificate=shared.by_certificate)
+            client = client_of(context, peer, by_certificate=self._by_certificate)
             record = self._call_log.open(name, client=client, metadata=dict(context.invocation_metadata() or ()))
             caller = Caller(context, peer, record, _current_task(), shared)
             self._calls[caller] = None

@@ -82,7 +82,6 @@ class Shared:
         reads: The messages that come in at once.
         stall_timeout_s: How long a request may take to come, and an answer may stay unread, in seconds.
         idle_timeout_s: How long a stream may be idle, in seconds.
-        by_certificate: Whether callers over gRPC may have shown a certificate, by whose name they go.
     """
 
     memory: RequestMemory
@@ -91,7 +90,6 @@ class Shared:
     reads: Reads
     stall_timeout_s: float
     idle_timeout_s: float
-    by_certificate: bool
 
 
 class AdmittedCall:

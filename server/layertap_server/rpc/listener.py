@@ -81,11 +81,6 @@ class Listener:
         elif settings.processes == 1:
             check_port(settings.host, settings.port, flag="--port")
 
-    @property
-    def address(self) -> str:
-        """The address as it is asked for; port 0 is any free one."""
-        return self._settings.address(self._settings.port)
-
     def make_server(self, hooks: Hooks) -> grpc.aio.Server:
         """Returns a server that listens nowhere yet, and refuses calls without a token if there are tokens."""
         options = _options(self._settings)

@@ -31,8 +31,7 @@ class Sharing:
         self._byte_count = byte_count
         self._max_count = max_count
         self._pin = pin
-        self._lock = threading.Lock()
-        self._count = 0
+        self._places = threading.Semaphore(max_count)
         self._stopping = asyncio.Event()
         self._segments: dict[str, Segment] = {}
 
@@ -45,17 +44,15 @@ class Sharing:
         """
         if not self._byte_count:
             raise FailedPreconditionError("this server shares no memory; start it with --shared-memory-bytes")
-        with self._lock:
-            if self._count >= self._max_count:
-                raise ResourceExhaustedError(
-                    f"the server already shares memory with {counted(self._max_count, 'caller')}; close some, or raise "
-                    "--max-shared-memory-call-count"
-                )
-            self._count += 1
+        if not self._places.acquire(blocking=False):
+            raise ResourceExhaustedError(
+                f"the server already shares memory with {counted(self._max_count, 'caller')}; close some, or raise "
+                "--max-shared-memory-call-count"
+            )
         try:
             segment = Segment(self._byte_count, pin=self._pin)
         except BaseException as exc:
-            self._count_down()
+            self._places.release()
             if isinstance(exc, OSError):
                 raise ResourceExhaustedError(f"the system has no memory to share: {exc.strerror}") from exc
             raise
@@ -65,7 +62,7 @@ class Sharing:
     def close(self, segment: Segment) -> None:
         """Ends a lease."""
         del self._segments[segment.id]
-        self._count_down()
+        self._places.release()
         segment.close()
 
     def stop(self) -> None:
@@ -123,7 +120,3 @@ class Sharing:
     def _close_made(self, opening: asyncio.Future[Segment]) -> None:
         if not opening.cancelled() and opening.exception() is None:
             self.close(opening.result())
-
-    def _count_down(self) -> None:
-        with self._lock:
-            self._count -= 1

@@ -313,6 +313,6 @@ def test_http_needs_an_address_and_its_packages(monkeypatch: pytest.MonkeyPatch)
     with pytest.raises(ConfigError, match=r"--http-port needs packages .*layertap\[server,http\]"):
         open_listener(config)
     monkeypatch.undo()
-    assert open_listener(config).address == "127.0.0.1:0"
+    assert open_listener(config).http_context is None
     with socket.create_server(("127.0.0.1", 0)) as taken, pytest.raises(ConfigError, match="--http-port"):
         open_listener(Config(port=0, http_port=taken.getsockname()[1]))

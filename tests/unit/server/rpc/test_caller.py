@@ -26,7 +26,6 @@ def test_each_idle_call_ends_at_its_time_and_a_busy_one_does_not() -> None:
             reads=Reads(),
             stall_timeout_s=60,
             idle_timeout_s=60,
-            by_certificate=False,
         )
         ended: list[str] = []
 
