@@ -370,7 +370,7 @@ def test_parquet_and_arrow_have_a_row_a_text(table: Table, tmp_path: Path) -> No
     assert np.array_equal(np.concatenate(rows), wanted["layer_2"])
 
 
-@pytest.mark.parametrize("ids", [["a", "é" * 30, "", "d"], [1, "b", 3, 4], [1, 2, 3, 2**70]])
+@pytest.mark.parametrize("ids", [["a", "é" * 30, "", "d"], [1, "b", 3, 4], [1, 2, 3, 2**63], [1, 2, -(2**63) - 1, 4]])
 def test_ids_are_integers_if_all_are_else_strings(ids: list[int | str], tmp_path: Path) -> None:
     table = Table(filled(tmp_path / "parts", ids, part_items=2))
     texts = [str(one) for one in ids]
@@ -410,6 +410,7 @@ def test_large_tables_come_in_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr("layertap.jobs.table._BLOCK_TEXTS", 6)
     assert list(sizes(table)) == [6, 2]
     first = table._parts[0].byte_count
+    assert first == sum(table._parts[0].array(column.name).nbytes for column in table._parts[0].columns)
     for most, wanted in ((1, [3, 3, 2]), (first, [3, 3, 2]), (2 * first, [6, 2])):
         monkeypatch.setattr("layertap.jobs.table._BLOCK_BYTES", most)
         assert list(sizes(table)) == wanted

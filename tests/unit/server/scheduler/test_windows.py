@@ -215,6 +215,17 @@ def test_a_call_that_has_left_computes_no_more_windows(engine: Engine) -> None:
     assert engine.batches.qsize() == 1
 
 
+def test_windows_of_a_batch_keep_to_the_bytes_of_their_parts(engine: Engine) -> None:
+    plan = Plan(outputs=(MEAN,), dtype="float16").with_windows()  # 2 bytes a text, of parts of 4 bytes each.
+    batcher = batcher_of(engine, max_batch_tokens=1000, max_batch_bytes=8)
+    events: queue.Queue[Event] = queue.Queue()
+    call = batcher.open(plan, client="a", deliver=events.put)
+    call.add([text(0, 60)])
+    collected(events, 1, call)
+    assert batcher.stop(WAIT_S)
+    assert max(len(engine.batches.get()) for _ in range(engine.batches.qsize())) == 2
+
+
 def test_windows_that_find_no_memory_together_run_alone(engine: Engine) -> None:
     most = 12
 
