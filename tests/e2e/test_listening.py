@@ -67,6 +67,21 @@ def test_each_reason_is_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
         check_port("127.0.0.1", 80, flag="--port")
 
 
+def test_an_address_of_a_name_that_this_machine_lacks_is_passed_over(tiny_folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "hosts").write_text("127.0.0.1 localhost\n192.0.2.1 localhost\n")  # As ::1 is without IPv6.
+    run = f"mount --bind {tmp_path}/hosts /etc/hosts && ip link set lo up && exec {sys.executable} -m layertap_server"
+    isolated = ("unshare", "--user", "--map-root-user", "--net", "--mount", "sh", "-c", f'{run} "$@"', "sh")
+    if subprocess.run([*isolated, "--version"], capture_output=True, timeout=WAIT_S).returncode:
+        pytest.skip("this user may make no namespaces")
+    flags = ("--device", "cpu", "--model-id", str(tiny_folder), "--port", "0", "--http-port", "0", "--processes", "2")
+    command = [*isolated, *flags, "--host", "localhost"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as server:
+        assert server.stdout and server.stderr
+        line = server.stdout.readline()
+        server.terminate()
+        assert line.startswith("layertap-server listens on localhost:"), server.stderr.read()
+
+
 def test_ipv6_addresses_have_brackets() -> None:
     assert join_host_port("::1", 7) == join_host_port("[::1]", 7) == "[::1]:7"
     assert join_host_port("localhost", 7) == "localhost:7"

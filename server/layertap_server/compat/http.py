@@ -23,6 +23,7 @@ from uvicorn.server import ServerState
 
 from layertap.errors import DeadlineExceededError
 from layertap_server.compat.http_connection import Connection
+from layertap_server.rpc.address import addresses
 
 _HANDSHAKE_TIMEOUT_S: Final = 10.0
 _CLOSING_S: Final = 1.0
@@ -224,7 +225,7 @@ class HttpServer:
 
 def _listening(host: str, port: int, *, shares_port: bool) -> list[socket.socket]:
     """Returns a socket for each address of a host, all on one port."""
-    found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    found = addresses(host, port)
     sockets: list[socket.socket] = []
     try:
         for family, address in dict.fromkeys((family, str(where[0])) for family, _, _, _, where in found):

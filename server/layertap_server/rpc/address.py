@@ -6,14 +6,39 @@ import errno
 import os
 import socket
 import stat
+from typing import Any, Final
 
 from layertap_server.flags import ConfigError
+
+_NOT_HERE: Final = (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)
+"""The errors of an address that this machine does not have."""
 
 
 def join_host_port(host: str, port: int) -> str:
     """Returns `host:port`; an IPv6 address gets its brackets."""
     host = host.strip("[]")
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def addresses(host: str, port: int) -> list[tuple[socket.AddressFamily, socket.SocketKind, int, str, tuple[Any, ...]]]:
+    """Returns the addresses of a host, as getaddrinfo does, without those that this machine lacks if it has others.
+
+    Without IPv6 localhost often still has the address ::1.
+
+    Raises:
+        OSError: if the name does not resolve.
+    """
+    found: list[Any] = socket.getaddrinfo(host.strip("[]"), port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    return [one for one in found if _is_here(*one)] or found
+
+
+def _is_here(family: int, kind: int, protocol: int, _: str, where: tuple[Any, ...]) -> bool:
+    try:
+        with socket.socket(family, kind, protocol) as probe:
+            probe.bind((where[0], 0, *where[2:]))
+    except OSError as exc:
+        return exc.errno not in _NOT_HERE
+    return True
 
 
 def check_port(host: str, port: int, *, flag: str) -> None:
@@ -29,7 +54,7 @@ def check_port(host: str, port: int, *, flag: str) -> None:
     """
     address = join_host_port(host, port)
     try:
-        found = socket.getaddrinfo(host.strip("[]"), port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        found = addresses(host, port)
     except (OSError, UnicodeError) as exc:
         raise ConfigError(
             f"cannot listen on {address}: the host name does not resolve; use an address of this machine"
@@ -79,6 +104,6 @@ def _why_not(exc: OSError, flag: str) -> str:
         return f"the port is taken; stop the program that has it, or use another port ({flag} 0: any free one)"
     if exc.errno in (errno.EACCES, errno.EPERM):
         return f"this user may not listen on this port; use a {flag} of 1024 or more"
-    if exc.errno in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT):
+    if exc.errno in _NOT_HERE:
         return "this machine does not have this address; use one of its own, or 127.0.0.1"
     return exc.strerror or str(exc)

@@ -10,7 +10,7 @@ import dataclasses
 import socket
 
 from layertap_server.config import Config, ConfigError
-from layertap_server.rpc.address import check_port
+from layertap_server.rpc.address import addresses, check_port
 
 
 def keep_ports(config: Config, kept: contextlib.ExitStack) -> Config:
@@ -30,8 +30,7 @@ def _keep(host: str, port: int, kept: contextlib.ExitStack, *, flag: str) -> int
     # Without sharing, so that a program that already listens there is found.
     check_port(host, port, flag=flag)
     try:
-        found = socket.getaddrinfo(host.strip("[]"), port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-        for family, kind, protocol, _, where in found:
+        for family, kind, protocol, _, where in addresses(host, port):
             one = kept.enter_context(socket.socket(family, kind, protocol))
             one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
