@@ -251,6 +251,16 @@ def test_the_third_death_within_a_minute_drains_the_server_and_ends_it_with_code
         ended(server)
 
 
+def test_the_system_kills_a_process_that_serves_before_the_one_that_has_the_model(two: Server) -> None:
+    children = Path(f"/proc/{two.process.pid}/task/{two.process.pid}/children").read_text().split()
+    scores = {
+        pid: int(Path(f"/proc/{pid}/oom_score_adj").read_text()) for pid in (*map(int, children), two.process.pid)
+    }
+    serving = set(members(two).values())
+    others = {score for pid, score in scores.items() if pid not in serving}
+    assert len(serving) == 2 and all(scores[pid] > max(others) for pid in serving)
+
+
 def test_a_process_that_cannot_start_again_ends_no_others_and_is_tried_again(tmp_path: Path, tiny_folder: Path) -> None:
     tokens = tmp_path / "tokens"
     tokens.write_text("alice " + 16 * "x" + "\n")

@@ -7,12 +7,14 @@ terminal and a service manager send them to all processes, and the supervisor de
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gc
 import logging
 import traceback
 from collections.abc import AsyncIterator
+from pathlib import Path
 from socket import socket
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, Final, NoReturn
 
 from layertap_server import signals
 from layertap_server.app import lifecycle
@@ -26,10 +28,15 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+_OOM_SCORE: Final = Path("/proc/self/oom_score_adj")
+_OOM_SCORE_MORE: Final = 200
+"""So many thousandths of the memory count as taken by a process that serves, besides what it has."""
+
 
 def run(app: App, end: socket, number: int) -> NoReturn:
     """Serves, then ends the process: with 0, or with 1 if it has failed."""
     code = 1
+    _go_first_where_memory_is_short()
     with bounded_streams():
         try:
             asyncio.Runner().run(_serve(app, end, number))
@@ -41,6 +48,16 @@ def run(app: App, end: socket, number: int) -> NoReturn:
         except Exception:
             traceback.print_exc()
         signals.leave(code)
+
+
+def _go_first_where_memory_is_short() -> None:
+    """Lets the system kill this process before the supervisor and the one that it was forked from.
+
+    That one is as large, and to load the model again would take the memory of the weights once more.
+    """
+    with contextlib.suppress(OSError):
+        score = int(_OOM_SCORE.read_text())
+        _OOM_SCORE.write_text(str(min(score + _OOM_SCORE_MORE, 1000)))
 
 
 async def _serve(app: App, end: socket, number: int) -> None:
