@@ -90,8 +90,9 @@ def from_fields(number: int, fields: Mapping[str, Any], wanted: Fields) -> Item 
     for name, value in zip(wanted.keep, kept, strict=True):
         if isinstance(value, str) and ("\0" in value or not is_utf8(value)):
             return bad(number, identity, f"the field {name} has a NUL or is not valid UTF-8, so it cannot be kept")
-    reason = f"the field {wanted.text} is neither a string nor a list of strings"
-    return checked(number, identity, fields[wanted.text], reason, kept)
+    text = fields[wanted.text]
+    reason = f"the field {wanted.text} is {'null, ' if text is None else ''}neither a string nor a list of strings"
+    return checked(number, identity, text, reason, kept)
 
 
 def checked(

@@ -104,7 +104,7 @@ def test_json_lines_carry_texts_words_and_ids(json_of: Callable[..., list[Item |
         ('{"id": "a\\u0000", "text": "x"}', None, "NUL"),
         ('{"id": "\\ud800", "text": "x"}', None, "cannot be written in UTF-8"),
         ('{"id": 1}', 1, "field text is missing"),
-        ('{"id": 1, "text": null}', 1, "neither a string nor a list"),
+        ('{"id": 1, "text": null}', 1, "the field text is null, neither a string nor a list"),
         ('{"id": 1, "text": []}', 1, "neither a string nor a list"),
         ('{"id": 1, "text": ["a", 1]}', 1, "neither a string nor a list"),
         ('{"id": 1, "text": "private \\ud800"}', 1, "lone surrogate"),
