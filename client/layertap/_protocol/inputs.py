@@ -124,7 +124,7 @@ def to_message(item: InputItem, index: int) -> pb.Input:
         return of_ids(item, None, None, index)
     if _is_missing(item):
         raise InvalidArgumentError(f"inputs[{index}] {_IS_MISSING}")
-    is_id = isinstance(cast("object", item), (int, np.integer))
+    is_id = isinstance(cast("object", item), (int, np.integer)) or getattr(item, "shape", None) == ()
     wanted = "the ids of one text as one item, [[101, 102]]" if is_id else WHAT_IS_ALLOWED
     raise InvalidArgumentError(f"inputs[{index}] is {type_name(item)}; pass {wanted}")
 

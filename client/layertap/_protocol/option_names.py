@@ -35,8 +35,9 @@ _INSTEAD: Final = {
     "return_token_type_ids": _TOKENS,
     "stride": _WINDOWS,
     "text_pair": "pass each pair as a tuple of two str",
+    "timeout_s": "embed_stream has item_timeout_s= and reconnect_timeout_s=",
 }
-"""Options of transformers and sentence-transformers that people pass by habit."""
+"""Options of transformers, sentence-transformers and other methods that people pass by habit."""
 
 
 def check_names(options: Mapping[str, object], kind: type, also: Iterable[str] = ()) -> None:

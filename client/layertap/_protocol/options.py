@@ -268,7 +268,7 @@ def _integer(field: str, value: int) -> int:
             raise TypeError("a bool is no number")
         number = operator.index(value)
     except TypeError as exc:
-        raise InvalidArgumentError(f"{field} has an entry of type {type(value).__name__}; pass ints") from exc
+        raise InvalidArgumentError(f"{field} has a value of type {type(value).__name__}; pass ints") from exc
     if not -(2**31) <= number < 2**31:
         raise InvalidArgumentError(f"{field} has a value beyond 32 bits; pass smaller numbers")
     return number

@@ -141,8 +141,9 @@ def _integers(values: npt.ArrayLike, name: str, index: int) -> list[int]:
     if not array.size:
         return []
     if array.ndim != 1 or array.dtype.kind not in ("iu" if name == "input_ids" else "iub"):
+        wanted = WHAT_IS_ALLOWED if name == "input_ids" else "ints, one for each of the input_ids"
         raise InvalidArgumentError(
-            f"inputs[{index}] has {name} of dtype {array.dtype} and shape {array.shape}; pass {WHAT_IS_ALLOWED}"
+            f"inputs[{index}] has {name} of dtype {array.dtype} and shape {array.shape}; pass {wanted}"
         )
     if not (int(array.min()) >= -(2**31) and int(array.max()) < 2**31):
         raise InvalidArgumentError(f"inputs[{index}].{name} has a value beyond 32 bits; ids are below vocab_size")

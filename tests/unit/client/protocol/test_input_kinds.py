@@ -140,7 +140,7 @@ def test_one_layer_number_is_as_good_as_a_list_of_it(one: Any) -> None:
 
 @pytest.mark.parametrize("one", [True, 1.0, None.__class__])
 def test_what_is_no_layer_number_is_refused(one: Any) -> None:
-    with pytest.raises(InvalidArgumentError, match="layers has an entry of type"):
+    with pytest.raises(InvalidArgumentError, match="layers has a value of type"):
         embed_options(layers=one)
 
 
@@ -175,6 +175,7 @@ def test_an_option_of_another_method_is_refused_after_the_method_that_has_it() -
         ("output_hidden_states", 'layers="all"'),
         ("return_offsets_mapping", "return_tokens=True"),
         ("is_split_into_words", "list of its words"),
+        ("timeout_s", "item_timeout_s="),
         ("layerz", "the options are .*layers"),
     ],
 )
