@@ -1,4 +1,4 @@
-"""A small checkpoint, its weights, and a copy of it that a test may spoil."""
+"""A small checkpoint, its weights and a copy that a test may spoil; an encoder on a stand-in for an accelerator."""
 
 from __future__ import annotations
 
@@ -8,6 +8,11 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 from support.checkpoints import SMALL, Weights, save
+from support.simulated_gpu import SimulatedGpu
+
+from layertap_server.engine.encoder import Encoder
+from layertap_server.model import checkpoint
+from layertap_server.model.checkpoint import Checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -24,3 +29,18 @@ def weights(small: Path) -> Weights:
 def copy(small: Path, tmp_path: Path) -> Path:
     """A folder of the small model that a test may spoil."""
     return Path(shutil.copytree(small, tmp_path / "copied-bert"))
+
+
+@pytest.fixture(scope="module")
+def tiny_model(tiny_folder: Path) -> Checkpoint:
+    return checkpoint.find(model_id=str(tiny_folder), revision="", name="", load_format="safetensors", seed=0)
+
+
+@pytest.fixture(scope="module")
+def gpu() -> SimulatedGpu:
+    return SimulatedGpu()
+
+
+@pytest.fixture(scope="module")
+def encoder(tiny_model: Checkpoint, gpu: SimulatedGpu) -> Encoder:
+    return Encoder(tiny_model, device="cpu", dtype="bfloat16", runtime=gpu)
