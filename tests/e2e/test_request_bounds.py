@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import gc
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from pathlib import Path
 
 import grpc
@@ -172,7 +173,7 @@ class Context:
 
     def __init__(self, *messages: bytes) -> None:
         self._messages = iter(messages)
-        self.all_read = asyncio.Event()
+        self.all_read, self.answered = asyncio.Event(), asyncio.Event()
 
     async def read(self) -> bytes:
         for message in self._messages:
@@ -181,56 +182,91 @@ class Context:
         await asyncio.Event().wait()
         raise AssertionError
 
+    async def write(self, message: bytes) -> None:
+        self.answered.set()
+
     def time_remaining(self) -> None:
         """The call has no deadline."""
 
 
-def test_a_stream_of_kserve_gives_back_once_what_its_requests_hold(preprocessor: Preprocessor) -> None:
+REQUEST = inference.ModelInferRequest(model_name="m", outputs=[{"name": "mean"}])
+REQUEST.inputs.add(name="text", datatype="BYTES", shape=[1]).contents.bytes_contents.append(b"a")
+
+
+@contextlib.asynccontextmanager
+async def kserve_stream(
+    preprocessor: Preprocessor, batcher: Batcher, memory: StreamMemory, context: Context, first: bytes
+) -> AsyncIterator[Caller]:
+    """Answers a stream of the client "one" until the block ends, and waits for all of its tasks."""
+    shared = Shared(
+        memory=RequestMemory(MOST_MEMORY, Hooks()),
+        streams=memory,
+        deadlines=Deadlines(),
+        reads=Reads(),
+        stall_timeout_s=60,
+        idle_timeout_s=60,
+    )
+    service = kserve.Service(preprocessor=preprocessor, batcher=batcher, stopping=asyncio.Event())
+    begun: asyncio.Future[Caller] = asyncio.get_running_loop().create_future()
+
+    async def call() -> None:
+        task, record = asyncio.current_task(), Record(method="ModelStreamInfer", request_id="", client="one")
+        assert task is not None
+        caller = Caller(context, "ipv4:127.0.0.1:1", record, task, shared)  # type: ignore[arg-type]
+        begun.set_result(caller)
+        try:
+            await service.streams["ModelStreamInfer"](first, caller)
+        finally:
+            caller.close()
+
+    under_way = asyncio.create_task(call())
+    try:
+        yield await begun
+    finally:
+        under_way.cancel()
+        await asyncio.gather(*asyncio.all_tasks() - {asyncio.current_task()}, return_exceptions=True)
+
+
+@pytest.fixture
+def hanging() -> Iterator[Batcher]:
+    """A queue whose instance computes until the test ends."""
     go_on = threading.Event()
 
     def encode(runs: Sequence[Run]) -> Iterator[Rows]:
         go_on.wait(60)
         yield from ()
 
-    limits = QueueLimits(**{field.name: 1 << 20 for field in dataclasses.fields(QueueLimits)})
-    batcher = Batcher([encode], limits)
-    request = inference.ModelInferRequest(model_name="m")
-    request.inputs.add(name="text", datatype="BYTES", shape=[1]).contents.bytes_contents.append(b"a")
-    request.outputs.add(name="mean")
+    batcher = Batcher([encode], QueueLimits(**{field.name: 1 << 20 for field in dataclasses.fields(QueueLimits)}))
+    yield batcher
+    go_on.set()
+    assert batcher.stop(timeout_s=60)
 
+
+def test_a_stream_of_kserve_gives_back_once_what_its_requests_hold(
+    preprocessor: Preprocessor, hanging: Batcher
+) -> None:
     async def run() -> None:
-        memory = StreamMemory(MOST_MEMORY)
-        shared = Shared(
-            memory=RequestMemory(MOST_MEMORY, Hooks()),
-            streams=memory,
-            deadlines=Deadlines(),
-            reads=Reads(),
-            stall_timeout_s=60,
-            idle_timeout_s=60,
-        )
-        service = kserve.Service(preprocessor=preprocessor, batcher=batcher, stopping=asyncio.Event())
-        message = request.SerializeToString()
+        memory, message = StreamMemory(MOST_MEMORY), REQUEST.SerializeToString()
         context = Context(message)  # So two requests are under way, of which the second is not waited for.
-
-        async def call() -> None:
-            task, record = asyncio.current_task(), Record(method="ModelStreamInfer", request_id="", client="one")
-            assert task is not None
-            caller = Caller(context, "ipv4:127.0.0.1:1", record, task, shared)  # type: ignore[arg-type]
-            try:
-                await service.streams["ModelStreamInfer"](message, caller)
-            finally:
-                caller.close()
-
-        left = asyncio.create_task(call())
-        await asyncio.wait_for(context.all_read.wait(), 60)
-        left.cancel()
-        await asyncio.gather(*asyncio.all_tasks() - {asyncio.current_task()}, return_exceptions=True)
+        async with kserve_stream(preprocessor, hanging, memory, context, message):
+            await asyncio.wait_for(context.all_read.wait(), 60)
         memory.add("another", MOST_MEMORY - 1)
         memory.add("one", 1)
         assert not memory.has_room("one")
 
-    try:
-        asyncio.run(run())
-    finally:
-        go_on.set()
-    assert batcher.stop(timeout_s=60)
+    asyncio.run(run())
+
+
+def test_a_stream_of_kserve_that_waits_for_memory_is_not_idle(preprocessor: Preprocessor, hanging: Batcher) -> None:
+    async def run() -> None:
+        memory, context = StreamMemory(MOST_MEMORY), Context()
+        memory.add("one", MOST_MEMORY)
+        refused = inference.ModelInferRequest(model_name="another").SerializeToString()
+        async with kserve_stream(preprocessor, hanging, memory, context, refused) as caller:
+            await asyncio.wait_for(context.answered.wait(), 60)
+            assert caller.idle_s == 0
+            memory.add("one", -MOST_MEMORY)
+            await asyncio.wait_for(context.all_read.wait(), 60)
+            assert caller.idle_s > 0
+
+    asyncio.run(run())

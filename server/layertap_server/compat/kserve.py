@@ -107,8 +107,13 @@ class Service:
         answers: asyncio.Queue[asyncio.Task[bytes] | None] = asyncio.Queue()
         places = asyncio.Semaphore(_IN_FLIGHT)
         byte_counts: dict[asyncio.Task[bytes], int] = {}
+        reading = False
+
+        def note_idle() -> None:
+            caller.set_waiting(reading and not byte_counts)
 
         async def read() -> None:
+            nonlocal reading
             message: bytes | None = raw
             byte_count = 0  # Those of the first message are counted until the call ends.
             while message is not None:
@@ -117,9 +122,11 @@ class Service:
                 byte_counts[task] = byte_count
                 answers.put_nowait(task)
                 await caller.stream_room()
-                caller.set_waiting(not byte_counts)
+                reading = True
+                note_idle()
                 message = await caller.read()
-                caller.set_waiting(False)
+                reading = False
+                note_idle()
                 byte_count = len(message or b"")
                 caller.add_stream_bytes(byte_count)
 
@@ -130,7 +137,7 @@ class Service:
             while (task := await answers.get()) is not None:
                 await caller.write(await task)
                 caller.add_stream_bytes(-byte_counts.pop(task))
-                caller.set_waiting(not byte_counts)
+                note_idle()
                 places.release()
         finally:
             left = (stop, reader, *byte_counts)

@@ -34,7 +34,7 @@ class Service(Protocol):
 
     @property
     def streams(self) -> Mapping[str, Callable[[bytes, Caller], Awaitable[None]]]:
-        """Those with streams of messages in both directions; they get the first message, and read the others."""
+        """Those that answer with any number of messages; they get the first message, and may read others."""
 
 
 def handler(name: str, service: Service, admission: Admission) -> Handler:
