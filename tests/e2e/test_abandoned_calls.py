@@ -7,6 +7,8 @@ import concurrent.futures
 import gc
 import itertools
 import logging
+import signal
+import subprocess
 import sys
 import threading
 import time
@@ -18,8 +20,13 @@ import grpc
 import pytest
 from support import Server, poll
 
-from layertap import AsyncClient, Client, DeadlineExceededError
+from layertap import AsyncClient, CancelledError, Client, DeadlineExceededError, UnavailableError
+from layertap._protocol.stream_state import StreamState
 from layertap._transport.connections import BUSY_CALL_COUNT
+from layertap._transport.duplex import DuplexChannel
+from layertap._transport.settings import StreamSettings, resolve
+from layertap._transport.stream_calls import Endpoint, StreamCalls, StreamProgress
+from layertap.v1 import embedding_pb2 as pb
 
 WAIT_S = 30.0
 
@@ -110,19 +117,45 @@ def test_calls_may_be_collected_in_the_middle_of_another_call(tiny_server: Serve
     client.close()
 
 
+def test_a_question_on_a_channel_that_was_closed_meanwhile_says_so() -> None:
+    async def ask(channel: grpc.aio.Channel | DuplexChannel) -> None:
+        settings = StreamSettings(item_timeout_s=WAIT_S, reconnect_timeout_s=WAIT_S)
+        endpoint = Endpoint(channel=channel, begin=asyncio.sleep)  # type: ignore[arg-type]
+        progress = StreamProgress(StreamState(pb.EmbedOptions(), ordered=True))
+        calls = StreamCalls(endpoint, server=resolve("127.0.0.1:1"), settings=settings, progress=progress)
+        with pytest.raises(CancelledError, match="closed during the call"):
+            await calls._refusal(UnavailableError("it fails"))
+
+    async def main() -> None:
+        closed = grpc.insecure_channel("127.0.0.1:1")
+        closed.close()
+        await ask(DuplexChannel(closed))
+        awaited = grpc.aio.insecure_channel("127.0.0.1:1")
+        await awaited.close()
+        await ask(awaited)
+
+    asyncio.run(main())
+
+
 class Busy(grpc.GenericRpcHandler):
-    """A server that answers nothing."""
+    """A server that fails streams and answers nothing else."""
 
     def __init__(self) -> None:
         self.ends = threading.Event()
         self.call_count = 0
 
-    def service(self, _: object) -> Any:
+    def service(self, details: Any) -> Any:
+        def fail(_: object, context: Any) -> Iterator[bytes]:
+            context.abort(grpc.StatusCode.UNKNOWN, "it fails")
+            yield b""
+
         def wait(*_: object) -> bytes:
             self.call_count += 1
             self.ends.wait(WAIT_S)
             return b""
 
+        if details.method.endswith("EmbedStream"):
+            return grpc.stream_stream_rpc_method_handler(fail)
         return grpc.unary_unary_rpc_method_handler(wait)
 
 
@@ -172,3 +205,19 @@ def test_an_asyncio_call_that_opens_further_connections_keeps_its_deadline(busy:
             return took_s
 
     assert asyncio.run(main()) < 5
+
+
+def test_an_interpreter_that_is_interrupted_waits_for_no_question_why_a_stream_failed(busy: tuple[Busy, str]) -> None:
+    handler, address = busy
+    code = """
+import sys, layertap
+list(layertap.Client(sys.argv[1]).embed_stream(["x"], pooling="mean"))
+"""
+    command = [sys.executable, "-c", code, address]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        poll(lambda: handler.call_count == 1)
+        process.send_signal(signal.SIGINT)
+        try:
+            assert "KeyboardInterrupt" in process.communicate(timeout=WAIT_S / 2)[1]
+        finally:
+            process.kill()

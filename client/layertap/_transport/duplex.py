@@ -33,8 +33,18 @@ class DuplexChannel:
 
     def unary_unary(self, method: str, *_: Any) -> Callable[..., Any]:
         """Returns what makes a call and waits for its answer."""
-        call = self._channel.unary_unary(method, None, None)
-        return lambda request, **settings: asyncio.to_thread(call, request, **settings)
+
+        async def call(request: bytes, **settings: Any) -> Any:
+            try:
+                answer: Any = self._channel.unary_unary(method, None, None).future(request, **settings)
+            except ValueError as exc:
+                raise CancelledError(CLOSED_DURING_CALL) from exc
+            try:
+                return await asyncio.to_thread(answer.result)
+            finally:
+                answer.cancel()  # Or the interpreter would wait for its thread at its end.
+
+        return call
 
 
 class DuplexCall:

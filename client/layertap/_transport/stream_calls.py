@@ -222,7 +222,10 @@ class StreamCalls:
 
     async def _model_info(self) -> bytes:
         method = self._endpoint.channel.unary_unary(SERVICE + "GetModelInfo", None, None)
-        raw: bytes = await method(b"", metadata=self._settings.metadata, timeout=self._settings.item_timeout_s)
+        try:
+            raw: bytes = await method(b"", metadata=self._settings.metadata, timeout=self._settings.item_timeout_s)
+        except grpc.aio.UsageError as exc:
+            raise CancelledError(CLOSED_DURING_CALL) from exc
         return raw
 
     @property
