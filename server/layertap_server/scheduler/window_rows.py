@@ -32,10 +32,7 @@ def whole_rows(
         return _words(output, whole, windows, parts)
     if output.kind is OutputKind.SPAN_VECTORS:
         return _spans(output, whole, windows, parts)
-    stacked = np.concatenate(parts)
-    widths = [2 if pool.strategy is Strategy.MEAN_MAX else 1 for pool in output.pools]
-    ends = np.cumsum(widths) * (stacked.shape[1] // sum(widths))
-    columns = np.split(stacked, ends[:-1], axis=1)
+    columns = np.split(np.concatenate(parts), len(output.pools), axis=1)  # Pools that are joined are equally wide.
     pooled = [_pooled(pool, windows, values) for pool, values in zip(output.pools, columns, strict=True)]
     vector = np.concatenate(pooled)[None]
     if output.applies_modules:

@@ -20,7 +20,7 @@ from layertap.jobs.items import Fields
 from layertap.jobs.job import Job, Outcome
 from layertap.jobs.part import LAYOUT
 from layertap.jobs.parts import MANIFEST
-from layertap.jobs.readers import JsonLines
+from layertap.jobs.readers import Arguments, JsonLines
 from layertap.jobs.tasks import EmbedTask, Task
 from layertap.quantization import quantize_embeddings
 from layertap.results.embedding import Embedding
@@ -141,6 +141,12 @@ def test_a_path_that_is_something_else_is_refused_by_name(corpus: Path, tmp_path
     (tmp_path / "out.npz.errors.jsonl").symlink_to(corpus)
     refused(job(corpus, tmp_path / "out.npz", overwrite=overwrite), "is the input itself")
     assert corpus.read_text().count("\n") == 45
+
+
+def test_texts_that_are_no_file_may_replace_an_output(tmp_path: Path) -> None:
+    output = tmp_path / "out.npz"
+    output.touch()
+    Destination(output=output, overwrite=True).check(Arguments(texts=["a"]))
 
 
 @pytest.mark.parametrize("overwrite", [False, True])
