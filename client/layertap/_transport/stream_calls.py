@@ -217,7 +217,7 @@ class StreamCalls:
         info = pb.GetModelInfoResponse()
         with contextlib.suppress(grpc.RpcError):  # What is wrong with the connection the stream meets too.
             info.MergeFromString(await self._model_info())
-        self._state.limit(info.limits.max_request_bytes or sys.maxsize)
+        self._state.limit(info.limits.max_request_bytes)
         self._progress.note_change()
 
     async def _model_info(self) -> bytes:

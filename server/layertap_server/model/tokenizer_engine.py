@@ -56,6 +56,7 @@ class Tokenizing:
         lower_case: Whether strings are turned to lower case before anything else.
         detail: What is asked of each text beside ids and types.
         windowing: How strings and words above max_length run as windows; None: they do not.
+        longest: What the caller may raise max_length to; it tells one whose text is longer.
     """
 
     max_length: int
@@ -64,6 +65,7 @@ class Tokenizing:
     lower_case: bool = False
     detail: Detail = Detail.EVERYTHING
     windowing: Windowing | None = None
+    longest: int = 0
 
 
 class TokenizerEngine:
@@ -99,10 +101,11 @@ class TokenizerEngine:
                 found = _windowed(text, item, encoding, label, max_length, how.windowing)
                 results.append(found if isinstance(found, LayertapError) else _tokenized(found, item, encoding, how))
             elif how.truncation == "error":
+                raised = f"raise max_length, which may be {how.longest}, " if how.longest > max_length else ""
                 results.append(
                     InvalidArgumentError(
-                        f"{label} has {text.token_count} tokens, max_length is {max_length}; shorten it, cut it with "
-                        "truncation right or left, or let it run as windows"
+                        f"{label} has {text.token_count} tokens, max_length is {max_length}; shorten it, {raised}"
+                        "cut it with truncation right or left, or let it run as windows"
                     )
                 )
             else:

@@ -73,6 +73,7 @@ def resolve(
             lower_case=options.lower_case,
             detail=detail,
             windowing=_windowing(options, max_length, tokenizer.special_token_count, limits),
+            longest=model.max_length,
         ),
         most_plain_tokens=0 if plan.return_tokens else most_plain_tokens(plan, model, limits),
     )

@@ -55,6 +55,7 @@ class TokenizerRequests:
             max_length=max_length,
             truncation=truncation_of(request.truncation),
             add_special_tokens=not request.omit_special_tokens,
+            longest=limits.max_character_count,
         )
         labels = [f"inputs[{request.first_text + n}]" for n in range(len(inputs))]
 
