@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -27,6 +28,7 @@ from support.device_runs import (
 from support.oracle import Oracle
 from support.simulated_gpu import SimulatedGpu, TransferCount, fake_cuda
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from layertap_server.engine.encoder import Encoder
 from layertap_server.engine.upload import Upload
@@ -257,6 +259,26 @@ def test_host_memory_is_lent_again_only_when_nothing_reads_it(tiny_model: Checkp
         wanted, _ = tiny_oracle.run(text_of(length).input_ids, None, None)
         found = np.frombuffer(rows.data, np.float32).reshape(-1, HIDDEN_SIZE)
         np.testing.assert_allclose(found, wanted[rows.layer], atol=BOUNDS["float32"])
+
+
+class _Casts(TorchDispatchMode):
+    """Counts the tensors that were cast to bfloat16."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = func(*args, **(kwargs or {}))
+        if func in (torch.ops.aten.to.dtype, torch.ops.aten._to_copy.default):
+            self.count += found.dtype is torch.bfloat16 and args[0].dtype is torch.float32
+        return found
+
+
+def test_rows_are_cast_once_where_every_layer_is_wanted(tiny_model: Checkpoint) -> None:
+    gpu = SimulatedGpu(prefers_fast=False, varlen=False)
+    encoder = Encoder(tiny_model, device="cpu", dtype="bfloat16", runtime=gpu)
+    with _Casts() as casts:
+        layers_of(encoder, [text_of(5), text_of(9)])
+    assert casts.count == 1 + 2 * LAYER_COUNT  # Layer 0, and after each of a block's two LayerNorms.
 
 
 def test_an_upload_keeps_shapes_and_dtypes() -> None:

@@ -147,15 +147,16 @@ class Bert:
             prepared.input_ids.tensor, None if types is None else types.tensor, prepared.position_ids.tensor
         )
         longest = max(group.length for group in packed_batch.groups)
-        done = 0
+        done, cast = 0, None
         for layer in wanted:
             row_count = packed_batch.row_count(layer)
             rows = rows[: self._padded(row_count)]
+            cast = None if cast is None else cast[: len(rows)]
             step = self._stack.count_at_once(len(rows), longest)
             for first in range(done, layer, step):
                 if first > done:
                     yield None
-                rows = self._stack.run(first, min(first + step, layer), rows, prepared.attention)
+                rows, cast = self._stack.run(first, min(first + step, layer), rows, prepared.attention, cast)
             done = layer
             yield layer, rows[:row_count]
 
@@ -183,7 +184,7 @@ class Bert:
         started = time.perf_counter()
         fused, hidden_size = self._stack.has_gelu, self._settings.hidden_size
         probe = Probe(
-            lambda rows, groups: self._stack.run(0, 1, rows, self._attention.prepare(groups, Upload(None))),
+            lambda rows, groups: self._stack.run(0, 1, rows, self._attention.prepare(groups, Upload(None)))[0],
             [
                 *([Rowwise(self._pool, hidden_size)] if self._pooler else []),
                 *([Rowwise(self._embed.project, self._embed.size)] if self._embed.projection else []),
@@ -218,10 +219,11 @@ class Bert:
         def run(
             input_ids: torch.Tensor, token_type_ids: torch.Tensor, position_ids: torch.Tensor, bounds: torch.Tensor
         ) -> list[torch.Tensor]:
-            layers = [self._embed(input_ids, token_type_ids, position_ids)]
+            rows, cast = self._embed(input_ids, token_type_ids, position_ids), None
+            layers = [rows]
             for block in range(self._settings.num_hidden_layers):
-                rows = self._stack.run(
-                    block, block + 1, layers[-1], lambda qkv: attention.run_varlen(qkv, bounds, longest)
+                rows, cast = self._stack.run(
+                    block, block + 1, rows, lambda qkv: attention.run_varlen(qkv, bounds, longest), cast
                 )
                 layers.append(rows)
             return layers

@@ -61,19 +61,24 @@ class BlockStack:
         if self._program is not None:
             self._blocks = []
 
-    def run(self, first: int, last: int, rows: torch.Tensor, attention: Attention) -> torch.Tensor:
-        """Runs the blocks from `first` to before `last`. Shape: [row_count, hidden_size], float32, in and out."""
+    def run(
+        self, first: int, last: int, rows: torch.Tensor, attention: Attention, cast: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Runs the blocks from `first` to before `last`. Shape: [row_count, hidden_size], float32, in and out.
+
+        Returns also the rows in the compute dtype, if it has them, to be given back with the rows for the next blocks.
+        """
         if self._program is not None:
             assert isinstance(attention, CpuPrepared)
             found: torch.Tensor = self._program(rows, first, last, attention.shapes, attention.masks)
-            return found
-        steps, cast = self._steps, rows.to(self._dtype)
+            return found, None
+        steps, cast = self._steps, rows.to(self._dtype) if cast is None else cast
         for block in self._blocks[first:last]:
             context = attention(steps.linear(cast, block.qkv))
             rows, cast = steps.add_norm(steps.linear(context, block.attended), rows, block.attended_norm)
             output = steps.linear(steps.ffn_up(cast, block.intermediate), block.output)
             rows, cast = steps.add_norm(output, rows, block.output_norm)
-        return rows
+        return rows, cast
 
     def project(self, rows: torch.Tensor, block: int) -> torch.Tensor:
         """Makes query, key and value of one block. Shape: [row_count, hidden_size] to [row_count, 3 · hidden_size]."""
