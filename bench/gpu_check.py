@@ -22,8 +22,8 @@ from layertap_server.parity.compare import BOUNDS
 from layertap_server.types import Plan, Run, Text
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-FILES = ("device_paths", "engine", "fidelity", "attentions", "words", "parity", "sentence_transformers")
-"""The files of tests/model that have tests for cuda."""
+TESTS = ["tests/model"]
+TESTS_WITHOUT_MODEL = ["tests/model/test_fast_paths.py"]
 TESTS_TIMEOUT_S = 120
 LAST_S = 8.0
 """How long counting the outcomes may take, before the stage ends."""
@@ -62,15 +62,16 @@ def float16(at: Setting) -> None:
 
 def tests(at: Setting) -> None:
     """Runs the tests of the suite that are marked for cuda, those of the embedded model if it is there."""
-    files = [f"tests/model/test_{name}.py" for name in (FILES if EMBEDDED_MODEL.is_dir() else FILES[:1])]
-    chosen = ["-m", "cuda"] if at.on_gpu else ["-k", "kernel or one_upload"]
+    chosen = ["-m", "cuda", *(TESTS if EMBEDDED_MODEL.is_dir() else TESTS_WITHOUT_MODEL)]
+    if not at.on_gpu:
+        chosen = ["-k", "fast_path", *TESTS_WITHOUT_MODEL]
     options = ["-v", "-o", "filterwarnings=", "-p", "no:cacheprovider", "--continue-on-collection-errors"]
     options += [] if at.quick else ["-n", str(WORKERS)]
     log = at.results.with_name("tests.log")
     timeout_s = max(1.0, min(TESTS_TIMEOUT_S, at.ends_at - time.monotonic() - LAST_S))
     with log.open("w") as out:
         process = subprocess.Popen(
-            [sys.executable, "-m", "pytest", *options, *chosen, *files], cwd=REPOSITORY, stdout=out, stderr=out
+            [sys.executable, "-m", "pytest", *options, *chosen], cwd=REPOSITORY, stdout=out, stderr=out
         )
         try:
             code: int | str = process.wait(timeout=timeout_s)
