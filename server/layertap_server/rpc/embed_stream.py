@@ -41,7 +41,6 @@ _CHUNK_TEXTS: Final = 256
 _CHUNK_BYTES: Final = 64 << 10
 """Likewise in bytes; a larger text comes alone."""
 
-
 _CANCELLATION_S: Final = 0.05
 """How long an idle stream waits after its last message: gRPC reports the end of the messages also for a caller that is
 gone, and cancels the call a moment later."""
@@ -128,8 +127,9 @@ class Stream:
             )
 
     async def _read(self, call: Call) -> None:
+        stopping = asyncio.create_task(self._stopping.wait())
         try:
-            while await self._read_message(call):
+            while await self._read_message(call, stopping):
                 pass  # No message is held while the next one is waited for.
             self.inbox.put(_AllRead(stopping=not self._ended))
         except LayertapError as exc:
@@ -137,10 +137,12 @@ class Stream:
         except Exception:
             log.exception("reading a stream failed")
             self.inbox.put(CallFailed(InternalError("the server failed to read the stream; its log has the reason")))
+        finally:
+            stopping.cancel()
 
-    async def _read_message(self, call: Call) -> bool:
+    async def _read_message(self, call: Call, stopping: asyncio.Task[bool]) -> bool:
         """Reads the next message; returns whether there may be another."""
-        raw = await self._next()
+        raw = await self._next(stopping)
         if raw is None:
             return False
         self._caller.add_stream_bytes(len(raw))
@@ -185,8 +187,8 @@ class Stream:
         self._taken.clear()
         await self._taken.wait()
 
-    async def _next(self) -> bytes | None:
-        """Waits for the next message; None: there is none, or the server is stopping."""
+    async def _next(self, stopping: asyncio.Task[bool]) -> bytes | None:
+        """Waits for the next message; None: there is none, or the server is stopping, which ends that task."""
 
         async def read() -> bytes | None:
             await self._caller.stream_room()
@@ -194,7 +196,7 @@ class Stream:
             self._note_idle()
             return await self._caller.read()
 
-        reading, stopping = asyncio.create_task(read()), asyncio.create_task(self._stopping.wait())
+        reading = asyncio.create_task(read())
         try:
             await asyncio.wait({reading, stopping}, return_when=asyncio.FIRST_COMPLETED)
             raw = reading.result() if reading.done() else None
@@ -205,7 +207,6 @@ class Stream:
             self._reading = False
             self._note_idle()
             reading.cancel()
-            stopping.cancel()
 
     def _note_idle(self) -> None:
         self._caller.set_waiting(self._reading and not self._entries)

@@ -114,16 +114,11 @@ class Worker:
         self._short_batch = short_batch
         self._on_lost = on_lost
         self._hooks = hooks
-        self._lock = threading.Lock()
+        self._lock = threading.Lock()  # Of what is lost: whether it is, its batch, and since when that has not moved.
         self._batch: list[BatchPart] = []
         self._moved_at: float | None = None
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         self._thread.start()
-
-    def stuck(self, timeout_s: float) -> bool:
-        """Whether it has a batch and has made no progress for so long."""
-        moved_at = self._moved_at
-        return moved_at is not None and time.monotonic() - moved_at >= timeout_s
 
     def lose(self, *, stuck_s: float = 0.0) -> bool:
         """Gives the instance up and fails the calls of its batch; returns whether it did so now.
@@ -132,7 +127,8 @@ class Worker:
             stuck_s: Only if it has a batch and has made no progress for so long, in seconds. 0: in any case.
         """
         with self._lock:
-            if self.lost or (stuck_s and not self.stuck(stuck_s)):
+            idle_s = 0.0 if self._moved_at is None else time.monotonic() - self._moved_at
+            if self.lost or idle_s < stuck_s:
                 return False
             self.lost = True
             batch = self._batch
