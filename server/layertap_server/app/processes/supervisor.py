@@ -226,7 +226,9 @@ class Supervisor:
             # Probes are counted, not seconds: all processes may have been stopped for a while, this one too.
             await asyncio.sleep(max(timeout_s / _PROBE_COUNT, _MIN_PROBE_S))
             for process in self._processes.values():
-                if process.serving and process.unanswered_count >= _PROBE_COUNT:
+                if not process.serving:
+                    continue  # One that has loaded would take the probe for the order to serve.
+                if process.unanswered_count >= _PROBE_COUNT:
                     log.error("process %d does not answer for %.0f s and is killed", process.number, timeout_s)
                     process.child.signal(signal.SIGKILL)
                 process.unanswered_count += 1
