@@ -49,6 +49,17 @@ def test_poolings_by_name_and_by_flag(tmp_path: Path, pooling: Any, strategies: 
     assert (found.strategies, found.unsupported) == (strategies, "")
 
 
+def test_numbers_of_the_configurations_are_read_from_their_least(tmp_path: Path) -> None:
+    write(
+        tmp_path,
+        modules=modules(TRANSFORMER, POOLING),
+        sentence_bert_config={"max_seq_length": 2},
+        config_sentence_transformers={"truncate_dim": 1},
+    )
+    found = read(tmp_path)
+    assert (found.max_length, found.dimensions, found.unsupported) == (2, 1, "")
+
+
 UNSUPPORTED = {
     "Dense": {"modules": modules(TRANSFORMER, POOLING, {"path": "2", "type": MODULE + "Dense"})},
     "custom.Thing": {"modules": modules(TRANSFORMER, {"path": "1", "type": "custom.Thing"})},
