@@ -251,6 +251,8 @@ class _Choices(logging.Handler):
 def _fault(at: Setting) -> str:
     """Returns why the device does not compute; empty: it does."""
     try:
+        if at.on_gpu:
+            torch.cuda.set_device(at.device)  # Events are of the current one.
         torch.ones(8, device=at.device).sum().item()
     except Exception as exc:
         return f"{type(exc).__name__}: {str(exc).strip()[:600]}"
