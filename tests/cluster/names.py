@@ -12,7 +12,7 @@ _RESPONSE, _NO_SUCH_NAME = 0x8400, 3
 
 
 class NameServer:
-    """Answers for one name with addresses that nobody may keep; there are no other names, and no other records.
+    """Answers for one name with addresses that may not be kept; there are no other names, and no other records.
 
     Attributes:
         address: Where it listens, as the authority of a `dns:` target.

@@ -143,13 +143,6 @@ def test_an_option_at_fault(client: Any, options: dict[str, Any], named: tuple[s
         refused(InvalidArgumentError, lambda: list(client.embed_layers(SECRET, **options)), *named)
 
 
-def test_dimensions_of_a_mix_know_its_width(client: Any) -> None:
-    wide = LayerMix("concat", layers=[0, 1, 2])
-    assert client.embed(SECRET, pooling=Pooling("mean_max", layer=wide, dimensions=192)).pooled.shape == (1, 192)
-    pooling = Pooling("mean_max", layer=wide, dimensions=193)
-    refused(InvalidArgumentError, lambda: client.embed(SECRET, pooling=pooling), "dimensions is 193", "1 to 192")
-
-
 def test_padding_out_of_range(client: Any) -> None:
     for value in (0, -1, 2**40, 2.5, "7", [7]):
         refused(InvalidArgumentError, lambda value=value: client.tokenize(SECRET, pad_to=value), "pad_to")

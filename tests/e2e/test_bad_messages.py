@@ -101,7 +101,7 @@ def test_an_answer_too_large_for_embed(stub: Stub) -> None:
 
 
 def test_rows_of_words_count_against_the_limit_of_an_answer(stub: Stub) -> None:
-    # Two tokens, and a row for each of 20000 words: what must be held is told before anything is computed.
+    # Two tokens, and a row for each of 20000 words: what must be held is known before anything is computed.
     words = pb.Input(words=pb.Words(words=[""] * 20_000))
     asked = options(outputs=[pb.Output(word_vectors=pb.WordVectors(all_layers=True))])
     raw_refused(INVALID, lambda: stub.Embed(pb.EmbedRequest(inputs=[words], options=asked)), "Embed", "EmbedLayers")

@@ -60,7 +60,7 @@ def _tensors(change: Callable[[Weights], object]) -> Callable[[Path], object]:
 
 
 def _pickle(folder: Path) -> None:
-    """Puts a pickle in the weights' place that would leave a trace if anybody opened it."""
+    """Puts a pickle in the weights' place that would leave a trace if it were opened."""
     (folder / "model.safetensors").unlink()
     (folder / "pytorch_model.bin").write_bytes(pickle.dumps(_Trace(folder / "opened")))
 

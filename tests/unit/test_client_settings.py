@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import _thread
 import copy
+import json
 import pickle
 import subprocess
 import sys
@@ -25,6 +26,80 @@ def no_environment(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv(f"LAYERTAP_{name}", raising=False)
     for name in ("grpc_proxy", "https_proxy", "http_proxy", "no_grpc_proxy", "no_proxy"):
         monkeypatch.delenv(name, raising=False)
+
+
+def test_arguments_beat_the_environment_and_that_beats_the_defaults(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = resolve(None)
+    assert (found.target, found.tls, found.token, found.timeout_s) == ("127.0.0.1:50051", None, None, 60.0)
+    for name, value in (("TARGET", "there:7"), ("TOKEN", "t0"), ("TLS_CA", "ca.pem"), ("TIMEOUT_S", "7.5")):
+        monkeypatch.setenv(f"LAYERTAP_{name}", value)
+    found = resolve(None)
+    assert (found.target, found.tls, found.token, found.timeout_s) == ("there:7", TLS(ca="ca.pem"), "t0", 7.5)
+    found = resolve("localhost:1", tls=False, token="", timeout_s=1)
+    assert (found.target, found.tls, found.token, found.timeout_s) == ("localhost:1", None, None, 1)
+    monkeypatch.setenv("LAYERTAP_TLS_CERT", "cert.pem")
+    with pytest.raises(InvalidArgumentError, match="cert without its key"):
+        resolve(None)
+
+
+@pytest.mark.parametrize(
+    ("target", "uri", "balanced"),
+    [
+        ("example.org:50051", "example.org:50051", False),
+        ("unix:/run/layertap", "unix:/run/layertap", False),
+        ("dns:///example.org:50051", "dns:///example.org:50051", True),
+        ("10.0.0.1:1, 10.0.0.2:2", "ipv4:10.0.0.1:1,10.0.0.2:2", True),
+        ("localhost:1,127.0.0.1:2", "ipv4:127.0.0.1:1,127.0.0.1:2", True),
+        ("[::1]:1,[::1]:2", "ipv6:[::1]:1,[::1]:2", True),
+    ],
+)
+def test_targets_in_grpcs_words(target: str, uri: str, balanced: bool) -> None:
+    found = resolve(target)
+    assert found.uri == uri
+    assert ("loadBalancingConfig" in json.loads(found.service_config)) is balanced
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"target": "one.example:1,two.example:2"}, ["IP addresses", "dns:///"]),
+        ({"target": "10.0.0.1,10.0.0.2"}, ["with ports"]),
+        ({"target": "10.0.0.1:1,[::1]:1"}, ["of one kind"]),
+        ({"target": None, "retries": 5}, ["retries", "4"]),
+        ({"target": None, "retries": -1}, ["retries", "0"]),
+        ({"target": None, "timeout_s": 0}, ["timeout_s"]),
+        ({"target": None, "token": "two words"}, ["token"]),
+        ({"target": None, "token": "end\n"}, ["token"]),
+        ({"target": "10.0.0.1:1", "token": "t0"}, ["unencrypted", "tls=TLS(ca=", "LAYERTAP_TLS_CA", "tls=False"]),
+        ({"target": "10.0.0.1:1,127.0.0.1:1", "token": "t0"}, ["unencrypted"]),
+        ({"target": "dns:///example.org:1", "token": "t0"}, ["unencrypted"]),
+        ({"target": "127.0.0.1.example.org:1", "token": "t0"}, ["unencrypted"]),
+    ],
+)
+def test_what_cannot_be_meant_is_refused_at_once(arguments: dict[str, Any], words: list[str]) -> None:
+    for make in (Client, AsyncClient):
+        with pytest.raises(InvalidArgumentError) as caught:
+            make(**arguments)
+        assert all(word in caught.value.details for word in words), caught.value.details
+        assert "t0" not in caught.value.details and "two words" not in caught.value.details
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"target": "127.0.0.1:1"},
+        {"target": "localhost:1"},
+        {"target": "[::1]:1"},
+        {"target": "unix:/s"},
+        {"target": "dns:///localhost:1"},
+        {"target": "127.0.0.1:1,127.0.0.1:2"},
+        {"target": "10.0.0.1:1", "tls": True},
+        {"target": "10.0.0.1:1", "tls": False},
+    ],
+)
+def test_a_token_goes_over_tls_to_loopback_or_where_tls_is_refused_by_name(arguments: dict[str, Any]) -> None:
+    found = resolve(token="t0", **arguments)
+    assert found.metadata == (("authorization", "Bearer t0"),) and "t0" not in repr(found)
 
 
 @pytest.mark.parametrize(

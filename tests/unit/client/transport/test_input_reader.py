@@ -110,15 +110,15 @@ def test_a_blocking_iterable_blocks_neither_the_loop_nor_closing() -> None:
         groups = input_reader.groups(blocking())
         assert await anext(groups) == [0]
         waiting = asyncio.ensure_future(anext(groups))
-        turns = 0
+        steps = 0
         for _ in range(100):
             await asyncio.sleep(0)
-            turns += 1
+            steps += 1
         assert not waiting.done()
         waiting.cancel()
         await asyncio.gather(waiting, return_exceptions=True)
         await groups.aclose()
-        return turns
+        return steps
 
     try:
         assert run(read()) == 100
