@@ -29,7 +29,8 @@ class Tokens(ByText):
 
     Attributes:
         tokens: The pieces of each text, padding included up to its token_counts, as transformers' `tokenize` and
-            `tokens()` have them. An unknown piece may be spelt as in the text; `input_ids` says which are unknown.
+            `tokens()` have them. An unknown piece may be spelt as in the text, and a special token with the spaces
+            that it takes, such as " <mask>": compare `input_ids`.
         input_ids: Shape: [text_count, length].
         attention_mask: Shape: [text_count, length]; 1 for tokens, 0 for padding.
         token_type_ids: Shape: [text_count, length].

@@ -2051,7 +2051,8 @@ class TokenizedText(_message.Message):
     @_builtins.property
     def tokens(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """The pieces, such as "##ing", as tokens() of transformers' BatchEncoding has them. An
-        unknown piece may be spelt as in the text; input_ids says which are unknown.
+        unknown piece may be spelt as in the text, and a special token with the spaces that
+        it takes, such as " <mask>": compare input_ids.
         """
 
     @_builtins.property
