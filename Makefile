@@ -43,11 +43,11 @@ generate = $(protoc) --python_out=$(1) --grpc_python_out=$(1) --mypy_out=quiet:$
 	--mypy_grpc_out=quiet:$(1) $(PROTO_FILES) \
 	&& $(protoc) --python_out=$(1) --mypy_out=quiet:$(1) $(COMPAT_PROTO_FILES)
 
-# Installs the locked packages $(2) into the environment $(1), no others, and none whose bytes differ.
-locked = $(1)/bin/python -m pip --disable-pip-version-check install -q --no-deps --require-hashes $(patsubst %,-r locks/%.txt,$(2))
+# Installs the locked packages $(2) into the environment $(1), no others, and none whose bytes differ; $(3): options of pip.
+locked = $(1)/bin/python -m pip --disable-pip-version-check install -q --no-deps --require-hashes $(3) $(patsubst %,-r locks/%.txt,$(2))
 # torch's build for CPUs where pip finds it, and else the default one with the libraries it needs.
-torch = { $(call locked,$(1),cpu) 2>/dev/null \
-	|| { echo "pip cannot install locks/cpu.txt: the default build of torch is next"; $(call locked,$(1),cuda); }; }
+torch = { $(call locked,$(1),cpu,$(2)) 2>/dev/null \
+	|| { echo "pip cannot install locks/cpu.txt: the default build of torch is next"; $(call locked,$(1),cuda,$(2)); }; }
 
 # For processes that are started elsewhere.
 with_layertap = PYTHONPATH=$(CURDIR)/client:$(CURDIR)/server
@@ -296,13 +296,14 @@ $(MODEL_STAMP): model.txt $(VENV_STAMP)
 	@rm -rf .models/.partial
 	@touch $@
 
-# As .venv, for another Python. A stamp of a pattern would be removed after its use.
+# As .venv, for another Python, in half its time: most modules are never imported there and need no bytecode. Without
+# PRECIOUS the stamp of a pattern would be removed after its use.
 .PRECIOUS: .pythons/%/.installed
 .pythons/%/.installed: pyproject.toml locks/dev.txt locks/cpu.txt locks/cuda.txt
 	@rm -rf $(@D)
 	$(PYTHON) -m venv $(@D)
-	@$(call torch,$(@D))
-	$(call locked,$(@D),dev)
+	@$(call torch,$(@D),--no-compile)
+	$(call locked,$(@D),dev,--no-compile)
 	$(@D)/bin/python -m pip --disable-pip-version-check install -q --no-deps --no-build-isolation -e .
 	@touch $@
 

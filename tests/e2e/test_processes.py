@@ -174,7 +174,7 @@ def test_a_client_told_to_have_one_connection_meets_one_process(two: Server) -> 
     with Client(two.address, connections=1) as client:
         assert len(list(client.embed_stream((f"text {n}" for n in range(3000)), pooling="mean"))) == 3000
     poll(lambda: by_process(two, "EmbedStream", since).total() == 1)
-    with pytest.raises(InvalidArgumentError, match="connections is 0; it runs from 1 to 256"):
+    with pytest.raises(InvalidArgumentError, match="connections is 0; pass a whole number from 1 to 256"):
         Client(two.address, connections=0)
 
 
