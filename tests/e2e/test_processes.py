@@ -28,6 +28,7 @@ from support import Server, faulty, forks, open_client, poll, running
 from support.faulty import Demand
 
 from layertap import AsyncClient, Client, InvalidArgumentError, UnavailableError
+from layertap_server.cores import core_count
 from layertap_server.testing import ServerProcess, running_server
 
 WAIT_S = 60.0
@@ -95,7 +96,7 @@ def test_all_processes_answer_alike_and_their_calls_are_one_log_and_one_sum(two:
     assert sums["layertap_serving", frozenset()] == 1
     assert sums["layertap_processes_serving", frozenset()] == sums["layertap_processes", frozenset()] == 2
     assert sums["layertap_output_limit_bytes", frozenset()] == 512 << 20
-    assert sums["layertap_instances", frozenset()] == 2 * max(1, min(4, len(os.sched_getaffinity(0)) // 2))
+    assert sums["layertap_instances", frozenset()] == 2 * max(1, min(4, core_count() // 2))
 
 
 def test_the_supervisor_has_no_torch_and_the_processes_share_the_weights() -> None:

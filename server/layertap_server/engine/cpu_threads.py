@@ -13,12 +13,12 @@ from __future__ import annotations
 import dataclasses
 import functools
 import logging
-import os
 import time
 from collections.abc import Iterator, Sequence
 from typing import Final
 
 from layertap.errors import counted
+from layertap_server.cores import core_count
 from layertap_server.engine.encoder import Encoder
 from layertap_server.engine.oom_retry import with_oom_retry
 from layertap_server.engine.thread_team import ThreadTeam
@@ -55,7 +55,7 @@ def share(*, instance_count: int = 0, thread_count: int = 0, process_count: int 
         thread_count: Threads of each instance; 0 shares the cores between the instances.
         process_count: Processes that share the cores of the machine.
     """
-    cores = max(1, len(os.sched_getaffinity(0)) // process_count)
+    cores = max(1, core_count() // process_count)
     instance_count = instance_count or min(cores, _MAX_CPU_INSTANCES)
     thread_count = thread_count or max(1, cores // instance_count)
     return CpuThreads(

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import asyncio
 import functools
-import os
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Final, TypeVar
+
+from layertap_server.cores import core_count
 
 T = TypeVar("T")
 
@@ -77,7 +78,7 @@ class Slices:
 
     def __init__(self) -> None:
         # One core stays free for the event loop, which is all that short calls need.
-        self._threads = FairThreads(max(1, len(os.sched_getaffinity(0)) - 1))
+        self._threads = FairThreads(max(1, core_count() - 1))
 
     async def run(
         self,
