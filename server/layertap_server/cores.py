@@ -1,7 +1,7 @@
 """How many cores a process may use: those it may run on, and no more than its cgroups give it time for.
 
-A container's limit of the CPU is such a time. Threads for all cores of a large machine would use it up at once and then wait
-for the next tenth of a second.
+A container's limit of the CPU is such a time. Threads for all cores of a large machine would use it up at once and then
+wait for the next tenth of a second.
 """
 
 from __future__ import annotations
