@@ -161,5 +161,6 @@ def test_each_dependency_has_a_known_licence(wheel: Path) -> None:
         r"^\| (\S+) +\| \S+ +\| (.+?) +\|$", (ROOT / f"dist/layertap-{version}.licences.md").read_text(), re.MULTILINE
     )
     assert {"numpy", "grpcio", "protobuf", "torch"} <= {name for name, _ in rows}
-    assert not [name for name, licence in rows if licence == "UNKNOWN"]
+    # torch for CUDA requires cuda-toolkit, which names versions of other packages and holds no file to license.
+    assert not [name for name, licence in rows if licence == "UNKNOWN" and name != "cuda-toolkit"]
     assert not [name for name, licence in rows if re.search(r"(?<![L])GPL|AGPL", licence)], "ask before shipping these"
