@@ -26,6 +26,7 @@ from layertap._protocol.requests import SERVICE
 from layertap.v1 import embedding_pb2 as pb
 from layertap_server.observability.call_log import CallLog
 from layertap_server.observability.metrics import Endpoint, Metrics
+from layertap_server.observability.metrics_sum import MetricsSum
 
 WAIT_S = 30.0
 RULES = ROOT / "deploy" / "prometheus.rules.yml"
@@ -280,6 +281,15 @@ def until(done: threading.Event, requests: Sequence[pb.EmbedStreamRequest]) -> I
 
 def test_every_rpc_of_the_contract_has_its_metrics() -> None:
     assert set(wire.RPC_NAMES) == set(pb.DESCRIPTOR.services_by_name["EmbeddingService"].methods_by_name)
+
+
+def test_the_documents_have_every_metric_and_no_other(url: str) -> None:
+    rows = re.findall(r"^\| (`.+?) \|", (ROOT / "docs/operate/metrics.md").read_text(), re.MULTILINE)
+    documented = [re.sub(r"\{.*|_total\b.*", "", name) for row in rows for name in re.findall(r"`([^`]+)`", row)]
+    of_processes = MetricsSum(lambda: None, lambda: (2, 2)).collect()
+    names = {family.name for family in (*Exposed(url).families, *of_processes)}
+    there = {name.removeprefix("layertap_") for name in names if re.match(r"layertap_(?!.*_created$)", name)}
+    assert sorted(documented) == sorted(there)
 
 
 def test_names_are_as_prometheus_wants_them(url: str) -> None:
