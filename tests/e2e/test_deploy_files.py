@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 import shutil
@@ -15,7 +16,7 @@ from typing import Any
 import pytest
 import yaml
 from prometheus_client.parser import text_string_to_metric_families
-from support import ROOT, running
+from support import ROOT, memory, running
 
 from layertap import Client
 from layertap_server import cli
@@ -61,6 +62,15 @@ def test_a_stopping_server_has_its_grace_everywhere() -> None:
     unit = (DEPLOY / "systemd/layertap.service").read_text()
     assert int(re.search(r"TimeoutStopSec=(\d+)", unit)[1]) > Config().grace_s
     assert "RestartPreventExitStatus" not in unit  # What cannot be used at one start may be usable at the next.
+
+
+def test_the_memory_of_a_pod_holds_what_its_flags_let_the_server_take() -> None:
+    (pod,) = _documents(DEPLOY / "kubernetes/base/deployment.yaml")
+    container = pod["spec"]["template"]["spec"]["containers"][0]
+    config = dataclasses.asdict(cli.parse(container["args"], {}))
+    most = sum(found for found, _ in memory.sums({name.replace("_", "-"): value for name, value in config.items()}))
+    at_rest = 1 << 30
+    assert int(container["resources"]["limits"]["memory"].removesuffix("Gi")) << 30 > most + at_rest
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(DEPLOY)))
