@@ -20,6 +20,7 @@ from support.messages import (
 )
 
 from layertap import DataLossError, wire
+from layertap._protocol.assembler import EmbedAssembler, LayerAssembler
 from layertap.v1 import embedding_pb2 as pb
 from layertap_server.types import Unit
 
@@ -218,11 +219,14 @@ def test_a_summary_that_counts_otherwise_is_a_data_loss() -> None:
             assemble(SMALL, messages)
 
 
-def test_a_frame_before_its_tensor_is_a_data_loss() -> None:
+@pytest.mark.parametrize("kind", [EmbedAssembler, LayerAssembler])
+def test_a_frame_before_its_tensor_is_a_data_loss(kind: Any) -> None:
     # As a slice of an array, rows from -3 up to -1 would be the first two of the other text.
-    header, *_, summary = opened(SMALL, whole_frames(SMALL))
-    frame = pb.Frame(first_row=-3, row_count=2), bytes(2 * 16)
-    both_ends(SMALL, [header, (pb.EmbedLayersResponse(frame=frame[0]), frame[1]), summary])
+    assembler = kind(SMALL.messages, SMALL.options)
+    list(assembler.feed(pb.EmbedLayersResponse(header=SMALL.header), memoryview(b"")) or ())
+    frame = pb.EmbedLayersResponse(frame=pb.Frame(first_row=-3, row_count=2))
+    with pytest.raises(DataLossError, match="2 rows at row -3"):
+        list(assembler.feed(frame, memoryview(bytes(2 * 16))) or ())
 
 
 def test_an_unknown_part_is_a_data_loss() -> None:
