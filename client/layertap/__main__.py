@@ -1,7 +1,20 @@
-"""`python -m layertap` is the command `layertap`."""
+"""The command `layertap`, also as `python -m layertap`."""
 
+import os
 import sys
+from typing import NoReturn
 
-from layertap.cli import main
+from layertap import cli
 
-sys.exit(main())
+
+def main() -> NoReturn:
+    """Runs the command, and ends the process with its exit code: nothing of gRPC is left that could hold up the end."""
+    code = cli.main()
+    for stream in (sys.stdout, sys.stderr):
+        if stream is not None:
+            stream.flush()
+    os._exit(code)
+
+
+if __name__ == "__main__":
+    main()

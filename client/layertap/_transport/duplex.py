@@ -7,6 +7,7 @@ that loop, at most two ahead of it: the flow control of gRPC then stops the serv
 from __future__ import annotations
 
 import asyncio
+import os
 import queue
 import threading
 from collections.abc import Callable
@@ -19,6 +20,19 @@ from layertap._transport.status import CLOSED_DURING_CALL
 from layertap.errors import CancelledError
 
 _AHEAD_COUNT: Final = 2
+_END_S: Final = 1.0
+
+
+def end(call: Any, pid: int) -> None:
+    """Cancels a call of a synchronous channel, and waits until gRPC's thread is through with it, for a moment at most.
+
+    That thread dies where it is when the interpreter ends. A lock of the call that it holds then is never free again,
+    and what takes it, be it the call's own `__del__`, hangs. Does nothing but in the process that began the call.
+    """
+    ended = threading.Event()
+    if pid == os.getpid() and call.add_callback(ended.set):
+        call.cancel()
+        ended.wait(_END_S)
 
 
 class DuplexChannel:
@@ -60,6 +74,9 @@ class DuplexCall:
         self._loop = asyncio.get_running_loop()
         self._answers: asyncio.Queue[Any] = asyncio.Queue()
         self._room = threading.Semaphore(_AHEAD_COUNT)
+        self._ended = threading.Event()
+        if not self._call.add_callback(self._ended.set):
+            self._ended.set()
         threading.Thread(target=self._receive, name="layertap-receive", daemon=True).start()
 
     async def read(self) -> Any:
@@ -96,6 +113,8 @@ class DuplexCall:
                 answer = next(self._call, grpc.aio.EOF)  # type: ignore[attr-defined]  # grpc-stubs lacks it
             except Exception as exc:
                 answer = exc
+            if isinstance(answer, Exception):
+                self._ended.wait(_END_S)  # See `end`.
             try:
                 self._loop.call_soon_threadsafe(self._answers.put_nowait, answer)
             except RuntimeError:  # The loop has closed: the stream has ended.

@@ -7,6 +7,7 @@ Sends what `requests` makes, reads answers with `responses` and `assembler`, and
 from __future__ import annotations
 
 import asyncio
+import atexit
 import contextlib
 import os
 import threading
@@ -30,7 +31,7 @@ from layertap._transport import fork
 from layertap._transport.answers import Part, Reply
 from layertap._transport.channel import open_channel
 from layertap._transport.connections import BUSY_CALL_COUNT, INFO_TIMEOUT_S, Opened, Spread, UnaryMethods, least_busy
-from layertap._transport.duplex import DuplexChannel
+from layertap._transport.duplex import DuplexChannel, end
 from layertap._transport.embed_stream import EmbedStream
 from layertap._transport.settings import CallSettings, Connection, StreamSettings
 from layertap._transport.status import REQUEST_ID, translate
@@ -202,6 +203,8 @@ class Transport:
         """Sends one EmbedLayers and yields its messages; the assembler gets the name of the call at its end."""
         message = request.layers()
         with contextlib.ExitStack() as stack:
+            atexit.register(stack.close)  # A call that its caller leaves is ended while gRPC's threads still run.
+            stack.callback(atexit.unregister, stack.close)
             connection = self._take(call.timeout_s)
             stack.callback(self._leave, connection)
             method = connection.channel.unary_stream(requests.SERVICE + "EmbedLayers", None, None)
@@ -211,7 +214,7 @@ class Transport:
                 message.options.shared_memory.CopyFrom(shared.use)
             try:
                 answer = method(message.SerializeToString(), timeout=call.timeout_s, metadata=call.metadata)
-                stack.callback(answer.cancel)
+                stack.callback(end, answer, os.getpid())
                 for raw in answer:
                     part, data = wire.split(pb.EmbedLayersResponse, raw)
                     yield Part(message=part, data=data, view=take(shared, part))
