@@ -118,7 +118,7 @@ def _fill(field: RepeatedScalarFieldContainer[int], values: npt.ArrayLike, name:
             field.extend(values)
             return
         except (TypeError, ValueError):
-            field.clear()
+            del field[:]  # The oldest protobuf has no `clear`.
     field.extend(_integers(values, name, index))
 
 
