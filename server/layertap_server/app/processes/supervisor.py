@@ -194,7 +194,6 @@ class Supervisor:
                 child, end = self._fork_server.fork(number)
             except ForkServerLostError:
                 self._can_fork.clear()
-                self._fork_server.kill()  # It may hang.
                 continue
             return _Process(number, child, await Control.open(end))
 
